@@ -82,7 +82,9 @@ def build(package: str, name: str, /, **fields: Any) -> Any:
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     for field in fields:
         if field not in parameters and not open_ended:
-            raise UserError(f"{package}.{name} takes no '{field}'. {nearest(field, list(parameters))}")
+            raise UserError(
+                f"{package}.{name} takes no '{field}'. {nearest(field, list(parameters))}"
+            )
     return make(**fields)
 
 

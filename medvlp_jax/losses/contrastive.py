@@ -1,0 +1,219 @@
+"""Contrastive losses over the global batch, dense: short, readable, the oracle for the tiled ones.
+
+Embeddings are unit-norm [B, E]; every loss is a float32 scalar (float64 when given float64).
+Axis letters: B batch (i anchors, j candidates), E joint width, D report-feature width.
+
+  InfoNCE           van den Oord et al. 2018, https://arxiv.org/abs/1807.03748; CLIP, https://arxiv.org/abs/2103.00020
+  sigmoid           SigLIP, Zhai et al. 2023, https://arxiv.org/abs/2303.15343, Eq. 1
+  clinical prior    IMITATE, Liu et al. 2023, https://arxiv.org/abs/2310.07355, released code
+"""
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+KERNELS = {
+    # S as a function of the clipped correlation; all but "exp" also put mass on the diagonal.
+    "exp": lambda rho, strength: 1.0 - jnp.exp(-strength * rho),
+    "gaussian": lambda rho, strength: jnp.exp(-(rho**2) / 2.0) / jnp.sqrt(2.0 * jnp.pi),
+    "laplacian": lambda rho, strength: 0.5 * jnp.exp(-jnp.abs(rho)),
+    "sigmoid": lambda rho, strength: jax.nn.sigmoid(rho),
+}
+
+
+class SameId(NamedTuple):
+    """Targets where rows with equal ids share the mass: Y_ij = 1[id_i = id_j] / n_i.
+
+    Attributes:
+      ids: [B] integers, for instance a hash of the report text.
+    """
+
+    ids: Int[Array, " B"]
+
+    def targets(self, valid: Bool[Array, " B"]) -> Float[Array, "B B"]:
+        """Return Y [B, B]; invalid rows and columns are zero."""
+        same = (self.ids[:, None] == self.ids[None, :]) & pairwise(valid)
+        return same / jnp.maximum(same.sum(axis=1, keepdims=True), 1)
+
+
+class ClinicalPrior(NamedTuple):
+    """IMITATE's soft target Y = P + temperature * S, not normalised to sum 1.
+
+    P is the identity, or SameId(ids) where ids are given. S = kernel(max(rho, 0)) with a zero
+    diagonal in rho, where rho is the Pearson correlation of the raw report features.
+
+    Attributes:
+      features: raw report features [B, D]; no gradient flows into them.
+      strength: lambda of the "exp" kernel, the paper's 0.2; the other kernels ignore it.
+      kernel: one of KERNELS.
+      temperature: that of the logits this prior is used with.
+      ids: [B] integers; rows with equal ids are positives of one another. None: only the pair is.
+      has_report: [B] bool; where False the row takes part without a prior. None: all have one.
+      centre: subtract the batch mean from the features first (our extension, IMITATE spec 1.12).
+      normalise: scale each row of Y to sum 1 (our extension, spec 1.9 Q1).
+    """
+
+    features: Float[Array, "B D"]
+    strength: float = 0.2
+    kernel: str = "exp"
+    temperature: float | Float[Array, ""] = 0.07
+    ids: Int[Array, " B"] | None = None
+    has_report: Bool[Array, " B"] | None = None
+    centre: bool = False
+    normalise: bool = False
+
+    def similarity(self) -> Float[Array, "B B"]:
+        """Return S [B, B] in [0, 1 - exp(-strength)] for the "exp" kernel."""
+        if self.kernel not in KERNELS:
+            raise ValueError(f"kernel must be one of {', '.join(KERNELS)}, got {self.kernel!r}")
+        features = self.features
+        if self.centre:
+            features = features - features.mean(axis=0)
+        rho = jnp.maximum(pearson(features), 0.0)
+        rho = jnp.where(jnp.eye(len(rho), dtype=bool), 0.0, rho)
+        smoothed = KERNELS[self.kernel](rho, self.strength)
+        if self.has_report is not None:
+            smoothed = jnp.where(pairwise(self.has_report), smoothed, 0.0)
+        return jax.lax.stop_gradient(smoothed)
+
+    def targets(self, valid: Bool[Array, " B"]) -> Float[Array, "B B"]:
+        """Return Y [B, B]; invalid rows and columns are zero."""
+        positives = jnp.eye(len(valid)) if self.ids is None else SameId(self.ids).targets(valid)
+        target = jnp.where(pairwise(valid), positives + self.temperature * self.similarity(), 0.0)
+        if self.normalise:
+            target = target / jnp.maximum(target.sum(axis=1, keepdims=True), 1e-12)
+        return target
+
+
+def info_nce(
+    image: Float[Array, "B E"],
+    text: Float[Array, "B E"],
+    scale: float | Float[Array, ""],
+    *,
+    prior: ClinicalPrior | SameId | None = None,
+    valid: Bool[Array, " B"] | None = None,
+    invalid: Literal["drop", "keep"] = "drop",
+) -> Float[Array, ""]:
+    """Mean of the image-to-text and text-to-image cross entropies.
+
+      1/2 [ -1/N sum_ij Y_ij log softmax_j(scale <x_i, y_j>) - 1/N sum_ij Y_ij log softmax_i(...) ]
+
+    IMITATE's C(x, y; tau, S) is twice this with scale = 1 / tau and a ClinicalPrior.
+
+    Args:
+      image: unit-norm embeddings [B, E].
+      text: unit-norm embeddings [B, E]; row i belongs to image i.
+      scale: multiplies the cosines, 1 / temperature.
+      prior: the targets Y; None is the identity.
+      valid: False where an example has no text (or image). None: all valid.
+      invalid: "drop" removes invalid rows as anchors and as negatives and divides by the number
+        of valid ones; "keep" leaves them as negatives and divides by B, the closest reading of
+        what IMITATE's released code intends.
+
+    Returns:
+      Scalar, at least 0; 0 where nothing is valid.
+    """
+    x, y = at_least_float32(image), at_least_float32(text)
+    count = len(x)
+    valid = jnp.ones(count, bool) if valid is None else valid
+    target = jnp.eye(count) * valid if prior is None else prior.targets(valid)
+    logits = scale * jnp.matmul(x, y.T, precision="highest")  # [B, B]
+    if invalid == "drop":
+        logits = jnp.where(pairwise(valid), logits, -jnp.inf)
+        denominator = jnp.maximum(valid.sum(), 1)
+    elif invalid == "keep":
+        denominator = count
+    else:
+        raise ValueError(f"invalid must be 'drop' or 'keep', got {invalid!r}")
+    rows = soft_cross_entropy(logits, target)
+    columns = soft_cross_entropy(logits.T, target.T)
+    return 0.5 * (rows + columns) / denominator
+
+
+def sigmoid(
+    image: Float[Array, "B E"],
+    text: Float[Array, "B E"],
+    scale: float | Float[Array, ""],
+    bias: float | Float[Array, ""],
+    *,
+    valid: Bool[Array, " B"] | None = None,
+) -> Float[Array, ""]:
+    """SigLIP: -1/N sum_ij log sigmoid(z_ij (scale <x_i, y_j> + bias)), z = 1 for pairs, else -1.
+
+    Args:
+      image: unit-norm embeddings [B, E].
+      text: unit-norm embeddings [B, E].
+      scale: multiplies the cosines; learned in SigLIP, starts at 10.
+      bias: added to the logits; learned in SigLIP, starts at -10.
+      valid: False where an example has no text; such rows and columns are left out.
+
+    Returns:
+      Scalar, at least 0; 0 where nothing is valid.
+    """
+    x, y = at_least_float32(image), at_least_float32(text)
+    valid = jnp.ones(len(x), bool) if valid is None else valid
+    logits = scale * jnp.matmul(x, y.T, precision="highest") + bias  # [B, B]
+    sign = 2.0 * jnp.eye(len(x), dtype=logits.dtype) - 1.0
+    loss = jnp.where(pairwise(valid), -jax.nn.log_sigmoid(sign * logits), 0.0)
+    return loss.sum() / jnp.maximum(valid.sum(), 1)
+
+
+def grouped(loss: Callable[..., Array], size: int) -> Callable[..., Array]:
+    """Evaluate `loss` inside groups of `size` consecutive examples and average the groups.
+
+    IMITATE contrasts within the 128 examples of one device; with this the same loss is had on any
+    number of devices. size = 0 is one group: the global batch.
+
+    Args:
+      loss: function of arrays [B, ...] (or None) to a scalar.
+      size: examples a group; must divide B.
+
+    Raises:
+      ValueError: when `size` does not divide the batch.
+    """
+    if not size:
+        return loss
+
+    def averaged(*arrays):
+        batch = len(next(a for a in arrays if a is not None))
+        if batch % size:
+            raise ValueError(f"a batch of {batch} does not split into contrast groups of {size}")
+        split = [a if a is None else a.reshape(batch // size, size, *a.shape[1:]) for a in arrays]
+        return jax.vmap(loss)(*split).mean()
+
+    return averaged
+
+
+def pearson(features: Float[Array, "B D"]) -> Float[Array, "B B"]:
+    """Pearson correlation between rows, each centred by its own mean; in at least float32."""
+    centred = at_least_float32(features)
+    centred = centred - centred.mean(axis=1, keepdims=True)
+    norm = jnp.sqrt((centred**2).sum(axis=1, keepdims=True))
+    unit = centred / jnp.maximum(norm, 1e-12)
+    return jnp.matmul(unit, unit.T, precision="highest")
+
+
+def soft_cross_entropy(
+    logits: Float[Array, "B B"], target: Float[Array, "B B"]
+) -> Float[Array, ""]:
+    """-sum_ij target_ij log softmax_j(logits_i); entries of zero target may hold -inf."""
+    present = target != 0
+    peak = jnp.max(logits, axis=1, keepdims=True, where=jnp.isfinite(logits), initial=-1e30)
+    shifted = logits - jax.lax.stop_gradient(peak)
+    log_total = jnp.log(
+        jnp.exp(shifted).sum(axis=1, keepdims=True) + (~present.any(1, keepdims=True))
+    )
+    return -jnp.where(present, target * (jnp.where(present, shifted, 0.0) - log_total), 0.0).sum()
+
+
+def pairwise(valid: Bool[Array, " B"]) -> Bool[Array, "B B"]:
+    """True where both examples are valid."""
+    return valid[:, None] & valid[None, :]
+
+
+def at_least_float32(x: Array) -> Array:
+    """Raise bfloat16 and float16 to float32; leave float32 and float64."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))

@@ -1,0 +1,67 @@
+"""The one interface between a method and everything else.
+
+A recipe is a Linen module. `encode` works per example, on any slice of a batch and any subset of
+modalities; `objective` sees the whole global batch and returns unweighted named scalars. The
+trainer multiplies them by `weights`, differentiates, logs; nobody writes a training loop.
+"""
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from medvlp_jax import config
+from medvlp_jax.schedules import Knots
+
+Features = dict[str, jax.Array]
+Losses = dict[str, jax.Array]
+
+
+class Recipe(Protocol):
+    """What the trainer and the evaluators rely on.
+
+    Attributes:
+      inputs: batch keys read in training; a missing one is refused before anything is compiled.
+      weights: a number or (step, value) knots for every loss term.
+      frozen: patterns of parameter paths this configuration never trains.
+    """
+
+    inputs: tuple[str, ...]
+    weights: Mapping[str, float | Knots]
+    frozen: tuple[str, ...]
+
+    def encode(self, batch: Mapping, *, train: bool = False) -> Features:
+        """Return features per example: `image`, `text` [B, E] unit norm, and the method's own."""
+
+    def objective(self, features: Features, batch: Mapping, *, train: bool = False) -> Losses:
+        """Return unweighted float32 scalars over the whole batch."""
+
+
+def encoder(spec: Mapping | nn.Module) -> nn.Module:
+    """Build an encoder from {"name": ..., **fields}; a module that exists already is returned."""
+    if isinstance(spec, nn.Module):
+        return spec
+    fields = dict(spec)
+    return config.build("medvlp_jax.encoders", fields.pop("name"), **fields)
+
+
+def check_weights(weights: Mapping[str, float | Knots], terms: tuple[str, ...]) -> None:
+    """Refuse loss-weight names the recipe does not have, and terms without a weight.
+
+    Raises:
+      UserError: naming the unknown or missing term.
+    """
+    for name in weights:
+        if name not in terms:
+            raise config.UserError(f"No loss term '{name}'. {config.nearest(name, terms)}")
+    missing = [name for name in terms if name not in weights]
+    if missing:
+        raise config.UserError(f"recipe.weights lacks {', '.join(missing)}; 0 switches a term off.")
+
+
+def unit(x: jax.Array) -> jax.Array:
+    """Scale the last axis to norm 1, in at least float32; a zero vector stays zero."""
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x * jax.lax.rsqrt(jnp.maximum((x**2).sum(-1, keepdims=True), 1e-24))

@@ -1,0 +1,380 @@
+"""IMITATE: multi-level image features meet Findings, the top level meets Impression.
+
+Liu, Cheng, Shi, Shah, Bai, Arcucci, "IMITATE: Clinical Prior Guided Hierarchical Vision-Language
+Pre-training", IEEE TMI 2025, https://arxiv.org/abs/2310.07355. What follows the released code and
+what is our choice is told in docs/imitate.md.
+
+  diagnosis branch  top-level feature  -> d [B, E]   contrasts with Impression
+  reading branch    a random few channels of every level, each pooled to 16x16 and taken as one
+                    token, one attention layer -> r [B, E]   contrasts with Findings
+
+  L = L_imp + beta L_find + L_vv,d + beta L_vv,r      (1.2.4 of the specification)
+
+Axis letters: B batch, E joint width, H, W feature-map pixels, C channels, T tokens of the reading
+head, G = 16 * 16 pooled pixels, A attention heads, S head width.
+"""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from flax import linen as nn
+
+from medvlp_jax.config import UserError
+from medvlp_jax.encoders.base import normalise
+from medvlp_jax.layers import BatchNorm, Linear, torch_uniform
+from medvlp_jax.losses import contrastive
+from medvlp_jax.losses.contrastive import ClinicalPrior
+from medvlp_jax.recipes import base
+from medvlp_jax.schedules import Knots
+
+TERMS = ("impression", "findings", "view_diagnosis", "view_reading")
+SECTIONS = ("findings", "impression")
+KERNELS = ("none", *contrastive.KERNELS)
+POOLED = 16  # side of the pooled maps
+
+
+def adaptive_pool_matrix(size: int, out: int = POOLED) -> np.ndarray:
+    """Return P [out, size] so that P X P^T is torch's adaptive average pooling of X [size, size].
+
+    Window i covers floor(i size / out) up to ceil((i + 1) size / out), exclusive.
+    """
+    matrix = np.zeros((out, size), np.float32)
+    for i in range(out):
+        start, end = i * size // out, -(-(i + 1) * size // out)
+        matrix[i, start:end] = 1.0 / (end - start)
+    return matrix
+
+
+def pool_levels(levels, draws) -> jax.Array:
+    """Pool the drawn channels of every level to 16x16: one token a channel [B, T, G]."""
+    tokens = []
+    for level, channels in zip(levels, draws, strict=True):
+        picked = jnp.take(level, channels, axis=-1)  # [B, H, W, c]
+        rows, columns = (adaptive_pool_matrix(n) for n in picked.shape[1:3])
+        pooled = jnp.einsum("ph,qw,bhwc->bcpq", rows, columns, picked)
+        tokens.append(rearrange(pooled, "b c p q -> b c (p q)"))
+    return jnp.concatenate(tokens, axis=1)
+
+
+class Head(nn.Module):
+    """Linear, BatchNorm, ReLU, Linear, BatchNorm without affine: the shape of all three heads."""
+
+    hidden: int
+    dim: int
+
+    @nn.compact
+    def __call__(self, x, *, train):
+        """Map [B, D] to [B, dim], not normalised."""
+        x = Linear(self.hidden, kernel_init=torch_uniform, bias_init=torch_uniform, name="first")(x)
+        x = nn.relu(BatchNorm(name="norm")(x, train=train))
+        x = Linear(self.dim, kernel_init=torch_uniform, bias_init=torch_uniform, name="second")(x)
+        return BatchNorm(affine=False, name="last_norm")(x, train=train)
+
+
+class ClassAttention(nn.Module):
+    """Self-attention with residual of which only the class token, the last one, is evaluated.
+
+    The class token does not depend on the image, so neither does its query q [A, S]: keys enter as
+    (W_k^T q)^T x and values as W_v (sum_t a_t x_t), and no token is ever projected. The result is
+    exactly row T of the full layer at T * G * A instead of T * T * G multiplications.
+    """
+
+    num_heads: int = 4
+
+    @nn.compact
+    def __call__(self, tokens, mask=None):
+        """Return the class token's output [B, G] for tokens [B, T, G]; mask [T], False = ignored."""
+        width = tokens.shape[-1]
+        heads = (self.num_heads, width // self.num_heads)
+        # torch initialises the stacked [3 * width, width] projection as one Xavier matrix.
+        bound = np.sqrt(6 / (4 * width))
+        xavier = lambda key, shape: jax.random.uniform(key, shape, minval=-bound, maxval=bound)
+        kernel = lambda name: self.param(f"{name}_kernel", xavier, (width, width))
+        bias = lambda name: self.param(f"{name}_bias", nn.initializers.zeros, (width,))
+        project = lambda x, name: x @ kernel(name) + bias(name)
+
+        tokens = tokens.astype(jnp.float32)
+        class_token = tokens[0, -1]  # [G], the same for every image
+        query = project(class_token, "query").reshape(heads)  # [A, S]
+        # The key bias adds the same number to every logit of a head: it is kept, as torch has it,
+        # and cancels in the softmax.
+        key_kernel = kernel("key").reshape(width, *heads)
+        key_bias = bias("key").reshape(heads)
+        logits = jnp.einsum("btg,ga->bat", tokens, jnp.einsum("gas,as->ga", key_kernel, query))
+        logits += jnp.einsum("as,as->a", key_bias, query)[:, None]
+        logits /= np.sqrt(heads[1])
+        if mask is not None:
+            logits = jnp.where(mask, logits, -jnp.inf)
+        context = jnp.einsum("bat,btg->bag", jax.nn.softmax(logits), tokens)
+        value_kernel = kernel("value").reshape(width, *heads)
+        values = jnp.einsum("bag,gas->bas", context, value_kernel) + bias("value").reshape(heads)
+        out = Linear(width, kernel_init=torch_uniform, name="out")
+        return out(rearrange(values, "b a s -> b (a s)")) + tokens[:, -1]
+
+
+class ReadingHead(nn.Module):
+    """Channel tokens of all levels, positions, a class token, one attention layer, a head."""
+
+    dim: int
+    num_tokens: int
+    mask_padding: bool
+
+    @nn.compact
+    def __call__(self, levels, draws, *, train):
+        """Map levels (each [B, H, W, C]) and channel draws (each [c]) to [B, dim]."""
+        tokens = pool_levels(levels, draws).astype(jnp.float32)  # [B, drawn, G]
+        batch, drawn, width = tokens.shape
+        positions = self.param("positions", nn.initializers.zeros, (1, self.num_tokens + 1, width))
+        class_token = self.param("class_token", nn.initializers.zeros, (1, 1, width))
+        tokens = jnp.pad(tokens, ((0, 0), (0, self.num_tokens - drawn), (0, 0)))
+        tokens = tokens + positions[:, 1:]  # padding tokens take positions too, as released
+        last = jnp.broadcast_to(class_token + positions[:, :1], (batch, 1, width))
+        tokens = jnp.concatenate([tokens, last], axis=1)  # [B, T + 1, G]
+        real = np.r_[np.arange(self.num_tokens) < drawn, True] if self.mask_padding else None
+        pooled = ClassAttention(name="attention")(tokens, real)
+        return Head(width, self.dim, name="head")(pooled, train=train)
+
+
+class Imitate(nn.Module):
+    """The whole method; see `make` for the fields."""
+
+    image: nn.Module
+    text: nn.Module
+    weights: Mapping[str, float | Knots]
+    dim: int
+    keep: tuple[float, ...]
+    num_tokens: int
+    mask_padding: bool
+    eval_draws: int
+    text_hidden: int
+    temperature: float
+    view_temperature: float
+    kernel: str
+    strength: float
+    centre_prior: bool
+    normalise_target: bool
+    same_text: bool
+    contrast_group: int
+    train_text: bool
+    cached_text: bool
+    legacy_mean_over_batch: bool
+    legacy_four_passes: bool
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Batch keys read in training."""
+        suffix = "_feature" if self.cached_text else ""
+        keys = ("image", "image_2")
+        for section in SECTIONS:
+            keys += (f"{section}{suffix}", f"{section}_valid")
+            keys += (f"{section}_id",) if self.same_text else ()
+        return keys
+
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """Parameter patterns that are never trained."""
+        return () if self.train_text else ("^text/",)
+
+    def setup(self):
+        self.diagnosis = Head(self.image.width, self.dim)
+        self.reading = ReadingHead(self.dim, self.num_tokens, self.mask_padding)
+        self.text_head = Head(self.text_hidden, self.dim)
+
+    def __call__(self, batch, *, train=False):
+        """Run both halves: initialises every parameter."""
+        return self.objective(self.encode(batch, train=train), batch, train=train)
+
+    def draw(self, key) -> list[jax.Array]:
+        """Draw channel indices of every level, with replacement, one draw for the whole batch."""
+        keys = jax.random.split(key, len(self.keep))
+        widths = self.image.level_widths
+        return [
+            jax.random.randint(k, (int(ratio * width),), 0, width)
+            for k, ratio, width in zip(keys, self.keep, widths, strict=True)
+        ]
+
+    def encode(self, batch, *, train=False):
+        """Return the embeddings of the modalities in the batch, all [B, E] and unit norm.
+
+        `image`, `text`: diagnosis branch and Impression, the joint space of zero-shot and retrieval.
+        `image_findings`, `text_findings`: reading branch and Findings.
+        With `image_2` (training): `image_2`, `image_findings_2`, and the second reading draws
+        `reading`, `reading_2` of the image-image term. `<section>_report`: raw report features.
+        """
+        features = {}
+        if "image_2" in batch:
+            features |= self._encode_views(batch, train)
+        elif "image" in batch:
+            encoded = self.image(normalise(batch["image"]), train=train)
+            features["image"] = base.unit(self.diagnosis(encoded.pooled, train=train))
+            # Evaluation must not depend on a draw: the mean over a few fixed ones.
+            keys = jax.random.split(jax.random.key(0), self.eval_draws)
+            reads = [self.reading(encoded.levels, self.draw(k), train=train) for k in keys]
+            features["image_findings"] = base.unit(sum(base.unit(r) for r in reads))
+        for section, name in (("findings", "text_findings"), ("impression", "text")):
+            report = self._encode_report(batch, section, train)
+            if report is not None:
+                features[f"{section}_report"] = report
+                features[name] = base.unit(self.text_head(report, train=train))
+        return features
+
+    def _encode_report(self, batch, section, train):
+        """Return raw report features [B, D] of one section, cached or computed; None if absent."""
+        if f"{section}_feature" in batch:
+            return batch[f"{section}_feature"]
+        if section not in batch:
+            return None
+        report = self.text(batch[section], train=train and self.train_text).pooled
+        return report if self.train_text else jax.lax.stop_gradient(report)
+
+    def _encode_views(self, batch, train):
+        """Encode two views. The draws a, b serve the report terms and c, d the image-image term.
+
+        The release runs the backbone once per draw, four times; two passes give the same losses
+        and gradients, since only the reading head depends on the draw. `legacy_four_passes` keeps
+        their four, which also updates the BatchNorm averages twice per view.
+        """
+        a, b, c, d = (self.draw(k) for k in jax.random.split(self.make_rng("draws"), 4))
+        features = {}
+        again = {}
+        for view, first, suffix in (("image", a, ""), ("image_2", b, "_2")):
+            encoded = self.image(normalise(batch[view]), train=train)
+            features[f"image{suffix}"] = base.unit(self.diagnosis(encoded.pooled, train=train))
+            read = self.reading(encoded.levels, first, train=train)
+            features[f"image_findings{suffix}"] = base.unit(read)
+            again[suffix] = encoded
+        for view, second, suffix in (("image", c, ""), ("image_2", d, "_2")):
+            encoded = again[suffix]
+            if self.legacy_four_passes:
+                encoded = self.image(normalise(batch[view]), train=train)
+                features[f"image{suffix}"] = base.unit(self.diagnosis(encoded.pooled, train=train))
+            read = self.reading(encoded.levels, second, train=train)
+            features[f"reading{suffix}"] = base.unit(read)
+        return features
+
+    def objective(self, features, batch, *, train=False):
+        """Return the four terms of 1.2.4, unweighted; each is a sum of two C(...)."""
+        f = features
+        findings, impression = batch["findings_valid"], batch["impression_valid"]
+        everything = jnp.ones_like(impression)
+        c = self._contrast
+        report = lambda view: c(f[view], f["text"], batch, f, "impression", impression)
+        reading = lambda view: c(f[view], f["text_findings"], batch, f, "findings", findings)
+        view_diagnosis = c(f["image"], f["image_2"], batch, f, "impression", everything, views=True)
+        view_reading = c(f["reading"], f["reading_2"], batch, f, None, findings, views=True)
+        return {
+            "impression": report("image") + report("image_2"),
+            "findings": reading("image_findings") + reading("image_findings_2"),
+            "view_diagnosis": 2 * view_diagnosis,
+            "view_reading": 2 * view_reading,
+        }
+
+    def _contrast(self, x, y, batch, features, section, valid, *, views=False):
+        """C(x, y; tau, S) of 1.2.3 inside contrast groups; S from `section`, or none."""
+        temperature = self.view_temperature if views else self.temperature
+        use_prior = section is not None and self.kernel != "none"
+        use_ids = self.same_text and section is not None and not views
+        invalid = "keep" if self.legacy_mean_over_batch else "drop"
+
+        def loss(x, y, valid, report, has_report, ids):
+            prior = None
+            if use_prior:
+                prior = ClinicalPrior(
+                    report,
+                    strength=self.strength,
+                    kernel=self.kernel,
+                    temperature=temperature,
+                    ids=ids,
+                    has_report=has_report,
+                    centre=self.centre_prior,
+                    normalise=self.normalise_target,
+                )
+            elif ids is not None:
+                prior = contrastive.SameId(ids)
+            return 2 * contrastive.info_nce(
+                x, y, 1 / temperature, prior=prior, valid=valid, invalid=invalid
+            )
+
+        return contrastive.grouped(loss, self.contrast_group)(
+            x,
+            y,
+            valid,
+            features[f"{section}_report"] if use_prior else None,
+            batch[f"{section}_valid"] if use_prior else None,
+            batch[f"{section}_id"] if use_ids else None,
+        )
+
+
+def make(
+    *,
+    image: Mapping | nn.Module,
+    text: Mapping | nn.Module,
+    weights: Mapping[str, float | Knots],
+    dim: int = 512,
+    keep: tuple[float, ...] = (0.25, 0.15, 0.10, 0.10),
+    num_tokens: int = 512,
+    mask_padding: bool = False,
+    eval_draws: int = 4,
+    text_hidden: int = 1024,
+    temperature: float = 0.07,
+    view_temperature: float = 0.2,
+    kernel: str = "exp",
+    strength: float = 0.2,
+    centre_prior: bool = False,
+    normalise_target: bool = False,
+    same_text: bool = False,
+    contrast_group: int = 0,
+    train_text: bool = False,
+    cached_text: bool = True,
+    legacy_mean_over_batch: bool = False,
+    legacy_four_passes: bool = False,
+) -> Imitate:
+    """Build the recipe; the defaults are the released code's.
+
+    Args:
+      image: encoder spec {"name", "variant", ...} or module with `levels`, e.g. a ResNet.
+      text: encoder spec or module.
+      weights: number or (step, value) knots for each of TERMS; beta weighs findings, view_reading.
+      dim: joint width E.
+      keep: share of the channels drawn from each level.
+      num_tokens: reading tokens after padding.
+      mask_padding: keep padding tokens out of the attention (the release attends to them).
+      eval_draws: fixed channel draws averaged in evaluation (our choice).
+      text_hidden: hidden width of the text head.
+      temperature: image-text.
+      view_temperature: image-image.
+      kernel: "exp", "gaussian", "laplacian", "sigmoid" or "none" (plain InfoNCE).
+      strength: lambda of the "exp" kernel.
+      centre_prior: centre report features over the batch before the correlation (our extension).
+      normalise_target: soft targets sum to 1 (our extension).
+      same_text: equal sections are positives of one another (our choice, for corpora with repeats).
+      contrast_group: examples a loss group, the paper's 128 a device; 0 is the global batch.
+      train_text: train the text encoder instead of freezing it as the paper does.
+      cached_text: read frozen text features from the batch instead of encoding tokens.
+      legacy_mean_over_batch: divide by the batch size and keep missing sections as negatives.
+      legacy_four_passes: four backbone passes as released, same losses, BatchNorm averages differ.
+
+    Raises:
+      UserError: for a value outside these.
+    """
+    settings = {k: v for k, v in locals().items() if k not in ("image", "text")}
+    base.check_weights(weights, TERMS)
+    if kernel not in KERNELS:
+        raise UserError(f"recipe.kernel must be one of {', '.join(KERNELS)}, got '{kernel}'.")
+    if train_text and cached_text:
+        raise UserError(
+            "recipe.train_text=True changes the text features: set recipe.cached_text=False."
+        )
+    image, text = base.encoder(image), base.encoder(text)
+    widths = getattr(image, "level_widths", ())
+    if len(widths) != len(keep):
+        raise UserError(
+            f"recipe.keep has {len(keep)} shares but the image encoder has {len(widths)} levels."
+        )
+    drawn = sum(int(k * w) for k, w in zip(keep, widths, strict=True))
+    if drawn > num_tokens:
+        raise UserError(f"recipe.num_tokens={num_tokens} cannot hold the {drawn} drawn channels.")
+    return Imitate(image, text, **settings)

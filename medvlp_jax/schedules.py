@@ -1,0 +1,79 @@
+"""Numbers that change over training: loss weights and the learning rate."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import optax
+
+Knots = Sequence[tuple[float, float]]
+
+
+def at(spec: float | Knots, step: jax.Array | int) -> jax.Array:
+    """Return the value at `step`: a number, or linear between (step, value) knots.
+
+    Before the first knot and after the last the value is constant. A jump is two knots one step
+    apart.
+    """
+    if isinstance(spec, int | float):
+        return jnp.float32(spec)
+    steps, values = zip(*spec, strict=True)
+    return jnp.interp(jnp.float32(step), jnp.float32(steps), jnp.float32(values))
+
+
+def check(name: str, spec: float | Knots) -> None:
+    """Refuse a spec that `at` cannot read.
+
+    Raises:
+      ValueError: for a spec that is neither a number nor knots with increasing steps.
+    """
+    if isinstance(spec, int | float):
+        return
+    try:
+        steps = [step for step, _ in spec]
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"{name} must be a number or ((step, value), ...) knots, got {spec!r}"
+        ) from None
+    if not steps or any(b <= a for a, b in zip(steps, steps[1:], strict=False)):
+        raise ValueError(f"the knots of {name} must have increasing steps, got {spec!r}")
+
+
+def imitate_beta(steps_per_epoch: int) -> tuple[tuple[int, float], ...]:
+    """Weight beta of IMITATE's Findings terms (released code): 1 to epoch 30, then down to 0.3.
+
+    beta(e) = 1.3 - (e - 30) / 20 for 30 < e < 50; the jump from 1 to 1.25 at epoch 31 is theirs.
+    Between epochs the weight is interpolated instead of held.
+    """
+    n = steps_per_epoch
+    return ((0, 1.0), (31 * n - 1, 1.0), (31 * n, 1.25), (49 * n, 0.35), (50 * n, 0.3))
+
+
+def learning_rate(
+    peak: float, *, steps: int, warmup: int, kind: str, floor: float = 0.0
+) -> optax.Schedule:
+    """Linear warm-up to `peak`, then "cosine" to `floor`, or "constant".
+
+    Args:
+      peak: highest rate.
+      steps: total optimisation steps, the warm-up included.
+      warmup: steps from 0 to `peak`.
+      kind: "cosine" or "constant".
+      floor: last value of the cosine.
+
+    Raises:
+      ValueError: for another kind, or a warm-up that is not shorter than the training.
+    """
+    if not 0 <= warmup < max(steps, 1):
+        raise ValueError(f"warmup must be at least 0 and below steps={steps}, got {warmup}")
+    if kind == "cosine":
+        after = optax.cosine_decay_schedule(
+            peak, steps - warmup, alpha=floor / peak if peak else 0.0
+        )
+    elif kind == "constant":
+        after = optax.constant_schedule(peak)
+    else:
+        raise ValueError(f"schedule must be 'cosine' or 'constant', got {kind!r}")
+    if not warmup:
+        return after
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])

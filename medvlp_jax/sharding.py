@@ -1,0 +1,77 @@
+"""Where arrays live: the mesh, parameter rules by path, and global batches.
+
+Code elsewhere is written as for one device on global arrays; `jit` splits it by what stands here.
+Mesh axes: data and fsdp split the batch, fsdp also splits large parameters, tensor splits widths.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = P(("data", "fsdp"))
+FSDP_FLOOR = 2**20  # elements; smaller arrays are cheaper replicated than gathered
+
+Rules = Sequence[tuple[str, tuple]]
+
+
+def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
+    """Make the mesh over all devices; one axis may be -1, "what is left".
+
+    Raises:
+      ValueError: when the axes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    free = [name for name, size in sizes.items() if size == -1]
+    fixed = int(np.prod([size for size in sizes.values() if size != -1]))
+    if len(free) == 1 and fixed > 0 and len(devices) % fixed == 0:
+        sizes[free[0]] = len(devices) // fixed
+    if int(np.prod(list(sizes.values()))) != len(devices):
+        asked = " x ".join(f"{name}={size}" for name, size in sizes.items())
+        raise ValueError(f"mesh {asked} does not cover the {len(devices)} devices of this run")
+    # jax.make_mesh makes Explicit axes by default; Auto is what lets jit propagate shardings.
+    return jax.make_mesh(
+        tuple(sizes.values()), AXES, devices=devices, axis_types=(AxisType.Auto,) * len(AXES)
+    )
+
+
+def batch_devices(mesh: Mesh) -> int:
+    """Number of pieces a global batch is split into."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def parameter_spec(path: str, shape: Sequence[int], rules: Rules, mesh: Mesh) -> P:
+    """Return the PartitionSpec of one parameter.
+
+    The first rule whose pattern is found in the path decides; else the largest axis divisible by
+    fsdp, for arrays of at least FSDP_FLOOR elements; else replicated.
+    """
+    for pattern, spec in rules:
+        if re.search(pattern, path):
+            return P(*spec)
+    if mesh.shape["fsdp"] > 1 and np.prod(shape) >= FSDP_FLOOR:
+        for axis in np.argsort(shape)[::-1]:
+            if shape[axis] % mesh.shape["fsdp"] == 0:
+                return P(*[("fsdp" if i == axis else None) for i in range(len(shape))])
+    return P()
+
+
+def shardings(tree, mesh: Mesh, rules: Rules = ()):
+    """Map every leaf (array or ShapeDtypeStruct) of a state to its NamedSharding, by path."""
+
+    def one(path, leaf):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return NamedSharding(mesh, parameter_spec(name, leaf.shape, rules, mesh))
+
+    return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def to_global(batch: Mapping, mesh: Mesh):
+    """Assemble this process's rows [b, ...] of every key into global arrays [B, ...]."""
+    sharding = NamedSharding(mesh, BATCH)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)

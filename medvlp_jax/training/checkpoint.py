@@ -1,0 +1,162 @@
+"""Checkpoints: asynchronous, atomic, restored onto any mesh; damage is named, never written over.
+
+A checkpoint holds the train state, the position in the data and the resolved config. Orbax writes
+to a temporary folder and renames, so a killed run leaves whole checkpoints only.
+"""
+
+import contextlib
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import orbax.checkpoint as ocp
+
+from medvlp_jax.config import UserError
+from medvlp_jax.training.step import TrainState
+
+
+class Restored(NamedTuple):
+    """What a checkpoint gives back."""
+
+    state: TrainState
+    position: Mapping[str, Any]
+    config: Mapping[str, Any]
+
+
+class Checkpointer:
+    """Saves and restores the checkpoints of one run folder."""
+
+    def __init__(self, folder: str | pathlib.Path, *, keep: int = 2, keep_every: int = 0):
+        """Open `folder`; keeps the newest `keep`, and every `keep_every`-th step for good."""
+        self.folder = pathlib.Path(folder).absolute()
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, keep_period=keep_every or None, enable_async_checkpointing=True
+        )
+        try:
+            self.manager = ocp.CheckpointManager(self.folder, options=options)
+        except OSError as error:
+            raise UserError(f"Cannot keep checkpoints in {self.folder}: {error}.") from None
+
+    def latest(self) -> int | None:
+        """Step of the newest whole checkpoint, or None."""
+        return self.manager.latest_step()
+
+    def save(self, step: int, state: TrainState, position: Mapping, config: Mapping) -> None:
+        """Start writing in the background; the state may be donated as soon as this returns.
+
+        Raises:
+          UserError: when this or the checkpoint before could not be written.
+        """
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(state),
+            position=ocp.args.JsonSave(json.loads(json.dumps(position))),
+            config=ocp.args.JsonSave(json.loads(json.dumps(config))),
+        )
+        with self._failure(f"The checkpoint of step {step}, or the one before,"):
+            # A step that exists is one this run has just restored: same bits, nothing to do.
+            if step not in self.manager.all_steps():
+                self.manager.save(step, args=items)
+
+    def wait(self) -> None:
+        """Block until what was started is on disk.
+
+        Raises:
+          UserError: when it could not be written.
+        """
+        with self._failure("A checkpoint"):
+            self.manager.wait_until_finished()
+            self.manager.check_for_errors()
+
+    def restore(self, step: int, template: TrainState) -> Restored:
+        """Read one checkpoint onto the shardings of `template`.
+
+        Args:
+          step: an existing step.
+          template: state with the wanted shapes, dtypes and shardings; its values are not read.
+
+        Raises:
+          UserError: when the checkpoint is damaged, or of another architecture.
+        """
+        abstract = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), template
+        )
+        self._check_architecture(step, abstract)
+        items = ocp.args.Composite(
+            state=ocp.args.StandardRestore(abstract),
+            position=ocp.args.JsonRestore(),
+            config=ocp.args.JsonRestore(),
+        )
+        try:
+            restored = self.manager.restore(step, args=items)
+        except Exception as error:  # whatever Orbax and TensorStore raise: all of it means damage
+            raise UserError(self._damaged(step, error)) from error
+        return Restored(restored["state"], restored["position"], restored["config"])
+
+    def close(self) -> None:
+        """Wait for what is in flight and release the threads."""
+        self.manager.close()
+
+    def _check_architecture(self, step, abstract):
+        try:
+            saved = self.manager.item_metadata(step)["state"]
+            saved = _shapes(saved.tree if hasattr(saved, "tree") else saved)
+        except Exception as error:
+            raise UserError(self._damaged(step, error)) from error
+        wanted = _shapes(abstract)
+        problems = [f"no {name}" for name in sorted(wanted.keys() - saved.keys())]
+        problems += [f"{name} is not in the model" for name in sorted(saved.keys() - wanted.keys())]
+        problems += [
+            f"{name} is {saved[name]}, the model has {wanted[name]}"
+            for name in sorted(saved.keys() & wanted.keys())
+            if saved[name] != wanted[name]
+        ]
+        if problems:
+            shown = "; ".join(problems[:5]) + (
+                f"; and {len(problems) - 5} more" if problems[5:] else ""
+            )
+            raise UserError(
+                f"The checkpoint of step {step} in {self.folder} is of another architecture: "
+                f"{shown}. Use another --workdir, or the config the run was started with."
+            )
+
+    def _damaged(self, step, error):
+        older = [s for s in self.manager.all_steps() if s < step]
+        advice = (
+            f"the last older one is step {max(older)}: move folder {step} away to go on from there"
+            if older
+            else "there is no older one"
+        )
+        return (
+            f"The checkpoint of step {step} in {self.folder} cannot be read "
+            f"({_first_line(error)}); {advice}."
+        )
+
+    @contextlib.contextmanager
+    def _failure(self, name):
+        """Turn whatever a background write raised into one sentence."""
+        try:
+            yield
+        except Exception as error:
+            steps = [int(p.name) for p in self.folder.iterdir() if p.name.isdigit()]
+            kept = f"the last good one is step {max(steps)}" if steps else "there is none yet"
+            raise UserError(
+                f"{name} could not be written to {self.folder} ({_first_line(error)}); {kept}. "
+                "Is the disk full?"
+            ) from error
+
+
+def _first_line(error) -> str:
+    """Return what an exception says, without the pages TensorStore adds."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+
+
+def _shapes(tree) -> dict[str, tuple[int, ...]]:
+    """Return {path: shape}, the same names for a TrainState and for Orbax's metadata of one."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
+        for path, leaf in leaves
+        if hasattr(leaf, "shape")
+    }

@@ -1,0 +1,27 @@
+"""Eight emulated CPU devices, and the folder with small real data."""
+
+import os
+import pathlib
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+from absl import flags
+
+# Grain reads absl flags when it starts its threads.
+flags.FLAGS.mark_as_parsed()
+
+
+@pytest.fixture(scope="session")
+def test_data() -> pathlib.Path:
+    """Return the folder with small real data, or skip where it is not given."""
+    folder = os.environ.get("MEDVLP_TEST_DATA", "")
+    if not folder:
+        pytest.skip(
+            "needs real data: set MEDVLP_TEST_DATA to the folder that holds radiology_qa/ ..."
+        )
+    return pathlib.Path(folder).resolve()

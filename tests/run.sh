@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Install with the test extra (once) and run the tests.
+#
+#   bash tests/run.sh                 what every change must pass, under ten minutes on two cores
+#   bash tests/run.sh --slow          also what takes longer: kill and resume, real data end to end
+#   bash tests/run.sh tests/losses    pytest arguments go through
+#
+# MEDVLP_TEST_DATA names the folder with small real data; tests that need it skip where it is unset.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source launch/setup.sh test
+
+markers="not slow and not gpu and not network"
+arguments=()
+for argument in "$@"; do
+  case "$argument" in
+    --slow) markers="not gpu and not network" ;;
+    --gpu) markers="gpu" ;;
+    *) arguments+=("$argument") ;;
+  esac
+done
+exec python -m pytest -m "$markers" ${arguments[@]+"${arguments[@]}"}
