@@ -1,4 +1,4 @@
-"""Configs from the command line: clear answers to unknown keys, and one way to build things by name."""
+"""Configs from the command line: clear answers to unknown keys, one way to build by name."""
 
 import difflib
 import importlib
@@ -26,7 +26,7 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def nearest(name: str, known: Sequence[str], count: int = 3) -> str:
-    """Return "Did you mean a, b or c?" for the known names closest to `name`, or the known names."""
+    """Return "Did you mean a, b?" for the known names closest to `name`, or all known."""
     leaf = name.rsplit(".", 1)[-1]
     by_leaf = {k: k.rsplit(".", 1)[-1] for k in known}
     scores = {

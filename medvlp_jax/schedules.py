@@ -1,5 +1,6 @@
 """Numbers that change over training: loss weights and the learning rate."""
 
+import itertools
 from collections.abc import Sequence
 
 import jax
@@ -35,7 +36,7 @@ def check(name: str, spec: float | Knots) -> None:
         raise ValueError(
             f"{name} must be a number or ((step, value), ...) knots, got {spec!r}"
         ) from None
-    if not steps or any(b <= a for a, b in zip(steps, steps[1:], strict=False)):
+    if not steps or any(b <= a for a, b in itertools.pairwise(steps)):
         raise ValueError(f"the knots of {name} must have increasing steps, got {spec!r}")
 
 

@@ -3,10 +3,14 @@
 Axis letters: B batch, N patches, T text tokens, D width, H, W feature-map pixels, C channels.
 """
 
-from typing import NamedTuple
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from medvlp_jax.config import UserError, nearest
 
 
 class Tokens(NamedTuple):
@@ -34,6 +38,34 @@ class Encoded(NamedTuple):
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def from_variant(
+    module: type, variants: Mapping[str, Mapping[str, Any]], variant: str, overrides: Mapping
+) -> Any:
+    """Build a published size of an encoder, some fields overridden.
+
+    Raises:
+      UserError: for an unknown variant or field.
+    """
+    if variant not in variants:
+        raise UserError(
+            f"No {module.__name__} variant '{variant}'. {nearest(variant, list(variants))}"
+        )
+    return construct(module, {**variants[variant], **overrides})
+
+
+def construct(module: type, fields: Mapping[str, Any]) -> Any:
+    """Build an encoder from its fields.
+
+    Raises:
+      UserError: for an unknown field.
+    """
+    known = [f.name for f in dataclasses.fields(module) if f.name not in ("parent", "name")]
+    for field in fields:
+        if field not in known:
+            raise UserError(f"{module.__name__} has no '{field}'. {nearest(field, known)}")
+    return module(**fields)
 
 
 def normalise(images, *, mean=IMAGENET_MEAN, std=IMAGENET_STD, dtype=jnp.float32):

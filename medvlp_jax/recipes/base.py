@@ -26,14 +26,20 @@ class Recipe(Protocol):
       inputs: batch keys read in training; a missing one is refused before anything is compiled.
       weights: a number or (step, value) knots for every loss term.
       frozen: patterns of parameter paths this configuration never trains.
+      spaces: where a report section meets the image: {section: (image feature, text feature)}; a
+        section that is not named is encoded as the first that is.
     """
 
     inputs: tuple[str, ...]
     weights: Mapping[str, float | Knots]
     frozen: tuple[str, ...]
+    spaces: Mapping[str, tuple[str, str]]
 
     def encode(self, batch: Mapping, *, train: bool = False) -> Features:
-        """Return features per example: `image`, `text` [B, E] unit norm, and the method's own."""
+        """Return features per example: `image`, `text` [B, E] unit norm, and the method's own.
+
+        In evaluation also `image_pooled` [B, D], the image encoder's own, for linear probes.
+        """
 
     def objective(self, features: Features, batch: Mapping, *, train: bool = False) -> Losses:
         """Return unweighted float32 scalars over the whole batch."""

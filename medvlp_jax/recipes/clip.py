@@ -46,7 +46,13 @@ class Clip(nn.Module):
         """Parameter patterns that are never trained."""
         return () if self.train_text else ("^text/",)
 
+    @property
+    def spaces(self) -> dict[str, tuple[str, str]]:
+        """Every text meets the image in the one joint space."""
+        return {self.section: ("image", "text")}
+
     def setup(self):
+        """Name the projections and the scale."""
         self.image_projection = Linear(self.dim, use_bias=False)
         self.text_projection = Linear(self.dim, use_bias=False)
         log_scale, bias = INITIAL[self.loss]
@@ -55,15 +61,16 @@ class Clip(nn.Module):
             self.bias = self.param("bias", nn.initializers.constant(bias), ())
 
     def __call__(self, batch, *, train=False):
-        """Run both halves: initialises every parameter."""
+        """Run both halves."""
         return self.objective(self.encode(batch, train=train), batch, train=train)
 
     def encode(self, batch, *, train=False):
-        """Return `image` and `text` embeddings [B, E] of the modalities in the batch."""
+        """Return `image` and `text` [B, E] and `image_pooled` of the modalities in the batch."""
         features = {}
         if "image" in batch:
             pooled = self.image(normalise(batch["image"]), train=train).pooled
             features["image"] = base.unit(self.image_projection(pooled))
+            features["image_pooled"] = pooled
         pooled = batch.get(f"{self.section}_feature")
         if self.section in batch:
             pooled = self.text(batch[self.section], train=train and self.train_text).pooled

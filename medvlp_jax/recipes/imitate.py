@@ -68,9 +68,8 @@ class Head(nn.Module):
     @nn.compact
     def __call__(self, x, *, train):
         """Map [B, D] to [B, dim], not normalised."""
-        x = Linear(self.hidden, kernel_init=torch_uniform, bias_init=torch_uniform, name="first")(x)
-        x = nn.relu(BatchNorm(name="norm")(x, train=train))
-        x = Linear(self.dim, kernel_init=torch_uniform, bias_init=torch_uniform, name="second")(x)
+        x = nn.relu(BatchNorm(name="norm")(_linear(x, self.hidden, "first"), train=train))
+        x = _linear(x, self.dim, "second")
         return BatchNorm(affine=False, name="last_norm")(x, train=train)
 
 
@@ -86,7 +85,7 @@ class ClassAttention(nn.Module):
 
     @nn.compact
     def __call__(self, tokens, mask=None):
-        """Return the class token's output [B, G] for tokens [B, T, G]; mask [T], False = ignored."""
+        """Return the class token's output [B, G] of tokens [B, T, G]; mask [T], True = attended."""
         width = tokens.shape[-1]
         heads = (self.num_heads, width // self.num_heads)
         # torch initialises the stacked [3 * width, width] projection as one Xavier matrix.
@@ -111,8 +110,14 @@ class ClassAttention(nn.Module):
         context = jnp.einsum("bat,btg->bag", jax.nn.softmax(logits), tokens)
         value_kernel = kernel("value").reshape(width, *heads)
         values = jnp.einsum("bag,gas->bas", context, value_kernel) + bias("value").reshape(heads)
-        out = Linear(width, kernel_init=torch_uniform, name="out")
+        out = Linear(width, kernel_init=torch_uniform(width), name="out")
         return out(rearrange(values, "b a s -> b (a s)")) + tokens[:, -1]
+
+
+def _linear(x, features, name):
+    """Linear drawn as torch draws it: weight and bias uniform in +-1 / sqrt(fan in)."""
+    init = torch_uniform(x.shape[-1])
+    return Linear(features, kernel_init=init, bias_init=init, name=name)(x)
 
 
 class ReadingHead(nn.Module):
@@ -178,13 +183,19 @@ class Imitate(nn.Module):
         """Parameter patterns that are never trained."""
         return () if self.train_text else ("^text/",)
 
+    @property
+    def spaces(self) -> dict[str, tuple[str, str]]:
+        """Impression meets the diagnosis branch, Findings the reading branch."""
+        return {"impression": ("image", "text"), "findings": ("image_findings", "text_findings")}
+
     def setup(self):
+        """Name the heads."""
         self.diagnosis = Head(self.image.width, self.dim)
         self.reading = ReadingHead(self.dim, self.num_tokens, self.mask_padding)
         self.text_head = Head(self.text_hidden, self.dim)
 
     def __call__(self, batch, *, train=False):
-        """Run both halves: initialises every parameter."""
+        """Run both halves."""
         return self.objective(self.encode(batch, train=train), batch, train=train)
 
     def draw(self, key) -> list[jax.Array]:
@@ -199,7 +210,7 @@ class Imitate(nn.Module):
     def encode(self, batch, *, train=False):
         """Return the embeddings of the modalities in the batch, all [B, E] and unit norm.
 
-        `image`, `text`: diagnosis branch and Impression, the joint space of zero-shot and retrieval.
+        `image`, `text`: diagnosis branch and Impression, the joint space.
         `image_findings`, `text_findings`: reading branch and Findings.
         With `image_2` (training): `image_2`, `image_findings_2`, and the second reading draws
         `reading`, `reading_2` of the image-image term. `<section>_report`: raw report features.
@@ -209,6 +220,7 @@ class Imitate(nn.Module):
             features |= self._encode_views(batch, train)
         elif "image" in batch:
             encoded = self.image(normalise(batch["image"]), train=train)
+            features["image_pooled"] = encoded.pooled
             features["image"] = base.unit(self.diagnosis(encoded.pooled, train=train))
             # Evaluation must not depend on a draw: the mean over a few fixed ones.
             keys = jax.random.split(jax.random.key(0), self.eval_draws)

@@ -33,7 +33,7 @@ class MaskedLanguageModel(nn.Module):
     frozen = ()
 
     def __call__(self, batch, *, train=False):
-        """Run both halves: initialises every parameter."""
+        """Run both halves."""
         return self.objective(self.encode(batch, train=train), batch, train=train)
 
     def encode(self, batch, *, train=False):

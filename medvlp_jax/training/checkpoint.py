@@ -94,6 +94,18 @@ class Checkpointer:
             raise UserError(self._damaged(step, error)) from error
         return Restored(restored["state"], restored["position"], restored["config"])
 
+    def read(self, step: int) -> Mapping[str, Any]:
+        """Read the state of one checkpoint as nested dicts, wherever its shapes lead.
+
+        Raises:
+          UserError: when it is damaged.
+        """
+        items = ocp.args.Composite(state=ocp.args.StandardRestore())
+        try:
+            return self.manager.restore(step, args=items)["state"]
+        except Exception as error:
+            raise UserError(self._damaged(step, error)) from error
+
     def close(self) -> None:
         """Wait for what is in flight and release the threads."""
         self.manager.close()

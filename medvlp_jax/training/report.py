@@ -63,7 +63,11 @@ class Reporter:
             return
         terms = {k.removeprefix("loss/"): f"{v:.3f}" for k, v in metrics.items() if "loss" in k}
         self.bar.set_postfix(terms, refresh=False)
-        speed = {"time/step": seconds, "time/data": waited, "time/pairs_per_second": pairs / seconds}
+        speed = {
+            "time/step": seconds,
+            "time/data": waited,
+            "time/pairs_per_second": pairs / seconds,
+        }
         self.write(step, {**metrics, **speed})
 
     def write(self, step: int, values: Mapping[str, float]) -> None:

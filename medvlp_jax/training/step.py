@@ -56,13 +56,18 @@ def check_batch(recipe, batch: Mapping) -> None:
 
 
 def init_variables(recipe, batch: Mapping, seed: int) -> dict:
-    """Initialise all parameters and collections; `batch` may be tiny, only its shapes count."""
-    keys = dict(
-        zip(("params", *RNGS), jax.random.split(jax.random.key(seed), 1 + len(RNGS)), strict=True)
-    )
+    """Initialise all parameters and collections.
+
+    Args:
+      recipe: its `encode` must touch every parameter when all modalities are there.
+      batch: a few examples with every modality, text as tokens; only the shapes count.
+      seed: of the initial values.
+    """
+    keys = jax.random.split(jax.random.key(seed), 1 + len(RNGS))
+    rngs = dict(zip(("params", *RNGS), keys, strict=True))
     # One compiled program: op-by-op initialisation of a large model takes minutes.
-    variables = jax.jit(lambda k, b: recipe.init(k, b, train=True))(keys, batch)
-    return {"params": {}, **variables}
+    init = jax.jit(lambda rngs, batch: recipe.init(rngs, batch, train=True, method="encode"))
+    return init(rngs, batch)
 
 
 def make_state(variables: Mapping, tx, frozen: Sequence[str]) -> TrainState:
@@ -97,7 +102,7 @@ def make_train_step(
         (total, (terms, weights, collections)), grads = grad(state.params, state, batch, rngs)
         updates, optimizer = tx.update(grads, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = {"loss": total, "grad_norm": optax.global_norm(grads), "lr": rate(state.step)}
+        metrics = {"loss": total, "grad_norm": optax.tree.norm(grads), "lr": rate(state.step)}
         metrics |= {f"loss/{k}": v for k, v in terms.items()}
         metrics |= {f"weight/{k}": v for k, v in weights.items()}
         return TrainState(state.step + 1, params, state.frozen, collections, optimizer), metrics

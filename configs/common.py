@@ -1,0 +1,127 @@
+"""The sections every config has, with every setting and its default; methods override by name."""
+
+from ml_collections import ConfigDict
+
+
+def data(**fields) -> ConfigDict:
+    """Corpora, tokenizer, image preparation and views."""
+    return _section(
+        {
+            "corpora": ("cxr_phantom",),  # NAME or NAME:VARIANT, see `medvlp data list`
+            "shares": (),  # share of each corpus in a batch; () = by size
+            "split": "train",
+            "data_dir": "",  # prepared corpora; "" = $MEDVLP_DATA_DIR or the user's cache
+            "manual_dir": "",  # the source's own files; "" = $MEDVLP_TEST_DATA/NAME
+            "tokenizer": "",  # a file or folder, a shipped vocabulary; "" = that of init.text
+            "text_length": 256,  # tokens a section; IMITATE's released code
+            "size": 256,  # pixels a side before the crop; G2D, same group
+            "crop": 224,  # pixels a side the encoder sees; IMITATE's released code
+            "channels": 1,
+            "fit": "squash",  # or "pad"; squash: IMITATE's released code
+            "crop_black_border": True,  # IMITATE's released code
+            "stretch": True,  # likewise
+            "legacy_wrap": False,  # their uint8 overflow of the brightest pixels
+            "mask_lower_edge": 0.0,  # share of the image height blackened from below
+            "view": {  # probabilities, degrees; IMITATE's released code
+                "flip_horizontal": 0.5,
+                "flip_vertical": 0.5,
+                "rotation": 30.0,
+                "perspective": 0.5,
+                "perspective_probability": 0.5,
+                "autocontrast": 0.5,
+            },
+            "threads": 2,
+            "prefetch": 4,
+        },
+        fields,
+    )
+
+
+def optim(**fields) -> ConfigDict:
+    """AdamW with a single cosine over all steps."""
+    return _section(
+        {
+            "name": "adamw",
+            "lr": 2e-4,  # IMITATE's released code
+            "warmup": 0,  # steps
+            "schedule": "cosine",
+            "floor": 1e-8,  # IMITATE's released code
+            "weight_decay": 0.05,  # likewise
+            "b1": 0.9,
+            "b2": 0.999,
+            "clip": 0.0,  # largest global gradient norm; 0 = none
+            "multipliers": (),  # ((pattern, factor), ...) on the learning rate
+            "no_decay": (),  # patterns without weight decay
+            "freeze": (),  # patterns of fixed parameters, besides the recipe's own
+        },
+        fields,
+    )
+
+
+def train(**fields) -> ConfigDict:
+    """Length, batch, and how often what is written."""
+    return _section(
+        {
+            "steps": 1000,
+            "batch_size": 128,  # global
+            "log_every": 10,
+            "checkpoint_every": 500,
+            "keep": 2,  # newest checkpoints kept
+            "keep_every": 0,  # steps whose checkpoints are kept for good; 0 = none
+            "evaluate_every": 500,
+            "evaluate_limit": 1000,  # examples of an evaluation during training
+            "export": True,
+            "wandb": False,
+            "wandb_project": "medvlp",
+        },
+        fields,
+    )
+
+
+def evals(**fields) -> ConfigDict:
+    """What is measured at the end."""
+    return _section(
+        {
+            "protocols": ("zero_shot", "retrieval", "probe"),
+            "corpus": "",  # "" = the first of data.corpora
+            "split": "test",
+            "prompts": "",  # a prompt file; "" = the corpus' own
+            "class_task": "",  # whose classes P@K counts; "" = the corpus' first task
+            "batch_size": 64,
+            "limit": 0,  # only the first examples; 0 = all
+            "probe_limit": 0,  # training examples of the linear probe; 0 = all
+            "resamples": 2000,  # of the bootstrap over patients
+            "controls": ("untrained",),  # "untrained", "masked_edge"
+            "masked_edge": 0.12,
+        },
+        fields,
+    )
+
+
+def rest(**fields) -> dict:
+    """Seed, mesh, weights to start from, and the masked language modelling stage."""
+    return {
+        "seed": fields.pop("seed", 0),
+        "mesh": ConfigDict({"data": -1, "fsdp": 1, "tensor": 1, "rules": ()}),
+        "init": _section({"params": "", "image": "", "text": ""}, fields.pop("init", {})),
+        # Our choice throughout: for corpora without a published text encoder at hand.
+        "mlm": _section(
+            {
+                "steps": 600,
+                "batch_size": 64,
+                "lr": 1e-3,
+                "warmup": 60,
+                "weight_decay": 0.01,
+                "rate": 0.15,
+            },
+            fields.pop("mlm", {}),
+        ),
+    }
+
+
+def _section(defaults, fields) -> ConfigDict:
+    """Merge; a name that is not among the defaults is an error of the config file."""
+    section = ConfigDict(defaults)
+    section.lock()
+    section.update(fields)
+    return section

@@ -1,0 +1,290 @@
+"""From a resolved config to the parts of a run: tokenizer, recipe, corpora, batches, weights.
+
+What `train`, `evaluate` and `convert export` share. Takes plain dicts, never a ConfigDict.
+"""
+
+import functools
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from medvlp_jax import config as configs
+from medvlp_jax import convert, sharding
+from medvlp_jax.config import UserError
+from medvlp_jax.data import corpora, pipeline, transforms
+from medvlp_jax.data import text as tokenisation
+from medvlp_jax.training import params as paths
+from medvlp_jax.training import text as text_stage
+from medvlp_jax.training.checkpoint import Checkpointer
+from medvlp_jax.training.step import TrainState, init_variables
+
+CONFIG = "config.json"
+
+
+class Parts(NamedTuple):
+    """A run without its state.
+
+    Attributes:
+      config: resolved, nested plain dict.
+      recipe: the method, a Linen module.
+      tokenizer: of the `tokenizers` library.
+      mesh: over all devices.
+      loaded: variables that replace freshly initialised ones: {"image": ..., "text": ...}.
+    """
+
+    config: Mapping[str, Any]
+    recipe: Any
+    tokenizer: Any
+    mesh: jax.sharding.Mesh
+    loaded: Mapping[str, Mapping]
+
+
+def read_config(folder: pathlib.Path) -> dict:
+    """Read the resolved config of a run folder; JSON's lists become tuples again.
+
+    Raises:
+      UserError: if the folder holds no run.
+    """
+    file = pathlib.Path(folder) / CONFIG
+    if not file.is_file():
+        raise UserError(f"{folder} is not a run folder: it has no {CONFIG}.")
+    return _tuples(json.loads(file.read_text()))
+
+
+def open_corpora(data: Mapping[str, Any], split: str) -> list[corpora.Source]:
+    """Open the split of every corpus; prepares what needs nothing from the user."""
+    return [open_corpus(name, data, split) for name in data["corpora"]]
+
+
+def open_corpus(name: str, data: Mapping[str, Any], split: str) -> corpora.Source:
+    """Open one corpus, "name" or "name:variant"."""
+    name, _, variant = name.partition(":")
+    return corpora.open_source(
+        name,
+        split,
+        data_dir=data["data_dir"],
+        manual_dir=data["manual_dir"],
+        builder_config=variant,
+    )
+
+
+def parts(config: Mapping[str, Any], *, pretrained: bool = True) -> Parts:
+    """Build tokenizer, mesh and recipe, and find the weights to start from.
+
+    Args:
+      config: resolved config.
+      pretrained: False leaves out weights that a checkpoint will replace anyway.
+
+    Raises:
+      UserError: for settings that do not fit together.
+    """
+    init, data = config["init"], config["data"]
+    try:
+        mesh = sharding.make_mesh(**{k: config["mesh"][k] for k in sharding.AXES})
+    except ValueError as error:
+        raise UserError(f"{error}.") from None
+    spec = dict(config["recipe"])
+    name = spec.pop("name")
+    loaded = {}
+    tokenizer = tokenisation.load_tokenizer(data["tokenizer"] or _fetched(init["text"]))
+    spec["text"] = _text_spec(spec["text"], tokenizer, data)
+    folders = {"image": init["image"], "text": init["text"]}
+    if init["text"] == "mlm":
+        # The spec says all about this encoder; only its weights lie in a folder.
+        trained = text_encoder_folder(config, spec["text"], tokenizer, mesh) if pretrained else ""
+        folders["text"] = trained
+    for side, folder in folders.items():
+        if folder:
+            fields = {
+                k: v for k, v in spec[side].items() if k in ("pooling", "attention", "layout")
+            }
+            dtype = spec[side].get("dtype")
+            extra = {"mlm_head": False, "pooler": False} if side == "text" else {}
+            module, variables = convert.load(folder, dtype=dtype, **fields, **extra)
+            spec[side] = module
+            if pretrained:
+                loaded[side] = variables
+    recipe = configs.build("medvlp_jax.recipes", name, **spec)
+    return Parts(config, recipe, tokenizer, mesh, loaded)
+
+
+def text_encoder_folder(config, spec, tokenizer, mesh) -> pathlib.Path:
+    """Return the folder of the text encoder trained on this run's reports; trains it if need be."""
+    sources = open_corpora(config["data"], config["data"]["split"])
+    texts = pipeline.mlm_texts(sources)
+    return text_stage.pretrain(
+        texts,
+        encoder=spec,
+        tokenizer=tokenizer,
+        mesh=mesh,
+        folder=_derived(config) / "text_encoder",
+        seed=config["seed"],
+        text_length=config["data"]["text_length"],
+        **config["mlm"],
+    )
+
+
+def record_transform(parts: Parts, inputs: Sequence[str], *, train: bool, features=None, mask=None):
+    """Return record -> example for the given batch keys: random views in training, else the centre.
+
+    Args:
+      parts: of the run.
+      inputs: batch keys.
+      train: random views, no labels.
+      features: cached text features by text.
+      mask: share of the lower edge to blacken; None takes data.mask_lower_edge.
+    """
+    data = parts.config["data"]
+    decode = functools.partial(
+        transforms.decode,
+        size=data["size"],
+        channels=data["channels"],
+        crop_black_border=data["crop_black_border"],
+        stretch=data["stretch"],
+        legacy_wrap=data["legacy_wrap"],
+        fit=data["fit"],
+    )
+    fraction = data["mask_lower_edge"] if mask is None else mask
+    if fraction:
+        whole = decode
+        decode = lambda encoded: transforms.mask_lower_edge(whole(encoded), fraction)
+    view = functools.partial(transforms.center_view, size=data["crop"])
+    if train:
+        view = functools.partial(transforms.imitate_view, size=data["crop"], **data["view"])
+    return pipeline.record_transform(
+        inputs=inputs,
+        decode=decode,
+        view=view,
+        tokenizer=parts.tokenizer,
+        lengths=dict.fromkeys(("findings", "impression", "report"), data["text_length"]),
+        features=features,
+        train=train,
+    )
+
+
+def train_batches(parts: Parts, sources, features=None):
+    """Return the iterator of this process's training batches."""
+    data = parts.config["data"]
+    return iter(
+        pipeline.train_dataset(
+            sources,
+            transform=record_transform(parts, parts.recipe.inputs, train=True, features=features),
+            batch_size=parts.config["train"]["batch_size"],
+            seed=parts.config["seed"],
+            weights=data["shares"] or None,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            threads=data["threads"],
+            prefetch=data["prefetch"],
+        )
+    )
+
+
+def initial_variables(parts: Parts) -> dict:
+    """Initialise the recipe and put loaded weights in place.
+
+    Raises:
+      UserError: if a run to start from does not fit.
+    """
+    data = parts.config["data"]
+    shape = (2, data["crop"], data["crop"], data["channels"])
+    tokens = tokenisation.tokenize(parts.tokenizer, ["a", "b"], data["text_length"])
+    batch = dict.fromkeys(("image", "image_2"), np.zeros(shape, np.uint8))
+    batch |= dict.fromkeys(("findings", "impression", "report"), tokens)
+    variables = init_variables(parts.recipe, batch, parts.config["seed"])
+    for side, values in parts.loaded.items():
+        for kind in variables:
+            if side in variables[kind]:
+                source = f"init.{side}={parts.config['init'][side]}"
+                variables[kind] = paths.replace(variables[kind], side, values.get(kind, {}), source)
+    if parts.config["init"]["params"]:
+        folder = pathlib.Path(parts.config["init"]["params"])
+        variables = read_variables(folder, variables)
+    return variables
+
+
+def cached_text(parts: Parts, variables: Mapping, sources) -> dict[str, np.ndarray] | None:
+    """Encode all training texts once, where the recipe reads cached features; else None."""
+    if not any(key.endswith("_feature") for key in parts.recipe.inputs):
+        return None
+    encode = jax.jit(lambda p, tokens: parts.recipe.text.apply({"params": p}, tokens).pooled)
+    weights = jax.device_put(variables["params"]["text"])
+    return text_stage.cache_features(
+        pipeline.mlm_texts(sources),
+        lambda tokens: encode(weights, tokens),
+        tokenizer=parts.tokenizer,
+        length=parts.config["data"]["text_length"],
+    )
+
+
+def frozen_patterns(parts: Parts) -> tuple[str, ...]:
+    """Patterns of fixed parameters: the recipe's own and config.optim.freeze."""
+    return tuple(parts.recipe.frozen) + tuple(parts.config["optim"]["freeze"])
+
+
+def place(state: TrainState, mesh, rules) -> TrainState:
+    """Put a state on the mesh: parameters by rule, and optimiser state beside its parameters."""
+    return jax.device_put(state, sharding.shardings(state, mesh, rules))
+
+
+def read_variables(folder: pathlib.Path, template: Mapping) -> dict:
+    """Read parameters and collections of the newest checkpoint of a run, without optimiser state.
+
+    Args:
+      folder: a run folder.
+      template: variables of the wanted shapes.
+
+    Raises:
+      UserError: if there is no checkpoint, or it does not fit.
+    """
+    checkpointer = Checkpointer(pathlib.Path(folder) / "checkpoints")
+    step = checkpointer.latest()
+    if step is None:
+        raise UserError(f"{folder} has no checkpoint.")
+    restored = checkpointer.read(step)
+    checkpointer.close()
+    variables = {"params": paths.merge(restored["params"], restored["frozen"] or {})}
+    variables |= restored["collections"] or {}
+    checked = {}
+    for kind, tree in template.items():
+        checked[kind] = paths.replace({"all": tree}, "all", variables.get(kind, {}), str(folder))[
+            "all"
+        ]
+    return checked
+
+
+def _text_spec(spec: Mapping, tokenizer, data) -> dict:
+    """Fill in the vocabulary size and hold the text length against the position table."""
+    spec = {**spec, "vocab_size": tokenizer.get_vocab_size()}
+    module = configs.build(
+        "medvlp_jax.encoders", spec["name"], **{k: v for k, v in spec.items() if k != "name"}
+    )
+    longest = getattr(module, "max_length", data["text_length"])
+    if data["text_length"] > longest:
+        raise UserError(
+            f"data.text_length={data['text_length']} is longer than the text encoder's position "
+            f"table of {longest}."
+        )
+    return spec
+
+
+def _fetched(source: str) -> str:
+    """Return the folder whose tokenizer files go with a pretrained text encoder."""
+    if not source or source == "mlm":
+        raise UserError("data.tokenizer is empty: name a tokenizer file, or init.text=HF_FOLDER.")
+    return str(convert.fetch(source))
+
+
+def _derived(config) -> pathlib.Path:
+    root = config["data"]["data_dir"] or corpora.default_data_dir()
+    return pathlib.Path(root).expanduser() / "derived"
+
+
+def _tuples(value):
+    if isinstance(value, dict):
+        return {k: _tuples(v) for k, v in value.items()}
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value

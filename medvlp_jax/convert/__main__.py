@@ -1,0 +1,88 @@
+"""Command line: `medvlp convert import HF_DIR_OR_ID OUT`."""
+
+import argparse
+import json
+import logging
+import sys
+from pathlib import Path
+
+from medvlp_jax.config import UserError
+from medvlp_jax.convert import checkpoint
+
+DESCRIPTION = """\
+Weights in from Hugging Face, and back out.
+
+  import   reads a checkpoint into this project's encoders, checks every tensor, and writes it
+           again as a clean folder: config.json, model.safetensors, tokenizer files.
+"""
+
+IMPORT = """\
+Read config.json and safetensors, check that every tensor is used or is a head known by name, and
+write a folder that both medvlp_jax.convert.load and transformers.AutoModel.from_pretrained read.
+Architectures: resnet, vit, bert (also cxr-bert). Pickles (pytorch_model.bin) are never read.
+
+  medvlp convert import emilyalsentzer/Bio_ClinicalBERT weights/bioclinicalbert
+  medvlp convert import ~/downloads/resnet-50 weights/resnet50
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """Build the parser; each verb sets `run`, a function of the parsed arguments."""
+    top = argparse.ArgumentParser("medvlp convert", description=DESCRIPTION, formatter_class=_RAW)
+    verbs = top.add_subparsers(required=True, metavar="VERB")
+    verb = verbs.add_parser(
+        "import", help="Hugging Face -> a checked folder", description=IMPORT, formatter_class=_RAW
+    )
+    verb.add_argument("source", metavar="HF_DIR_OR_ID", help="a folder, or an id on the hub")
+    verb.add_argument("out", metavar="OUT", type=Path, help="a folder that is new or empty")
+    verb.add_argument(
+        "--drop",
+        metavar="NAME",
+        nargs="+",
+        default=[],
+        help="tensors to leave out besides the heads known by name",
+    )
+    verb.set_defaults(run=import_)
+    return top
+
+
+_RAW = argparse.RawDescriptionHelpFormatter
+
+
+def import_(arguments: argparse.Namespace) -> None:
+    """Read, check and write one checkpoint.
+
+    Raises:
+      UserError: if OUT holds files already, or the checkpoint does not fit.
+    """
+    if arguments.out.exists() and any(arguments.out.iterdir()):
+        raise UserError(f"{arguments.out} is not empty; name a new folder.")
+    folder = checkpoint.fetch(arguments.source)
+    module, variables = checkpoint.load(folder, drop=arguments.drop)
+    processor = folder / checkpoint.PREPROCESSOR
+    has_tokenizer = any((folder / name).is_file() for name in checkpoint.TOKENIZER_FILES)
+    checkpoint.save(
+        module,
+        variables,
+        arguments.out,
+        tokenizer=folder if has_tokenizer else None,
+        preprocessor=json.loads(processor.read_text()) if processor.is_file() else None,
+    )
+    print(f"{type(module).__name__} in {arguments.out}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run one verb.
+
+    Raises:
+      UserError: for bad input.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    arguments = parser().parse_args(argv)
+    arguments.run(arguments)
+
+
+if __name__ == "__main__":
+    from medvlp_jax import cli
+
+    sys.exit(cli.run(main))

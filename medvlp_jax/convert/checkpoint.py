@@ -1,0 +1,281 @@
+"""Hugging Face folders: config.json + *.safetensors -> module and variables, and back."""
+
+import json
+import logging
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from medvlp_jax.config import UserError
+from medvlp_jax.convert import bert, resnet, vit
+from medvlp_jax.convert.table import Table
+from medvlp_jax.convert.tensors import (
+    SINGLE,
+    base_names,
+    read_tensors,
+    to_tensors,
+    to_variables,
+    write_tensors,
+)
+from medvlp_jax.encoders.base import construct
+
+TABLES = (resnet.TABLE, vit.TABLE, bert.TABLE)
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+)
+PREPROCESSOR = "preprocessor_config.json"
+
+# What a checkpoint may disagree on with the module it is read into: these change training only.
+TRAINING_FIELDS = ("dropout", "attention_dropout")
+
+logger = logging.getLogger(__name__)
+
+
+def load(path: str | Path, *, dtype: Any = None, drop: Iterable[str] = (), **overrides: Any):
+    """Read a Hugging Face checkpoint.
+
+    Optional parameters (pooler, masked-language-model head) exist where the file has them, unless
+    overridden. Tensors of heads this project does not have are left out by name, and logged.
+
+    Args:
+      path: a folder with config.json and safetensors, or the id of a model on the hub.
+      dtype: of the matrix products; the parameters are float32 in any case.
+      drop: names of further tensors to leave out.
+      **overrides: fields of the module, such as pooling="mean", mlm_head=False, layout="scan".
+
+    Returns:
+      (module, variables): a Linen module and {"params": ..., maybe "batch_stats": ...} of float32
+      NumPy arrays, on the host, so that a caller can shard them.
+
+    Raises:
+      UserError: naming what is wrong with the folder, its config or its tensors, all of it at once.
+    """
+    folder = fetch(path)
+    config = read_config(folder)
+    table = table_of_config(config, folder)
+    tensors = base_names(table, read_tensors(folder))
+    fields = {**fields_of(table, config, folder), **table.detect(tensors), **overrides}
+    if dtype is not None:
+        fields["dtype"] = dtype
+    module = construct(table.module, fields)
+    return module, _variables(table, module, tensors, folder, drop)
+
+
+def load_into(module: Any, path: str | Path, *, drop: Iterable[str] = ()) -> dict[str, Any]:
+    """Read a Hugging Face checkpoint into a module that is already built.
+
+    Args:
+      module: one of our encoders.
+      path: a folder with config.json and safetensors, or the id of a model on the hub.
+      drop: names of further tensors to leave out.
+
+    Returns:
+      Its variables, as `load` does.
+
+    Raises:
+      UserError: if the config is of another architecture or size, or the tensors do not fit.
+    """
+    folder = fetch(path)
+    config = read_config(folder)
+    table = table_of_config(config, folder)
+    if not isinstance(module, table.module):
+        raise UserError(
+            f"{folder} holds a {config['model_type']!r}, which is not a {type(module).__name__}."
+        )
+    different = [
+        f"{name} is {value!r} there and {getattr(module, name)!r} here"
+        for name, value in fields_of(table, config, folder).items()
+        if name not in TRAINING_FIELDS and value != getattr(module, name)
+    ]
+    if different:
+        raise UserError(f"{folder} does not fit {type(module).__name__}: {'; '.join(different)}.")
+    tensors = base_names(table, read_tensors(folder))
+    return _variables(table, module, tensors, folder, drop)
+
+
+def _variables(table, module, tensors, folder, drop):
+    left_out = [name for name in table.left_out(module) if name in tensors]
+    if left_out:
+        logger.info("%s: left out %s", folder, ", ".join(left_out))
+    return to_variables(table, module, tensors, source=str(folder), drop=drop)
+
+
+def save(
+    module: Any,
+    variables: Mapping[str, Any],
+    out_dir: str | Path,
+    *,
+    tokenizer: Any = None,
+    preprocessor: Mapping[str, Any] | None = None,
+    card: str | None = None,
+) -> None:
+    """Write a folder that `transformers.AutoModel.from_pretrained` loads.
+
+    A module without a pooler is written without one. `transformers` then makes a random pooler,
+    unless told not to: `AutoModel.from_pretrained(out_dir, add_pooling_layer=False)`.
+
+    Args:
+      module: one of our encoders.
+      variables: {"params": ..., maybe "batch_stats": ...}.
+      out_dir: made if absent.
+      tokenizer: a folder whose tokenizer files to carry along (`out_dir` if they lie there
+        already), or an object with `save_pretrained`.
+      preprocessor: contents of preprocessor_config.json, see `image_processor`.
+      card: text of README.md.
+
+    Raises:
+      UserError: if the module is not one we can write, or the variables are not all its own.
+    """
+    table = table_of_module(module)
+    architecture, prefix = table.architecture(module)
+    tensors = {**to_tensors(table, module, variables), **table.added(module)}
+    tensors = {
+        name if name.startswith(table.heads) else f"{prefix}{name}": tensor
+        for name, tensor in tensors.items()
+    }
+    config = {
+        "architectures": [architecture],
+        "model_type": table.model_types[0],
+        "dtype": "float32",
+        **table.fixed,
+        **{key: f.write(getattr(module, f.name)) for key, f in table.fields.items()},
+    }
+    out_dir = Path(out_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    write_tensors(out_dir / SINGLE, tensors)
+    _write_json(out_dir / "config.json", config)
+    if tokenizer is not None:
+        _save_tokenizer(tokenizer, out_dir)
+    if preprocessor is not None:
+        _write_json(out_dir / PREPROCESSOR, preprocessor)
+    if card is not None:
+        (out_dir / "README.md").write_text(card)
+
+
+def _write_json(file, content):
+    file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def _save_tokenizer(tokenizer, out_dir):
+    if hasattr(tokenizer, "save_pretrained"):
+        tokenizer.save_pretrained(out_dir)
+        return
+    found = [name for name in TOKENIZER_FILES if (Path(tokenizer) / name).is_file()]
+    if not found:
+        raise UserError(f"{tokenizer} holds no tokenizer file, such as {TOKENIZER_FILES[0]}.")
+    if Path(tokenizer).resolve() != out_dir.resolve():
+        for name in found:
+            shutil.copyfile(Path(tokenizer) / name, out_dir / name)
+
+
+def image_processor(size: int, *, mean: Iterable[float], std: Iterable[float]) -> dict[str, Any]:
+    """Describe our image preprocessing as `transformers.AutoImageProcessor` reads it.
+
+    Args:
+      size: pixels a side.
+      mean: per channel, of pixels scaled to [0, 1].
+      std: per channel, same scale.
+    """
+    return {
+        "image_processor_type": "ViTImageProcessor",
+        "do_resize": True,
+        "size": {"height": size, "width": size},
+        "resample": 2,  # PIL's bilinear
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(mean),
+        "image_std": list(std),
+    }
+
+
+def fetch(path: str | Path) -> Path:
+    """Return the folder itself, or download the hub id's config, safetensors and tokenizer.
+
+    Raises:
+      UserError: if it is not a folder and the hub does not give it.
+    """
+    if Path(path).is_dir():
+        return Path(path)
+    if Path(path).exists():
+        raise UserError(f"{path} is a file; give the folder that holds config.json.")
+    import huggingface_hub  # here, so that reading a folder needs nothing of the network's
+
+    wanted = ["config.json", "*.safetensors", "*.safetensors.index.json", PREPROCESSOR]
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(str(path), allow_patterns=[*wanted, *TOKENIZER_FILES])
+        )
+    except (huggingface_hub.errors.HfHubHTTPError, ValueError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"'{path}' is no folder, and the hub did not give it: {reason}") from error
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read config.json.
+
+    Raises:
+      UserError: if there is none, or it names no model_type.
+    """
+    file = folder / "config.json"
+    if not file.is_file():
+        raise UserError(f"{folder} holds no config.json.")
+    config = json.loads(file.read_text())
+    if "model_type" not in config:
+        raise UserError(f"{file} names no model_type, such as {', '.join(_model_types())}.")
+    return config
+
+
+def _model_types():
+    return [name for table in TABLES for name in table.model_types]
+
+
+def table_of_config(config: Mapping[str, Any], folder: Path) -> Table:
+    """Return the table for a config's model_type.
+
+    Raises:
+      UserError: if there is none.
+    """
+    for table in TABLES:
+        if config["model_type"] in table.model_types:
+            return table
+    known = ", ".join(_model_types())
+    raise UserError(f"{folder} is a {config['model_type']!r}; this project reads {known}.")
+
+
+def table_of_module(module: Any) -> Table:
+    """Return the table for one of our encoders.
+
+    Raises:
+      UserError: if there is none.
+    """
+    for table in TABLES:
+        if isinstance(module, table.module):
+            return table
+    known = ", ".join(table.module.__name__ for table in TABLES)
+    raise UserError(f"No Hugging Face form of {type(module).__name__}; there is one of {known}.")
+
+
+def fields_of(table: Table, config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Translate config.json into fields of our module.
+
+    Raises:
+      UserError: listing every setting this implementation does not have.
+    """
+    # A key that is absent has the default of the class in `transformers`.
+    wrong = [
+        f"{key} {config[key]!r} (only {value!r})"
+        for key, value in table.fixed.items()
+        if config.get(key, value) != value
+    ]
+    if wrong:
+        raise UserError(f"{folder}/config.json asks for what is not here: {', '.join(wrong)}.")
+    return {f.name: f.read(config.get(key, f.default)) for key, f in table.fields.items()}

@@ -1,0 +1,90 @@
+"""What conversion must know of one architecture: pairs of names, and how its config is written.
+
+One file an architecture ends in a `TABLE`. Names of tensors are those of the base model in
+`transformers`, without the prefix that a model with a head puts before them.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+class Rule(NamedTuple):
+    """One tensor of a file and one array of ours.
+
+    Attributes:
+      tensor: name in the file.
+      path: ours, "collection/module/.../leaf"; blocks as in the unrolled layout.
+      axes: the transposition from the file's layout to ours; () keeps it.
+    """
+
+    tensor: str
+    path: str
+    axes: tuple[int, ...] = ()
+
+
+class Field(NamedTuple):
+    """One field of a module and how config.json writes it."""
+
+    name: str
+    default: Any
+    read: Callable[[Any], Any] = lambda value: value
+    write: Callable[[Any], Any] = lambda value: value
+
+
+class Table(NamedTuple):
+    """One architecture.
+
+    Attributes:
+      module: our class.
+      model_types: the `model_type`s of config.json it covers; the first is the one written.
+      prefix: of base-model tensors in files saved with a head on top.
+      fields: config key -> Field.
+      fixed: config key -> the only value this implementation has.
+      example: module -> the smallest input, for shapes.
+      rules: module -> every Rule.
+      architecture: module -> (class in `transformers` to name, prefix it puts before tensors).
+      heads: beginnings of names that never take a prefix.
+      detect: names in a file -> fields that say which optional parameters exist.
+      left_out: module -> {name: what it is} of tensors known and not read.
+      tied: module -> {name: name} of tensors stored twice, which must be equal.
+      added: module -> tensors PyTorch has and we do not, to write.
+      aliases: endings of old names -> today's.
+    """
+
+    module: type
+    model_types: tuple[str, ...]
+    prefix: str
+    fields: Mapping[str, Field]
+    fixed: Mapping[str, Any]
+    example: Callable[[Any], Any]
+    rules: Callable[[Any], list[Rule]]
+    architecture: Callable[[Any], tuple[str, str]]
+    heads: tuple[str, ...] = ()
+    detect: Callable[[Iterable[str]], dict[str, Any]] = lambda names: {}
+    left_out: Callable[[Any], Mapping[str, str]] = lambda module: {}
+    tied: Callable[[Any], Mapping[str, str]] = lambda module: {}
+    added: Callable[[Any], Mapping[str, np.ndarray]] = lambda module: {}
+    aliases: Mapping[str, str] = {}
+
+
+def linear(tensor: str, path: str) -> list[Rule]:
+    """Rules of a `nn.Linear`, whose weight is [out, in]."""
+    return [
+        Rule(f"{tensor}.weight", f"params/{path}/kernel", (1, 0)),
+        Rule(f"{tensor}.bias", f"params/{path}/bias"),
+    ]
+
+
+def conv(tensor: str, path: str) -> Rule:
+    """Rule of a `nn.Conv2d`'s weight: [out, in, height, width] -> [height, width, in, out]."""
+    return Rule(f"{tensor}.weight", f"params/{path}/kernel", (2, 3, 1, 0))
+
+
+def norm(tensor: str, path: str) -> list[Rule]:
+    """Rules of a `nn.LayerNorm`, or of a `nn.BatchNorm2d`'s parameters."""
+    return [
+        Rule(f"{tensor}.weight", f"params/{path}/scale"),
+        Rule(f"{tensor}.bias", f"params/{path}/bias"),
+    ]

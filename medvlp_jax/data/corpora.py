@@ -1,0 +1,282 @@
+"""Corpora by name: prepare them once as array_record files, then open them for random access.
+
+TFDS writes into a folder of another name and renames it when the last record is written, so that an
+interrupted preparation never passes for a corpus. No TensorFlow, no network.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import fcntl
+import functools
+import importlib
+import io
+import os
+import pkgutil
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import absl.logging
+import tensorflow_datasets as tfds
+from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+from medvlp_jax.config import UserError, nearest
+from medvlp_jax.data import datasets, records
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Random access to the records of one split, as `records.parse` returns them; thread-safe.
+
+    Attributes:
+      name: of the corpus.
+      split: "train", "validation" or "test".
+      metadata: what `records.metadata` stored: tasks, mask_bits, table, generated.
+      folder: where the records lie.
+    """
+
+    name: str
+    split: str
+    metadata: Mapping[str, Any]
+    folder: Path
+    _serialised: Any = dataclasses.field(repr=False)
+
+    @property
+    def tasks(self) -> Mapping[str, list[str]]:
+        """Class names of every label task, in the order of the label vector."""
+        return self.metadata["tasks"]
+
+    def __len__(self) -> int:
+        return len(self._serialised)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return records.parse(self._serialised[int(index)], self.metadata)
+
+    def texts(self) -> list[tuple[str, str]]:
+        """Return (findings, impression) of every record in order; read once, no image decoded."""
+        return self._texts
+
+    @functools.cached_property
+    def _texts(self) -> list[tuple[str, str]]:
+        entries = (self[i] for i in range(len(self)))
+        return [(entry["findings"], entry["impression"]) for entry in entries]
+
+
+def names() -> list[str]:
+    """Return the names of all corpora."""
+    return sorted(module.name for module in pkgutil.iter_modules(datasets.__path__) if module.ispkg)
+
+
+def default_data_dir() -> Path:
+    """Return `$MEDVLP_DATA_DIR`, or a folder in the user's cache."""
+    return Path(os.environ.get("MEDVLP_DATA_DIR") or "~/.cache/medvlp_jax/data").expanduser()
+
+
+def default_manual_dir(name: str) -> Path | None:
+    """Return `$MEDVLP_TEST_DATA/<name>` where that folder exists."""
+    root = os.environ.get("MEDVLP_TEST_DATA")
+    folder = Path(root, name) if root else None
+    return folder if folder and folder.is_dir() else None
+
+
+def builder(name: str, *, data_dir: str | Path = "", builder_config: str = ""):
+    """Return the TFDS builder of a corpus.
+
+    Args:
+      name: one of `names()`.
+      data_dir: where prepared corpora lie; "" for `default_data_dir()`.
+      builder_config: a variant of the corpus; "" for its first.
+
+    Raises:
+      UserError: for an unknown name or variant.
+    """
+    if name not in names():
+        raise UserError(f"No corpus '{name}'. {nearest(name, names())}")
+    module = importlib.import_module(f"{datasets.__name__}.{name}.{name}_dataset_builder")
+    known = [config.name for config in module.Builder.BUILDER_CONFIGS]
+    if builder_config and builder_config not in known:
+        raise UserError(
+            f"{name} has no builder config '{builder_config}'. {nearest(builder_config, known)}"
+            if known
+            else f"{name} has no builder configs, so '{builder_config}' cannot be one of them."
+        )
+    with _quiet():
+        return module.Builder(
+            data_dir=Path(data_dir or default_data_dir()).expanduser(),
+            config=builder_config or None,
+            file_format="array_record",
+        )
+
+
+def prepare(
+    name: str, *, data_dir: str | Path = "", manual_dir: str | Path = "", builder_config: str = ""
+) -> Path:
+    """Write a corpus as array_record files where it is not there yet; return its folder.
+
+    Args:
+      name: one of `names()`.
+      data_dir: where to write; "" for `default_data_dir()`.
+      manual_dir: the source's own files; "" for `$MEDVLP_TEST_DATA/<name>`. A generated corpus
+        needs none.
+      builder_config: a variant of the corpus; "" for its first.
+
+    Raises:
+      UserError: for a missing source folder or a defect in it; nothing is left behind.
+    """
+    corpus = builder(name, data_dir=data_dir, builder_config=builder_config)
+    folder = Path(corpus.data_dir)
+    if _is_written(folder):
+        return folder
+    source = _source_folder(corpus, manual_dir)
+    with _locked(folder):
+        if folder.is_dir() and not _is_written(folder):
+            raise _damaged(name, folder, "its description is missing")
+        if not _is_written(folder):
+            _write(corpus, source)
+    return folder
+
+
+def check(name: str, *, manual_dir: str | Path = "", builder_config: str = "") -> dict[str, Any]:
+    """Read a corpus from its source without writing it.
+
+    Returns:
+      per split the number of records, of those with findings and with impression, of boxes, and of
+      different texts.
+
+    Raises:
+      UserError: for the first defect, with file and row.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        corpus = builder(name, data_dir=scratch, builder_config=builder_config)
+        manager = tfds.download.DownloadManager(
+            download_dir=scratch,
+            manual_dir=_source_folder(corpus, manual_dir),
+            manual_dir_instructions=corpus.MANUAL_DOWNLOAD_INSTRUCTIONS or "none needed",
+        )
+        generators = corpus._split_generators(manager)
+        return {split: _count(examples) for split, examples in generators.items()}
+
+
+def open_source(
+    name: str,
+    split: str,
+    *,
+    data_dir: str | Path = "",
+    manual_dir: str | Path = "",
+    builder_config: str = "",
+) -> Source:
+    """Open one split of a corpus; prepare the corpus first where that needs nothing from the user.
+
+    Args:
+      name: one of `names()`.
+      split: "train", "validation" or "test".
+      data_dir: where prepared corpora lie; "" for `default_data_dir()`.
+      manual_dir: the source's own files, see `prepare`.
+      builder_config: a variant of the corpus; "" for its first.
+
+    Raises:
+      UserError: for an unknown name, split or variant, a corpus that has to be prepared by hand
+        first, or one whose files are damaged.
+    """
+    folder = prepare(name, data_dir=data_dir, manual_dir=manual_dir, builder_config=builder_config)
+    corpus = builder(name, data_dir=data_dir, builder_config=builder_config)
+    splits = corpus.info.splits
+    if split not in splits:
+        raise UserError(f"{name} has no split '{split}'. {nearest(split, list(splits))}")
+    paths = [str(path) for path in splits[split].filepaths]
+    count = splits[split].num_examples
+    serialised = _open_shards(paths, count)
+    if serialised is None:
+        raise _damaged(name, folder, f"not all {count} records of {split} can be read")
+    return Source(name, split, corpus.info.metadata, folder, serialised)
+
+
+def _write(corpus, source: Path | None) -> None:
+    """Write a corpus; the caller holds its lock, so what a killed run left over can go."""
+    folder = Path(corpus.data_dir)
+    for leftover in folder.parent.glob(f"incomplete.*_{folder.name}"):
+        shutil.rmtree(leftover)
+    options = tfds.download.DownloadConfig(manual_dir=source, try_download_gcs=False)
+    # TFDS wants a download folder even where nothing is downloaded.
+    with _quiet(), tempfile.TemporaryDirectory() as scratch:
+        corpus.download_and_prepare(download_dir=scratch, download_config=options)
+
+
+def _damaged(name: str, folder: Path, defect: str) -> UserError:
+    return UserError(
+        f"{folder} is damaged: {defect}; delete that folder and run `medvlp data prepare {name}` "
+        "again."
+    )
+
+
+def _open_shards(paths: list[str], count: int) -> ArrayRecordDataSource | None:
+    """Return the files as one sequence; None where they do not hold `count` records."""
+    if not all(Path(path).is_file() for path in paths):
+        return None
+    try:
+        serialised = ArrayRecordDataSource(paths)
+        return serialised if len(serialised) == count else None
+    except (RuntimeError, ValueError, OSError):
+        return None
+
+
+def _is_written(folder: Path) -> bool:
+    return (folder / "dataset_info.json").is_file() and (folder / "features.json").is_file()
+
+
+def _source_folder(corpus, manual_dir: str | Path) -> Path | None:
+    """Return the folder with the source's own files; None for a generated corpus."""
+    if corpus.info.metadata["generated"]:
+        return None
+    name = corpus.name
+    folder = Path(manual_dir).expanduser() if manual_dir else default_manual_dir(name)
+    if folder is None:
+        raise UserError(
+            f"{name} is not prepared in {corpus.data_dir}; run `medvlp data prepare {name} "
+            f"--manual-dir DIR --data-dir {corpus.data_dir_root}` where DIR is: "
+            f"{corpus.MANUAL_DOWNLOAD_INSTRUCTIONS}"
+        )
+    if not folder.is_dir() or not any(folder.iterdir()):
+        raise UserError(
+            f"{folder} is missing or empty; {name} needs: {corpus.MANUAL_DOWNLOAD_INSTRUCTIONS}"
+        )
+    return folder
+
+
+def _count(examples: Iterator) -> dict[str, int]:
+    counts = collections.Counter()
+    texts = set()
+    for _, record in examples:
+        texts.add(record["text_id"])
+        counts["records"] += 1
+        counts["findings"] += bool(record["findings"])
+        counts["impression"] += bool(record["impression"])
+        counts["boxes"] += len(record["boxes"])
+    return {**counts, "texts": len(texts)}
+
+
+@contextlib.contextmanager
+def _locked(folder: Path):
+    """Let one process on this machine prepare at a time; the others find the corpus written."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with (folder.parent / f".{folder.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@contextlib.contextmanager
+def _quiet():
+    """Keep TFDS from reporting a corpus that is not there yet as a defect and a download."""
+    level = absl.logging.get_verbosity()
+    absl.logging.set_verbosity(absl.logging.ERROR)
+    if not sys.stderr.isatty():
+        tfds.disable_progress_bar()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        absl.logging.set_verbosity(level)

@@ -1,0 +1,1 @@
+"""Generated frontal chest radiographs with reports, boxes, masks and a patient table."""

@@ -1,0 +1,120 @@
+"""GENERATED frontal chest radiographs with two-section reports: phantoms, not patients.
+
+Every image is computed from a simple physical model of a chest, every report is composed from
+tables of phrases, every patient is drawn from a random number generator. Nothing here describes a
+person, and nothing trained on it is fit for clinical use. It exists so that the whole package runs,
+and can be tested, without any download. The data card is README.md beside this file.
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Iterator
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from medvlp_jax.config import UserError
+from medvlp_jax.data import records
+from medvlp_jax.data.datasets.cxr_phantom import generate, patients
+from medvlp_jax.data.datasets.cxr_phantom.findings import MASK_BITS
+
+TASKS = {"finding": list(generate.CLASSES)}
+SPLITS = ("train", "validation", "test")
+SMALLEST, LARGEST = 64, 1024  # image sizes at which ribs and vessels still make sense
+
+
+@dataclasses.dataclass(eq=False, kw_only=True)
+class Config(tfds.core.BuilderConfig):
+    """A phantom population; a patient has 1.8 studies on average.
+
+    Attributes:
+      num_patients: in all splits together.
+      seed: of the population; equal seeds share their first patients.
+      size: of the square images, pixels.
+    """
+
+    num_patients: int
+    seed: int = 0
+    size: int = 256
+
+
+def make_config(num_patients: int, seed: int = 0, size: int = 256) -> Config:
+    """Return the builder config of any population, named after its numbers.
+
+    Raises:
+      UserError: for a number out of range.
+    """
+    if num_patients < 1 or seed < 0:
+        raise UserError(
+            f"cxr_phantom got {num_patients} patients and seed {seed}; accepted are at least "
+            "1 patient and a seed of at least 0."
+        )
+    if not SMALLEST <= size <= LARGEST:
+        raise UserError(
+            f"cxr_phantom got image size {size}; accepted are {SMALLEST} to {LARGEST} pixels."
+        )
+    return Config(
+        name=f"n{num_patients}_seed{seed}_{size}px",
+        description=f"Generated: {num_patients} patients, seed {seed}, {size} x {size} pixels.",
+        num_patients=num_patients,
+        seed=seed,
+        size=size,
+    )
+
+
+def split_of(patient_id: str) -> str:
+    """Return the split of a patient: 80/10/10 by a hash of the id, whatever the population size."""
+    bucket = int(hashlib.sha256(patient_id.encode()).hexdigest(), 16) % 10
+    return SPLITS[max(0, bucket - 7)]
+
+
+class Builder(tfds.core.GeneratorBasedBuilder):
+    """TFDS builder of `cxr_phantom`."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    BUILDER_CONFIGS = (
+        dataclasses.replace(
+            make_config(2800), name="demo", description="Generated: about 4,000 training images."
+        ),
+        dataclasses.replace(
+            make_config(110, size=128), name="tiny", description="Generated: about 200 images."
+        ),
+    )
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description=__doc__,
+            features=records.features(tasks=TASKS, table=patients.TABLE),
+            metadata=records.metadata(
+                tasks=TASKS, mask_bits=MASK_BITS, table=patients.TABLE, generated=True
+            ),
+        )
+
+    def _split_generators(self, dl_manager):
+        return {split: self._generate_examples(split) for split in SPLITS}
+
+    def _generate_examples(self, split: str) -> Iterator[tuple[str, dict]]:
+        config = self.builder_config
+        for who in patients.population(config.seed, config.num_patients):
+            if split_of(who.id) != split:
+                continue
+            for number in range(who.visits):
+                study = generate.study(config.seed, who, number, config.size)
+                yield study.id, to_record(study)
+
+
+def to_record(study: generate.Study) -> dict:
+    """Return the record of one generated study."""
+    return records.record(
+        image=generate.encode_jpeg(study.image),
+        image_id=study.id,
+        patient_id=study.patient_id,
+        study_id=study.id,
+        findings=study.report.findings,
+        impression=study.report.impression,
+        labels={"finding": study.labels.astype(np.int8)},
+        boxes=study.boxes,
+        mask=records.encode_mask(study.mask),
+        table=study.table,
+    )

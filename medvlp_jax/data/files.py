@@ -1,0 +1,111 @@
+"""Reading what users bring: tables and images, refused with the file, the row and what would do.
+
+Rows are counted as a spreadsheet shows them: the header is row 1.
+"""
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image
+
+from medvlp_jax.config import UserError
+
+
+class Row(NamedTuple):
+    """One row of a table, able to say where it stands."""
+
+    path: Path
+    number: int
+    cells: dict[str, str]
+
+    def __getitem__(self, column: str) -> str:
+        return self.cells[column]
+
+    def error(self, problem: str) -> UserError:
+        """Return the error "<file> row <n>: <problem>"."""
+        return UserError(f"{self.path} row {self.number}: {problem}")
+
+    def choice(self, column: str, accepted: Sequence[str]) -> str:
+        """Return a cell that is empty or one of `accepted`; UserError otherwise."""
+        value = self[column]
+        if value and value not in accepted:
+            raise self.error(
+                f"{column} is '{value}'; accepted are {', '.join(accepted)}, or an empty cell."
+            )
+        return value
+
+
+def read_rows(
+    path: Path, *, columns: Sequence[str], filled: Sequence[str] = (), unique: str = ""
+) -> list[Row]:
+    """Read a CSV file whose header holds at least `columns`.
+
+    Args:
+      path: UTF-8 CSV with a header; white space around cells is dropped.
+      columns: names the header must hold.
+      filled: columns that must not be empty in any row.
+      unique: a column whose values must all differ; "" for none.
+
+    Raises:
+      UserError: for a file that is missing or not UTF-8 CSV, a missing column, an empty cell in
+        `filled`, or a repeated key.
+    """
+    if not path.is_file():
+        raise UserError(
+            f"{path} is missing; a CSV file with the columns {_list(columns)} is needed."
+        )
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            header, lines = reader.fieldnames or [], list(reader)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path} cannot be read ({error}); a UTF-8 CSV file is needed.") from error
+    if missing := [c for c in columns if c not in header]:
+        raise UserError(f"{path} row 1: no column {_list(missing)}; it has {_list(header)}.")
+    rows = [
+        Row(path, number, {k: (v or "").strip() for k, v in cells.items() if k is not None})
+        for number, cells in enumerate(lines, start=2)
+    ]
+    first: dict[str, int] = {}
+    for row in rows:
+        for column in filled:
+            if not row[column]:
+                raise row.error(f"{column} is empty; every row needs a text there.")
+        if unique and first.setdefault(row[unique], row.number) != row.number:
+            raise row.error(
+                f"{unique} '{row[unique]}' is also in row {first[row[unique]]}; "
+                "every row needs its own."
+            )
+    return rows
+
+
+def read_image(path: Path, row: Row, *, format: str = "JPEG") -> bytes:
+    """Return the bytes of an image file after decoding it once, so that a damaged one is refused.
+
+    Args:
+      path: the image file.
+      row: the table row that names it, for the error.
+      format: Pillow's name of the format that is accepted, "JPEG" or "PNG".
+
+    Raises:
+      UserError: if the file is missing, truncated, no image, or in another format.
+    """
+    if not path.is_file():
+        raise row.error(f"image {path} is missing; a {format} file is needed there.")
+    try:
+        with Image.open(path) as image:
+            image.load()
+            found = image.format
+    except (OSError, SyntaxError, ValueError) as error:
+        raise row.error(
+            f"image {path} cannot be decoded ({error}); a whole {format} file is needed."
+        ) from error
+    if found != format:
+        raise row.error(f"image {path} is {found}; a {format} file is needed.")
+    return path.read_bytes()
+
+
+def _list(names: Sequence[str]) -> str:
+    return ", ".join(names) or "nothing"

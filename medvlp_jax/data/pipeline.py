@@ -1,0 +1,281 @@
+"""From records to batches with Grain: the order and all randomness are a function of (seed, step).
+
+Element g = step * B + i of the training stream (B the global batch) depends on the seed and g
+alone. Process p of P takes rows [p * B / P, (p + 1) * B / P) of every global batch, so the
+concatenated batch is the same for any P, and the position in the stream is one number, the step.
+
+Axis letters: B global batch, b = B / P local batch, H, W pixels, C channels or classes, T tokens,
+D feature width.
+"""
+
+import functools
+import sys
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+import tokenizers
+from absl import flags
+
+from medvlp_jax.config import UserError
+from medvlp_jax.data import text
+from medvlp_jax.data.corpora import Source, open_source
+from medvlp_jax.encoders.base import Tokens
+
+__all__ = [
+    "Example",
+    "Source",
+    "Transform",
+    "eval_batches",
+    "mlm_texts",
+    "mlm_transform",
+    "open_source",
+    "record_transform",
+    "train_dataset",
+]
+
+SECTIONS = ("findings", "impression")
+
+Example = dict[str, Any]
+Transform = Callable[[Any, np.random.Generator | None], Example]
+
+
+def train_dataset(
+    sources: Sequence[Sequence],
+    *,
+    transform: Transform,
+    batch_size: int,
+    seed: int,
+    weights: Sequence[float] | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
+    threads: int = 2,
+    prefetch: int = 4,
+) -> grain.IterDataset:
+    """Return the endless stream of this process's training batches.
+
+    `iter()` of it has `get_state()` and `set_state(state)`; the state is {"next_index": step},
+    for any number of processes. Every epoch of a source visits each record once, in a new order.
+
+    Args:
+      sources: one or several corpora (anything with `len` and random access).
+      transform: (record, rng) -> example, a dict of arrays of fixed shapes.
+      batch_size: B, over all processes.
+      seed: of order and augmentation.
+      weights: share of each source in the stream; None shares by size.
+      process_index: p.
+      process_count: P, has to divide B.
+      threads: batches made at the same time.
+      prefetch: batches kept ready; at least `threads` keeps all threads busy.
+
+    Raises:
+      UserError: for a batch that P does not divide, an empty source, or weights that do not fit.
+    """
+    local = _local_batch(batch_size, process_count)
+    shares = _shares(sources, weights)
+    streams = [_epochs(source, (seed, k)) for k, source in enumerate(sources)]
+    stream = grain.MapDataset.mix(streams, shares) if len(streams) > 1 else streams[0]
+    batches = stream.map_with_index(
+        lambda g, record: transform(record, np.random.default_rng((seed, g)))
+    ).batch(local, drop_remainder=True, batch_fn=_stack)
+    # Batch k of the stream belongs to process k % P at step k // P.
+    return _threaded(batches[process_index::process_count], threads, prefetch)
+
+
+def eval_batches(
+    source: Sequence,
+    *,
+    transform: Transform,
+    batch_size: int,
+    limit: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+    threads: int = 2,
+    prefetch: int = 4,
+) -> Iterator[Example]:
+    """Yield this process's batches of one pass in order, all of one shape.
+
+    The last batch is filled up with copies of the last record; `valid` [b] is False there.
+
+    Args:
+      source: a corpus.
+      transform: as in training; gets None for the generator.
+      batch_size: B, over all processes.
+      limit: only the first records; 0 for all.
+      process_index: p.
+      process_count: P, has to divide B.
+      threads: batches made at the same time.
+      prefetch: batches kept ready.
+
+    Raises:
+      UserError: for a batch that P does not divide, or an empty source.
+    """
+    local = _local_batch(batch_size, process_count)
+    _shares([source], None)
+    count = min(limit or len(source), len(source))
+
+    def example(row: int) -> Example:
+        entry = transform(source[min(row, count - 1)], None)
+        return {**entry, "valid": np.asarray(row < count)}
+
+    rows = grain.MapDataset.range(-(-count // batch_size) * batch_size)
+    batches = rows.map(example).batch(local, batch_fn=_stack)
+    return iter(_threaded(batches[process_index::process_count], threads, prefetch))
+
+
+def record_transform(
+    *,
+    inputs: Sequence[str],
+    decode: Callable[[bytes], np.ndarray],
+    view: Callable[[np.ndarray, np.random.Generator | None], np.ndarray],
+    tokenizer: tokenizers.Tokenizer | None = None,
+    lengths: Mapping[str, int] | None = None,
+    features: Mapping[str, np.ndarray] | None = None,
+    train: bool = True,
+) -> Transform:
+    """Return the function from a record to the example a recipe reads.
+
+    Args:
+      inputs: the batch keys that are wanted: "image", "image_2" (a second view; training only),
+        "findings" and "impression" (token ids), "findings_feature" and "impression_feature"
+        (cached features of frozen text encoders), "label/<task>". Keys made anyway: "text_id" and,
+        for every section asked for, "<section>_valid"; in evaluation also the labels of all tasks.
+      decode: encoded bytes -> uint8 [R, R, C], for example a partial of `transforms.decode`; wrap
+        it in `functools.lru_cache` to decode a small corpus once.
+      view: (image, rng) -> uint8 [H, W, C]; a random view in training.
+      tokenizer: for the token keys.
+      lengths: T of every section that is tokenised.
+      features: feature [D] by text, for the feature keys; a missing section gets zeros.
+      train: two views where asked for, and no labels beyond `inputs`.
+
+    Raises:
+      UserError: where a wanted key cannot be made from what is given.
+    """
+    lengths, features = lengths or {}, features or {}
+    tokenised = [key for key in SECTIONS if key in inputs]
+    looked_up = [key for key in SECTIONS if f"{key}_feature" in inputs]
+    _check_inputs(inputs, tokenised, tokenizer, lengths, looked_up, features)
+    tokens = functools.lru_cache(maxsize=1 << 16)(functools.partial(_tokens, tokenizer))
+
+    def transform(record: Mapping[str, Any], rng: np.random.Generator | None) -> Example:
+        example: Example = {"text_id": text_hash(record["text_id"])}
+        if "image" in inputs:
+            image = decode(record["image"])
+            example["image"] = view(image, rng)
+            if train and "image_2" in inputs:
+                example["image_2"] = view(image, rng)
+        for key in tokenised:
+            example[key] = tokens(record[key], lengths[key])
+        for key in looked_up:
+            example[f"{key}_feature"] = _feature(features, record[key])
+        for key in {*tokenised, *looked_up}:
+            example[f"{key}_valid"] = np.asarray(bool(record[key]))
+        for task, label in record.get("labels", {}).items():
+            if not train or f"label/{task}" in inputs:
+                example[f"label/{task}"] = np.asarray(label, np.int8)
+        return example
+
+    return transform
+
+
+def mlm_texts(sources: Sequence[Source]) -> list[str]:
+    """Return every different non-empty section of the sources, in order of first appearance."""
+    sections = (section for source in sources for pair in source.texts() for section in pair)
+    return list(dict.fromkeys(filter(None, sections)))
+
+
+def mlm_transform(
+    tokenizer: tokenizers.Tokenizer, *, length: int, key: str = "report"
+) -> Transform:
+    """Return the function from a plain text to {key: Tokens [T]}; masking is the recipe's."""
+
+    def transform(words: str, rng: np.random.Generator | None) -> Example:
+        return {key: _tokens(tokenizer, words, length)}
+
+    return transform
+
+
+def text_hash(text_id: str) -> np.ndarray:
+    """Return a text id as a non-negative int32, equal for equal ids on every machine."""
+    return np.asarray(zlib.crc32(text_id.encode()) & 0x7FFFFFFF, np.int32)
+
+
+def _check_inputs(inputs, tokenised, tokenizer, lengths, looked_up, features) -> None:
+    known = ("image", "image_2", "text_id", *SECTIONS)
+    made = (*known, *(f"{s}_{kind}" for s in SECTIONS for kind in ("feature", "valid")))
+    for key in inputs:
+        if key not in made and not key.startswith("label/"):
+            raise UserError(
+                f"No batch key '{key}' can be made; known: {', '.join(made)}, label/<task>."
+            )
+    if tokenised and (tokenizer is None or any(key not in lengths for key in tokenised)):
+        raise UserError(f"Tokens of {', '.join(tokenised)} need a tokenizer and a length for each.")
+    if looked_up and not features:
+        raise UserError(f"{looked_up[0]}_feature needs cached text features, and none are given.")
+
+
+def _tokens(tokenizer: tokenizers.Tokenizer, words: str, length: int) -> Tokens:
+    ids, mask = text.tokenize(tokenizer, [words], length)
+    return Tokens(ids[0], mask[0])
+
+
+def _feature(features: Mapping[str, np.ndarray], words: str) -> np.ndarray:
+    if not words:
+        return np.zeros_like(next(iter(features.values())))
+    if words not in features:
+        raise UserError(f"No cached feature for the text '{words[:60]}'; make the cache again.")
+    return features[words]
+
+
+def _epochs(source: Sequence, seed: tuple[int, int]) -> grain.MapDataset:
+    """Return the source again and again without end, every epoch in an order of its own."""
+    # Grain's shuffle needs 0.1 to 6 ms an element where a corpus has fewer than 500 records.
+    count = len(source)
+
+    @functools.lru_cache(maxsize=4)
+    def order(epoch: int) -> np.ndarray:
+        return np.random.default_rng((*seed, epoch)).permutation(count)
+
+    return grain.MapDataset.range(sys.maxsize).map(
+        lambda k: source[int(order(k // count)[k % count])]
+    )
+
+
+def _local_batch(batch_size: int, process_count: int) -> int:
+    if batch_size < 1 or batch_size % process_count:
+        raise UserError(
+            f"A batch of {batch_size} cannot be split over {process_count} processes; "
+            f"accepted are multiples of {process_count}."
+        )
+    return batch_size // process_count
+
+
+def _shares(sources: Sequence[Sequence], weights: Sequence[float] | None) -> list[float]:
+    """Return the share of each source in the stream, after checking both."""
+    sizes = [len(source) for source in sources]
+    if not sizes or not all(sizes):
+        raise UserError(f"The sources have {sizes} records; accepted is one or more in each.")
+    if weights is None:
+        weights = sizes
+    if len(weights) != len(sizes) or min(weights) <= 0:
+        raise UserError(
+            f"The weights {tuple(weights)} do not fit {len(sizes)} sources; accepted is one "
+            "positive number for each."
+        )
+    return [weight / sum(weights) for weight in weights]
+
+
+def _stack(examples: Sequence[Example]) -> Example:
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *examples)
+
+
+def _threaded(batches: grain.MapDataset, threads: int, prefetch: int) -> grain.IterDataset:
+    """Read ahead with threads: decoding releases the GIL, and worker processes start slowly."""
+    if not flags.FLAGS.is_parsed():
+        # Grain reads absl flags when it iterates; a program without `app.run` has not parsed them.
+        flags.FLAGS.mark_as_parsed()
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(prefetch, threads))
+    return batches.to_iter_dataset(options)

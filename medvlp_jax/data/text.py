@@ -1,0 +1,143 @@
+"""Tokenizers: load one, train a small one, and turn texts into ids and masks of one length.
+
+Axis letters: B texts, T tokens.
+"""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
+
+from medvlp_jax.config import UserError
+from medvlp_jax.encoders.base import Tokens
+
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+_VOCAB = Path(__file__).parent / "vocab"
+# What padding is called: BERT and ModernBERT; T5; CLIP and Qwen, which reuse the end token.
+_PAD_NAMES = ("[PAD]", "<pad>", "<|endoftext|>")
+
+
+def load_tokenizer(path: str | Path, *, lowercase: bool | None = None) -> tokenizers.Tokenizer:
+    """Load a tokenizer.
+
+    Args:
+      path: a folder with tokenizer.json or vocab.txt, such a file, or the name of a vocabulary
+        that ships with the package ("cxr_phantom").
+      lowercase: only for vocab.txt; None lower-cases where the vocabulary has no upper-case token.
+
+    Raises:
+      UserError: if there is no such file.
+    """
+    shipped = _VOCAB / str(path)
+    file = shipped if shipped.is_dir() else Path(path).expanduser()
+    if file.is_dir():
+        found = [file / name for name in ("tokenizer.json", "vocab.txt") if (file / name).is_file()]
+        file = found[0] if found else file / "tokenizer.json"
+    if not file.is_file() or file.suffix not in (".json", ".txt"):
+        ours = sorted(folder.name for folder in _VOCAB.glob("*") if folder.is_dir())
+        raise UserError(
+            f"No tokenizer at '{path}'; accepted are a tokenizer.json, a vocab.txt, a folder with "
+            f"one of them, or a vocabulary that ships with the package ({', '.join(ours)})."
+        )
+    if file.suffix == ".txt":
+        return _wordpiece(file.read_text(encoding="utf-8").splitlines(), lowercase)
+    tokenizer = tokenizers.Tokenizer.from_file(str(file))
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+def tokenize(tokenizer: tokenizers.Tokenizer, texts: Sequence[str], length: int) -> Tokens:
+    """Turn texts into ids and masks of one length.
+
+    A longer text loses tokens before its closing [SEP], not the [SEP]. An empty text keeps its
+    [CLS] and [SEP] as real tokens, so that no attention row is empty; that the text
+    is missing is said by the batch keys `*_valid`.
+
+    Args:
+      tokenizer: see `load_tokenizer`.
+      texts: B texts.
+      length: T, at least 2.
+
+    Returns:
+      NumPy ids [B, T] int32 and mask [B, T] bool.
+    """
+    ids = np.full((len(texts), length), pad_id(tokenizer), np.int32)
+    mask = np.zeros((len(texts), length), bool)
+    for row, encoding in enumerate(tokenizer.encode_batch_fast(list(texts))):
+        tokens = encoding.ids
+        if len(tokens) > length:
+            closes = bool(encoding.special_tokens_mask[-1])
+            tokens = tokens[: length - closes] + tokens[len(tokens) - closes :]
+        ids[row, : len(tokens)] = tokens
+        mask[row, : len(tokens)] = True
+    return Tokens(ids, mask)
+
+
+def pad_id(tokenizer: tokenizers.Tokenizer) -> int:
+    """Return the id of the padding token."""
+    known = [tokenizer.token_to_id(name) for name in _PAD_NAMES]
+    for token in known:
+        if token is not None:
+            return token
+    raise UserError(f"The tokenizer has no padding token; accepted are {', '.join(_PAD_NAMES)}.")
+
+
+def train_wordpiece(
+    texts: Iterable[str], *, vocab_size: int, out_dir: str | Path
+) -> tokenizers.Tokenizer:
+    """Train a lower-case BERT vocabulary; equal texts give equal files.
+
+    Args:
+      texts: the corpus.
+      vocab_size: number of tokens, [PAD] = 0, [UNK], [CLS], [SEP], [MASK] among them.
+      out_dir: where vocab.txt and tokenizer.json are written.
+    """
+    texts = list(texts)
+    tokenizer = _wordpiece(SPECIAL, lowercase=True)
+    # The trainer numbers the continuing letters in hash order and breaks ties between merges by
+    # number; naming them up front, sorted, makes it repeatable.
+    letters = sorted(
+        {
+            f"##{letter}"
+            for text in texts
+            for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(
+                tokenizer.normalizer.normalize_str(text)
+            )
+            for letter in word[1:]
+        }
+    )
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocab_size, special_tokens=[*SPECIAL, *letters], show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    ids = tokenizer.get_vocab()
+    vocab = sorted(ids, key=ids.get)
+    out_dir = Path(out_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    (out_dir / "vocab.txt").write_text("".join(f"{token}\n" for token in vocab), encoding="utf-8")
+    trained = _wordpiece(vocab, lowercase=True)
+    trained.save(str(out_dir / "tokenizer.json"))
+    return trained
+
+
+def _wordpiece(vocab: Sequence[str], lowercase: bool | None) -> tokenizers.Tokenizer:
+    """Return BERT's tokenizer over a vocabulary in the order of its ids."""
+    if lowercase is None:
+        named = (token for token in vocab if not token.startswith("["))
+        lowercase = not any(token != token.lower() for token in named)
+    ids = {token: i for i, token in enumerate(vocab)}
+    if missing := [token for token in SPECIAL if token not in ids]:
+        raise UserError(f"The vocabulary lacks {', '.join(missing)}; BERT's five are needed.")
+    tokenizer = tokenizers.Tokenizer(models.WordPiece(ids, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.add_special_tokens(list(SPECIAL))
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", ids["[CLS]"]), ("[SEP]", ids["[SEP]"])],
+    )
+    return tokenizer

@@ -1,0 +1,211 @@
+"""Images from encoded bytes to training views: uint8 in, uint8 out, [H, W, C] with C = 1 or 3.
+
+Stages 1 and 2 of IMITATE (https://arxiv.org/abs/2310.07355). Pixels are 0..255. Coordinates of the
+warps are continuous pixels (x right, y down), pixel (i, j) covering [j, j+1) x [i, i+1).
+Our choices: JPEG is decoded at reduced scale, resizing averages where it shrinks, and one
+projective resampling does flips, rotation and perspective together (bilinear), so that pixels
+rotated out of the crop may come back at a corner where the paper's chain has black.
+"""
+
+import io
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from medvlp_jax.config import UserError
+
+_MODES = {1: "L", 3: "RGB"}
+
+
+def decode(
+    encoded: bytes,
+    *,
+    size: int,
+    channels: int = 1,
+    crop_black_border: bool = True,
+    stretch: bool = True,
+    legacy_wrap: bool = False,
+    fit: str = "squash",
+) -> np.ndarray:
+    """Decode, crop to the non-zero pixels, stretch to 0..255, resize: IMITATE stage 1.
+
+    Args:
+      encoded: JPEG or PNG file contents.
+      size: side of the result, pixels.
+      channels: 1 (grey) or 3.
+      crop_black_border: cut rows and columns off the sides that hold only zeros.
+      stretch: map the darkest pixel to 0 and the brightest to 255.
+      legacy_wrap: the released code's stretch to 256, where pixels that reach 256 become 0.
+      fit: "squash" changes the aspect ratio; "pad" keeps it, with zeros on the short sides
+        (without legacy_wrap).
+
+    Returns:
+      [size, size, channels] uint8.
+
+    Raises:
+      UserError: for another fit.
+    """
+    if fit not in ("squash", "pad"):
+        raise UserError(f"fit is '{fit}'; accepted are squash and pad.")
+    image = Image.open(io.BytesIO(encoded))
+    # Pillow decodes at 1/2, 1/4 or 1/8 where that is still at least this large.
+    image.draft(_MODES[channels], (size, size))
+    image = image.convert(_MODES[channels])
+    if crop_black_border:
+        image = image.crop(image.getbbox())
+    if legacy_wrap:
+        return _wrapped_stretch(image, size)
+    if stretch:
+        image = _to_pil(stretched(_pixels(image)))
+    if fit == "pad":
+        image = ImageOps.pad(image, (size, size), Image.Resampling.BILINEAR)
+    else:
+        image = image.resize((size, size), Image.Resampling.BILINEAR)
+    return np.asarray(image).reshape(size, size, channels)
+
+
+def imitate_view(
+    image: np.ndarray,
+    rng: np.random.Generator,
+    *,
+    size: int,
+    flip_horizontal: float = 0.5,
+    flip_vertical: float = 0.5,
+    rotation: float = 30.0,
+    perspective: float = 0.5,
+    perspective_probability: float = 0.5,
+    autocontrast: float = 0.5,
+) -> np.ndarray:
+    """Return one random view: IMITATE stage 2, less its random grey, which changes no grey image.
+
+    Args:
+      image: [R, R, C] uint8, R >= size.
+      rng: source of all randomness of this view.
+      size: side of the random crop and of the result, pixels.
+      flip_horizontal: probability of a left-right flip.
+      flip_vertical: probability of an upside-down flip.
+      rotation: largest angle either way, degrees.
+      perspective: how far a corner may move, as a fraction of half the side.
+      perspective_probability: probability of a perspective change.
+      autocontrast: probability of stretching the view to 0..255.
+
+    Returns:
+      [size, size, C] uint8, black where the warp looks outside the crop.
+    """
+    top = rng.integers(image.shape[0] - size + 1)
+    left = rng.integers(image.shape[1] - size + 1)
+    view = image[top : top + size, left : left + size]
+    # The view is the image under flip, then rotation, then perspective; sampling needs the inverse.
+    to_source = np.eye(3)
+    if rng.random() < flip_horizontal:
+        to_source = to_source @ np.array([[-1, 0, size], [0, 1, 0], [0, 0, 1]])
+    if rng.random() < flip_vertical:
+        to_source = to_source @ np.array([[1, 0, 0], [0, -1, size], [0, 0, 1]])
+    if rotation:
+        to_source = to_source @ rotation_map(rng.uniform(-rotation, rotation), size)
+    if rng.random() < perspective_probability:
+        to_source = to_source @ perspective_map(rng, perspective, size)
+    view = warp(view, to_source)
+    return stretched(view) if rng.random() < autocontrast else view
+
+
+def center_view(
+    image: np.ndarray, rng: np.random.Generator | None = None, *, size: int
+) -> np.ndarray:
+    """Return the central [size, size, C] of an image; takes `rng` to stand in for a random view."""
+    top = (image.shape[0] - size) // 2
+    left = (image.shape[1] - size) // 2
+    return image[top : top + size, left : left + size]
+
+
+def mask_lower_edge(image: np.ndarray, fraction: float) -> np.ndarray:
+    """Return a copy whose lowest `fraction` of rows is black: hides text burned in there."""
+    masked = image.copy()
+    masked[image.shape[0] - round(fraction * image.shape[0]) :] = 0
+    return masked
+
+
+def rotation_map(degrees: float, size: int) -> np.ndarray:
+    """Return the matrix that takes output to source coordinates, turning anticlockwise."""
+    cos, sin = np.cos(np.deg2rad(degrees)), np.sin(np.deg2rad(degrees))
+    c = size / 2
+    return np.array(
+        [[cos, -sin, c - cos * c + sin * c], [sin, cos, c - sin * c - cos * c], [0, 0, 1]]
+    )
+
+
+def perspective_map(rng: np.random.Generator, distortion: float, size: int) -> np.ndarray:
+    """Return the matrix that takes output to source coordinates when the corners move inwards.
+
+    Each corner moves by up to distortion * size / 2 pixels along each axis, uniform.
+    """
+    corners = np.array([[0, 0], [size, 0], [size, size], [0, size]], float)
+    inwards = np.array([[1, 1], [-1, 1], [-1, -1], [1, -1]])
+    moved = corners + inwards * rng.uniform(0, distortion * size / 2, (4, 2))
+    return homography(moved, corners)
+
+
+def homography(source: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """Return the 3x3 matrix H, H[2, 2] = 1, with H (x, y, 1) ~ (u, v, 1) for four point pairs.
+
+    Args:
+      source: (x, y) of four points, no three on a line [4, 2].
+      target: their images (u, v) [4, 2].
+    """
+    x, y = source.T
+    u, v = target.T
+    zero, one = np.zeros(4), np.ones(4)
+    rows_u = np.stack([x, y, one, zero, zero, zero, -u * x, -u * y], 1)
+    rows_v = np.stack([zero, zero, zero, x, y, one, -v * x, -v * y], 1)
+    h = np.linalg.solve(np.concatenate([rows_u, rows_v]), np.concatenate([u, v]))
+    return np.append(h, 1.0).reshape(3, 3)
+
+
+def warp(image: np.ndarray, to_source: np.ndarray) -> np.ndarray:
+    """Resample an image bilinearly; black outside.
+
+    Args:
+      image: [H, W, C] uint8.
+      to_source: 3x3 matrix from output to source coordinates (x, y, 1), pixel centres at .5.
+
+    Returns:
+      [H, W, C] uint8.
+    """
+    height, width, channels = image.shape
+    coefficients = (to_source / to_source[2, 2]).ravel()[:8]
+    warped = _to_pil(image).transform(
+        (width, height),
+        Image.Transform.PERSPECTIVE,
+        coefficients.tolist(),
+        Image.Resampling.BILINEAR,
+    )
+    return np.asarray(warped).reshape(height, width, channels)
+
+
+def stretched(image: np.ndarray) -> np.ndarray:
+    """Map the darkest pixel to 0, the brightest to 255, all channels alike; a flat image stays."""
+    low, high = int(image.min()), int(image.max())
+    if low == high:
+        return image
+    table = np.clip((np.arange(256) - low) * 255 / (high - low), 0, 255)
+    return np.rint(table).astype(np.uint8)[image]
+
+
+def _to_pil(image: np.ndarray) -> Image.Image:
+    return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+
+
+def _pixels(image: Image.Image) -> np.ndarray:
+    return np.asarray(image).reshape(image.height, image.width, -1)
+
+
+def _wrapped_stretch(image: Image.Image, size: int) -> np.ndarray:
+    """Stretch to 256, squash, and let uint8 wrap 256 to 0, as the released code does."""
+    pixels = _pixels(image).astype(np.float32)
+    low, high = pixels.min(), pixels.max()
+    pixels = (pixels - low) * (256 / max(high - low, 1))
+    resized = [
+        np.asarray(Image.fromarray(band).resize((size, size), Image.Resampling.BILINEAR))
+        for band in np.moveaxis(pixels, -1, 0)
+    ]
+    return (np.stack(resized, -1).astype(np.int32) % 256).astype(np.uint8)

@@ -1,0 +1,186 @@
+"""BERT (Devlin et al. 2019, https://arxiv.org/abs/1810.04805).
+
+* The arithmetic of Hugging Face's BertModel.
+* Learned positions, all tokens of type 0, LayerNorm after each residual, exact GELU.
+* Optional heads by field: the pooler, and the masked-language-model head whose decoder is the
+  transposed word embedding.
+
+Axis letters: B batch, T tokens, D width, V vocabulary.
+"""
+
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from medvlp_jax.encoders.base import Encoded, Tokens, from_variant
+from medvlp_jax.layers import Attention, LayerNorm, Linear, Mlp, Stack, gelu
+
+# base, large: Devlin et al. 2019, section 3. Vocabulary of "base" and "large": the cased one that
+# BioBERT and Bio_ClinicalBERT keep; of "cxr": CXR-BERT's own 30,522 pieces (Boecking et al. 2022,
+# https://arxiv.org/abs/2204.09817). "tiny" is our choice, for CPU demos and tests.
+VARIANTS = {
+    "tiny": {"vocab_size": 30522, "width": 128, "depth": 4, "num_heads": 4, "mlp_dim": 512},
+    "base": {"vocab_size": 28996, "width": 768, "depth": 12, "num_heads": 12, "mlp_dim": 3072},
+    "large": {"vocab_size": 28996, "width": 1024, "depth": 24, "num_heads": 16, "mlp_dim": 4096},
+    "cxr": {"vocab_size": 30522, "width": 768, "depth": 12, "num_heads": 12, "mlp_dim": 3072},
+}
+
+normal = nn.initializers.normal(0.02)  # BertConfig.initializer_range
+
+
+class Block(nn.Module):
+    """norm(x + attention(x)), then norm(x + mlp(x))."""
+
+    num_heads: int
+    mlp_dim: int
+    dropout: float = 0.1
+    attention_dropout: float = 0.1
+    epsilon: float = 1e-12
+    attention: str = "xla"
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, mask=None, *, train=False):
+        """Map [B, T, D] to [B, T, D]; mask [B, T], True = may be attended."""
+        drop = nn.Dropout(self.dropout, deterministic=not train)
+        attend = Attention(
+            self.num_heads,
+            self.attention_dropout,
+            self.attention,
+            self.dtype,
+            normal,
+            name="attention",
+        )
+        y = x + drop(attend(x, mask, train=train))
+        x = LayerNorm(self.epsilon, self.dtype, name="attention_norm")(y)
+        y = x + drop(Mlp(self.mlp_dim, self.dtype, normal, name="mlp")(x))
+        return LayerNorm(self.epsilon, self.dtype, name="mlp_norm")(y)
+
+
+class Bert(nn.Module):
+    """Tokens through a bidirectional transformer.
+
+    Attributes:
+      max_length: rows of the position table, the longest text.
+      pooling: what `pooled` is: "cls", "mean" of real tokens, "pooler" (tanh of a Linear of cls).
+      pooler: whether the pooler's parameters exist.
+      mlm_head: whether the masked-language-model head's parameters exist.
+      dropout: after the embedding and on each residual branch, in training only.
+      attention_dropout: on the attention probabilities, in training only.
+      attention: implementation, see layers.Attention.
+      layout: of the blocks, see layers.Stack.
+      remat: of the blocks, see layers.Stack.
+      dtype: of the matrix products.
+    """
+
+    vocab_size: int = 28996
+    max_length: int = 512
+    num_types: int = 2
+    width: int = 768
+    depth: int = 12
+    num_heads: int = 12
+    mlp_dim: int = 3072
+    pooling: Literal["cls", "mean", "pooler"] = "cls"
+    pooler: bool = False
+    mlm_head: bool = False
+    dropout: float = 0.1
+    attention_dropout: float = 0.1
+    epsilon: float = 1e-12
+    attention: Literal["xla", "cudnn"] = "xla"
+    layout: Literal["unrolled", "scan"] = "unrolled"
+    remat: Literal["none", "dots", "full"] = "none"
+    dtype: Any = jnp.float32
+
+    def setup(self):
+        """Name every parameter."""
+        self.word_embedding = self.param("word_embedding", normal, (self.vocab_size, self.width))
+        self.position_embedding = self.param(
+            "position_embedding", normal, (self.max_length, self.width)
+        )
+        self.type_embedding = self.param("type_embedding", normal, (self.num_types, self.width))
+        self.embedding_norm = LayerNorm(self.epsilon, self.dtype)
+        self.embedding_dropout = nn.Dropout(self.dropout)
+        fields = {
+            name: getattr(self, name)
+            for name in ("num_heads", "mlp_dim", "dropout", "attention_dropout", "epsilon")
+        }
+        fields |= {"attention": self.attention, "dtype": self.dtype}
+        self.stack = Stack(Block, fields, self.depth, self.layout, self.remat)
+        if self.pooler:
+            self.pooler_dense = Linear(self.width, dtype=self.dtype, kernel_init=normal)
+        if self.mlm_head:
+            self.mlm_dense = Linear(self.width, dtype=self.dtype, kernel_init=normal)
+            self.mlm_norm = LayerNorm(self.epsilon, self.dtype)
+            self.mlm_bias = self.param("mlm_bias", nn.initializers.zeros, (self.vocab_size,))
+
+    def __call__(self, tokens: Tokens, *, train=False) -> Encoded:
+        """Encode Tokens(ids [B, T], mask [B, T]).
+
+        Returns:
+          Encoded with pooled [B, D], tokens [B, T, D] and the mask [B, T]; tokens where the mask is
+          False hold values without meaning.
+
+        Raises:
+          ValueError: if the text is longer than the position table, or `pooling` is not to be had.
+        """
+        x = self._encode(tokens, train)
+        weight = tokens.mask[..., None].astype(jnp.float32)  # [B, T, 1]
+        mean = (x * weight).sum(1) / jnp.maximum(weight.sum(1), 1.0)
+        pooled = {"cls": x[:, 0], "mean": mean.astype(self.dtype)}
+        if self.pooler:
+            pooled["pooler"] = nn.tanh(self.pooler_dense(x[:, 0]))
+        if self.pooling not in pooled:
+            raise ValueError(
+                f"No pooling {self.pooling!r} in this Bert, only {', '.join(pooled)}; "
+                "'pooler' needs pooler=True."
+            )
+        return Encoded(pooled=pooled[self.pooling], tokens=x, mask=tokens.mask)
+
+    def mlm_logits(self, tokens: Tokens, *, train=False):
+        """Return the logits [B, T, V] of the masked-language-model head, float32.
+
+        Raises:
+          ValueError: if this module has no such head.
+        """
+        if not self.mlm_head:
+            raise ValueError("This Bert has no masked-language-model head: set mlm_head=True.")
+        return self._decode(self._encode(tokens, train))
+
+    def _encode(self, tokens, train):
+        length = tokens.ids.shape[1]
+        if length > self.max_length:
+            raise ValueError(
+                f"A text of {length} tokens is longer than this encoder's position table of "
+                f"{self.max_length}: truncate it."
+            )
+        # `take` turns an id outside the vocabulary into NaN; indexing would clamp it in silence.
+        x = jnp.take(self.word_embedding, tokens.ids, axis=0) + self.type_embedding[0]  # [B, T, D]
+        x = self.embedding_norm(x + self.position_embedding[:length])
+        x = self.embedding_dropout(x, deterministic=not train)
+        x = self.stack(x, tokens.mask, train=train)
+        if self.is_initializing():  # one `init` makes every parameter, whatever is called
+            if self.pooler:
+                self.pooler_dense(x[:, 0])
+            if self.mlm_head:
+                self._decode(x)
+        return x
+
+    def _decode(self, x):
+        x = self.mlm_norm(gelu(self.mlm_dense(x)))
+        logits = jnp.einsum(
+            "btd,vd->btv",
+            x,
+            self.word_embedding.astype(self.dtype),
+            preferred_element_type=jnp.float32,
+        )
+        return logits + self.mlm_bias
+
+
+def make(variant: str = "base", **overrides: Any) -> Bert:
+    """Build a published size; `overrides` are fields of Bert.
+
+    Raises:
+      UserError: for an unknown variant or field.
+    """
+    return from_variant(Bert, VARIANTS, variant, overrides)

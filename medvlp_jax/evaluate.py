@@ -1,0 +1,282 @@
+"""Evaluate a run: zero-shot classification, retrieval, linear probe.
+
+  medvlp evaluate --run RUN_DIR [--protocol zero_shot,retrieval,probe] [--corpus NAME]
+
+Prints a table and writes RUN_DIR/results.json; the same functions serve the evaluations during and
+after training.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from medvlp_jax import assemble, cli
+from medvlp_jax.config import UserError, nearest
+from medvlp_jax.data import datasets, pipeline
+from medvlp_jax.data import text as tokenisation
+from medvlp_jax.evaluation import features as extraction
+from medvlp_jax.evaluation import plots, probe, retrieval, zero_shot
+from medvlp_jax.evaluation.results import Results, results_table
+from medvlp_jax.training.step import make_embed
+
+PROTOCOLS = ("zero_shot", "retrieval", "probe")
+PROMPT_BATCH = 64
+EXAMPLES = 8
+
+
+class Evaluator:
+    """Holds what several evaluations of one run share: compiled encoder, corpus, prompts."""
+
+    def __init__(self, parts: assemble.Parts, settings: Mapping[str, Any]):
+        """Open the corpus.
+
+        Args:
+          parts: of the run.
+          settings: config.evals.
+
+        Raises:
+          UserError: for an unknown protocol, corpus, split or prompt file.
+        """
+        for name in settings["protocols"]:
+            if name not in PROTOCOLS:
+                raise UserError(f"No protocol '{name}'. {nearest(name, PROTOCOLS)}")
+        self.parts, self.settings = parts, settings
+        self.embed = make_embed(parts.recipe, parts.mesh)
+        self.corpus = settings["corpus"] or parts.config["data"]["corpora"][0]
+        self.source = assemble.open_corpus(self.corpus, parts.config["data"], settings["split"])
+        self.prompts = _read_prompts(settings["prompts"], self.corpus)
+
+    def run(
+        self, variables: Mapping, *, limit=0, resamples=None, mask=None, progress=""
+    ) -> Results:
+        """Run every protocol of the settings.
+
+        Args:
+          variables: of the recipe.
+          limit: only the first examples; 0 takes evals.limit.
+          resamples: of the bootstrap; None takes evals.resamples, 0 gives no intervals.
+          mask: share of the lower image edge to blacken; None takes data.mask_lower_edge.
+          progress: title of the bar; "" is silent.
+        """
+        limit = limit or self.settings["limit"]
+        options = {"resamples": self.settings["resamples"] if resamples is None else resamples}
+        found = self.features(variables, self.source, limit=limit, mask=mask, progress=progress)
+        results: Results = {}
+        for name in self.settings["protocols"]:
+            results |= getattr(self, f"_{name}")(variables, found, mask=mask, **options)
+        return results
+
+    def features(self, variables, source, *, limit=0, mask=None, progress="", keys=None):
+        """Embed a corpus: features, labels and ids as NumPy arrays [N, ...]."""
+        inputs = ("image", *self.parts.recipe.spaces)
+        batches = pipeline.eval_batches(
+            source,
+            transform=assemble.record_transform(self.parts, inputs, train=False, mask=mask),
+            batch_size=self._batch_size(),
+            limit=limit,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        encodes = ("image", *self.parts.recipe.spaces)
+        embed = lambda batch: self.embed(variables, {k: batch[k] for k in encodes})
+        return extraction.extract(embed, batches, keys=keys, progress=progress)
+
+    def embed_texts(self, variables) -> Callable[[list[str], str], np.ndarray]:
+        """Return (texts, section) -> embeddings [n, E] in the space of the section."""
+        spaces = self.parts.recipe.spaces
+
+        def embed(texts, section):
+            key = section if section in spaces else next(iter(spaces))
+            length = self.parts.config["data"]["text_length"]
+            rows = []
+            for start in range(0, len(texts), PROMPT_BATCH):
+                part = list(texts[start : start + PROMPT_BATCH])
+                filled = part + [""] * (PROMPT_BATCH - len(part))
+                tokens = tokenisation.tokenize(self.parts.tokenizer, filled, length)
+                rows.append(self.embed(variables, {key: tokens})[spaces[key][1]][: len(part)])
+            return np.concatenate(rows)
+
+        return embed
+
+    def joint(self, found) -> tuple[np.ndarray, np.ndarray]:
+        """Return image and text features of all sections together, see features.joint."""
+        spaces = self.parts.recipe.spaces
+        valid = np.stack([found[f"{section}_valid"] for section in spaces], axis=1)
+        image = extraction.joint(found, [image for image, _ in spaces.values()])
+        return image, extraction.joint(found, [text for _, text in spaces.values()], valid)
+
+    def draw_examples(self, variables, out_png: pathlib.Path) -> None:
+        """Draw test images with the texts retrieved for them."""
+        found = self.features(variables, self.source, limit=self.settings["limit"])
+        image, text = self.joint(found)
+        picked = np.random.default_rng(0).permutation(np.flatnonzero(text.any(1)))[:EXAMPLES]
+        rows, scores = retrieval.top_texts(image[picked], text, found["text_id"], 3)
+        texts = [" ".join(filter(None, pair)) for pair in self.source.texts()]
+        transform = assemble.record_transform(self.parts, ("image",), train=False)
+        plots.examples(
+            [transform(self.source[i], None)["image"] for i in picked],
+            [[texts[j] for j in row] for row in rows],
+            scores,
+            [texts[i] for i in picked],
+            out_png,
+        )
+
+    def _batch_size(self) -> int:
+        pieces = len(jax.devices())
+        return -(-self.settings["batch_size"] // pieces) * pieces
+
+    def _zero_shot(self, variables, found, *, mask, **options):
+        del mask
+        results = {}
+        for task in self.prompts["tasks"]:
+            classes = self.source.tasks.get(task)
+            if classes is None:
+                continue
+            prompts = zero_shot.prompt_texts(self.prompts, task, classes)
+            spaces = self.parts.recipe.spaces
+            image = spaces.get(prompts.section, next(iter(spaces.values())))[0]
+            embedded = zero_shot.embed_prompts(prompts, self.embed_texts(variables))
+            results |= zero_shot.run(
+                found[image],
+                found[f"label/{task}"],
+                embedded,
+                task=task,
+                groups=found["patient_id"],
+                **options,
+            )
+        return results
+
+    def _retrieval(self, variables, found, *, mask, **options):
+        del variables, mask
+        image, text = self.joint(found)
+        task = self.settings["class_task"] or next(iter(self.source.tasks))
+        return retrieval.run(
+            image,
+            text,
+            found["text_id"],
+            labels=found[f"label/{task}"],
+            groups=found["patient_id"],
+            **options,
+        )
+
+    def _probe(self, variables, found, *, mask, **options):
+        train = assemble.open_corpus(self.corpus, self.parts.config["data"], "train")
+        fitted = self.features(variables, train, limit=self.settings["probe_limit"], mask=mask)
+        results = {}
+        for task, classes in self.source.tasks.items():
+            multi_label = self.prompts["tasks"].get(task, {}).get("multi_label", False)
+            results |= probe.run(
+                fitted["image_pooled"],
+                fitted[f"label/{task}"],
+                found["image_pooled"],
+                found[f"label/{task}"],
+                classes=classes,
+                task=task,
+                multi_label=multi_label,
+                seed=0,
+                train_groups=fitted["patient_id"],
+                test_groups=found["patient_id"],
+                **options,
+            )
+        return results
+
+
+def rename(results: Results, variant: str) -> Results:
+    """Mark the task of every key: "zero_shot/organ/x" -> "zero_shot/organ (variant)/x"."""
+    split = [(*key.split("/", 2), entry) for key, entry in results.items()]
+    return {f"{a}/{task} ({variant})/{c}": entry for a, task, c, entry in split}
+
+
+def full(evaluator: Evaluator, variables: Mapping, untrained: Mapping | None = None) -> Results:
+    """Run the protocols and the controls of the settings.
+
+    Args:
+      evaluator: of the run.
+      variables: trained.
+      untrained: freshly initialised ones for the control "untrained"; None leaves it out.
+    """
+    controls = evaluator.settings["controls"]
+    results = evaluator.run(variables, progress="evaluation")
+    if "masked_edge" in controls:
+        fraction = evaluator.settings["masked_edge"]
+        masked = evaluator.run(variables, mask=fraction, progress="lower edge masked")
+        results |= rename(masked, f"lower {fraction:.0%} masked")
+    if "untrained" in controls and untrained is not None:
+        results |= rename(evaluator.run(untrained, progress="untrained control"), "untrained")
+    return results
+
+
+def write_results(results: Results, folder: pathlib.Path) -> None:
+    """Write results.json under a temporary name, then rename."""
+    file = pathlib.Path(folder) / "results.json"
+    scratch = file.with_suffix(".tmp")
+    scratch.write_text(json.dumps(results, indent=1, allow_nan=False))
+    os.replace(scratch, file)
+
+
+def scalars(results: Results) -> dict[str, float]:
+    """Return the numbers worth a line in metrics.jsonl: no per-class rows, no intervals."""
+    return {
+        key: entry["value"]
+        for key, entry in results.items()
+        if entry.get("value") is not None and key.count("/") == 2
+    }
+
+
+def _read_prompts(path: str, corpus: str) -> dict:
+    """Read a prompt file; "" takes the corpus' own."""
+    name = corpus.partition(":")[0]
+    file = pathlib.Path(path or pathlib.Path(datasets.__path__[0]) / name / "prompts.json")
+    if not file.is_file():
+        raise UserError(f"No prompt file {file}; set evals.prompts to one.")
+    return json.loads(file.read_text())
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command line."""
+    top = argparse.ArgumentParser(
+        "medvlp evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    top.add_argument("--run", required=True, type=pathlib.Path, help="run folder")
+    top.add_argument("--protocol", help=f"comma-separated, of {', '.join(PROTOCOLS)}")
+    top.add_argument("--corpus", help="another corpus than the run's: NAME or NAME:VARIANT")
+    top.add_argument("--split", help="test, validation or train")
+    top.add_argument("--prompts", help="a prompt file instead of the corpus' own")
+    top.add_argument("--limit", type=int, help="only the first examples")
+    top.add_argument("--out", type=pathlib.Path, help="where results.json goes; default: the run")
+    return top
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Evaluate the newest checkpoint of a run.
+
+    Raises:
+      UserError: for bad input.
+    """
+    arguments = parser().parse_args(argv)
+    config = assemble.read_config(arguments.run)
+    settings = dict(config["evals"])
+    given = {k: getattr(arguments, k) for k in ("corpus", "split", "prompts", "limit")}
+    settings |= {k: v for k, v in given.items() if v is not None}
+    if arguments.protocol:
+        settings["protocols"] = tuple(arguments.protocol.split(","))
+    parts = assemble.parts(config, pretrained=False)
+    evaluator = Evaluator(parts, settings)
+    untrained = assemble.initial_variables(parts)
+    variables = assemble.read_variables(arguments.run, untrained)
+    results = full(evaluator, variables, untrained)
+    out = arguments.out or arguments.run
+    out.mkdir(parents=True, exist_ok=True)
+    write_results(results, out)
+    print(results_table(results))
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

@@ -1,0 +1,247 @@
+"""Scores against labels: the numbers behind zero-shot, probe and supervised classification.
+
+Clean flavour: macro averages over the classes that can be scored, the others listed; intervals from
+a bootstrap over patients; a chance level beside every number.
+
+Axis letters: N rows, C classes, R resamples.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from medvlp_jax.config import UserError, nearest
+from medvlp_jax.evaluation import metrics, statistics
+from medvlp_jax.evaluation.features import check_finite
+from medvlp_jax.evaluation.results import Results, assemble, number
+
+PROTOCOL = "classify@clean-v1"
+
+
+class Scored(NamedTuple):
+    """Numbers by metric name, and notes for the protocol entry."""
+
+    numbers: dict[str, dict[str, Any]]
+    notes: dict[str, Any]
+
+
+def run(
+    logits, labels, classes: Sequence[str], *, task: str, multi_label: bool, groups=None, **options
+) -> Results:
+    """Score a model's own class logits (supervised recipes).
+
+    Args:
+      logits: [N, C]; any monotone score a class for multi_label, comparable between classes else.
+      labels: [N, C] int8: 1 present, 0 absent, -1 unknown.
+      classes: C names.
+      task: middle part of the keys.
+      multi_label: one yes/no question a class, or one class a row.
+      groups: [N] patient of each row.
+      **options: resamples, seed, level of `statistics.bootstrap`; positive of `single_label`.
+    """
+    score = multi_label_scores if multi_label else single_label_scores
+    scored = score(labels, logits, classes, groups=groups, **options)
+    settings = {"classes": list(classes), "multi_label": multi_label, **options}
+    return assemble(PROTOCOL, task, scored.numbers, settings=settings, notes=scored.notes)
+
+
+def _check(labels, scores, classes):
+    labels, scores = np.asarray(labels), np.asarray(scores, np.float64)
+    if labels.shape != scores.shape or labels.shape[1:] != (len(classes),):
+        raise ValueError(
+            f"labels {labels.shape} and scores {scores.shape} must both be [N, {len(classes)}]"
+        )
+    check_finite("scores", scores)
+    return labels, scores
+
+
+def _has_both(labels) -> np.ndarray:
+    """Return [C]: the classes with a known positive and a known negative."""
+    return (labels == 1).any(0) & (labels == 0).any(0)
+
+
+def ranking(labels, scores, weights) -> np.ndarray:
+    """AUROC and AUPRC of each class over its known rows, [R, 2, C]."""
+    values = []
+    for c in range(labels.shape[1]):
+        known = labels[:, c] >= 0
+        data = labels[known, c] == 1, scores[known, c], weights[:, known]
+        values.append((metrics.auroc(*data), metrics.average_precision(*data)))
+    return np.moveaxis(np.array(values), -1, 0).swapaxes(1, 2)
+
+
+def multi_label_scores(labels, scores, classes, *, groups=None, **bootstrap) -> Scored:
+    """AUROC and AUPRC of each class and their macro averages.
+
+    A class without a positive or without a negative is skipped and listed. Chance: 0.5 for AUROC,
+    the prevalence for AUPRC.
+
+    Args:
+      labels: [N, C] int8, -1 = unknown; an unknown cell is left out of its class alone.
+      scores: [N, C], only their order within a class matters.
+      classes: C names.
+      groups: [N] patient of each row.
+      **bootstrap: resamples, seed, level.
+    """
+    labels, scores = _check(labels, scores, classes)
+    usable = _has_both(labels)
+    names = [name for name, ok in zip(classes, usable, strict=True) if ok]
+    y, s = labels[:, usable], scores[:, usable]
+    known = y >= 0
+    prevalence = (y == 1).sum(0) / known.sum(0) if names else np.zeros(0)
+    notes = _notes(classes, usable, groups, len(labels)) | {
+        "left_out": int((labels < 0).all(1).sum()),
+        "prevalence": dict(zip(names, prevalence, strict=True)),
+    }
+    if not names:
+        return Scored({}, notes)
+
+    def statistic(weights):
+        per_class = ranking(y, s, weights)  # [R, 2, C]
+        both = np.concatenate([per_class.mean(-1, keepdims=True), per_class], axis=-1)
+        return both.reshape(len(weights), -1)
+
+    found = statistics.bootstrap(statistic, len(y), groups=groups, **bootstrap)
+    entries = iter(zip(*found, strict=True))
+    chances = {"auroc": np.full(len(names), 0.5), "auprc": prevalence}
+    numbers, details = {}, {}
+    for metric, chance in chances.items():
+        total = int(known.any(1).sum())
+        numbers[f"macro_{metric}"] = number(*next(entries), n=total, chance=chance.mean())
+        for c, name in enumerate(names):
+            n = int(known[:, c].sum())
+            details[f"{metric}/{name}"] = number(*next(entries), n=n, chance=chance[c])
+    return Scored(numbers | details, notes)
+
+
+def _notes(classes, usable, groups, n) -> dict[str, Any]:
+    skipped = [name for name, ok in zip(classes, usable, strict=True) if not ok]
+    return {"patients": statistics.group_index(groups, n)[1], "skipped": skipped}
+
+
+def class_index(labels) -> np.ndarray:
+    """Return the class of each row [N], -1 where no class is known to be present.
+
+    Raises:
+      UserError: for a row with several classes.
+    """
+    positive = np.asarray(labels) == 1
+    crowded = np.flatnonzero(positive.sum(1) > 1)
+    if len(crowded):
+        row = crowded[0]
+        raise UserError(
+            f"Row {row} of a single-label task has {positive[row].sum()} classes; one is needed. "
+            'Set "multi_label": true for this task.'
+        )
+    return np.where(positive.any(1), positive.argmax(1), -1)
+
+
+def single_label_scores(
+    labels, scores, classes, *, groups=None, positive="", **bootstrap
+) -> Scored:
+    """Argmax decisions (accuracy, balanced accuracy, F1, MCC, ...) and one-vs-rest ranking.
+
+    Averages run over the classes that are present in the data. Chance is a uniform guess over all
+    C classes (for F1 its large-sample value); the prevalence control always answers the most
+    frequent class. Rows without a known class are left out and counted.
+
+    Args:
+      labels: [N, C] int8, one 1 a row; rows without a 1 are left out.
+      scores: [N, C], comparable between classes.
+      classes: C names.
+      groups: [N] patient of each row.
+      positive: class whose sensitivity, specificity and G-mean are reported (binary tasks); empty =
+        macro averages of one-vs-rest values.
+      **bootstrap: resamples, seed, level.
+
+    Raises:
+      UserError: for a row with several classes, or an unknown `positive`.
+    """
+    labels, scores = _check(labels, scores, classes)
+    if positive and positive not in classes:
+        raise UserError(f"No class '{positive}'. {nearest(positive, list(classes))}")
+    truth = class_index(labels)
+    known = truth >= 0
+    truth, scores = truth[known], scores[known]
+    groups = None if groups is None else np.asarray(groups)[known]
+    share = np.bincount(truth, minlength=len(classes)) / max(len(truth), 1)  # [C]
+    notes = _notes(classes, share > 0, groups, len(truth)) | {
+        "left_out": int((~known).sum()),
+        "prevalence": dict(zip(classes, share, strict=True)),
+    }
+    if not len(truth):
+        return Scored({}, notes)
+    statistic, chances = _decisions(truth, scores, classes, share, positive)
+    found = statistics.bootstrap(statistic, len(truth), groups=groups, **bootstrap)
+    numbers = {
+        name: number(*entry, n=len(truth), chance=chance)
+        for (name, chance), entry in zip(chances.items(), zip(*found, strict=True), strict=True)
+    }
+    return Scored(numbers | _prevalence_control(share, len(truth)), notes)
+
+
+def _decisions(truth, scores, classes, share, positive):
+    """Return the statistic behind single-label numbers, and chance by metric in the same order."""
+    num_classes, present = len(classes), share > 0
+    predictions = scores.argmax(1)
+    # Worth many points and transductive (it looks at the whole test set): a row of its own.
+    spread = scores.std(0)
+    standard = (scores - scores.mean(0)) / np.where(spread > 0, spread, 1.0)
+    one_hot = (truth[:, None] == np.arange(num_classes)).astype(np.int8)[:, present]
+    rankable = _has_both(one_hot)
+    focus = np.array([name == positive for name in classes]) if positive else present
+
+    def statistic(weights):
+        table = metrics.confusion(truth, predictions, num_classes, weights)  # [R, C, C]
+        z_table = metrics.confusion(truth, standard.argmax(1), num_classes, weights)
+        recall = metrics.recall(table)
+        sensitivity = recall[:, focus].mean(-1)
+        specificity = metrics.specificity(table)[:, focus].mean(-1)
+        order = ranking(one_hot[:, rankable], scores[:, present][:, rankable], weights)
+        # a plain mean, so that a resample that lost a class is NaN and is drawn again
+        columns = [
+            metrics.accuracy(table),
+            recall[:, present].mean(-1),
+            metrics.f1(table)[:, present].mean(-1),
+            *(order.mean(-1).T if rankable.any() else np.full((2, len(weights)), np.nan)),
+            metrics.mcc(table),
+            sensitivity,
+            specificity,
+            np.sqrt(sensitivity * specificity),
+            metrics.accuracy(z_table),
+            *recall[:, present].T,
+        ]
+        return np.stack(columns, axis=-1)
+
+    return statistic, _chances(classes, share, one_hot.mean(0)[rankable], focus)
+
+
+def _chances(classes, share, rankable_share, focus) -> Mapping[str, float]:
+    """Chance by metric name for a uniform guess over C classes, in the order of the statistic."""
+    guess = 1 / len(classes)
+    f1 = 2 * share * guess / (share + guess)
+    names = [name for name, s in zip(classes, share, strict=True) if s > 0]
+    return {
+        "accuracy": guess,
+        "balanced_accuracy": guess,
+        "macro_f1": f1[share > 0].mean(),
+        "macro_auroc": 0.5,
+        "macro_auprc": rankable_share.mean() if len(rankable_share) else np.nan,
+        "mcc": 0.0,
+        "sensitivity": guess,
+        "specificity": 1 - guess,
+        "g_mean": np.sqrt(guess * (1 - guess)),
+        "accuracy_zscore": guess,
+        **{f"recall/{name}": guess for name in names},
+    }
+
+
+def _prevalence_control(share, n: int) -> dict[str, dict[str, Any]]:
+    """Return what always answering the most frequent class scores; no interval: it is exact."""
+    top, present = share.max(), (share > 0).sum()
+    return {
+        "prevalence_control_accuracy": number(top, n=n),
+        "prevalence_control_balanced_accuracy": number(1 / present, n=n),
+        "prevalence_control_macro_f1": number(2 * top / (1 + top) / present, n=n),
+    }

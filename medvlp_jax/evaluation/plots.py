@@ -1,0 +1,255 @@
+"""The two pictures of a run: curves.png (its numbers) and examples.png (what retrieval finds).
+
+Figures are built without pyplot, so importing this changes no backend and leaks no figure, and are
+written under a temporary name first: a reader never sees half a file.
+"""
+
+import json
+import math
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+
+from medvlp_jax.config import UserError
+
+# Okabe & Ito: distinguishable with colour-vision deficiency.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+INK, MUTED, RULE, RIGHT = "#222222", "#777777", "#DDDDDD", "#E4F3EC"
+CAPTION = "Texts retrieved for each image, best first.  ✓ the image's own text.  Numbers: cosine."
+ANSWER_WIDTH, ANSWER_LINES = 92, 3  # characters, lines
+LINES_PER_PANEL = len(COLOURS)
+# A panel becomes logarithmic when its values span more than this factor.
+LOG_SPAN = 30.0
+Series = dict[str, tuple[np.ndarray, np.ndarray]]  # name -> (steps, values)
+
+
+def read_series(path: str | Path) -> Series:
+    """Read a metrics JSONL: one object a line with "step" and numbers.
+
+    A number may also be an entry of results.json, whose "value" is taken. A last line cut short by
+    a crash is ignored; text and NaN are too.
+
+    Raises:
+      UserError: if no line holds a step and a number.
+    """
+    points: dict[str, list[tuple[float, float]]] = {}
+    for line in Path(path).read_text().splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        for name, value in record.items():
+            value = value.get("value") if isinstance(value, Mapping) else value
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if name != "step" and "step" in record and is_number and math.isfinite(value):
+                points.setdefault(name, []).append((record["step"], value))
+    if not points:
+        raise UserError(f"{path} holds no metrics: no line has a step and a number.")
+    # a resumed run may repeat steps: the later line stands
+    latest = {name: sorted(dict(pairs).items()) for name, pairs in points.items()}
+    return {name: tuple(np.array(pairs, float).T) for name, pairs in latest.items()}
+
+
+def _is_dull(name: str, values: np.ndarray) -> bool:
+    """Loss weights without a schedule are in the config; a flat line says no more."""
+    return name.startswith("weight/") and bool(np.ptp(values) == 0)
+
+
+def _panel(name: str) -> tuple[int, str]:
+    """Return (place, title) of the panel a number belongs to.
+
+    The total loss comes first, then its terms, learning rate, scheduled weights, evaluation, and
+    the rest (norms, speed). A panel holds one training number, or the evaluation metrics of one
+    task; a rank and a rate do not share an axis.
+    """
+    head, *rest = name.split("/")
+    if not rest:
+        places = {"loss": 0, "lr": 2}
+        return places.get(name, 5), name
+    if head in ("loss", "weight", "time"):
+        shared = head == "weight" or (head == "time" and "per" not in name)
+        return {"loss": 1, "weight": 3, "time": 6}[head], head if shared else name
+    task = name.rsplit("/", 1)[0]
+    return 4, f"{task}/rank" if name.endswith("rank") else task
+
+
+def panels(series: Series) -> list[tuple[str, list[str]]]:
+    """Group series into panels (title, names), at most the first LINES_PER_PANEL lines in each."""
+    grouped: dict[tuple[int, str], list[str]] = {}
+    for name, (_, values) in series.items():
+        if not _is_dull(name, values):
+            grouped.setdefault(_panel(name), []).append(name)
+    ordered = sorted(grouped.items(), key=lambda item: item[0][0])
+    return [(title, names[:LINES_PER_PANEL]) for (_, title), names in ordered]
+
+
+def smooth(values: np.ndarray) -> np.ndarray:
+    """Centred moving average over a 25th of the points; the ends average what there is."""
+    width = max(1, len(values) // 25) | 1  # odd, so that the window is centred
+    kernel = np.ones(width)
+    mass = np.convolve(np.ones(len(values)), kernel, "same")
+    return np.convolve(values, kernel, "same") / mass
+
+
+def _style(ax: Axes, title: str) -> None:
+    ax.set_title(title, fontsize=9, color=INK, loc="left", pad=6, fontweight="bold")
+    for side in ("top", "right"):
+        ax.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        ax.spines[side].set_color(RULE)
+    ax.tick_params(labelsize=8, colors=MUTED, length=0)
+    ax.grid(True, color=RULE, linewidth=0.6)
+    ax.set_axisbelow(True)
+
+
+def _scale(ax: Axes, values: np.ndarray) -> None:
+    """Logarithmic where all values are positive and span more than LOG_SPAN."""
+    if values.min() > 0 and values.max() / values.min() > LOG_SPAN:
+        ax.set_yscale("log")
+        ax.yaxis.set_minor_formatter(NullFormatter())
+    else:
+        ax.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+    ax.tick_params(which="minor", length=0)
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+
+def _draw_panel(ax: Axes, title: str, names: Sequence[str], series: Series) -> None:
+    for colour, name in zip(COLOURS, names, strict=False):
+        steps, values = series[name]
+        label = name.rsplit("/", 1)[-1]
+        if len(steps) < 50:  # few points (evaluations): show each
+            ax.plot(steps, values, color=colour, lw=1.5, marker="o", ms=3, label=label)
+        elif title in ("lr", "weight"):  # schedules hold no noise to take out
+            ax.plot(steps, values, color=colour, lw=1.6, label=label)
+        else:
+            ax.plot(steps, values, color=colour, lw=0.7, alpha=0.25)
+            ax.plot(steps, smooth(values), color=colour, lw=1.6, label=label)
+    _style(ax, title)
+    _scale(ax, np.concatenate([series[name][1] for name in names]))
+    ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    if len(names) > 1:
+        ax.legend(fontsize=7, frameon=False, labelcolor=INK, loc="best", ncols=1 + len(names) // 4)
+
+
+def curves(metrics_jsonl: str | Path, out_png: str | Path) -> None:
+    """Draw every number of a run over its steps, small multiples, total loss first.
+
+    Raw values are faint, their moving average strong.
+
+    Args:
+      metrics_jsonl: see `read_series`.
+      out_png: where the picture goes.
+    """
+    series = read_series(metrics_jsonl)
+    grid = panels(series)
+    columns = min(4, max(2, math.ceil(math.sqrt(len(grid)))))
+    rows = math.ceil(len(grid) / columns)
+    figure = Figure(figsize=(3.4 * columns, 2.5 * rows), layout="constrained", facecolor="white")
+    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for ax, (title, names) in zip(axes, grid, strict=False):
+        _draw_panel(ax, title, names, series)
+    for ax in axes[len(grid) :]:
+        ax.set_visible(False)
+    for ax in axes[max(0, len(grid) - columns) : len(grid)]:
+        ax.set_xlabel("step", fontsize=8, color=MUTED)
+    _save(figure, out_png)
+
+
+def _wrapped(text: str) -> str:
+    """Break text into at most ANSWER_LINES lines, an ellipsis where it is cut."""
+    text = " ".join(text.split()) or "(empty)"
+    return textwrap.fill(text, ANSWER_WIDTH, max_lines=ANSWER_LINES, placeholder=" …")
+
+
+def _draw_text(ax: Axes, slot: int, *, mark: str, score: str, text: str, right: bool) -> None:
+    """Write one answer into slot 0, 1, ... of an axis that counts slots downwards."""
+    if right:
+        ax.add_patch(Rectangle((0, slot + 0.04), 1, 0.92, facecolor=RIGHT, edgecolor="none"))
+    strong = {"color": COLOURS[2] if right else MUTED, "fontsize": 8, "va": "center"}
+    ax.text(0.015, slot + 0.5, mark, fontweight="bold", **strong)
+    ax.text(0.055, slot + 0.5, score, **strong)
+    prose = {"color": INK, "fontsize": 7.5, "va": "center", "linespacing": 1.15}
+    ax.text(0.135, slot + 0.5, text, parse_math=False, **prose)  # reports may hold dollar signs
+
+
+def _draw_example(picture: Axes, answers: Axes, image, texts, scores, truth: str) -> None:
+    image = np.asarray(image)
+    image = image[..., 0] if image.ndim == 3 and image.shape[-1] == 1 else image
+    picture.imshow(image, cmap="gray" if image.ndim == 2 else None, vmin=0, vmax=255)
+    found = truth in texts
+    for slot, (text, score) in enumerate(zip(texts, scores, strict=True)):
+        right = text == truth
+        _draw_text(
+            answers,
+            slot,
+            mark="✓" if right else str(slot + 1),
+            score=f"{score:.2f}",
+            text=_wrapped(text),
+            right=right,
+        )
+    tail = "" if found else _wrapped(truth)
+    if tail:
+        answers.axhline(len(texts), color=RULE, lw=0.8)
+        _draw_text(answers, len(texts), mark="", score="true", text=tail, right=False)
+    answers.set(xlim=(0, 1), ylim=(len(texts) + 1, 0))
+    for ax in (picture, answers):
+        ax.set_axis_off()
+
+
+def examples(
+    images,
+    texts_topk: Sequence[Sequence[str]],
+    scores,
+    truths: Sequence[str],
+    out_png: str | Path,
+) -> None:
+    """Draw images with the texts retrieved for them, best first, the right one marked.
+
+    Where the right text is not among them it stands below, as "true".
+
+    Args:
+      images: [n, H, W, 1 or 3] uint8.
+      texts_topk: n lists of K texts.
+      scores: [n, K] cosines.
+      truths: n texts; equal to a retrieved text = right.
+      out_png: where the picture goes.
+
+    Raises:
+      UserError: without an image.
+    """
+    if not len(images):
+        raise UserError("No example to draw: examples.png needs at least one image.")
+    slots = max(map(len, texts_topk)) + 1
+    height, width = max(1.7, 0.47 * slots), 6.0  # inches, of an image and of its answers
+    columns = 1 if len(images) < 4 else 2
+    rows = math.ceil(len(images) / columns)
+    tall = 1.08 * height * rows + 0.45
+    figure = Figure(figsize=(1.04 * (height + width) * columns, tall), facecolor="white")
+    edges = {"left": 0.01, "right": 0.99, "top": 1 - 0.36 / tall, "bottom": 0.09 / tall}
+    ratios = [height, width] * columns
+    grid = figure.add_gridspec(rows, len(ratios), width_ratios=ratios, wspace=0.04, hspace=0.08)
+    grid.update(**edges)
+    figure.text(0.01, 1 - 0.2 / tall, CAPTION, fontsize=9, color=MUTED, va="center")
+    for i, example in enumerate(zip(images, texts_topk, scores, truths, strict=True)):
+        row, column = divmod(i, columns)
+        picture = figure.add_subplot(grid[row, 2 * column])
+        answers = figure.add_subplot(grid[row, 2 * column + 1])
+        _draw_example(picture, answers, *example)
+    _save(figure, out_png)
+
+
+def _save(figure: Figure, out_png: str | Path) -> None:
+    """Write a PNG under a temporary name beside its own, then rename."""
+    out_png = Path(out_png)
+    out_png.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out_png.with_name(f".{out_png.name}.tmp")
+    FigureCanvasAgg(figure).print_figure(temporary, format="png", dpi=150)
+    temporary.replace(out_png)

@@ -1,0 +1,180 @@
+"""Linear probe: logistic regression on frozen, standardised features.
+
+The regularisation strength is the one with the best macro AUROC on a validation fifth of the
+training patients; the probe is then fitted again on all of them. The test set is used once. This is
+a convex problem solved to convergence, unlike the AdamW probe of MGCA: its numbers do not compare.
+
+Axis letters: N rows, D feature width, C classes.
+"""
+
+import warnings
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
+
+from medvlp_jax.config import UserError
+from medvlp_jax.evaluation import classify, metrics, statistics
+from medvlp_jax.evaluation.features import check_finite
+from medvlp_jax.evaluation.results import Results, assemble
+
+PROTOCOL = "probe@clean-v1"
+# Inverse L2 strengths, our choice: a path in which each fit starts from the one before.
+STRENGTHS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+VALIDATION_FRACTION = 0.2
+MAX_ITERATIONS = 2000
+
+
+class Split(NamedTuple):
+    """Row numbers of the fitting and of the validation part."""
+
+    fit: np.ndarray
+    validation: np.ndarray
+
+
+def take_patients(groups, fraction: float, *, seed: int) -> np.ndarray:
+    """Return the rows of a random share of the patients, at least two, in order.
+
+    Args:
+      groups: [N] patient numbers.
+      fraction: in (0, 1]; smaller fractions of one seed are subsets of larger ones.
+      seed: of the patients' order.
+
+    Raises:
+      UserError: for a fraction outside (0, 1].
+    """
+    if not 0 < fraction <= 1:
+        raise UserError(f"The fraction of training patients is {fraction}; it must be in (0, 1].")
+    patients = np.random.default_rng(seed).permutation(np.unique(groups))
+    kept = patients[: max(2, round(fraction * len(patients)))]
+    return np.flatnonzero(np.isin(groups, kept))
+
+
+def validation_split(groups, *, seed: int) -> Split:
+    """Hold out a fifth of the patients, at least one, with all their rows."""
+    patients = np.random.default_rng([seed, 1]).permutation(np.unique(groups))
+    held = patients[: max(1, round(VALIDATION_FRACTION * len(patients)))]
+    inside = np.isin(groups, held)
+    return Split(np.flatnonzero(~inside), np.flatnonzero(inside))
+
+
+def _models(labels, multi_label: bool) -> list[tuple[int, np.ndarray, np.ndarray]]:
+    """Return (class or -1 for all, rows, targets) of each regression that can be fitted."""
+    if not multi_label:
+        truth = classify.class_index(labels)
+        rows = np.flatnonzero(truth >= 0)
+        return [(-1, rows, truth[rows])] if len(np.unique(truth[rows])) > 1 else []
+    columns = [(c, np.flatnonzero(labels[:, c] >= 0)) for c in range(labels.shape[1])]
+    found = [(c, rows, labels[rows, c]) for c, rows in columns]
+    return [(c, rows, y) for c, rows, y in found if len(np.unique(y)) > 1]
+
+
+def _fit_path(features, labels, test_features, *, multi_label: bool, strengths):
+    """Yield (test scores [n, C], converged) for each strength, each fit warm-started.
+
+    A class that cannot be fitted scores 0: no ranking (multi-label), probability 0 (single-label).
+    """
+    scaler = StandardScaler().fit(features)
+    x, x_test = scaler.transform(features), scaler.transform(test_features)
+    tasks = [
+        (c, rows, y, LogisticRegression(warm_start=True, max_iter=MAX_ITERATIONS, tol=1e-5))
+        for c, rows, y in _models(labels, multi_label)
+    ]
+    for strength in strengths:
+        scores, converged = np.zeros((len(x_test), labels.shape[1])), True
+        for c, rows, y, model in tasks:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", ConvergenceWarning)
+                model.set_params(C=strength).fit(x[rows], y)
+            converged &= bool(np.all(model.n_iter_ < MAX_ITERATIONS))
+            if c >= 0:
+                scores[:, c] = model.decision_function(x_test)
+            else:
+                scores[:, model.classes_] = model.predict_proba(x_test)
+        yield scores, converged
+
+
+def _macro_auroc(labels, scores, multi_label: bool) -> float:
+    """Mean AUROC over the classes with both labels; NaN if there is none."""
+    if not multi_label:
+        truth = classify.class_index(labels)
+        labels = (truth[:, None] == np.arange(labels.shape[1])).astype(np.int8)[truth >= 0]
+        scores = scores[truth >= 0]
+    per_class = classify.ranking(labels, scores, np.ones((1, len(labels))))[0, 0]
+    return float(metrics.over_present(per_class))
+
+
+def choose_strength(features, labels, groups, *, multi_label: bool, seed: int) -> float:
+    """Return the inverse L2 strength with the best validation macro AUROC; the smaller on a tie.
+
+    Raises:
+      UserError: if no class can be fitted and scored.
+    """
+    fit, held = validation_split(groups, seed=seed)
+    path = _fit_path(
+        features[fit], labels[fit], features[held], multi_label=multi_label, strengths=STRENGTHS
+    )
+    values = [_macro_auroc(labels[held], scores, multi_label) for scores, _ in path]
+    if np.isnan(values).all():
+        raise UserError(
+            f"The linear probe has {len(np.unique(groups))} training patients, and no class with "
+            "both labels in its fitting and in its validation part: give it more patients."
+        )
+    return STRENGTHS[int(np.nanargmax(values))]
+
+
+def run(
+    train_features,
+    train_labels,
+    test_features,
+    test_labels,
+    *,
+    classes: Sequence[str],
+    task: str,
+    multi_label: bool,
+    seed: int,
+    train_groups=None,
+    test_groups=None,
+    fraction: float = 1.0,
+    **bootstrap,
+) -> Results:
+    """Fit on frozen training features, score on test features.
+
+    Args:
+      train_features: [N, D], as the encoder gives them.
+      train_labels: [N, C] int8: 1 present, 0 absent, -1 unknown.
+      test_features: [n, D].
+      test_labels: [n, C].
+      classes: C names.
+      task: middle part of the result keys; a fraction below 1 is appended ("finding_1%").
+      multi_label: one regression a class, or one multinomial regression.
+      seed: of the patient subset and of the validation split; report at least three.
+      train_groups: [N] patient of each row.
+      test_groups: [n].
+      fraction: share of the training patients used.
+      **bootstrap: resamples (2,000), level.
+
+    Returns:
+      The numbers of `classify`, and the chosen strength in the protocol entry.
+
+    Raises:
+      UserError: if there is too little to fit, or features are not finite.
+    """
+    train_features, test_features = np.asarray(train_features), np.asarray(test_features)
+    check_finite("training features", train_features)
+    check_finite("test features", test_features)
+    groups, _ = statistics.group_index(train_groups, len(train_features))
+    rows = take_patients(groups, fraction, seed=seed)
+    x, y, groups = train_features[rows], np.asarray(train_labels)[rows], groups[rows]
+    strength = choose_strength(x, y, groups, multi_label=multi_label, seed=seed)
+    path = _fit_path(x, y, test_features, multi_label=multi_label, strengths=(strength,))
+    scores, converged = next(path)
+    score = classify.multi_label_scores if multi_label else classify.single_label_scores
+    scored = score(test_labels, scores, classes, groups=test_groups, seed=seed, **bootstrap)
+    fitted = {"strength": strength, "train_rows": len(rows), "converged": converged}
+    settings = {"classes": list(classes), "fraction": fraction, "strengths": STRENGTHS, **bootstrap}
+    name = task if fraction == 1 else f"{task}_{100 * fraction:g}%"
+    return assemble(PROTOCOL, name, scored.numbers, settings=settings, notes=scored.notes | fitted)

@@ -1,0 +1,132 @@
+"""What every protocol returns: a flat, JSON-able dictionary of numbers with their uncertainty.
+
+    {"zero_shot/finding/macro_auroc": {"value": .81, "low": .78, "high": .84, "n": 512,
+       "chance": .5, "protocol": "zero_shot@clean-v1", "hash": "1f0c9a52"},
+     ...,
+     "zero_shot/finding/protocol": {"protocol": "zero_shot@clean-v1", "hash": "1f0c9a52",
+       "settings": {...}, "patients": 480, "skipped": ["hernia"], ...}}
+
+Keys are protocol/task/metric, with /class for one class. The hash is over the settings (prompts,
+K, resamples, ...): numbers with different hashes are not comparable.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+Results = dict[str, dict[str, Any]]
+
+
+def _plain(value):
+    """Turn NumPy values into what json.dumps(allow_nan=False) takes; not finite becomes None."""
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, np.ndarray | list | tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def number(value, low=math.nan, high=math.nan, *, n: int, chance=math.nan) -> dict[str, Any]:
+    """Return one entry: a value, its interval, its number of rows and what guessing would give."""
+    return {"value": value, "low": low, "high": high, "n": n, "chance": chance}
+
+
+def assemble(
+    protocol: str, task: str, numbers: Mapping[str, Mapping], *, settings: Mapping, notes: Mapping
+) -> Results:
+    """Name the numbers protocol/task/metric and stamp each with the protocol's id and hash.
+
+    Args:
+      protocol: id and version, "zero_shot@clean-v1"; the part before @ starts the keys.
+      task: middle part of the keys.
+      numbers: metric name -> `number(...)`.
+      settings: what decides comparability; hashed.
+      notes: what the reader must know (patients, skipped classes, rows left out).
+    """
+    text = json.dumps(_plain({"protocol": protocol, **settings}), sort_keys=True)
+    stamp = {"protocol": protocol, "hash": hashlib.sha256(text.encode()).hexdigest()[:8]}
+    prefix = f"{protocol.split('@')[0]}/{task}"
+    entries = {f"{prefix}/{name}": {**entry, **stamp} for name, entry in numbers.items()}
+    entries[f"{prefix}/protocol"] = {**stamp, "settings": settings, **notes}
+    return _plain(entries)
+
+
+def _digits(name: str, value: float | None) -> str:
+    """One decimal for ranks, three for rates; a dash where there is no value."""
+    if value is None:
+        return "-"
+    if 0 < abs(value) < 0.0005:  # a chance level of a large gallery
+        return f"{value:.0e}"
+    return f"{value:.1f}" if name.endswith("rank") else f"{value:.3f}"
+
+
+def _row(name: str, entry: Mapping[str, Any]) -> tuple[str, ...]:
+    value, low, high, chance = (
+        _digits(name, entry[key]) for key in ("value", "low", "high", "chance")
+    )
+    return name, value, "" if low == "-" else f"[{low}, {high}]", chance, str(entry["n"])
+
+
+def _remarks(entry: Mapping[str, Any]) -> list[str]:
+    """What stands below a task's rows: the protocol, and what was skipped."""
+    known = {"protocol", "hash", "settings", "skipped", "left_out", "patients", "prevalence"}
+    remarks = [f"{entry['protocol']} #{entry['hash']}, {entry.get('patients', '?')} patients"]
+    if entry.get("left_out"):
+        remarks.append(f"{entry['left_out']} rows left out (unknown label or no text)")
+    if entry.get("skipped"):
+        remarks.append(f"skipped: {', '.join(map(str, entry['skipped']))}")
+    return remarks + [f"{k}: {v}" for k, v in entry.items() if k not in known and v not in ({}, [])]
+
+
+HEADER = ("metric", "value", "95 % interval", "chance", "n")
+
+
+def _lines(rows, *, markdown: bool) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(HEADER))]
+    between, edge = (" | ", "| ") if markdown else ("  ", "")
+    lines = []
+    for row in rows:
+        cells = [
+            row[0].ljust(widths[0]),
+            *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True)),
+        ]
+        lines.append(f"{edge}{between.join(cells)}{edge[::-1]}")
+    rule = ["-" * w for w in widths]
+    if markdown:
+        rule[1:] = [f"{dashes[:-1]}:" for dashes in rule[1:]]
+    lines.insert(1, f"{edge}{between.join(rule)}{edge[::-1]}")
+    return lines
+
+
+def results_table(results: Results, *, markdown: bool = False, per_class: bool = True) -> str:
+    """Lay out results as one aligned text table, tasks one below the other.
+
+    Args:
+      results: what one or several protocols returned, merged.
+      markdown: pipes around the cells, for a README.
+      per_class: False keeps the headline numbers and controls only.
+
+    Returns:
+      Text without a final newline.
+    """
+    rows, remarks, previous = [HEADER], [], None
+    for key, entry in results.items():
+        protocol, task, metric = key.split("/", 2)
+        if "value" not in entry:
+            remarks += [f"{protocol}/{task}: {'; '.join(_remarks(entry))}"]
+            continue
+        if "/" in metric and not per_class:
+            continue
+        name = f"{protocol}/{task}/{metric}" if markdown else f"  {metric}"
+        if not markdown and (protocol, task) != previous:
+            rows.append((f"{protocol}/{task}", "", "", "", ""))
+            previous = (protocol, task)
+        rows.append(_row(name, entry))
+    foot = [f"* {r}" for r in remarks] if markdown else remarks
+    return "\n".join([*_lines(rows, markdown=markdown), "", *foot]).rstrip()

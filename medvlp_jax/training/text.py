@@ -1,0 +1,167 @@
+"""The text side of a run before its first step: a small BERT from the reports, cached features.
+
+Both are found again by a hash of everything they depend on, so that a second run starts at once.
+"""
+
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from medvlp_jax import convert
+from medvlp_jax.config import UserError
+from medvlp_jax.data import pipeline
+from medvlp_jax.data import text as tokenisation
+from medvlp_jax.recipes import mlm
+from medvlp_jax.training import loop, optim
+from medvlp_jax.training import step as training
+from medvlp_jax.training.report import Reporter
+
+VERSION = 1  # raise when the meaning of a cached file changes
+
+
+def fingerprint(*parts: Any) -> str:
+    """Return a short hash of JSON-able parts and arrays."""
+    digest = hashlib.sha256(str(VERSION).encode())
+    for part in parts:
+        for leaf in jax.tree.leaves(part, is_leaf=lambda x: isinstance(x, str | list | tuple)):
+            is_array = hasattr(leaf, "shape")
+            digest.update(np.asarray(leaf).tobytes() if is_array else json.dumps(leaf).encode())
+        if isinstance(part, Mapping):
+            digest.update(json.dumps(sorted(map(str, part))).encode())
+    return digest.hexdigest()[:16]
+
+
+def pretrain(
+    texts: Sequence[str],
+    *,
+    encoder: Mapping[str, Any],
+    tokenizer,
+    mesh,
+    folder: pathlib.Path,
+    steps: int,
+    batch_size: int,
+    text_length: int,
+    lr: float,
+    warmup: int,
+    weight_decay: float,
+    rate: float,
+    seed: int,
+) -> pathlib.Path:
+    """Train a text encoder by masked language modelling, or find the one trained before.
+
+    Args:
+      texts: the different report sections of the training split.
+      encoder: recipe spec {"name", "variant", ...} of the text encoder.
+      tokenizer: of the texts.
+      mesh: batches are split over it.
+      folder: where trained encoders lie, one folder a fingerprint.
+      steps: optimisation steps.
+      batch_size: texts a step.
+      text_length: tokens a text.
+      lr: peak learning rate of AdamW; warm-up, then cosine.
+      warmup: steps.
+      weight_decay: decoupled.
+      rate: share of tokens masked.
+      seed: of initial values, order and masks.
+
+    Returns:
+      A Hugging Face folder with weights and tokenizer.
+    """
+    settings = {
+        k: v for k, v in locals().items() if k not in ("tokenizer", "mesh", "folder", "texts")
+    }
+    settings["vocabulary"] = tokenizer.to_str()
+    target = folder / fingerprint(json.dumps(settings, sort_keys=True), sorted(texts))
+    if (target / "model.safetensors").is_file():
+        return target
+    print(f"Text encoder: masked language modelling on {len(texts)} different sections", flush=True)
+    special = [tokenizer.token_to_id(t) for t in ("[PAD]", "[CLS]", "[SEP]")]
+    mask_id = tokenizer.token_to_id("[MASK]")
+    if mask_id is None or None in special:
+        raise UserError("init.text='mlm' needs a tokenizer with [PAD], [CLS], [SEP] and [MASK].")
+    recipe = mlm.make(
+        text={**encoder, "mlm_head": True},
+        weights={"mlm": 1.0},
+        vocab_size=tokenizer.get_vocab_size(),
+        mask_id=mask_id,
+        special_ids=tuple(special),
+        rate=rate,
+    )
+    transform = pipeline.mlm_transform(tokenizer, length=text_length)
+    batches = pipeline.train_dataset(
+        [list(texts)],
+        transform=transform,
+        batch_size=batch_size,
+        seed=seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    example = jax.tree.map(lambda x: np.stack([x, x]), transform(texts[0], None))
+    variables = training.init_variables(recipe, example, seed)
+    tx, schedule = optim.make(
+        variables["params"],
+        name="adamw",
+        lr=lr,
+        steps=steps,
+        warmup=warmup,
+        weight_decay=weight_decay,
+        clip=1.0,
+    )
+    # Metrics of the stage stand beside its weights, not among those of the run that needed it.
+    scratch = folder / f".{target.name}.{os.getpid()}"
+    scratch.mkdir(parents=True, exist_ok=True)
+    state = loop.fit(
+        training.make_state(variables, tx, ()),
+        training.make_train_step(recipe, tx, schedule, seed),
+        iter(batches),
+        recipe=recipe,
+        mesh=mesh,
+        steps=steps,
+        reporter=Reporter(scratch, every=max(steps // 100, 1)),
+    )
+    host = jax.device_get(state.params["text"])
+    (scratch / "tokenizer.json").write_text(tokenizer.to_str())
+    convert.save(recipe.text, {"params": host}, scratch, tokenizer=scratch)
+    if not target.exists():
+        scratch.rename(target)
+    return target
+
+
+def cache_features(
+    texts: Sequence[str],
+    encode: Callable[[tokenisation.Tokens], np.ndarray],
+    *,
+    tokenizer,
+    length: int,
+    batch_size: int = 256,
+) -> dict[str, np.ndarray]:
+    """Encode every different text once with a frozen encoder.
+
+    Exactly what encoding in the step would give: reports are not augmented and the encoder has no
+    dropout in evaluation mode.
+
+    Args:
+      texts: different texts.
+      encode: Tokens [b, T] -> features [b, D] on the host.
+      tokenizer: of the texts.
+      length: T.
+      batch_size: b; the last batch is filled up so that one program serves all.
+
+    Returns:
+      {text: float32 [D]}.
+    """
+    features = {}
+    ordered = sorted(texts)  # any order gives the same features; this one is repeatable
+    for start in tqdm(range(0, len(ordered), batch_size), desc="text features", unit="batch"):
+        part = ordered[start : start + batch_size]
+        filled = part + [""] * (batch_size - len(part))
+        encoded = np.asarray(encode(tokenisation.tokenize(tokenizer, filled, length)), np.float32)
+        features |= dict(zip(part, encoded, strict=False))
+    return features

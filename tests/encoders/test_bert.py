@@ -1,0 +1,223 @@
+"""BERT against transformers with random weights, and its published sizes."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from medvlp_jax import convert
+from medvlp_jax.config import UserError
+from medvlp_jax.encoders import bert
+from medvlp_jax.encoders.base import Tokens
+
+RNG = np.random.default_rng(0)
+
+
+def assert_close(ours, reference, tolerance=1e-5):
+    """Hold max |a - b| <= tolerance * max |b|."""
+    ours, reference = np.asarray(ours, np.float64), np.asarray(reference, np.float64)
+    assert ours.shape == reference.shape
+    assert np.abs(ours - reference).max() <= tolerance * np.abs(reference).max()
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """Make a random BertForPreTraining, every tensor off its initial value, and its folder."""
+    torch = pytest.importorskip("torch")
+    import transformers
+
+    torch.manual_seed(0)
+    theirs = transformers.BertForPreTraining(
+        transformers.BertConfig(
+            vocab_size=90,
+            hidden_size=32,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            intermediate_size=64,
+            max_position_embeddings=20,
+        )
+    ).eval()
+    for tensor in theirs.parameters():
+        tensor.data += 0.1 * torch.randn_like(tensor)
+    folder = tmp_path_factory.mktemp("bert")
+    theirs.save_pretrained(folder)
+    return theirs, folder
+
+
+def tokens_of(lengths, total):
+    """Draw texts of the given lengths, padded to `total`."""
+    mask = np.arange(total) < np.array(lengths)[:, None]
+    return Tokens(np.where(mask, RNG.integers(1, 90, mask.shape), 0).astype(np.int32), mask)
+
+
+def reference_of(model, tokens):
+    import torch
+
+    return model(
+        input_ids=torch.tensor(tokens.ids).long(), attention_mask=torch.tensor(tokens.mask).long()
+    )
+
+
+@pytest.mark.hf
+@pytest.mark.parametrize("layout", ["unrolled", "scan"])
+def test_outputs_equal_transformers(pair, layout):
+    theirs, folder = pair
+    module, variables = convert.load(folder, layout=layout)
+    tokens = tokens_of([20, 7, 1], 20)
+    reference = reference_of(theirs.bert, tokens)
+    hidden = reference.last_hidden_state.detach().numpy()
+    ours = jax.jit(module.apply)(variables, tokens)
+    assert_close(ours.tokens, hidden)
+    assert_close(ours.pooled, hidden[:, 0])
+    np.testing.assert_array_equal(ours.mask, tokens.mask)
+    pooler = jax.jit(module.clone(pooling="pooler").apply)(variables, tokens)
+    assert_close(pooler.pooled, reference.pooler_output.detach())
+    mean = jax.jit(module.clone(pooling="mean").apply)(variables, tokens)
+    assert_close(mean.pooled, [h[m].mean(0) for h, m in zip(hidden, tokens.mask, strict=True)])
+
+
+@pytest.mark.hf
+def test_mlm_logits_equal_transformers(pair):
+    theirs, folder = pair
+    module, variables = convert.load(folder)
+    tokens = tokens_of([12, 5], 12)
+    expected = reference_of(theirs, tokens).prediction_logits.detach()
+    assert_close(module.apply(variables, tokens, method="mlm_logits"), expected)
+
+
+@pytest.mark.hf
+def test_mlm_gradients_equal_torch_and_reach_every_parameter(pair):
+    import torch
+
+    theirs, folder = pair
+    module, variables = convert.load(folder, pooler=False, dropout=0.0, attention_dropout=0.0)
+    tokens = tokens_of([12, 5], 12)
+    weight = RNG.normal(size=(2, 12, 90)).astype(np.float32) * tokens.mask[..., None]
+    theirs.zero_grad()
+    (reference_of(theirs, tokens).prediction_logits * torch.tensor(weight)).sum().backward()
+
+    def loss(params):
+        logits = module.apply({"params": params}, tokens, train=True, method="mlm_logits")
+        return (logits * weight).sum()
+
+    gradient = jax.jit(jax.grad(loss))(variables["params"])
+    # The tied table gathers the gradients of the input and of the decoder.
+    embeddings = theirs.bert.embeddings
+    assert_close(gradient["word_embedding"], embeddings.word_embeddings.weight.grad)
+    assert_close(gradient["position_embedding"], embeddings.position_embeddings.weight.grad)
+    query = theirs.bert.encoder.layer[0].attention.self.query.weight.grad.T
+    assert_close(gradient["stack"]["block_0"]["attention"]["query"]["kernel"], query)
+    for leaf in jax.tree.leaves(gradient):
+        assert np.isfinite(leaf).all()
+        assert np.abs(leaf).max() > 0
+
+
+def test_what_stands_in_the_padding_does_not_matter():
+    module = bert.make("tiny", vocab_size=90, depth=2, pooling="mean")
+    tokens = tokens_of([9, 4], 9)
+    other = Tokens(np.where(tokens.mask, tokens.ids, 55), tokens.mask)
+    variables = jax.jit(module.init)(jax.random.key(0), tokens)
+    ours, same = jax.jit(module.apply)(variables, tokens), jax.jit(module.apply)(variables, other)
+    assert_close(ours.pooled, same.pooled, 1e-6)
+    assert_close(ours.tokens[tokens.mask], same.tokens[tokens.mask], 1e-6)
+    short = Tokens(tokens.ids[1:, :4], tokens.mask[1:, :4])
+    assert_close(module.apply(variables, short).pooled, ours.pooled[1:])
+
+
+def test_a_text_without_a_real_token_gives_finite_features_and_gradients():
+    module = bert.make("tiny", vocab_size=90, depth=2, pooling="mean")
+    tokens = tokens_of([3, 0], 4)
+    variables = jax.jit(module.init)(jax.random.key(0), tokens)
+    value, gradient = jax.jit(
+        jax.value_and_grad(lambda v: jnp.square(module.apply(v, tokens).pooled).sum())
+    )(variables)
+    assert np.isfinite(value)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
+
+
+@pytest.mark.hf
+@pytest.mark.parametrize("variant", list(bert.VARIANTS))
+@pytest.mark.parametrize("heads", ["plain", "pooler", "mlm"])
+def test_every_size_has_the_parameters_of_transformers(variant, heads):
+    import torch
+    import transformers
+
+    module = bert.make(variant, pooler=heads == "pooler", mlm_head=heads == "mlm")
+    config = transformers.BertConfig(
+        vocab_size=module.vocab_size,
+        hidden_size=module.width,
+        num_hidden_layers=module.depth,
+        num_attention_heads=module.num_heads,
+        intermediate_size=module.mlp_dim,
+    )
+    with torch.device("meta"):
+        if heads == "mlm":
+            expected = transformers.BertForMaskedLM(config).num_parameters()
+        else:
+            model = transformers.BertModel(config, add_pooling_layer=heads == "pooler")
+            expected = model.num_parameters()
+    tokens = Tokens(jnp.zeros((2, 9), jnp.int32), jnp.ones((2, 9), bool))
+    variables = jax.eval_shape(module.init, jax.random.key(0), tokens)
+    assert sum(leaf.size for leaf in jax.tree.leaves(variables)) == expected
+    out = jax.eval_shape(module.apply, variables, tokens)
+    assert out.pooled.shape == (2, module.width)
+    assert out.tokens.shape == (2, 9, module.width)
+
+
+def test_bioclinicalbert_has_the_published_number_of_parameters():
+    tokens = Tokens(jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), bool))
+    variables = jax.eval_shape(bert.make("base", pooler=True).init, jax.random.key(0), tokens)
+    assert sum(leaf.size for leaf in jax.tree.leaves(variables)) == 108_310_272
+
+
+def test_one_init_makes_every_parameter_also_inside_another_module():
+    class Recipe(nn.Module):
+        text: nn.Module
+
+        @nn.compact
+        def __call__(self, tokens):
+            return nn.Dense(3)(self.text(tokens).pooled)
+
+    fields = {"vocab_size": 90, "depth": 1, "pooler": True, "mlm_head": True}
+    recipe = Recipe(bert.make("tiny", **fields))
+    tokens = tokens_of([3], 3)
+    module = bert.make("tiny", **fields)
+    alone = jax.jit(module.init)(jax.random.key(0), tokens)["params"]
+    through_head = jax.eval_shape(
+        lambda: module.init(jax.random.key(0), tokens, method="mlm_logits")
+    )["params"]
+    inside = jax.jit(recipe.init)(jax.random.key(0), tokens)["params"]["text"]
+    assert jax.tree.map(jnp.shape, inside) == jax.tree.map(jnp.shape, alone)
+    assert jax.tree.map(jnp.shape, through_head) == jax.tree.map(jnp.shape, alone)
+    assert {"pooler_dense", "mlm_dense", "mlm_norm", "mlm_bias"} <= set(inside)
+
+
+def test_dropout_needs_training():
+    module = bert.make("tiny", vocab_size=90, depth=1)
+    tokens = tokens_of([5, 4], 5)
+    variables = jax.jit(module.init)(jax.random.key(0), tokens)
+
+    @jax.jit
+    def train(seed):
+        rngs = {"dropout": jax.random.key(seed)}
+        return module.apply(variables, tokens, train=True, rngs=rngs).pooled
+
+    assert not np.allclose(train(0), train(1))
+    jax.jit(module.apply)(variables, tokens)  # would ask for a key
+
+
+def test_bad_input_is_refused_or_shows():
+    module = bert.make("tiny", vocab_size=90, depth=1, max_length=16)
+    tokens = tokens_of([16], 16)
+    variables = jax.jit(module.init)(jax.random.key(0), tokens)
+    with pytest.raises(ValueError, match=r"text of 17 tokens .* position table of 16"):
+        module.apply(variables, tokens_of([17], 17))
+    with pytest.raises(ValueError, match="mlm_head=True"):
+        module.apply(variables, tokens, method="mlm_logits")
+    with pytest.raises(ValueError, match="No pooling 'max' in this Bert, only cls, mean"):
+        jax.jit(module.clone(pooling="max").apply)(variables, tokens)
+    beyond = Tokens(np.full((1, 2), 90, np.int32), np.ones((1, 2), bool))
+    assert np.isnan(jax.jit(module.apply)(variables, beyond).pooled).all()
+    with pytest.raises(UserError, match="Did you mean base"):
+        bert.make("bas")

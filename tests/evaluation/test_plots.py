@@ -1,0 +1,84 @@
+"""Pictures are written whole, from real-shaped input, without pyplot."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from medvlp_jax.config import UserError
+from medvlp_jax.evaluation import plots
+
+
+def write(path, lines):
+    path.write_text("\n".join(lines))
+    return path
+
+
+@pytest.fixture
+def metrics_file(tmp_path):
+    lines = []
+    for step in range(100):
+        values = {"loss": 1 + 1 / (step + 1), "loss/findings": 0.5, "lr": 1e-4, "grad_norm": 2.0}
+        values |= {"weight/findings": 1.0, "time/step": 0.1, "time/pairs_per_second": 30.0}
+        lines.append(json.dumps({"step": step, **values}))
+    evaluation = {"retrieval/image_to_text/R@1": {"value": 0.2, "low": None}}
+    lines.append(json.dumps({"step": 99, **evaluation, "retrieval/image_to_text/median_rank": 4.0}))
+    return write(tmp_path / "metrics.jsonl", lines)
+
+
+def test_half_a_line_text_and_nan_are_ignored_and_later_lines_stand(tmp_path):
+    lines = ['{"step": 1, "loss": 3.0, "note": "x"}', '{"step": 1, "loss": 2.0}']
+    lines += ['{"step": 2, "loss": NaN}', '{"step": 3, "lo']
+    series = plots.read_series(write(tmp_path / "m.jsonl", lines))
+    assert list(series) == ["loss"]
+    np.testing.assert_array_equal(series["loss"][1], [2.0])
+
+
+def test_file_without_metrics_is_refused(tmp_path):
+    with pytest.raises(UserError, match="holds no metrics"):
+        plots.read_series(write(tmp_path / "m.jsonl", ["{}"]))
+
+
+def test_panels_start_with_the_loss_and_part_ranks_from_rates(metrics_file):
+    titles = [title for title, _ in plots.panels(plots.read_series(metrics_file))]
+    assert titles[:3] == ["loss", "loss/findings", "lr"]
+    assert "retrieval/image_to_text" in titles
+    assert "retrieval/image_to_text/rank" in titles
+    assert "weight" not in titles  # constant
+
+
+def test_smoothing_keeps_constants_and_length():
+    np.testing.assert_allclose(plots.smooth(np.full(100, 3.0)), 3.0)
+    assert plots.smooth(np.arange(7.0)).tolist() == list(range(7))
+
+
+def test_curves_writes_one_whole_picture(metrics_file, tmp_path):
+    out = tmp_path / "run" / "curves.png"
+    plots.curves(metrics_file, out)
+    with Image.open(out) as image:
+        image.load()
+        assert image.width > 600
+    assert [p.name for p in out.parent.iterdir()] == ["curves.png"]
+
+
+def test_examples_draws_grey_and_colour_and_odd_texts(tmp_path):
+    rng = np.random.default_rng(0)
+    texts = [["$5 and $6", "word " * 200], ["", "x" * 400]]
+    for channels in (1, 3):
+        images = rng.integers(0, 255, (2, 16, 16, channels)).astype(np.uint8)
+        plots.examples(images, texts, [[0.9, -0.1]] * 2, ["$5 and $6", "other"], tmp_path / "e.png")
+        with Image.open(tmp_path / "e.png") as image:
+            image.load()
+
+
+def test_examples_needs_an_image(tmp_path):
+    with pytest.raises(UserError, match="at least one image"):
+        plots.examples(np.zeros((0, 4, 4, 1)), [], [], [], tmp_path / "e.png")
+
+
+def test_pyplot_is_never_imported():
+    code = "import sys, medvlp_jax.evaluation.plots; sys.exit('matplotlib.pyplot' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,113 @@
+"""The linear probe: patient-grouped choices, and what it finds on features that hold the answer."""
+
+import json
+
+import numpy as np
+import pytest
+
+from medvlp_jax.config import UserError
+from medvlp_jax.evaluation import probe
+
+
+def make(n, rng, signal=2.0):
+    """Two findings, one a linear function of the features, one noise; patients of two rows."""
+    x = rng.normal(size=(n, 6)) * [1, 10, 0.1, 1, 1, 1]
+    y = np.stack([x[:, 0] * signal + rng.normal(size=n) > 0, rng.random(n) > 0.5], 1)
+    return x, y.astype(np.int8), np.arange(n) // 2
+
+
+@pytest.fixture(scope="module")
+def found():
+    rng = np.random.default_rng(0)
+    x, y, groups = make(240, rng)
+    x_test, y_test, test_groups = make(200, rng)
+    y[:10, 0] = -1
+    return probe.run(
+        x,
+        y,
+        x_test,
+        y_test,
+        classes=("real", "noise"),
+        task="finding",
+        multi_label=True,
+        seed=0,
+        train_groups=groups,
+        test_groups=test_groups,
+        resamples=200,
+    )
+
+
+def test_probe_finds_the_signal_and_only_the_signal(found):
+    assert found["probe/finding/auroc/real"]["value"] > 0.9
+    noise = found["probe/finding/auroc/noise"]
+    assert noise["low"] < 0.5 < noise["high"]
+
+
+def test_protocol_entry_says_what_was_fitted(found):
+    note = found["probe/finding/protocol"]
+    assert note["strength"] in probe.STRENGTHS
+    assert note["train_rows"] == 240
+    assert note["converged"] is True
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+
+
+def test_single_label_probe_classifies():
+    rng = np.random.default_rng(1)
+    truth = rng.integers(0, 3, 300)
+    x = rng.normal(size=(300, 4)) + 3 * np.eye(4)[truth]
+    y = np.eye(3, dtype=np.int8)[truth]
+    found = probe.run(
+        x[:200],
+        y[:200],
+        x[200:],
+        y[200:],
+        classes="abc",
+        task="t",
+        multi_label=False,
+        seed=0,
+        resamples=0,
+    )
+    assert found["probe/t/accuracy"]["value"] > 0.9
+    assert found["probe/t/accuracy"]["low"] is None
+
+
+def test_fraction_takes_whole_patients_and_nests():
+    groups = np.repeat(np.arange(50), 3)
+    small = probe.take_patients(groups, 0.1, seed=0)
+    large = probe.take_patients(groups, 0.5, seed=0)
+    assert len(small) == 15
+    assert set(small) < set(large)
+    assert len(np.unique(groups[small])) == 5
+    with pytest.raises(UserError, match=r"10; it must be in \(0, 1\]"):
+        probe.take_patients(groups, 10, seed=0)
+
+
+def test_validation_shares_no_patient():
+    groups = np.repeat(np.arange(20), 2)
+    fit, held = probe.validation_split(groups, seed=0)
+    assert not set(groups[fit]) & set(groups[held])
+    assert len(fit) + len(held) == 40
+
+
+def test_scale_of_the_features_does_not_matter():
+    rng = np.random.default_rng(2)
+    x, y, _ = make(120, rng)
+    scores = [
+        next(probe._fit_path(s * x, y, s * x, multi_label=True, strengths=(0.1,)))[0]
+        for s in (1.0, 100.0)
+    ]
+    np.testing.assert_allclose(scores[0], scores[1], atol=1e-6)
+
+
+def test_too_little_data_is_refused():
+    rng = np.random.default_rng(0)
+    x, y, groups = make(40, rng)
+    with pytest.raises(UserError, match="linear probe has 20 training patients"):
+        probe.choose_strength(x, 0 * y, groups, multi_label=True, seed=0)
+
+
+def test_same_seed_same_numbers():
+    rng = np.random.default_rng(0)
+    x, y, groups = make(80, rng)
+    a, b = (probe.choose_strength(x, y, groups, multi_label=True, seed=3) for _ in range(2))
+    assert a == b

@@ -1,0 +1,230 @@
+"""Retrieval against loops over sorted galleries, its oracle, and exact chance."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+
+from medvlp_jax.config import UserError
+from medvlp_jax.evaluation import retrieval
+
+ORACLE = np.array(
+    [
+        [0.9, 0.1, 0.8, 0.2, 0.3, 0.0],
+        [0.2, 0.7, 0.1, 0.6, 0.5, 0.4],
+        [0.6, 0.5, 0.4, 0.3, 0.2, 0.1],
+        [0.1, 0.3, 0.2, 0.9, 0.8, 0.4],
+        [0.1, 0.6, 0.2, 0.5, 0.3, 0.4],
+        [0.3, 0.2, 0.1, 0.5, 0.4, 0.6],
+    ]
+)
+CLASSES = np.array([0, 0, 1, 1, 2, 2])
+
+
+def unit(x):
+    return (x / np.linalg.norm(x, axis=-1, keepdims=True)).astype(np.float32)
+
+
+@pytest.fixture
+def corpus():
+    """Thirty images, 12 patients, 19 distinct texts, 3 findings."""
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, 25, 30)
+    texts = unit(rng.normal(size=(25, 8)))[ids]
+    labels = rng.integers(0, 2, (25, 3))[ids].astype(np.int8)
+    image = unit(texts + rng.normal(size=(30, 8)))
+    return image, texts, ids, labels, rng.integers(0, 12, 30)
+
+
+def test_oracle_of_precision_hit_and_recall():
+    ks = (1, 2, 3)
+    same = CLASSES[:, None] == CLASSES
+    found = retrieval.precision(ORACLE, same, ks).mean(0)
+    np.testing.assert_allclose(found, [0.6667, 0.3333, 0.3889], atol=1e-4)
+    hits = retrieval.first_right(ORACLE, same, ks)[1].mean(0)
+    np.testing.assert_allclose(hits, [0.6667, 0.6667, 1.0], atol=1e-4)
+    pairs = retrieval.first_right(ORACLE, np.eye(6, dtype=bool), ks)[1].mean(0)
+    np.testing.assert_allclose(pairs, [0.6667, 0.6667, 0.8333], atol=1e-4)
+
+
+def test_oracle_through_run():
+    # inner products of ORACLE's rows with the identity are ORACLE itself
+    one_hot = np.eye(3, dtype=np.int8)[CLASSES]
+    found = retrieval.run(ORACLE, np.eye(6), np.arange(6), labels=one_hot, ks=(1, 2, 3))
+    expected = {"P@1": 2 / 3, "P@2": 1 / 3, "P@3": 7 / 18, "H@3": 1.0, "R@1": 2 / 3, "R@3": 5 / 6}
+    for name, value in expected.items():
+        assert found[f"retrieval/image_to_text/{name}"]["value"] == pytest.approx(value)
+
+
+def test_ties_equal_the_mean_over_all_orders():
+    similarity = np.array([[0.5, 0.5, 0.5, 0.9, 0.1]])
+    right = np.array([[True, True, False, False, True]])
+    ks = (1, 2, 3, 4, 5)
+    ranks, hits, shares = [], [], []
+    for order in itertools.permutations(range(5)):
+        order = sorted(order, key=lambda g: -similarity[0, g])  # stable: ties keep this order
+        answers = right[0, order]
+        ranks.append(np.argmax(answers) + 1)
+        hits.append([answers[:k].any() for k in ks])
+        shares.append([answers[:k].mean() for k in ks])
+    rank, hit = retrieval.first_right(similarity, right, ks)
+    assert rank[0] == pytest.approx(np.mean(ranks))
+    np.testing.assert_allclose(hit[0], np.mean(hits, axis=0), atol=1e-12)
+    np.testing.assert_allclose(
+        retrieval.precision(similarity, right, ks)[0], np.mean(shares, axis=0), atol=1e-12
+    )
+
+
+def test_nothing_right_ranks_after_the_gallery():
+    rank, hit = retrieval.first_right(ORACLE, np.zeros((6, 6), bool), (1, 6))
+    np.testing.assert_array_equal(rank, 7)
+    np.testing.assert_array_equal(hit, 0)
+
+
+def test_run_equals_loops_over_a_sorted_gallery(corpus):
+    image, text, ids, labels, groups = corpus
+    found = retrieval.run(image, text, ids, labels=labels, groups=groups, ks=(1, 5))
+    names, first = np.unique(ids, return_index=True)
+    similarity = image.astype(np.float64) @ text[first].astype(np.float64).T
+    ranks, shares = [], []
+    for i in range(30):
+        order = np.argsort(-similarity[i], kind="stable")
+        ranks.append(1 + list(names[order]).index(ids[i]))
+        same = [(labels[first[g]] == labels[i]).all() for g in order[:5]]
+        shares.append(np.mean(same))
+    direction = "retrieval/image_to_text"
+    assert found[f"{direction}/R@1"]["value"] == pytest.approx(np.mean(np.array(ranks) <= 1))
+    assert found[f"{direction}/R@5"]["value"] == pytest.approx(np.mean(np.array(ranks) <= 5))
+    assert found[f"{direction}/mean_rank"]["value"] == pytest.approx(np.mean(ranks))
+    assert found[f"{direction}/median_rank"]["value"] == pytest.approx(np.median(ranks))
+    assert found[f"{direction}/P@5"]["value"] == pytest.approx(np.mean(shares))
+    assert found[f"{direction}/protocol"]["gallery"] == len(names)
+    back = []
+    for u, name in enumerate(names):
+        order = np.argsort(-similarity[:, u], kind="stable")
+        back.append(1 + np.flatnonzero(ids[order] == name)[0])
+    assert found["retrieval/text_to_image/R@5"]["value"] == pytest.approx(
+        np.mean(np.array(back) <= 5)
+    )
+    assert found["retrieval/text_to_image/R@5"]["n"] == len(names)
+
+
+def test_tiled_equals_dense(corpus):
+    image, text, ids, labels, groups = corpus
+    dense = retrieval.run(image, text, ids, labels=labels, groups=groups, tile=1000)
+    tiled = retrieval.run(image, text, ids, labels=labels, groups=groups, tile=7)
+    assert tiled == dense
+
+
+def test_order_of_rows_does_not_matter(corpus):
+    order = np.random.default_rng(1).permutation(30)
+    options = {"resamples": 0}
+    image, text, ids, labels, _ = corpus
+    straight = retrieval.run(image, text, ids, labels=labels, **options)
+    shuffled = retrieval.run(image[order], text[order], ids[order], labels=labels[order], **options)
+    for name, entry in straight.items():
+        if "value" in entry:
+            assert shuffled[name]["value"] == pytest.approx(entry["value"], rel=1e-12)
+
+
+def test_collapsed_embeddings_score_exactly_chance(corpus):
+    _, _, ids, labels, _ = corpus
+    rng = np.random.default_rng(0)
+    same = np.tile(unit(rng.normal(size=8)), (30, 1))
+    noisy = same + np.float32(1e-8) * rng.normal(size=same.shape).astype(np.float32)
+    found = retrieval.run(noisy, same, ids, labels=labels, resamples=0)
+    for entry in found.values():
+        if "value" in entry and entry["chance"] != int(entry["chance"]):  # the median is discrete
+            assert entry["value"] == pytest.approx(entry["chance"], rel=1e-9)
+
+
+def test_chance_equals_random_embeddings_on_average():
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, 20, 40)
+    labels = rng.integers(0, 2, (20, 2))[ids]
+    sums, runs = {}, 150
+    for _ in range(runs):
+        image, text = unit(rng.normal(size=(40, 16))), unit(rng.normal(size=(20, 16)))[ids]
+        found = retrieval.run(image, text, ids, labels=labels, resamples=0)
+        for name, entry in found.items():
+            if "value" in entry:
+                sums[name] = sums.get(name, 0) + entry["value"] / runs
+    for name, mean in sums.items():
+        tolerance = 0.6 if name.endswith("rank") else 0.025  # 4 standard errors of 150 runs
+        assert mean == pytest.approx(found[name]["chance"], abs=tolerance), name
+
+
+def test_rows_without_text_are_left_out(corpus):
+    image, text, ids, labels, groups = corpus
+    holes = text.copy()
+    holes[:5] = 0
+    found = retrieval.run(image, holes, ids, labels=labels, groups=groups)
+    plain = retrieval.run(image[5:], text[5:], ids[5:], labels=labels[5:], groups=groups[5:])
+    note = "retrieval/image_to_text/protocol"
+    assert found.pop(note)["left_out"] == 5
+    plain.pop(note)
+    name = "retrieval/text_to_image/protocol"
+    assert found.pop(name)["gallery"] == plain.pop(name)["gallery"] == 25
+    assert found == plain
+
+
+def test_top_texts_are_distinct_and_best_first(corpus):
+    image, text, ids, *_ = corpus
+    rows, scores = retrieval.top_texts(image[:3], text, ids, 4)
+    assert rows.shape == scores.shape == (3, 4)
+    for i in range(3):
+        assert len(set(ids[rows[i]])) == 4
+        best = max(float(image[i] @ t) for t in text)
+        assert scores[i, 0] == pytest.approx(best, rel=1e-5)
+        np.testing.assert_allclose(scores[i], text[rows[i]] @ image[i], rtol=1e-5)
+        assert (np.diff(scores[i]) <= 0).all()
+
+
+def test_label_sets_join_equal_sets_and_mark_unknown_rows():
+    labels = np.array([[1, 0], [1, -1], [0, 0], [-1, -1], [1, 1]])
+    sets = retrieval.label_sets(labels)
+    assert sets[0] == sets[1] != sets[2]
+    assert sets[3] == -1
+    assert len(set(sets)) == 4
+
+
+def test_shared_text_takes_its_most_frequent_label_set():
+    labels = np.array([[1, 0], [0, 1], [0, 1], [-1, -1]])
+    image = np.eye(4)
+    _, texts = retrieval.sides(image, image, np.array([7, 7, 7, 8]), labels=labels)
+    assert texts.kind.tolist() == [retrieval.label_sets(labels)[1], -1]
+
+
+def test_unknown_queries_do_not_count_for_class_precision(corpus):
+    image, text, ids, labels, groups = corpus
+    labels = labels.copy()
+    labels[:4] = -1
+    found = retrieval.run(image, text, ids, labels=labels, groups=groups)
+    assert found["retrieval/image_to_text/P@5"]["n"] == 26
+    assert found["retrieval/image_to_text/R@5"]["n"] == 30
+
+
+def test_k_above_the_gallery_is_dropped():
+    found = retrieval.run(np.eye(4), np.eye(4), np.arange(4), ks=(1, 5))
+    assert "retrieval/image_to_text/R@1" in found
+    assert "retrieval/image_to_text/R@5" not in found
+
+
+def test_diverged_or_missing_features_are_refused(corpus):
+    image, text, ids, *_ = corpus
+    broken = image.copy()
+    broken[3] = np.nan
+    with pytest.raises(UserError, match="1 of 30 rows of 'image' are not finite"):
+        retrieval.run(broken, text, ids)
+    with pytest.raises(UserError, match="None of 30 examples has a text"):
+        retrieval.run(image, 0 * text, ids)
+
+
+def test_result_is_json(corpus):
+    image, text, ids, labels, groups = corpus
+    found = retrieval.run(image, text, ids, labels=labels, groups=groups)
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+    entry = found["retrieval/image_to_text/R@1"]
+    assert entry["low"] <= entry["value"] <= entry["high"]
+    assert entry["protocol"] == "retrieval@clean-v1"

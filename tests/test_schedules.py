@@ -1,0 +1,41 @@
+"""Numbers that change over training."""
+
+import numpy as np
+import pytest
+
+from medvlp_jax import schedules
+
+
+def test_a_number_stays_and_knots_interpolate():
+    assert schedules.at(0.5, 100) == 0.5
+    knots = ((10, 1.0), (20, 3.0))
+    for step, value in ((0, 1.0), (10, 1.0), (15, 2.0), (20, 3.0), (99, 3.0)):
+        assert schedules.at(knots, step) == value
+
+
+def test_imitate_beta_equals_the_released_schedule_at_epoch_starts():
+    beta = schedules.imitate_beta(100)
+    for epoch in range(60):
+        expected = 1.0 if epoch <= 30 else 0.3 if epoch >= 50 else 1.3 - (epoch - 30) / 20
+        np.testing.assert_allclose(schedules.at(beta, epoch * 100), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("spec", [((0, 1.0), (0, 2.0)), "half", ()])
+def test_unreadable_knots_are_refused(spec):
+    with pytest.raises(ValueError, match="weight"):
+        schedules.check("weight", spec)
+
+
+def test_learning_rate_warms_up_then_falls_to_the_floor():
+    rate = schedules.learning_rate(1e-3, steps=100, warmup=10, kind="cosine", floor=1e-5)
+    np.testing.assert_allclose([rate(0), rate(5), rate(10)], [0, 5e-4, 1e-3], rtol=1e-6)
+    half = 1e-5 + (1e-3 - 1e-5) * 0.5
+    np.testing.assert_allclose([rate(55), rate(100)], [half, 1e-5], rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"kind": "linear", "warmup": 0}, {"kind": "cosine", "warmup": 9}]
+)
+def test_wrong_schedules_are_refused(fields):
+    with pytest.raises(ValueError, match=r"linear|warmup must be"):
+        schedules.learning_rate(1.0, steps=9, **fields)

@@ -1,0 +1,48 @@
+"""The mesh, parameter rules, and global batches."""
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from medvlp_jax import sharding
+
+
+def test_one_free_axis_takes_the_devices_that_are_left():
+    mesh = sharding.make_mesh(data=-1, fsdp=2, tensor=1)
+    assert dict(mesh.shape) == {"data": 4, "fsdp": 2, "tensor": 1}
+    assert sharding.batch_devices(mesh) == 8
+
+
+@pytest.mark.parametrize("axes", [{"data": 3}, {"data": -1, "fsdp": 3}, {"data": -1, "fsdp": -1}])
+def test_a_mesh_that_does_not_cover_the_devices_is_refused(axes):
+    with pytest.raises(ValueError, match="does not cover the 8 devices"):
+        sharding.make_mesh(**axes)
+
+
+def test_rules_come_first_then_large_arrays_are_split_and_small_ones_replicated():
+    mesh = sharding.make_mesh(data=2, fsdp=4)
+    spec = lambda path, shape: sharding.parameter_spec(
+        path, shape, [("head", (None, "tensor"))], mesh
+    )
+    assert spec("head/kernel", (8, 8)) == P(None, "tensor")
+    assert spec("body/kernel", (1024, 2048)) == P(None, "fsdp")
+    assert spec("body/kernel", (2048, 1023)) == P("fsdp", None)
+    assert spec("body/kernel", (64, 64)) == P()
+    assert spec("body/kernel", (1023, 1025)) == P()
+
+
+def test_a_global_batch_keeps_its_rows_and_is_split_over_data_and_fsdp():
+    mesh = sharding.make_mesh(data=2, fsdp=4)
+    rows = np.arange(32).reshape(16, 2)
+    batch = sharding.to_global({"x": rows}, mesh)
+    np.testing.assert_array_equal(batch["x"], rows)
+    assert {s.data.shape for s in batch["x"].addressable_shards} == {(2, 2)}
+
+
+def test_optimiser_state_is_split_like_its_parameter():
+    mesh = sharding.make_mesh(data=1, fsdp=8)
+    leaf = jax.ShapeDtypeStruct((2048, 1024), np.float32)
+    tree = {"params": {"w": leaf}, "optimizer": {"mu": {"w": leaf}}}
+    specs = {s.spec for s in jax.tree.leaves(sharding.shardings(tree, mesh))}
+    assert specs == {P("fsdp", None)}

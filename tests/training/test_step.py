@@ -1,0 +1,193 @@
+"""The one training step, with IMITATE in small."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from medvlp_jax import sharding
+from medvlp_jax.config import UserError
+from medvlp_jax.encoders.base import Tokens
+from medvlp_jax.recipes import clip, imitate
+from medvlp_jax.training import optim
+from medvlp_jax.training import params as paths
+from medvlp_jax.training import step as training
+
+RESNET = {
+    "name": "resnet",
+    "variant": "tiny",
+    "embedding_size": 8,
+    "hidden_sizes": (16, 32, 32, 64),
+}
+BERT = {"name": "bert", "variant": "tiny", "vocab_size": 50, "width": 16, "depth": 1, "mlp_dim": 32}
+WEIGHTS = {"impression": 1.0, "findings": 1.0, "view_diagnosis": 1.0, "view_reading": 1.0}
+
+
+def make_imitate(**fields):
+    small = {"dim": 32, "num_tokens": 32, "text_hidden": 32, "cached_text": False}
+    return imitate.make(image=RESNET, text=BERT, weights=WEIGHTS, **{**small, **fields})
+
+
+def make_clip(**fields):
+    return clip.make(image=RESNET, text=BERT, weights={"contrastive": 1.0}, dim=32, **fields)
+
+
+def batch_of(size, seed=0):
+    rng = np.random.default_rng(seed)
+    mask = np.arange(12) < rng.integers(3, 12, (size, 1))
+    batch = {}
+    for key in ("image", "image_2"):
+        batch[key] = rng.integers(0, 256, (size, 64, 64, 1), dtype=np.uint8)
+    for section in ("findings", "impression", "report"):
+        batch[section] = Tokens(rng.integers(4, 50, (size, 12)), mask)
+        batch[f"{section}_valid"] = np.ones(size, bool)
+        batch[f"{section}_id"] = np.arange(size)
+    return batch
+
+
+def make_state(recipe, batch, *, lr=1e-3, freeze=(), weight_decay=0.05, steps=100):
+    variables = training.init_variables(recipe, jax.tree.map(lambda x: x[:2], batch), seed=0)
+    frozen = (*recipe.frozen, *freeze)
+    trainable, _ = paths.split(variables["params"], frozen)
+    tx, rate = optim.make(trainable, name="adamw", lr=lr, steps=steps, weight_decay=weight_decay)
+    step = training.make_train_step(recipe, tx, rate, seed=0)
+    return training.make_state(variables, tx, frozen), step
+
+
+def keep(recipe, batch):
+    return {key: batch[key] for key in recipe.inputs}
+
+
+@pytest.mark.parametrize("recipe", [make_imitate(), make_clip(), make_clip(loss="sigmoid")])
+def test_every_trainable_leaf_moves_and_frozen_leaves_stay_bit_identical(recipe):
+    batch = batch_of(8)
+    state, step = make_state(recipe, batch, weight_decay=0.0)
+    before = jax.device_get(state)
+    for _ in range(3):
+        state, metrics = step(state, keep(recipe, batch))
+    after = jax.device_get(state)
+    still = [
+        path
+        for path, old in paths.flatten(before.params).items()
+        if (old == paths.flatten(after.params)[path]).all()
+    ]
+    # A key bias adds one number to all logits of a head and cancels in the softmax: no gradient.
+    assert still in ([], [p for p in still if p.endswith(("key_bias", "key/bias"))])
+    for path, old in paths.flatten(before.frozen).items():
+        np.testing.assert_array_equal(old, paths.flatten(after.frozen)[path])
+    assert np.isfinite(float(metrics["loss"]))
+    assert after.step == 3
+
+
+@pytest.mark.parametrize("recipe", [make_imitate(kernel="none"), make_clip()])
+def test_eight_examples_overfit(recipe):
+    batch = batch_of(8)
+    state, step = make_state(recipe, batch, lr=3e-3, weight_decay=0.0)
+    losses = []
+    for _ in range(40):
+        state, metrics = step(state, keep(recipe, batch))
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < 0.35 * losses[0]
+
+
+def test_frozen_parameters_have_no_optimiser_state():
+    recipe = make_imitate()
+    state, _ = make_state(recipe, batch_of(8), freeze=("^diagnosis/",))
+    assert {path.split("/")[0] for path in paths.flatten(state.frozen)} == {"text", "diagnosis"}
+    moments = next(s for s in state.optimizer if hasattr(s, "mu"))
+    assert paths.flatten(moments.mu).keys() == paths.flatten(state.params).keys()
+
+
+def test_loss_is_the_weighted_sum_of_its_terms_and_weights_follow_their_knots():
+    recipe = make_imitate().clone(weights={**WEIGHTS, "findings": ((0, 0.0), (2, 1.0))})
+    batch = batch_of(8)
+    state, step = make_state(recipe, batch)
+    for weight in (0.0, 0.5, 1.0, 1.0):
+        state, metrics = step(state, keep(recipe, batch))
+        assert metrics["weight/findings"] == weight
+        total = sum(metrics[f"loss/{k}"] * metrics[f"weight/{k}"] for k in WEIGHTS)
+        np.testing.assert_allclose(metrics["loss"], total, rtol=1e-6)
+
+
+def test_a_step_on_eight_devices_equals_the_step_on_one():
+    recipe = make_imitate()
+    batch = batch_of(16)
+    state, step = make_state(recipe, batch)
+    one, metrics_one = step(jax.tree.map(jnp.copy, state), keep(recipe, batch))
+    mesh = sharding.make_mesh(data=4, fsdp=2)
+    placed = jax.device_put(state, sharding.shardings(state, mesh))
+    eight, metrics_eight = step(placed, sharding.to_global(keep(recipe, batch), mesh))
+    for name, value in metrics_one.items():
+        np.testing.assert_allclose(value, metrics_eight[name], rtol=1e-4)
+    for a, b in zip(
+        jax.tree.leaves(one.collections), jax.tree.leaves(eight.collections), strict=True
+    ):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_a_step_is_a_function_of_state_and_batch_alone():
+    recipe = make_imitate()
+    batch = keep(recipe, batch_of(8))
+    state, step = make_state(recipe, batch_of(8))
+    runs = [step(jax.tree.map(jnp.copy, state), batch) for _ in range(2)]
+    for a, b in zip(*map(jax.tree.leaves, runs), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_multipliers_and_decay_masks_follow_patterns():
+    params = {
+        "image": {"kernel": jnp.ones(3)},
+        "head": {"kernel": jnp.ones(3), "bias": jnp.ones(3)},
+    }
+    tx, _ = optim.make(
+        params,
+        name="sgd",
+        lr=0.1,
+        steps=1,
+        schedule="constant",
+        weight_decay=0.5,
+        multipliers=(("^image/", 0.1),),
+        no_decay=("bias$",),
+    )
+    grads = jax.tree.map(jnp.ones_like, params)
+    updates, _ = tx.update(grads, tx.init(params), params)
+    np.testing.assert_allclose(updates["image"]["kernel"], -0.1 * 0.1 * 1.5, rtol=1e-6)
+    np.testing.assert_allclose(updates["head"]["kernel"], -0.1 * 1.5, rtol=1e-6)
+    np.testing.assert_allclose(updates["head"]["bias"], -0.1, rtol=1e-6)
+
+
+def test_adamw_without_extras_equals_optax_adamw():
+    params = {"a": {"kernel": jnp.linspace(-1, 1, 7)}}
+    ours, _ = optim.make(
+        params, name="adamw", lr=1e-2, steps=9, schedule="constant", weight_decay=0.05
+    )
+    theirs = optax.adamw(1e-2, weight_decay=0.05)
+    grads = {"a": {"kernel": jnp.linspace(2, 3, 7)}}
+    a, _ = ours.update(grads, ours.init(params), params)
+    b, _ = theirs.update(grads, theirs.init(params), params)
+    np.testing.assert_allclose(a["a"]["kernel"], b["a"]["kernel"], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"name": "adam"}, "optim.name must be one of adamw, lamb, sgd, got 'adam'"),
+        (
+            {"multipliers": (("imgae", 0.1),)},
+            "optim.multipliers pattern 'imgae' matches no parameter",
+        ),
+        ({"warmup": 9, "steps": 9}, "warmup must be at least 0 and below steps=9, got 9"),
+    ],
+)
+def test_wrong_optimiser_settings_are_one_sentence(fields, message):
+    with pytest.raises(UserError, match=message):
+        optim.make({"a": {"b": jnp.ones(1)}}, **{"name": "adamw", "lr": 1.0, "steps": 9, **fields})
+
+
+def test_a_batch_without_what_the_recipe_reads_is_refused():
+    recipe = make_imitate()
+    with pytest.raises(
+        UserError, match="Imitate reads image_2, findings, impression, but the batch"
+    ):
+        training.check_batch(recipe, {"image": 0, "findings_valid": 0, "impression_valid": 0})
