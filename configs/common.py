@@ -30,6 +30,7 @@ def data(**fields) -> ConfigDict:
                 "perspective_probability": 0.5,
                 "autocontrast": 0.5,
             },
+            "decode_cache": 0,  # decoded images kept in memory, size^2 bytes each
             "threads": 2,
             "prefetch": 4,
         },

@@ -139,14 +139,16 @@ def record_transform(parts: Parts, inputs: Sequence[str], *, train: bool, featur
       mask: share of the lower edge to blacken; None takes data.mask_lower_edge.
     """
     data = parts.config["data"]
-    decode = functools.partial(
-        transforms.decode,
-        size=data["size"],
-        channels=data["channels"],
-        crop_black_border=data["crop_black_border"],
-        stretch=data["stretch"],
-        legacy_wrap=data["legacy_wrap"],
-        fit=data["fit"],
+    decode = functools.lru_cache(maxsize=data["decode_cache"])(
+        functools.partial(
+            transforms.decode,
+            size=data["size"],
+            channels=data["channels"],
+            crop_black_border=data["crop_black_border"],
+            stretch=data["stretch"],
+            legacy_wrap=data["legacy_wrap"],
+            fit=data["fit"],
+        )
     )
     fraction = data["mask_lower_edge"] if mask is None else mask
     if fraction:

@@ -49,6 +49,7 @@ def run(config: dict, workdir: pathlib.Path) -> dict:
     sources = assemble.open_corpora(config["data"], config["data"]["split"])
     evaluator = evaluate.Evaluator(parts, config["evals"])
     variables = assemble.initial_variables(parts)
+    untrained = jax.device_get(variables)  # the control; the step donates the originals
     frozen = assemble.frozen_patterns(parts)
     paths.check_patterns(variables["params"], frozen, "optim.freeze")
     fields = {k: v for k, v in config["optim"].items() if k != "freeze"}
@@ -97,7 +98,7 @@ def run(config: dict, workdir: pathlib.Path) -> dict:
     )
     checkpointer.close()
     trained = jax.device_get(state.variables)
-    results = evaluate.full(evaluator, state.variables, variables)
+    results = evaluate.full(evaluator, state.variables, untrained)
     if jax.process_index() == 0:
         evaluate.write_results(results, workdir)
         plots.curves(workdir / "metrics.jsonl", workdir / "curves.png")

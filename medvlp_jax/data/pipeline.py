@@ -37,7 +37,7 @@ __all__ = [
     "train_dataset",
 ]
 
-SECTIONS = ("findings", "impression")
+SECTIONS = ("findings", "impression", "report")  # report: both sections as one text
 
 Example = dict[str, Any]
 Transform = Callable[[Any, np.random.Generator | None], Example]
@@ -140,9 +140,10 @@ def record_transform(
 
     Args:
       inputs: the batch keys that are wanted: "image", "image_2" (a second view; training only),
-        "findings" and "impression" (token ids), "findings_feature" and "impression_feature"
+        "findings", "impression" and "report", both as one text (token ids), "<section>_feature"
         (cached features of frozen text encoders), "label/<task>". Keys made anyway: "text_id" and,
-        for every section asked for, "<section>_valid"; in evaluation also the labels of all tasks.
+        for every section asked for, "<section>_valid" and "<section>_id" (equal for equal texts);
+        in evaluation also the labels of all tasks and "patient_id".
       decode: encoded bytes -> uint8 [R, R, C], for example a partial of `transforms.decode`; wrap
         it in `functools.lru_cache` to decode a small corpus once.
       view: (image, rng) -> uint8 [H, W, C]; a random view in training.
@@ -167,12 +168,16 @@ def record_transform(
             example["image"] = view(image, rng)
             if train and "image_2" in inputs:
                 example["image_2"] = view(image, rng)
-        for key in tokenised:
-            example[key] = tokens(record[key], lengths[key])
-        for key in looked_up:
-            example[f"{key}_feature"] = _feature(features, record[key])
         for key in {*tokenised, *looked_up}:
-            example[f"{key}_valid"] = np.asarray(bool(record[key]))
+            words = section_text(record, key)
+            if key in tokenised:
+                example[key] = tokens(words, lengths[key])
+            if key in looked_up:
+                example[f"{key}_feature"] = _feature(features, words)
+            example[f"{key}_valid"] = np.asarray(bool(words))
+            example[f"{key}_id"] = text_hash(words)
+        if not train:
+            example["patient_id"] = np.asarray(record["patient_id"])
         for task, label in record.get("labels", {}).items():
             if not train or f"label/{task}" in inputs:
                 example[f"label/{task}"] = np.asarray(label, np.int8)
@@ -198,6 +203,13 @@ def mlm_transform(
     return transform
 
 
+def section_text(record: Mapping[str, Any], section: str) -> str:
+    """Return one section of a record; "report" is both, as one text."""
+    if section == "report":
+        return " ".join(filter(None, (record["findings"], record["impression"])))
+    return record[section]
+
+
 def text_hash(text_id: str) -> np.ndarray:
     """Return a text id as a non-negative int32, equal for equal ids on every machine."""
     return np.asarray(zlib.crc32(text_id.encode()) & 0x7FFFFFFF, np.int32)
@@ -205,7 +217,7 @@ def text_hash(text_id: str) -> np.ndarray:
 
 def _check_inputs(inputs, tokenised, tokenizer, lengths, looked_up, features) -> None:
     known = ("image", "image_2", "text_id", *SECTIONS)
-    made = (*known, *(f"{s}_{kind}" for s in SECTIONS for kind in ("feature", "valid")))
+    made = (*known, *(f"{s}_{kind}" for s in SECTIONS for kind in ("feature", "valid", "id")))
     for key in inputs:
         if key not in made and not key.startswith("label/"):
             raise UserError(
@@ -226,7 +238,11 @@ def _feature(features: Mapping[str, np.ndarray], words: str) -> np.ndarray:
     if not words:
         return np.zeros_like(next(iter(features.values())))
     if words not in features:
-        raise UserError(f"No cached feature for the text '{words[:60]}'; make the cache again.")
+        # The text itself may be a patient's: it never goes into a message.
+        raise UserError(
+            f"A text of {len(words)} characters (id {text_hash(words)}) has no cached feature: the "
+            "cache was made from another corpus or split."
+        )
     return features[words]
 
 

@@ -113,11 +113,11 @@ def test_mlm_gradients_equal_torch_and_reach_every_parameter(pair):
         assert np.abs(leaf).max() > 0
 
 
-def test_what_stands_in_the_padding_does_not_matter():
+def test_what_stands_in_the_padding_does_not_matter(variables_of):
     module = bert.make("tiny", vocab_size=90, depth=2, pooling="mean")
     tokens = tokens_of([9, 4], 9)
     other = Tokens(np.where(tokens.mask, tokens.ids, 55), tokens.mask)
-    variables = jax.jit(module.init)(jax.random.key(0), tokens)
+    variables = variables_of(module, tokens)
     ours, same = jax.jit(module.apply)(variables, tokens), jax.jit(module.apply)(variables, other)
     assert_close(ours.pooled, same.pooled, 1e-6)
     assert_close(ours.tokens[tokens.mask], same.tokens[tokens.mask], 1e-6)
@@ -125,10 +125,10 @@ def test_what_stands_in_the_padding_does_not_matter():
     assert_close(module.apply(variables, short).pooled, ours.pooled[1:])
 
 
-def test_a_text_without_a_real_token_gives_finite_features_and_gradients():
+def test_a_text_without_a_real_token_gives_finite_features_and_gradients(variables_of):
     module = bert.make("tiny", vocab_size=90, depth=2, pooling="mean")
     tokens = tokens_of([3, 0], 4)
-    variables = jax.jit(module.init)(jax.random.key(0), tokens)
+    variables = variables_of(module, tokens)
     value, gradient = jax.jit(
         jax.value_and_grad(lambda v: jnp.square(module.apply(v, tokens).pooled).sum())
     )(variables)
@@ -193,10 +193,10 @@ def test_one_init_makes_every_parameter_also_inside_another_module():
     assert {"pooler_dense", "mlm_dense", "mlm_norm", "mlm_bias"} <= set(inside)
 
 
-def test_dropout_needs_training():
+def test_dropout_needs_training(variables_of):
     module = bert.make("tiny", vocab_size=90, depth=1)
     tokens = tokens_of([5, 4], 5)
-    variables = jax.jit(module.init)(jax.random.key(0), tokens)
+    variables = variables_of(module, tokens)
 
     @jax.jit
     def train(seed):
@@ -207,10 +207,10 @@ def test_dropout_needs_training():
     jax.jit(module.apply)(variables, tokens)  # would ask for a key
 
 
-def test_bad_input_is_refused_or_shows():
+def test_bad_input_is_refused_or_shows(variables_of):
     module = bert.make("tiny", vocab_size=90, depth=1, max_length=16)
     tokens = tokens_of([16], 16)
-    variables = jax.jit(module.init)(jax.random.key(0), tokens)
+    variables = variables_of(module, tokens)
     with pytest.raises(ValueError, match=r"text of 17 tokens .* position table of 16"):
         module.apply(variables, tokens_of([17], 17))
     with pytest.raises(ValueError, match="mlm_head=True"):

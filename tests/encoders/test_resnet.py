@@ -122,12 +122,12 @@ def test_published_sizes_have_the_published_number_of_parameters(variant, count)
     assert tuple(level.shape[-1] for level in out.levels) == module.level_widths
 
 
-def test_the_momentum_of_every_norm_is_a_field():
+def test_the_momentum_of_every_norm_is_a_field(variables_of):
     images = RNG.normal(size=(2, 32, 32, 3)).astype(np.float32)
     moved = []
     for momentum in (0.1, 0.2):
         module = resnet.make("tiny", bn_momentum=momentum)
-        variables = jax.jit(module.init)(jax.random.key(0), images)
+        variables = variables_of(module, images)
         _, updates = jax.jit(
             lambda v, m=module: m.apply(v, images, train=True, mutable=["batch_stats"])
         )(variables)
@@ -137,19 +137,19 @@ def test_the_momentum_of_every_norm_is_a_field():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(2 * a, b, rtol=1e-4, atol=1e-6), *moved)
 
 
-def test_examples_are_encoded_independently_in_evaluation():
+def test_examples_are_encoded_independently_in_evaluation(variables_of):
     images = RNG.normal(size=(3, 32, 32, 3)).astype(np.float32)
     module = config.build("medvlp_jax.encoders", "resnet", variant="tiny")
-    variables = jax.jit(module.init)(jax.random.key(0), images)
+    variables = variables_of(module, images)
     whole = jax.jit(module.apply)(variables, images)
     alone = jax.jit(module.apply)(variables, images[1:2])
     assert_close(alone.pooled, whole.pooled[1:2])
 
 
-def test_compute_in_bfloat16_stays_near():
+def test_compute_in_bfloat16_stays_near(variables_of):
     images = RNG.normal(size=(2, 64, 64, 3)).astype(np.float32)
     module = resnet.make("tiny")
-    variables = jax.jit(module.init)(jax.random.key(0), images)
+    variables = variables_of(module, images)
     exact = jax.jit(module.apply)(variables, images).pooled
     half = jax.jit(module.clone(dtype=jnp.bfloat16).apply)(variables, images).pooled
     assert half.dtype == jnp.bfloat16

@@ -152,14 +152,14 @@ def test_bad_input_is_refused_before_compiling():
         vit.make("tiny", pooling="pooler").init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
     with pytest.raises(UserError, match="Did you mean B/16"):
         vit.make("B16")
-    with pytest.raises(UserError, match="ViT has no 'dephth'. Did you mean depth"):
+    with pytest.raises(UserError, match=r"ViT has no 'dephth'\. Did you mean depth"):
         vit.make("B/16", dephth=3)
 
 
-def test_dropout_needs_training():
+def test_dropout_needs_training(variables_of):
     module = vit.make("tiny", image_size=32, dropout=0.5)
     images = jnp.ones((2, 32, 32, 3))
-    variables = jax.jit(module.init)(jax.random.key(0), images)
+    variables = variables_of(module, images)
 
     @jax.jit
     def train(seed):

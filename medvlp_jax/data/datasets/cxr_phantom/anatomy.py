@@ -178,7 +178,7 @@ def fine(sampled: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     return sampled
 
 
-@functools.cache
+@functools.lru_cache(maxsize=128)  # one a width: halves and windows differ by a few pixels
 def _interpolation(count: int, kept: int) -> np.ndarray:
     """Matrix [count, kept] that interpolates linearly between every (count / kept)-th sample."""
     stride = -(-count // kept)
@@ -197,7 +197,7 @@ def _wall(a: Anatomy, y: np.ndarray, *, lower: float = 0.0, inset: float = 0.0):
     """
     apex = a.apex + lower
     u = (y - apex) / np.float32(18.0)
-    shape = 1 - np.clip(1 - u, 0, 1) ** np.float32(2.0)
+    shape = 1 - np.clip(1 - u, 0, 1) ** 2
     crown = np.float32(3.0)  # cm from the midline to the apex
     wall = crown + (a.half_width - inset - crown) * np.sqrt(shape)
     wall = np.where(u > 0, wall, crown + 6 * (y - apex))  # above the apex: outside, steeply
