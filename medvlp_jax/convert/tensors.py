@@ -64,7 +64,8 @@ def write_tensors(file: Path, tensors: Tensors) -> None:
     """Write a safetensors file under another name and rename it: no half file is ever seen."""
     temporary = file.with_name(f".{file.name}.{os.getpid()}")
     # safetensors writes a buffer as it lies in memory: a transposed view would come out scrambled.
-    contiguous = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
+    # (`ascontiguousarray` would turn a scalar into an array of one.)
+    contiguous = {name: np.asarray(array, order="C") for name, array in tensors.items()}
     save_file(contiguous, temporary, metadata={"format": "pt"})
     temporary.replace(file)
 

@@ -35,7 +35,15 @@ class Checkpointer:
             max_to_keep=keep, keep_period=keep_every or None, enable_async_checkpointing=True
         )
         try:
-            self.manager = ocp.CheckpointManager(self.folder, options=options)
+            # Without handlers a fresh process could not read the metadata of what another wrote.
+            handlers = {
+                "state": ocp.StandardCheckpointHandler(),
+                "position": ocp.JsonCheckpointHandler(),
+                "config": ocp.JsonCheckpointHandler(),
+            }
+            self.manager = ocp.CheckpointManager(
+                self.folder, options=options, item_handlers=handlers
+            )
         except OSError as error:
             raise UserError(f"Cannot keep checkpoints in {self.folder}: {error}.") from None
 

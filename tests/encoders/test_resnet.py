@@ -88,9 +88,8 @@ def test_training_outputs_gradients_and_running_averages_equal_torch(pair):
     deepest = "encoder.stages.3.layers.0.layer.2.normalization"
     assert_close(stats["stage_3_block_0"]["norm3"]["mean"], state[f"{deepest}.running_mean"])
     assert_close(stats["stage_3_block_0"]["norm3"]["var"], state[f"{deepest}.running_var"])
-    # Against float64: the error is ours alone, grown through eleven normalised layers.
     stem_gradient = stem.convolution.weight.grad.numpy().transpose(2, 3, 1, 0)
-    assert_close(gradient["stem_conv"]["kernel"], stem_gradient, 1e-4)
+    assert_close(gradient["stem_conv"]["kernel"], stem_gradient)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
 
 
@@ -153,7 +152,7 @@ def test_compute_in_bfloat16_stays_near(variables_of):
     exact = jax.jit(module.apply)(variables, images).pooled
     half = jax.jit(module.clone(dtype=jnp.bfloat16).apply)(variables, images).pooled
     assert half.dtype == jnp.bfloat16
-    assert_close(half, exact, 0.03)  # bfloat16 keeps 8 bits: 0.4 % a rounding
+    assert_close(half, exact, 0.02)  # measured 0.006; bfloat16 keeps 8 bits, 0.4 % a rounding
 
 
 def test_bad_input_is_refused_before_compiling():

@@ -148,8 +148,9 @@ def test_bad_input_is_refused_before_compiling():
     ]:
         with pytest.raises(ValueError, match=message):
             jax.eval_shape(module.init, jax.random.key(0), jnp.zeros(shape))
+    module = vit.make("tiny", pooling="pooler")
     with pytest.raises(ValueError, match="'pooler' needs pooler=True"):
-        vit.make("tiny", pooling="pooler").init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+        jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
     with pytest.raises(UserError, match="Did you mean B/16"):
         vit.make("B16")
     with pytest.raises(UserError, match=r"ViT has no 'dephth'\. Did you mean depth"):

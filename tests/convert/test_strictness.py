@@ -1,0 +1,203 @@
+"""Files that do not fit are refused, with all that is wrong in one sentence."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from medvlp_jax import convert
+from medvlp_jax.config import UserError
+from medvlp_jax.convert import checkpoint
+from medvlp_jax.encoders import bert, resnet, vit
+from medvlp_jax.encoders.base import Tokens
+
+TOKENS = Tokens(np.ones((1, 2), np.int32), np.ones((1, 2), bool))
+
+
+@pytest.fixture(scope="module")
+def module():
+    return bert.make("tiny", vocab_size=50, width=16, depth=1, num_heads=2, mlp_dim=32)
+
+
+@pytest.fixture
+def folder(tmp_path, module):
+    """Save a small BERT."""
+    shapes = jax.eval_shape(module.init, jax.random.key(0), TOKENS)
+    variables = jax.tree.map(lambda s: np.ones(s.shape, np.float32), shapes)
+    convert.save(module, variables, tmp_path / "bert")
+    return tmp_path / "bert"
+
+
+def edit(folder, **changes):
+    """Change the tensors of a folder; None removes one."""
+    tensors = load_file(folder / "model.safetensors") | changes
+    save_file({k: v for k, v in tensors.items() if v is not None}, folder / "model.safetensors")
+
+
+def edit_config(folder, **changes):
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def test_every_missing_unused_and_misshapen_tensor_is_listed(folder):
+    edit(
+        folder,
+        **{
+            "embeddings.LayerNorm.weight": None,
+            "encoder.layer.0.output.dense.bias": None,
+            "encoder.layer.0.intermediate.dense.weight": np.zeros((16, 32), np.float32),
+            "encoder.layer.1.output.dense.bias": np.zeros(16, np.float32),
+            "adapter.weight": np.zeros(3, np.float32),
+        },
+    )
+    with pytest.raises(UserError) as error:
+        convert.load(folder)
+    assert str(error.value) == (
+        f"{folder} does not fit Bert: "
+        "missing embeddings.LayerNorm.weight, encoder.layer.0.output.dense.bias; "
+        "unused adapter.weight, encoder.layer.1.output.dense.bias; "
+        "mis-shaped encoder.layer.0.intermediate.dense.weight [16, 32] where [32, 16] is needed; "
+        "unused ones are left out with drop=(...)."
+    )
+
+
+def test_an_unknown_tensor_is_left_out_only_when_named(folder):
+    edit(folder, **{"adapter.weight": np.zeros(3, np.float32)})
+    with pytest.raises(UserError, match=r"unused adapter\.weight"):
+        convert.load(folder)
+    convert.load(folder, drop=("adapter.weight",))
+
+
+def test_heads_known_by_name_are_left_out_and_said(folder, caplog):
+    edit(
+        folder,
+        **{
+            "cls.seq_relationship.weight": np.zeros((2, 16), np.float32),
+            "embeddings.position_ids": np.arange(512)[None],
+        },
+    )
+    with caplog.at_level("INFO"):
+        convert.load(folder)
+    assert "embeddings.position_ids, cls.seq_relationship.weight" in caplog.text
+
+
+def test_a_head_that_is_half_there_is_missing_the_other_half(folder):
+    edit(folder, **{"pooler.dense.weight": np.zeros((16, 16), np.float32)})
+    with pytest.raises(UserError, match=r"missing pooler\.dense\.bias"):
+        convert.load(folder)
+    module, _ = convert.load(folder, pooler=False)
+    assert not module.pooler
+
+
+def test_an_untied_decoder_is_refused_and_an_equal_copy_accepted(folder, module):
+    module = module.clone(mlm_head=True)
+    shapes = jax.eval_shape(module.init, jax.random.key(0), TOKENS)
+    variables = jax.tree.map(lambda s: np.ones(s.shape, np.float32), shapes)
+    convert.save(module, variables, folder)
+    edit(folder, **{"cls.predictions.decoder.weight": np.ones((50, 16), np.float32)})
+    assert convert.load(folder)[0].mlm_head
+    edit(folder, **{"cls.predictions.decoder.weight": np.zeros((50, 16), np.float32)})
+    with pytest.raises(UserError, match=r"mlm_head=False"):
+        convert.load(folder)
+    assert not convert.load(folder, mlm_head=False)[0].mlm_head
+
+
+def test_variables_that_are_not_the_modules_own_are_not_written(tmp_path, module):
+    shapes = jax.eval_shape(module.init, jax.random.key(0), TOKENS)
+    variables = jax.tree.map(lambda s: np.ones(s.shape, np.float32), shapes)
+    params = dict(variables["params"], lora=np.ones(2), type_embedding=np.ones((3, 16)))
+    del params["word_embedding"]
+    with pytest.raises(UserError) as error:
+        convert.save(module, {"params": params}, tmp_path / "out")
+    assert str(error.value) == (
+        "These are not the variables of this Bert: missing params/word_embedding; "
+        "unused params/lora; mis-shaped params/type_embedding [3, 16] where [2, 16] is needed."
+    )
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_act": "gelu_new"}, "hidden_act 'gelu_new' (only 'gelu')"),
+        (
+            {"is_decoder": True, "position_embedding_type": "relative"},
+            "is_decoder True (only False), position_embedding_type 'relative' (only 'absolute')",
+        ),
+        ({"model_type": "llama"}, "this project reads resnet, vit, bert, cxr-bert"),
+    ],
+)
+def test_a_config_of_another_architecture_is_refused(folder, changes, message):
+    edit_config(folder, **changes)
+    with pytest.raises(UserError) as error:
+        convert.load(folder)
+    assert message in str(error.value)
+
+
+def test_cxr_bert_is_read_as_bert(folder):
+    edit_config(folder, model_type="cxr-bert", projection_size=128)
+    edit(folder, **{"cls_projection_head.dense_to_hidden.weight": np.zeros((128, 16), np.float32)})
+    assert isinstance(convert.load(folder)[0], bert.Bert)
+
+
+def test_load_into_names_every_field_that_differs(folder, module):
+    with pytest.raises(UserError) as error:
+        convert.load_into(module.clone(num_heads=4, epsilon=1e-6), folder)
+    assert "num_heads is 2 there and 4 here; epsilon is 1e-12 there and 1e-06 here" in str(
+        error.value
+    )
+    with pytest.raises(UserError, match="holds a 'bert', which is not a ResNet"):
+        convert.load_into(resnet.make("tiny"), folder)
+
+
+def test_an_unknown_field_is_answered_with_the_nearest(folder):
+    with pytest.raises(UserError, match=r"Bert has no 'poolin'\. Did you mean pooling"):
+        convert.load(folder, poolin="mean")
+
+
+def test_rectangular_images_are_refused(tmp_path):
+    module = vit.make("tiny", depth=1, width=16, mlp_dim=16, image_size=32)
+    shapes = jax.eval_shape(module.init, jax.random.key(0), np.zeros((1, 32, 32, 3)))
+    convert.save(module, jax.tree.map(lambda s: np.ones(s.shape, np.float32), shapes), tmp_path)
+    edit_config(tmp_path, image_size=[32, 32])
+    assert convert.load(tmp_path)[0].image_size == 32
+    edit_config(tmp_path, image_size=[32, 64])
+    with pytest.raises(UserError, match=r"\[32, 64\]; only squares"):
+        convert.load(tmp_path)
+
+
+def test_a_pickle_is_never_read(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"holds pytorch_model\.bin but no model\.safetensors"):
+        convert.load(folder)
+    (folder / "pytorch_model.bin").unlink()
+    with pytest.raises(UserError, match="holds neither"):
+        convert.load(folder)
+
+
+def test_shards_that_are_not_all_there_are_named(folder):
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    index = folder / "model.safetensors.index.json"
+    name = "embeddings.LayerNorm.weight"
+    index.write_text(json.dumps({"weight_map": {name: "model-00002-of-00002.safetensors"}}))
+    with pytest.raises(UserError, match=r"lacks model-00002-of-00002\.safetensors"):
+        convert.load(folder)
+    index.write_text(json.dumps({"weight_map": {"x": "model-00001-of-00002.safetensors"}}))
+    with pytest.raises(UserError, match="no shard holds: x"):
+        convert.load(folder)
+
+
+def test_a_folder_is_needed(tmp_path, folder):
+    with pytest.raises(UserError, match=r"is a file; give the folder"):
+        convert.load(folder / "config.json")
+    with pytest.raises(UserError, match=r"holds no config\.json"):
+        convert.load(tmp_path)
+    with pytest.raises(UserError, match="'no-one/nothing' is no folder, and the hub"):
+        convert.load("no-one/nothing")
+
+
+def test_a_module_that_has_no_hugging_face_form_is_refused(tmp_path):
+    with pytest.raises(UserError, match="there is one of ResNet, ViT, Bert"):
+        checkpoint.save(object(), {}, tmp_path)

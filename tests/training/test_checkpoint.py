@@ -1,0 +1,164 @@
+"""Checkpoints: what is saved comes back, on any mesh; damage and full disks end in one sentence."""
+
+import resource
+import subprocess
+import sys
+import textwrap
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from medvlp_jax import sharding
+from medvlp_jax.config import UserError
+from medvlp_jax.training.checkpoint import Checkpointer
+from medvlp_jax.training.step import TrainState
+
+POSITION = {"next_index": 7}
+CONFIG = {"recipe": {"name": "imitate", "keep": (0.5, 0.25)}}
+
+
+def state_of(step=1, width=64, frozen=True):
+    params = {"head": {"kernel": jnp.arange(width * 32.0).reshape(width, 32) + step}}
+    fixed = {"text": {"kernel": jnp.ones(5)}} if frozen else {}
+    stats = {"batch_stats": {"norm": {"mean": jnp.full(3, step * 0.1)}}}
+    return TrainState(jnp.int32(step), params, fixed, stats, optax.adamw(1e-3).init(params))
+
+
+def save(folder, *steps, **fields):
+    checkpointer = Checkpointer(folder, **fields)
+    for step in steps:
+        checkpointer.save(step, state_of(step), POSITION, CONFIG)
+    checkpointer.wait()
+    return checkpointer
+
+
+def assert_same(a, b):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def truncate(folder):
+    """Halve every data file, as a disk that filled up or a broken copy does."""
+    files = [p for p in folder.rglob("*") if p.is_file() and p.parent.name == "d"]
+    assert files
+    for file in files:
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_state_position_and_config_come_back_bit_identical(tmp_path, frozen):
+    checkpointer = Checkpointer(tmp_path / "c")
+    checkpointer.save(3, state_of(3, frozen=frozen), POSITION, CONFIG)
+    checkpointer.wait()
+    restored = checkpointer.restore(3, state_of(0, frozen=frozen))
+    assert_same(restored.state, state_of(3, frozen=frozen))
+    assert jax.tree.structure(restored.state) == jax.tree.structure(state_of(3, frozen=frozen))
+    assert restored.position == POSITION
+    assert restored.config == {"recipe": {"name": "imitate", "keep": [0.5, 0.25]}}
+
+
+def test_a_checkpoint_of_one_device_restores_onto_eight_and_back(tmp_path):
+    checkpointer = save(tmp_path / "c", 3)
+    rules = [("head/kernel", ("fsdp", None))]
+    mesh = sharding.make_mesh(data=2, fsdp=4)
+    template = jax.device_put(state_of(0), sharding.shardings(state_of(0), mesh, rules))
+    eight = checkpointer.restore(3, template).state
+    assert len(eight.params["head"]["kernel"].sharding.device_set) == 8
+    assert_same(eight, state_of(3))
+    checkpointer.save(4, eight, POSITION, CONFIG)
+    checkpointer.wait()
+    assert_same(checkpointer.restore(4, state_of(0)).state, state_of(3))
+
+
+def test_the_state_may_be_donated_as_soon_as_save_returns(tmp_path):
+    checkpointer = Checkpointer(tmp_path / "c")
+    state = state_of(1)
+    bump = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)
+    for step in range(1, 5):
+        checkpointer.save(step, state, POSITION, CONFIG)
+        state = bump(state)
+    checkpointer.wait()
+    assert_same(
+        checkpointer.restore(4, state_of(0)).state.params,
+        jax.tree.map(lambda x: x + 3, state_of(1).params),
+    )
+
+
+def test_the_newest_are_kept_and_every_nth_for_good(tmp_path):
+    checkpointer = save(tmp_path / "c", *range(1, 8), keep=2, keep_every=3)
+    assert sorted(checkpointer.manager.all_steps()) == [3, 6, 7]
+
+
+def test_another_architecture_is_refused_by_name_and_nothing_changes(tmp_path):
+    checkpointer = save(tmp_path / "c", 3)
+    with pytest.raises(
+        UserError,
+        match=r"another architecture: .*head/kernel is \(64, 32\), the model has \(128, 32\)",
+    ):
+        checkpointer.restore(3, state_of(0, width=128))
+    other = state_of(0)._replace(params={"tail": {"kernel": jnp.ones(3)}})
+    with pytest.raises(
+        UserError, match=r"no params/tail/kernel; .*params/head/kernel is not in the model"
+    ):
+        checkpointer.restore(3, other)
+    assert_same(checkpointer.restore(3, state_of(0)).state, state_of(3))
+
+
+def test_a_truncated_checkpoint_is_named_with_the_last_good_one(tmp_path):
+    checkpointer = save(tmp_path / "c", 3, 6)
+    truncate(tmp_path / "c" / "6")
+    with pytest.raises(
+        UserError, match=r"checkpoint of step 6 in .* cannot be read .* step 3: move folder 6 away"
+    ):
+        checkpointer.restore(6, state_of(0))
+    assert_same(checkpointer.restore(3, state_of(0)).state, state_of(3))
+
+
+def test_a_truncated_only_checkpoint_says_there_is_no_older_one(tmp_path):
+    checkpointer = save(tmp_path / "c", 3)
+    truncate(tmp_path / "c" / "3")
+    with pytest.raises(UserError, match="there is no older one"):
+        checkpointer.restore(3, state_of(0))
+
+
+def test_a_half_written_folder_is_not_taken_for_a_checkpoint(tmp_path):
+    save(tmp_path / "c", 3).close()
+    (tmp_path / "c" / "9.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
+    assert Checkpointer(tmp_path / "c").latest() == 3
+
+
+def test_a_full_disk_is_one_sentence_and_the_last_good_checkpoint_stays(tmp_path):
+    """A limit on the size of written files stands in for the full disk: write(2) fails alike."""
+    program = f"""
+        import resource, signal, sys
+        sys.path.insert(0, {str(__file__.rsplit("/", 1)[0])!r})
+        import jax.numpy as jnp
+        from test_checkpoint import CONFIG, POSITION, state_of
+        from medvlp_jax.config import UserError
+        from medvlp_jax.training.checkpoint import Checkpointer
+        checkpointer = Checkpointer({str(tmp_path / "c")!r})
+        checkpointer.save(1, state_of(1), POSITION, CONFIG)
+        checkpointer.wait()
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (256, 256))
+        try:
+            checkpointer.save(2, state_of(2), POSITION, CONFIG)
+            checkpointer.wait()
+        except UserError as error:
+            print("REFUSED", error)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "could not be written" in done.stdout, done.stderr[-2000:]
+    assert "the last good one is step 1. Is the disk full?" in done.stdout
+    checkpointer = Checkpointer(tmp_path / "c")
+    assert checkpointer.latest() == 1
+    assert_same(checkpointer.restore(1, state_of(0)).state, state_of(1))
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY

@@ -1,0 +1,121 @@
+"""The loop and the reporter: order, lateness by one step, and stopping at what is not finite."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from medvlp_jax import sharding
+from medvlp_jax.training import loop
+from medvlp_jax.training.checkpoint import Checkpointer
+from medvlp_jax.training.report import NotFiniteError, Reporter
+from medvlp_jax.training.step import TrainState
+
+
+class Recipe:
+    """Reads one number a row."""
+
+    inputs = ("x",)
+
+
+class Batches:
+    """Batch k holds the number k in every row."""
+
+    def __init__(self):
+        self.next = 0
+
+    def __next__(self):
+        self.next += 1
+        return {"x": np.full(8, self.next, np.float32)}
+
+    def get_state(self):
+        return {"next_index": self.next}
+
+
+def state_of(step=0):
+    params = {"w": jnp.float32(1)}
+    return TrainState(jnp.int32(step), params, {}, {}, optax.sgd(0.1).init(params))
+
+
+def step_fn(bad_step=0):
+    @jax.jit
+    def step(state, batch):
+        loss = jnp.where(state.step + 1 == bad_step, jnp.nan, batch["x"].mean())
+        params = {"w": state.params["w"] + loss}
+        return state._replace(step=state.step + 1, params=params), {"loss": loss}
+
+    return step
+
+
+def fit(
+    folder, steps, *, state=None, batches=None, bad_step=0, every=1, checkpointer=None, **fields
+):
+    return loop.fit(
+        state if state is not None else state_of(),
+        step_fn(bad_step),
+        batches or Batches(),
+        recipe=Recipe(),
+        mesh=sharding.make_mesh(),
+        steps=steps,
+        reporter=Reporter(folder, every=every),
+        checkpointer=checkpointer,
+        **fields,
+    )
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_every_step_is_reported_once_with_its_own_metrics(tmp_path):
+    state = fit(tmp_path, 5)
+    assert [(line["step"], line["loss"]) for line in lines(tmp_path)] == [
+        (k, k) for k in range(1, 6)
+    ]
+    assert state.params["w"] == 1 + sum(range(1, 6))
+
+
+def test_log_every_thins_the_file_but_keeps_the_last_step(tmp_path):
+    fit(tmp_path, 7, every=3)
+    assert [line["step"] for line in lines(tmp_path)] == [3, 6, 7]
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_the_step_and_saves_nothing_after(tmp_path):
+    checkpointer = Checkpointer(tmp_path / "c", keep=9)
+    with pytest.raises(NotFiniteError, match="Step 4 gave loss=nan"):
+        fit(tmp_path, 9, bad_step=4, checkpointer=checkpointer, checkpoint_every=2)
+    assert checkpointer.latest() == 2
+    restored = checkpointer.restore(2, state_of())
+    assert restored.state.params["w"] == 1 + 1 + 2
+    assert restored.position == {"next_index": 2}
+
+
+def test_a_bad_step_without_logging_is_found_too(tmp_path):
+    with pytest.raises(NotFiniteError, match="Step 4"):
+        fit(tmp_path, 9, bad_step=4, every=100)
+
+
+def test_resuming_drops_the_lines_of_lost_steps_and_a_half_written_one(tmp_path):
+    fit(tmp_path, 6)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 7, "lo')
+    batches = Batches()
+    batches.next = 4
+    fit(tmp_path, 6, state=state_of(4), batches=batches)
+    assert [(line["step"], line["loss"]) for line in lines(tmp_path)] == [
+        (k, k) for k in range(1, 7)
+    ]
+
+
+def test_evaluations_stand_beside_their_step(tmp_path):
+    fit(
+        tmp_path,
+        6,
+        evaluate=lambda step, state: {"eval/w": float(state.params["w"])},
+        evaluate_every=2,
+    )
+    found = {line["step"]: line["eval/w"] for line in lines(tmp_path) if "eval/w" in line}
+    assert found == {2: 4.0, 4: 11.0}  # the end of a run is evaluated in full, elsewhere
