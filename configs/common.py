@@ -108,10 +108,10 @@ def rest(**fields) -> dict:
         # Our choice throughout: for corpora without a published text encoder at hand.
         "mlm": _section(
             {
-                "steps": 600,
-                "batch_size": 64,
+                "steps": 400,
+                "batch_size": 32,
                 "lr": 1e-3,
-                "warmup": 60,
+                "warmup": 40,
                 "weight_decay": 0.01,
                 "rate": 0.15,
             },

@@ -23,6 +23,15 @@ from medvlp_jax.training.checkpoint import Checkpointer
 from medvlp_jax.training.step import TrainState, init_variables
 
 CONFIG = "config.json"
+HOW_IT_RUNS = (
+    "pooling",
+    "attention",
+    "layout",
+    "remat",
+    "bn_momentum",
+    "dropout",
+    "attention_dropout",
+)
 
 
 class Parts(NamedTuple):
@@ -99,9 +108,8 @@ def parts(config: Mapping[str, Any], *, pretrained: bool = True) -> Parts:
         folders["text"] = trained
     for side, folder in folders.items():
         if folder:
-            fields = {
-                k: v for k, v in spec[side].items() if k in ("pooling", "attention", "layout")
-            }
+            # The folder says what the architecture is, the config how it is run.
+            fields = {k: v for k, v in spec[side].items() if k in HOW_IT_RUNS}
             dtype = spec[side].get("dtype")
             extra = {"mlm_head": False, "pooler": False} if side == "text" else {}
             module, variables = convert.load(folder, dtype=dtype, **fields, **extra)

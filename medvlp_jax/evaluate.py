@@ -53,29 +53,45 @@ class Evaluator:
         self.source = assemble.open_corpus(self.corpus, parts.config["data"], settings["split"])
         self.prompts = _read_prompts(settings["prompts"], self.corpus)
 
-    def run(
-        self, variables: Mapping, *, limit=0, resamples=None, mask=None, progress=""
-    ) -> Results:
+    def run(self, variables: Mapping, *, mask=None, progress="") -> Results:
         """Run every protocol of the settings.
 
         Args:
           variables: of the recipe.
-          limit: only the first examples; 0 takes evals.limit.
-          resamples: of the bootstrap; None takes evals.resamples, 0 gives no intervals.
           mask: share of the lower image edge to blacken; None takes data.mask_lower_edge.
           progress: title of the bar; "" is silent.
         """
-        limit = limit or self.settings["limit"]
-        options = {"resamples": self.settings["resamples"] if resamples is None else resamples}
-        found = self.features(variables, self.source, limit=limit, mask=mask, progress=progress)
+        variables = jax.device_put(variables)  # once, should they be on the host
+        options = {"mask": mask, "resamples": self.settings["resamples"]}
+        found = self.features(
+            variables, self.source, limit=self.settings["limit"], mask=mask, progress=progress
+        )
         results: Results = {}
         for name in self.settings["protocols"]:
-            results |= getattr(self, f"_{name}")(variables, found, mask=mask, **options)
+            results |= getattr(self, f"_{name}")(variables, found, **options)
         return results
 
-    def features(self, variables, source, *, limit=0, mask=None, progress="", keys=None):
-        """Embed a corpus: features, labels and ids as NumPy arrays [N, ...]."""
-        inputs = ("image", *self.parts.recipe.spaces)
+    def quick(self, variables: Mapping, *, limit: int) -> Results:
+        """Run what is cheap enough during training: no probe, no intervals, `limit` examples."""
+        found = self.features(variables, self.source, limit=limit)
+        results: Results = {}
+        for name in self.settings["protocols"]:
+            if name != "probe":
+                results |= getattr(self, f"_{name}")(variables, found, mask=None, resamples=0)
+        return results
+
+    def features(self, variables, source, *, inputs=(), limit=0, mask=None, progress=""):
+        """Embed a corpus: features, labels and ids as NumPy arrays [N, ...].
+
+        Args:
+          variables: of the recipe.
+          source: corpus to embed.
+          inputs: batch keys to encode; () takes the image and every section.
+          limit: only the first examples; 0 takes all.
+          mask: share of the lower image edge to blacken; None takes data.mask_lower_edge.
+          progress: title of the bar; "" is silent.
+        """
+        inputs = inputs or ("image", *self.parts.recipe.spaces)
         batches = pipeline.eval_batches(
             source,
             transform=assemble.record_transform(self.parts, inputs, train=False, mask=mask),
@@ -84,9 +100,8 @@ class Evaluator:
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
-        encodes = ("image", *self.parts.recipe.spaces)
-        embed = lambda batch: self.embed(variables, {k: batch[k] for k in encodes})
-        return extraction.extract(embed, batches, keys=keys, progress=progress)
+        embed = lambda batch: self.embed(variables, {k: batch[k] for k in inputs})
+        return extraction.extract(embed, batches, progress=progress)
 
     def embed_texts(self, variables) -> Callable[[list[str], str], np.ndarray]:
         """Return (texts, section) -> embeddings [n, E] in the space of the section."""
@@ -168,7 +183,14 @@ class Evaluator:
 
     def _probe(self, variables, found, *, mask, **options):
         train = assemble.open_corpus(self.corpus, self.parts.config["data"], "train")
-        fitted = self.features(variables, train, limit=self.settings["probe_limit"], mask=mask)
+        fitted = self.features(
+            variables,
+            train,
+            inputs=("image",),
+            limit=self.settings["probe_limit"],
+            mask=mask,
+            progress="probe",
+        )
         results = {}
         for task, classes in self.source.tasks.items():
             multi_label = self.prompts["tasks"].get(task, {}).get("multi_label", False)

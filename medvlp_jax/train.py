@@ -92,7 +92,7 @@ def run(config: dict, workdir: pathlib.Path) -> dict:
         checkpoint_every=settings["checkpoint_every"],
         config=config,
         evaluate=lambda _, state: evaluate.scalars(
-            evaluator.run(state.variables, limit=settings["evaluate_limit"], resamples=0)
+            evaluator.quick(state.variables, limit=settings["evaluate_limit"])
         ),
         evaluate_every=settings["evaluate_every"],
     )

@@ -1,4 +1,4 @@
-"""Command line: `medvlp convert import HF_DIR_OR_ID OUT`."""
+"""Command line: `medvlp convert import HF_DIR_OR_ID OUT`, `medvlp convert export RUN OUT`."""
 
 import argparse
 import json
@@ -14,6 +14,7 @@ Weights in from Hugging Face, and back out.
 
   import   reads a checkpoint into this project's encoders, checks every tensor, and writes it
            again as a clean folder: config.json, model.safetensors, tokenizer files.
+  export   writes the encoders of a run as folders that transformers loads.
 """
 
 IMPORT = """\
@@ -23,6 +24,14 @@ Architectures: resnet, vit, bert (also cxr-bert). Pickles (pytorch_model.bin) ar
 
   medvlp convert import emilyalsentzer/Bio_ClinicalBERT weights/bioclinicalbert
   medvlp convert import ~/downloads/resnet-50 weights/resnet50
+"""
+
+
+EXPORT = """\
+Write the newest checkpoint of a run: OUT/image and OUT/text for transformers, OUT/heads.safetensors
+with everything else, and a model card with data, config and results.
+
+  medvlp convert export runs/imitate-demo-20260101-120000 weights/demo
 """
 
 
@@ -43,6 +52,12 @@ def parser() -> argparse.ArgumentParser:
         help="tensors to leave out besides the heads known by name",
     )
     verb.set_defaults(run=import_)
+    verb = verbs.add_parser(
+        "export", help="a run -> Hugging Face", description=EXPORT, formatter_class=_RAW
+    )
+    verb.add_argument("run_folder", metavar="RUN", type=Path, help="a run folder")
+    verb.add_argument("out", metavar="OUT", type=Path, help="a folder that is new or empty")
+    verb.set_defaults(run=export_)
     return top
 
 
@@ -55,8 +70,7 @@ def import_(arguments: argparse.Namespace) -> None:
     Raises:
       UserError: if OUT holds files already, or the checkpoint does not fit.
     """
-    if arguments.out.exists() and any(arguments.out.iterdir()):
-        raise UserError(f"{arguments.out} is not empty; name a new folder.")
+    _refuse_full(arguments.out)
     folder = checkpoint.fetch(arguments.source)
     module, variables = checkpoint.load(folder, drop=arguments.drop)
     processor = folder / checkpoint.PREPROCESSOR
@@ -69,6 +83,28 @@ def import_(arguments: argparse.Namespace) -> None:
         preprocessor=json.loads(processor.read_text()) if processor.is_file() else None,
     )
     print(f"{type(module).__name__} in {arguments.out}")
+
+
+def export_(arguments: argparse.Namespace) -> None:
+    """Write the encoders of a run.
+
+    Raises:
+      UserError: if OUT holds files already, or the folder holds no run.
+    """
+    from medvlp_jax import assemble, export
+
+    _refuse_full(arguments.out)
+    parts = assemble.parts(assemble.read_config(arguments.run_folder), pretrained=False)
+    variables = assemble.read_variables(arguments.run_folder, assemble.initial_variables(parts))
+    results = arguments.run_folder / "results.json"
+    measured = json.loads(results.read_text()) if results.is_file() else {}
+    export.export(parts, variables, arguments.out, measured)
+    print(f"{type(parts.recipe).__name__} in {arguments.out}")
+
+
+def _refuse_full(folder: Path) -> None:
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder} is not empty; name a new folder.")
 
 
 def main(argv: list[str] | None = None) -> None:

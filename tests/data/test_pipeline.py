@@ -227,7 +227,7 @@ def test_cached_features_take_the_place_of_tokens(radiology_source):
     np.testing.assert_array_equal(example["impression_feature"], features[record["impression"]])
     np.testing.assert_array_equal(example["findings_feature"], np.zeros(5))
     assert not example["findings_valid"]
-    with pytest.raises(UserError, match="A text of 5 characters .* has no cached feature"):
+    with pytest.raises(UserError, match=r"A text of 5 characters .* has no cached feature"):
         transform({**record, "findings": "other"}, None)
 
 
