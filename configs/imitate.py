@@ -79,20 +79,22 @@ def small(config):
     config.recipe.text.variant = "tiny"
     # Masked words alone do not train the [CLS] vector; dropout costs a fifth of a step on CPU.
     config.recipe.text.update({"pooling": "mean", "dropout": 0.0, "attention_dropout": 0.0})
-    config.recipe.update({"dim": 128, "text_hidden": 256, "num_tokens": 160, "contrast_group": 0})
+    # Mean features correlate at 0.8; centred ones only where reports are alike. Measured better.
+    config.recipe.centre_prior = True
+    config.recipe.update({"dim": 128, "text_hidden": 256, "num_tokens": 64, "contrast_group": 0})
     config.init.text = "mlm"
-    config.data.update({"tokenizer": "cxr_phantom", "text_length": 64, "size": 124, "crop": 112})
+    config.data.update({"tokenizer": "cxr_phantom", "text_length": 64, "size": 106, "crop": 96})
     config.data.decode_cache = 8192
     # A few epochs do not suffice to learn chests that hang upside down.
     config.data.view.update({"flip_vertical": 0.0, "rotation": 10.0, "perspective": 0.2})
-    config.optim.update({"lr": 1e-3, "warmup": 40})
+    config.optim.update({"lr": 3e-3, "warmup": 40})
 
 
 def demo(config):
     """The embedded default: generated radiographs, about ten minutes on two cores."""
     config.data.corpora = ("cxr_phantom:demo",)
-    config.train.update({"steps": 340, "batch_size": 64, "checkpoint_every": 85})
-    config.train.update({"evaluate_every": 85, "evaluate_limit": 256})
+    config.train.update({"steps": 700, "batch_size": 64, "checkpoint_every": 175})
+    config.train.update({"evaluate_every": 175, "evaluate_limit": 256})
 
 
 def smoke(config):

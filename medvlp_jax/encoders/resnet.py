@@ -19,7 +19,7 @@ from medvlp_jax.layers import BatchNorm
 
 # He et al. 2016, Table 1, in the terms of ResNetConfig. "tiny" is our choice, for CPU demos.
 VARIANTS = {
-    "tiny": {"embedding_size": 32, "hidden_sizes": (64, 128, 256, 512), "depths": (1, 1, 1, 1)},
+    "tiny": {"embedding_size": 16, "hidden_sizes": (32, 64, 128, 256), "depths": (1, 1, 1, 1)},
     "50": {"hidden_sizes": (256, 512, 1024, 2048), "depths": (3, 4, 6, 3)},
     "101": {"hidden_sizes": (256, 512, 1024, 2048), "depths": (3, 4, 23, 3)},
 }
