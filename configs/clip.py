@@ -69,7 +69,7 @@ def demo(config):
 
 def radiology_qa(config):
     """Real CT, MR, X-ray ... images with composed texts."""
-    config.data.corpora = ("radiology_qa",)
+    config.data.update({"corpora": ("radiology_qa",), "tokenizer": "train", "text_length": 48})
     config.recipe.same_text = True  # equal texts are positives of one another
     config.evals.update({"split": "validation", "controls": ("untrained", "masked_edge")})
     config.train.update({"steps": 900, "batch_size": 64, "checkpoint_every": 300})

@@ -12,7 +12,8 @@ def data(**fields) -> ConfigDict:
             "split": "train",
             "data_dir": "",  # prepared corpora; "" = $MEDVLP_DATA_DIR or the user's cache
             "manual_dir": "",  # the source's own files; "" = $MEDVLP_TEST_DATA/NAME
-            "tokenizer": "",  # a file or folder, a shipped vocabulary; "" = that of init.text
+            "tokenizer": "",  # a file or folder, a shipped vocabulary, "train"; "" = init.text's
+            "vocab_size": 4000,  # of a vocabulary that is trained
             "text_length": 256,  # tokens a section; IMITATE's released code
             "size": 256,  # pixels a side before the crop; G2D, same group
             "crop": 224,  # pixels a side the encoder sees; IMITATE's released code
@@ -114,6 +115,7 @@ def rest(**fields) -> dict:
                 "warmup": 40,
                 "weight_decay": 0.01,
                 "rate": 0.15,
+                "seed": 0,  # its own: seeds of a study share the frozen encoder
             },
             fields.pop("mlm", {}),
         ),

@@ -109,13 +109,16 @@ def smoke(config):
 
 def radiology_qa(config):
     """Real CT, MR, X-ray ... images with composed texts; Findings = modality, plane, organ."""
-    config.data.update({"corpora": ("radiology_qa",), "text_length": 48})
+    config.data.update({"corpora": ("radiology_qa",), "tokenizer": "train", "text_length": 48})
+    config.data.update({"size": 124, "crop": 112})
+    config.recipe.same_text = True  # 2,768 of 2,942 share modality, plane, organ
     config.evals.update({"split": "validation", "controls": ("untrained", "masked_edge")})
-    config.train.update({"steps": 1500, "batch_size": 64, "checkpoint_every": 250})
+    config.train.update({"steps": 1600, "batch_size": 64, "checkpoint_every": 400})
+    config.train.update({"evaluate_every": 400, "evaluate_limit": 410})
 
 
 def cxr_pairs(config):
     """Real radiographs with clinical notes: 142 training pairs, no claim beyond that."""
-    config.data.update({"corpora": ("cxr_pairs",), "text_length": 128})
+    config.data.update({"corpora": ("cxr_pairs",), "tokenizer": "train", "text_length": 128})
     config.evals.update({"split": "validation"})
     config.train.update({"steps": 300, "batch_size": 32, "checkpoint_every": 100})

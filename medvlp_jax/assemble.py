@@ -99,7 +99,7 @@ def parts(config: Mapping[str, Any], *, pretrained: bool = True) -> Parts:
     spec = dict(config["recipe"])
     name = spec.pop("name")
     loaded = {}
-    tokenizer = tokenisation.load_tokenizer(data["tokenizer"] or _fetched(init["text"]))
+    tokenizer = load_tokenizer(config)
     spec["text"] = _text_spec(spec["text"], tokenizer, data)
     folders = {"image": init["image"], "text": init["text"]}
     if init["text"] == "mlm":
@@ -120,6 +120,20 @@ def parts(config: Mapping[str, Any], *, pretrained: bool = True) -> Parts:
     return Parts(config, recipe, tokenizer, mesh, loaded)
 
 
+def load_tokenizer(config: Mapping[str, Any]):
+    """Load data.tokenizer; "train" learns a vocabulary from the training reports, once."""
+    data = config["data"]
+    if data["tokenizer"] != "train":
+        folder = data["tokenizer"] or _fetched(config["init"]["text"])
+        return tokenisation.load_tokenizer(folder)
+    texts = pipeline.mlm_texts(open_corpora(data, data["split"]))
+    name = text_stage.fingerprint(data["vocab_size"], sorted(texts))
+    folder = _derived(config) / "vocabulary" / name
+    if not (folder / "tokenizer.json").is_file():
+        tokenisation.train_wordpiece(texts, vocab_size=data["vocab_size"], out_dir=folder)
+    return tokenisation.load_tokenizer(folder)
+
+
 def text_encoder_folder(config, spec, tokenizer, mesh) -> pathlib.Path:
     """Return the folder of the text encoder trained on this run's reports; trains it if need be."""
     sources = open_corpora(config["data"], config["data"]["split"])
@@ -130,7 +144,6 @@ def text_encoder_folder(config, spec, tokenizer, mesh) -> pathlib.Path:
         tokenizer=tokenizer,
         mesh=mesh,
         folder=_derived(config) / "text_encoder",
-        seed=config["seed"],
         text_length=config["data"]["text_length"],
         **config["mlm"],
     )
@@ -205,7 +218,10 @@ def initial_variables(parts: Parts) -> dict:
     tokens = tokenisation.tokenize(parts.tokenizer, ["a", "b"], data["text_length"])
     batch = dict.fromkeys(("image", "image_2"), np.zeros(shape, np.uint8))
     batch |= dict.fromkeys(("findings", "impression", "report"), tokens)
-    variables = init_variables(parts.recipe, batch, parts.config["seed"])
+    try:
+        variables = init_variables(parts.recipe, batch, parts.config["seed"])
+    except ValueError as error:  # an encoder's sentence about sizes that do not fit
+        raise UserError(str(error)) from error
     for side, values in parts.loaded.items():
         for kind in variables:
             if side in variables[kind]:
@@ -251,6 +267,8 @@ def read_variables(folder: pathlib.Path, template: Mapping) -> dict:
     Raises:
       UserError: if there is no checkpoint, or it does not fit.
     """
+    if not (pathlib.Path(folder) / "checkpoints").is_dir():
+        raise UserError(f"{folder} has no checkpoint.")
     checkpointer = Checkpointer(pathlib.Path(folder) / "checkpoints")
     step = checkpointer.latest()
     if step is None:

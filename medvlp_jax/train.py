@@ -44,6 +44,7 @@ def run(config: dict, workdir: pathlib.Path) -> dict:
     began = time.time()
     settings = config["train"]
     _check_resume(config, workdir)
+    _check_sizes(config["data"])
     parts = assemble.parts(config)
     _check_batch(settings["batch_size"], parts)
     sources = assemble.open_corpora(config["data"], config["data"]["split"])
@@ -130,6 +131,13 @@ def _check_batch(batch_size, parts):
         raise UserError(
             f"train.batch_size={batch_size} cannot be split into recipe.contrast_group={group}."
         )
+
+
+def _check_sizes(data):
+    if data["crop"] > data["size"]:
+        raise UserError(f"data.crop={data['crop']} is larger than data.size={data['size']}.")
+    if data["channels"] not in (1, 3):
+        raise UserError(f"data.channels must be 1 (grey) or 3, got {data['channels']}.")
 
 
 def _write_config(config, workdir):

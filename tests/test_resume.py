@@ -61,7 +61,9 @@ def final_state(folder):
     tree = ocp.StandardCheckpointer().restore((folder / "checkpoints" / "24" / "state").absolute())
     import jax
 
-    return {jax.tree_util.keystr(k): np.asarray(v) for k, v in jax.tree_util.tree_leaves_with_path(tree)}
+    return {
+        jax.tree_util.keystr(k): np.asarray(v) for k, v in jax.tree_util.tree_leaves_with_path(tree)
+    }
 
 
 def count_lines(folder):

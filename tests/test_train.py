@@ -1,0 +1,176 @@
+"""The whole run in small: train, evaluate, export; and bad input, one sentence each."""
+
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+from medvlp_jax import assemble, cli, evaluate, train
+from medvlp_jax.config import UserError
+from medvlp_jax.convert import __main__ as convert_cli
+
+ROOT = pathlib.Path(__file__).parents[1]
+SMOKE = ("--config=configs/imitate.py:smoke", "--config.evals.resamples=20")
+
+
+@pytest.fixture(scope="module")
+def _home(tmp_path_factory):
+    patch = pytest.MonkeyPatch()
+    patch.chdir(ROOT)
+    patch.setenv("MEDVLP_DATA_DIR", str(tmp_path_factory.mktemp("data")))
+    yield
+    patch.undo()
+
+
+def resolve(*overrides, workdir):
+    return train.resolve([*SMOKE, *overrides, f"--workdir={workdir}"])
+
+
+@pytest.fixture(scope="module")
+def finished(_home, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "smoke"
+    return folder, train.run(*resolve(workdir=folder))
+
+
+def test_a_run_folder_holds_config_metrics_results_pictures_checkpoints_and_export(finished):
+    folder, results = finished
+    for name in ("config.json", "metrics.jsonl", "results.json", "curves.png", "examples.png"):
+        assert (folder / name).stat().st_size > 0, name
+    assert json.loads((folder / "results.json").read_text()) == results
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["3", "6"]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
+    assert all(np.isfinite(line["loss/findings"]) for line in lines if "loss" in line)
+
+
+def test_results_hold_every_protocol_and_the_untrained_control(finished):
+    _, results = finished
+    for key in (
+        "zero_shot/finding/macro_auroc",
+        "retrieval/image_to_text/P@1",
+        "retrieval/text_to_image/R@10",
+        "probe/finding/macro_auroc",
+        "zero_shot/finding (untrained)/macro_auroc",
+    ):
+        assert 0 <= results[key]["value"] <= 1
+        assert results[key]["hash"]
+
+
+def test_report_text_stays_out_of_metrics_and_results(finished):
+    folder, _ = finished
+    config = assemble.read_config(folder)
+    source = assemble.open_corpus(config["data"]["corpora"][0], config["data"], "test")
+    sentences = {text for pair in source.texts() for text in pair if len(text) > 30}
+    written = (folder / "metrics.jsonl").read_text() + (folder / "results.json").read_text()
+    assert not [s for s in sentences if s in written]
+
+
+@pytest.mark.hf
+def test_transformers_loads_the_export_and_gives_the_same_features(finished):
+    import torch
+    import transformers
+
+    folder, _ = finished
+    parts = assemble.parts(assemble.read_config(folder), pretrained=False)
+    variables = assemble.read_variables(folder, assemble.initial_variables(parts))
+    images = np.random.default_rng(0).normal(size=(2, 64, 64, 3)).astype(np.float32)
+    theirs = transformers.AutoModel.from_pretrained(folder / "export" / "image").eval()
+    with torch.no_grad():
+        expected = theirs(torch.from_numpy(images.transpose(0, 3, 1, 2))).pooler_output[..., 0, 0]
+    own = {"params": variables["params"]["image"], "batch_stats": variables["batch_stats"]["image"]}
+    ours = parts.recipe.image.apply(own, images).pooled
+    np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "export" / "text")
+    text = transformers.AutoModel.from_pretrained(
+        folder / "export" / "text", add_pooling_layer=False
+    ).eval()
+    sentence = "No pleural effusion."
+    batch = tokenizer([sentence], return_tensors="pt")
+    assert batch["input_ids"][0].tolist() == parts.tokenizer.encode(sentence).ids
+    with torch.no_grad():
+        expected = text(**batch).last_hidden_state.mean(1)
+    from medvlp_jax.data.text import tokenize
+
+    tokens = tokenize(parts.tokenizer, [sentence], 32)
+    ours = parts.recipe.text.apply({"params": variables["params"]["text"]}, tokens).pooled
+    np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
+
+
+def test_the_model_card_says_that_the_data_is_generated_and_shows_the_results(finished):
+    card = (finished[0] / "export" / "README.md").read_text()
+    assert "cxr_phantom is generated data: no patient was imaged" in card
+    assert "zero_shot/finding/macro_auroc" in card
+    assert "Not for clinical use" in card
+
+
+def test_evaluating_the_run_again_gives_the_same_results(finished, tmp_path):
+    folder, results = finished
+    evaluate.main([f"--run={folder}", "--protocol=zero_shot,retrieval", f"--out={tmp_path}"])
+    again = json.loads((tmp_path / "results.json").read_text())
+    for key, entry in again.items():
+        assert entry == results[key], key
+
+
+def test_exporting_the_run_again_writes_the_same_weights(finished, tmp_path):
+    folder, _ = finished
+    convert_cli.main(["export", str(folder), str(tmp_path / "out")])
+    for name in ("image/model.safetensors", "text/model.safetensors", "heads.safetensors"):
+        assert (tmp_path / "out" / name).read_bytes() == (folder / "export" / name).read_bytes()
+
+
+def test_a_finished_run_resumes_to_the_same_results(finished):
+    folder, results = finished
+    assert train.run(*resolve(workdir=folder)) == results
+
+
+def test_resuming_with_another_architecture_is_refused_and_nothing_is_written_over(finished):
+    folder, _ = finished
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    with pytest.raises(UserError, match="is of another architecture"):
+        train.run(*resolve("--config.recipe.dim=64", workdir=folder))
+    assert before == {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["--config.train.batch_size=12"], "train.batch_size=12 cannot be split over 8 devices"),
+        (["--config.recipe.contrast_group=7"], "recipe.contrast_group=7"),
+        (["--config.mesh.fsdp=3"], "does not cover the 8 devices"),
+        (["--config.data.text_length=600"], "data.text_length=600 is longer than .* 512"),
+        (["--config.data.crop=100"], "data.crop=100 is larger than data.size=72"),
+        (["--config.data.corpora=('cxr_phantm',)"], "Did you mean cxr_phantom"),
+        (["--config.data.tokenizer=nowhere"], "No tokenizer at 'nowhere'"),
+        (["--config.init.image=nowhere"], "nowhere"),
+        (["--config.recipe.image.variant=tny"], "Did you mean tiny"),
+        (["--config.optim.freeze=('imgae',)"], "optim.freeze pattern 'imgae' matches no parameter"),
+        (
+            ["--config.evals.protocols=('zeroshot',)"],
+            "No protocol 'zeroshot'. Did you mean zero_shot",
+        ),
+        (["--config.evals.split=dev"], "no split 'dev'"),
+        (["--config.init.params=nowhere"], "nowhere has no checkpoint"),
+    ],
+)
+@pytest.mark.usefixtures("_home")
+def test_bad_input_is_one_sentence_before_anything_is_written(tmp_path, overrides, message):
+    with pytest.raises(UserError, match=message):
+        train.run(*resolve(*overrides, workdir=tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_evaluating_a_folder_that_is_no_run_is_one_sentence(tmp_path, capsys):
+    assert cli.main(["evaluate", f"--run={tmp_path}"]) == 2
+    assert "is not a run folder: it has no config.json" in capsys.readouterr().err
+
+
+def test_an_unknown_verb_names_the_nearest(capsys):
+    assert cli.main(["trian"]) == 2
+    assert "Did you mean train" in capsys.readouterr().err
+
+
+def test_emulated_devices_are_eight():
+    assert len(jax.devices()) == 8
