@@ -20,7 +20,7 @@ from medvlp_jax.data import text as tokenisation
 from medvlp_jax.training import params as paths
 from medvlp_jax.training import text as text_stage
 from medvlp_jax.training.checkpoint import Checkpointer
-from medvlp_jax.training.step import TrainState, init_variables
+from medvlp_jax.training.step import init_variables
 
 CONFIG = "config.json"
 HOW_IT_RUNS = (
@@ -252,9 +252,10 @@ def frozen_patterns(parts: Parts) -> tuple[str, ...]:
     return tuple(parts.recipe.frozen) + tuple(parts.config["optim"]["freeze"])
 
 
-def place(state: TrainState, mesh, rules) -> TrainState:
-    """Put a state on the mesh: parameters by rule, and optimiser state beside its parameters."""
-    return jax.device_put(state, sharding.shardings(state, mesh, rules))
+def place(tree, parts: Parts):
+    """Put a state or variables on the mesh: parameters by rule, optimiser state beside them."""
+    rules = parts.config["mesh"]["rules"]
+    return jax.device_put(tree, sharding.shardings(tree, parts.mesh, rules))
 
 
 def read_variables(folder: pathlib.Path, template: Mapping) -> dict:

@@ -61,7 +61,8 @@ class Evaluator:
           mask: share of the lower image edge to blacken; None takes data.mask_lower_edge.
           progress: title of the bar; "" is silent.
         """
-        variables = jax.device_put(variables)  # once, should they be on the host
+        # Once, should they be on the host; and always laid out alike, so that numbers repeat.
+        variables = assemble.place(variables, self.parts)
         options = {"mask": mask, "resamples": self.settings["resamples"]}
         found = self.features(
             variables, self.source, limit=self.settings["limit"], mask=mask, progress=progress

@@ -56,8 +56,7 @@ def run(config: dict, workdir: pathlib.Path) -> dict:
     fields = {k: v for k, v in config["optim"].items() if k != "freeze"}
     trainable, fixed = paths.split(variables["params"], frozen)
     tx, rate = optim.make(trainable, steps=settings["steps"], **fields)
-    state = training.make_state(variables, tx, frozen)
-    state = assemble.place(state, parts.mesh, config["mesh"]["rules"])
+    state = assemble.place(training.make_state(variables, tx, frozen), parts)
     features = assemble.cached_text(parts, variables, sources)
     batches = assemble.train_batches(parts, sources, features)
 

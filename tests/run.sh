@@ -19,4 +19,5 @@ for argument in "$@"; do
     *) arguments+=("$argument") ;;
   esac
 done
-exec python -m pytest -m "$markers" ${arguments[@]+"${arguments[@]}"}
+# Files stay whole, so that what a file trains once serves all its tests.
+exec python -m pytest -m "$markers" -n "${MEDVLP_TEST_WORKERS:-2}" --dist loadfile ${arguments[@]+"${arguments[@]}"}
