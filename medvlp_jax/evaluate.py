@@ -290,7 +290,8 @@ def main(argv: list[str] | None = None) -> None:
     settings |= {k: v for k, v in given.items() if v is not None}
     if arguments.protocol:
         settings["protocols"] = tuple(arguments.protocol.split(","))
-    parts = assemble.parts(config, pretrained=False)
+    # The untrained control starts where the run started: with the weights it was given.
+    parts = assemble.parts(config, pretrained="untrained" in settings["controls"])
     evaluator = Evaluator(parts, settings)
     untrained = assemble.initial_variables(parts)
     variables = assemble.read_variables(arguments.run, untrained)
