@@ -69,6 +69,7 @@ def recipe() -> ConfigDict:
             "cached_text": True,
             "legacy_mean_over_batch": False,
             "legacy_four_passes": False,
+            "legacy_shared_statistics": False,
         }
     )
 

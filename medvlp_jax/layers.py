@@ -85,13 +85,14 @@ class BatchNorm(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x, *, train=False, valid=None):
+    def __call__(self, x, *, train=False, valid=None, source=""):
         """Normalise.
 
         Args:
           x: [B, ..., D].
           train: use this batch's statistics and update the running ones.
           valid: [B] bool, examples that count in the statistics; None counts all.
+          source: which running statistics, where one layer serves several kinds of input.
 
         Returns:
           [B, ..., D] as `dtype`.
@@ -100,8 +101,9 @@ class BatchNorm(nn.Module):
           ValueError: in training with a single value a channel, whose variance is undefined.
         """
         width = (x.shape[-1],)
-        running_mean = self.variable("batch_stats", "mean", jnp.zeros, width)
-        running_var = self.variable("batch_stats", "var", jnp.ones, width)
+        suffix = f"_{source}" if source else ""
+        running_mean = self.variable("batch_stats", f"mean{suffix}", jnp.zeros, width)
+        running_var = self.variable("batch_stats", f"var{suffix}", jnp.ones, width)
         x = x.astype(jnp.float32)
         mean, var = running_mean.value, running_var.value
         if train:

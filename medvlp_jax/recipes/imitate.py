@@ -66,11 +66,11 @@ class Head(nn.Module):
     dim: int
 
     @nn.compact
-    def __call__(self, x, *, train):
-        """Map [B, D] to [B, dim], not normalised."""
-        x = nn.relu(BatchNorm(name="norm")(_linear(x, self.hidden, "first"), train=train))
-        x = _linear(x, self.dim, "second")
-        return BatchNorm(affine=False, name="last_norm")(x, train=train)
+    def __call__(self, x, *, train, source=""):
+        """Map [B, D] to [B, dim], not normalised; `source` picks the running statistics."""
+        norm, last_norm = BatchNorm(name="norm"), BatchNorm(affine=False, name="last_norm")
+        x = nn.relu(norm(_linear(x, self.hidden, "first"), train=train, source=source))
+        return last_norm(_linear(x, self.dim, "second"), train=train, source=source)
 
 
 class ClassAttention(nn.Module):
@@ -167,6 +167,7 @@ class Imitate(nn.Module):
     cached_text: bool
     legacy_mean_over_batch: bool
     legacy_four_passes: bool
+    legacy_shared_statistics: bool
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -230,7 +231,10 @@ class Imitate(nn.Module):
             report = self._encode_report(batch, section, train)
             if report is not None:
                 features[f"{section}_report"] = report
-                features[name] = base.unit(self.text_head(report, train=train))
+                # In training each section is normalised by its own batch; one running average of
+                # both would fit neither in evaluation.
+                source = "" if self.legacy_shared_statistics else section
+                features[name] = base.unit(self.text_head(report, train=train, source=source))
         return features
 
     def _encode_report(self, batch, section, train):
@@ -343,6 +347,7 @@ def make(
     cached_text: bool = True,
     legacy_mean_over_batch: bool = False,
     legacy_four_passes: bool = False,
+    legacy_shared_statistics: bool = False,
 ) -> Imitate:
     """Build the recipe; the defaults are the released code's.
 
@@ -368,6 +373,8 @@ def make(
       cached_text: read frozen text features from the batch instead of encoding tokens.
       legacy_mean_over_batch: divide by the batch size and keep missing sections as negatives.
       legacy_four_passes: four backbone passes as released, same losses, BatchNorm averages differ.
+      legacy_shared_statistics: one running average of the text head for both sections, as released;
+        training is the same, evaluation is not.
 
     Raises:
       UserError: for a value outside these.

@@ -164,6 +164,19 @@ def test_two_backbone_passes_equal_the_released_four_in_loss_and_gradient(small)
     assert not np.allclose(twice, state_2["batch_stats"]["diagnosis"]["norm"]["mean"])
 
 
+def test_the_text_head_keeps_running_statistics_of_each_section(small):
+    recipe, variables = small
+    _, state = losses(recipe, variables, batch_of(8))
+    norm = state["batch_stats"]["text_head"]["norm"]
+    assert set(norm) == {"mean_findings", "var_findings", "mean_impression", "var_impression"}
+    assert not np.allclose(norm["mean_findings"], norm["mean_impression"])
+    shared = recipe.clone(legacy_shared_statistics=True)
+    released = training.init_variables(shared, batch_of(4), seed=0)
+    terms, _ = losses(recipe, {**variables, "params": released["params"]}, batch_of(8))
+    for name, value in losses(shared, released, batch_of(8))[0].items():
+        np.testing.assert_array_equal(value, terms[name])
+
+
 def test_losses_do_not_depend_on_the_content_of_missing_sections(small):
     recipe, variables = small
     batch = batch_of(8)
