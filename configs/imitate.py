@@ -114,8 +114,8 @@ def radiology_qa(config):
     config.data.update({"size": 124, "crop": 112})
     config.recipe.same_text = True  # 2,768 of 2,942 share modality, plane, organ
     config.evals.update({"split": "validation", "controls": ("untrained", "masked_edge")})
-    config.train.update({"steps": 1600, "batch_size": 64, "checkpoint_every": 400})
-    config.train.update({"evaluate_every": 400, "evaluate_limit": 410})
+    config.train.update({"steps": 1000, "batch_size": 64, "checkpoint_every": 250})
+    config.train.update({"evaluate_every": 500, "evaluate_limit": 410})
 
 
 def cxr_pairs(config):
