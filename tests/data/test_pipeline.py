@@ -186,9 +186,18 @@ def test_training_batches_have_the_contracted_keys_shapes_and_types(radiology_so
         "impression": Tokens(((4, 6), "int32"), ((4, 6), "bool")),
         "findings_valid": ((4,), "bool"),
         "impression_valid": ((4,), "bool"),
+        "findings_id": ((4,), "int32"),
+        "impression_id": ((4,), "int32"),
         "text_id": ((4,), "int32"),
     }
     assert not np.array_equal(batch["image"], batch["image_2"])
+
+
+def test_the_report_is_both_sections_as_one_text():
+    record = {"findings": "A.", "impression": "B."}
+    assert pipeline.section_text(record, "report") == "A. B."
+    assert pipeline.section_text({**record, "findings": ""}, "report") == "B."
+    assert pipeline.section_text(record, "findings") == "A."
 
 
 def test_missing_sections_are_invalid_and_equal_texts_share_an_id(cxr_folder, tmp_path, tokenizer):
