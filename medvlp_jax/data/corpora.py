@@ -201,6 +201,7 @@ def _write(corpus, source: Path | None) -> None:
     for leftover in folder.parent.glob(f"incomplete.*_{folder.name}"):
         shutil.rmtree(leftover)
     options = tfds.download.DownloadConfig(manual_dir=source, try_download_gcs=False)
+    print(f"Preparing {corpus.name} in {folder} ...", file=sys.stderr, flush=True)
     # TFDS wants a download folder even where nothing is downloaded.
     with _quiet(), tempfile.TemporaryDirectory() as scratch:
         corpus.download_and_prepare(download_dir=scratch, download_config=options)
