@@ -4,7 +4,7 @@ One file an architecture ends in a `TABLE`. Names of tensors are those of the ba
 `transformers`, without the prefix that a model with a head puts before them.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,11 +17,14 @@ class Rule(NamedTuple):
       tensor: name in the file.
       path: ours, "collection/module/.../leaf"; blocks as in the unrolled layout.
       axes: the transposition from the file's layout to ours; () keeps it.
+      part: (i, n): ours is the i-th of n equal parts of the tensor along its first axis, for
+        layers that PyTorch keeps as one matrix; all n parts have a rule, in order.
     """
 
     tensor: str
     path: str
     axes: tuple[int, ...] = ()
+    part: tuple[int, int] = (0, 1)
 
 
 class Field(NamedTuple):
@@ -69,11 +72,20 @@ class Table(NamedTuple):
     aliases: Mapping[str, str] = {}
 
 
-def linear(tensor: str, path: str) -> list[Rule]:
+def linear(tensor: str, path: str, *, bias: bool = True) -> list[Rule]:
     """Rules of a `nn.Linear`, whose weight is [out, in]."""
     return [
         Rule(f"{tensor}.weight", f"params/{path}/kernel", (1, 0)),
-        Rule(f"{tensor}.bias", f"params/{path}/bias"),
+        *([Rule(f"{tensor}.bias", f"params/{path}/bias")] if bias else []),
+    ]
+
+
+def fused(tensor: str, paths: Sequence[str], *, bias: bool = True) -> list[Rule]:
+    """Rules of one `nn.Linear` that holds several of ours, such as query, key and value."""
+    return [
+        rule._replace(part=(i, len(paths)))
+        for i, path in enumerate(paths)
+        for rule in linear(tensor, path, bias=bias)
     ]
 
 
@@ -82,9 +94,9 @@ def conv(tensor: str, path: str) -> Rule:
     return Rule(f"{tensor}.weight", f"params/{path}/kernel", (2, 3, 1, 0))
 
 
-def norm(tensor: str, path: str) -> list[Rule]:
-    """Rules of a `nn.LayerNorm`, or of a `nn.BatchNorm2d`'s parameters."""
+def norm(tensor: str, path: str, *, bias: bool = True) -> list[Rule]:
+    """Rules of a `nn.LayerNorm`, or of a `nn.BatchNorm2d`'s parameters; RMSNorm has no bias."""
     return [
         Rule(f"{tensor}.weight", f"params/{path}/scale"),
-        Rule(f"{tensor}.bias", f"params/{path}/bias"),
+        *([Rule(f"{tensor}.bias", f"params/{path}/bias")] if bias else []),
     ]

@@ -108,7 +108,7 @@ def to_variables(
     """
     rules, shapes = table.rules(module), _shapes(table, module)
     tied = table.tied(module)
-    wanted = {r.tensor: _permute(shapes[r.path], np.argsort(r.axes)) for r in rules}
+    wanted = {r.tensor: _file_shape(r, shapes[r.path]) for r in rules}
     known = {*table.left_out(module), *tied, *drop}
     problem = _compare({k: v for k, v in tensors.items() if k in wanted or k not in known}, wanted)
     if problem:
@@ -120,7 +120,7 @@ def to_variables(
                 f"{source}: '{copy}' differs from '{original}', and {type(module).__name__} ties "
                 "them; leave that head out with mlm_head=False."
             )
-    flat = {r.path: _transpose(tensors[r.tensor], r.axes).astype(np.float32) for r in rules}
+    flat = {r.path: _transpose(_part(tensors, r), r.axes).astype(np.float32) for r in rules}
     return unflatten_dict(_stacked(flat) if _is_scanned(module) else flat, sep="/")
 
 
@@ -136,7 +136,10 @@ def to_tensors(table: Table, module: Any, variables: Mapping[str, Any]) -> dict[
     flat = _unstacked(flat) if _is_scanned(module) else flat
     if problem := _compare(flat, _shapes(table, module)):
         raise UserError(f"These are not the variables of this {type(module).__name__}: {problem}.")
-    return {r.tensor: _transpose(flat[r.path], np.argsort(r.axes)) for r in table.rules(module)}
+    parts = {}
+    for r in table.rules(module):
+        parts.setdefault(r.tensor, []).append(_transpose(flat[r.path], np.argsort(r.axes)))
+    return {name: p[0] if len(p) == 1 else np.concatenate(p) for name, p in parts.items()}
 
 
 def _compare(found, wanted):
@@ -153,8 +156,18 @@ def _compare(found, wanted):
     return "; ".join(f"{kind} {', '.join(names)}" for kind, names in problems.items() if names)
 
 
-def _permute(shape, axes):
-    return tuple(shape[axis] for axis in axes) if len(axes) else shape
+def _file_shape(rule, shape):
+    """Return the shape of the rule's whole tensor in the file."""
+    shape = tuple(shape[axis] for axis in np.argsort(rule.axes)) if rule.axes else shape
+    return (shape[0] * rule.part[1], *shape[1:]) if rule.part[1] > 1 else shape
+
+
+def _part(tensors, rule):
+    """Return the rule's part of its tensor."""
+    i, n = rule.part
+    tensor = tensors[rule.tensor]
+    rows = len(tensor) // n if n > 1 else 0
+    return tensor[i * rows : (i + 1) * rows] if n > 1 else tensor
 
 
 def _transpose(array, axes):
