@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from medvlp_jax.config import UserError
-from medvlp_jax.convert import bert, resnet, vit
+from medvlp_jax.convert import bert, resnet, swin, vit
 from medvlp_jax.convert.table import Table
 from medvlp_jax.convert.tensors import (
     SINGLE,
@@ -20,7 +20,7 @@ from medvlp_jax.convert.tensors import (
 )
 from medvlp_jax.encoders.base import construct
 
-TABLES = (resnet.TABLE, vit.TABLE, bert.TABLE)
+TABLES = (resnet.TABLE, vit.TABLE, swin.TABLE, bert.TABLE)
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -34,7 +34,7 @@ TOKENIZER_FILES = (
 PREPROCESSOR = "preprocessor_config.json"
 
 # What a checkpoint may disagree on with the module it is read into: these change training only.
-TRAINING_FIELDS = ("dropout", "attention_dropout")
+TRAINING_FIELDS = ("dropout", "attention_dropout", "drop_path")
 
 logger = logging.getLogger(__name__)
 
