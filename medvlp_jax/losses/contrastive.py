@@ -203,7 +203,9 @@ def sigmoid(
     return loss.sum() / jnp.maximum(valid.sum(), 1)
 
 
-def grouped(loss: Callable[..., Array], size: int) -> Callable[..., Array]:
+def grouped(
+    loss: Callable[..., Array], size: int, *, one_by_one: bool = False
+) -> Callable[..., Array]:
     """Evaluate `loss` inside groups of `size` consecutive examples and average the groups.
 
     IMITATE contrasts within the 128 examples of one device; with this the same loss is had on any
@@ -212,6 +214,8 @@ def grouped(loss: Callable[..., Array], size: int) -> Callable[..., Array]:
     Args:
       loss: function of arrays [B, ...] (or None) to a scalar.
       size: examples a group; must divide B.
+      one_by_one: loop over the groups instead of batching them: for groups so large that the loss
+        is tiled.
 
     Raises:
       ValueError: when `size` does not divide the batch.
@@ -224,6 +228,8 @@ def grouped(loss: Callable[..., Array], size: int) -> Callable[..., Array]:
         if batch % size:
             raise ValueError(f"a batch of {batch} does not split into contrast groups of {size}")
         split = [a if a is None else a.reshape(batch // size, size, *a.shape[1:]) for a in arrays]
+        if one_by_one:
+            return jax.lax.map(lambda group: loss(*group), split).mean()
         return jax.vmap(loss)(*split).mean()
 
     return averaged
