@@ -41,6 +41,7 @@ def recipe() -> ConfigDict:
             "section": "report",
             "same_text": False,
             "train_text": True,
+            "loss_tile": 512,  # measured, benchmarks/contrastive.py; 0 = dense
         }
     )
 

@@ -66,6 +66,7 @@ def train(**fields) -> ConfigDict:
         {
             "steps": 1000,
             "batch_size": 128,  # global
+            "chunks": 1,  # parts the batch is encoded in; exact, saves memory
             "log_every": 10,
             "checkpoint_every": 500,
             "keep": 2,  # newest checkpoints kept

@@ -65,6 +65,7 @@ def recipe() -> ConfigDict:
             "normalise_target": False,
             "same_text": False,
             "contrast_group": 128,  # the paper's batch of one device
+            "loss_tile": 512,  # measured, benchmarks/contrastive.py; 0 = dense
             "train_text": False,
             "cached_text": True,
             "legacy_mean_over_batch": False,

@@ -4,6 +4,7 @@ Code elsewhere is written as for one device on global arrays; `jit` splits it by
 Mesh axes: data and fsdp split the batch, fsdp also splits large parameters, tensor splits widths.
 """
 
+import contextlib
 import re
 from collections.abc import Mapping, Sequence
 
@@ -38,6 +39,13 @@ def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -
     return jax.make_mesh(
         tuple(sizes.values()), AXES, devices=devices, axis_types=(AxisType.Auto,) * len(AXES)
     )
+
+
+def tracing_on(mesh: Mesh | None):
+    """Context that tells code traced inside of it which mesh its arrays are on; None: as it is."""
+    if mesh is None:
+        return contextlib.nullcontext()
+    return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
 def batch_devices(mesh: Mesh) -> int:

@@ -46,7 +46,7 @@ def run(config: dict, workdir: pathlib.Path) -> dict:
     _check_resume(config, workdir)
     _check_sizes(config["data"])
     parts = assemble.parts(config)
-    _check_batch(settings["batch_size"], parts)
+    _check_batch(settings["batch_size"], settings["chunks"], parts)
     sources = assemble.open_corpora(config["data"], config["data"]["split"])
     evaluator = evaluate.Evaluator(parts, config["evals"])
     variables = assemble.initial_variables(parts)
@@ -82,7 +82,9 @@ def run(config: dict, workdir: pathlib.Path) -> dict:
     )
     state = loop.fit(
         state,
-        training.make_train_step(parts.recipe, tx, rate, config["seed"]),
+        training.make_train_step(
+            parts.recipe, tx, rate, config["seed"], chunks=settings["chunks"], mesh=parts.mesh
+        ),
         batches,
         recipe=parts.recipe,
         mesh=parts.mesh,
@@ -118,12 +120,17 @@ def _check_resume(config, workdir):
         print(f"config differs from the run in {workdir}: {line}", flush=True)
 
 
-def _check_batch(batch_size, parts):
+def _check_batch(batch_size, chunks, parts):
     pieces = sharding.batch_devices(parts.mesh)
     if batch_size % pieces:
         raise UserError(
             f"train.batch_size={batch_size} cannot be split over {pieces} devices; "
             f"accepted are multiples of {pieces}."
+        )
+    if chunks < 1 or batch_size % (pieces * chunks):
+        raise UserError(
+            f"train.batch_size={batch_size} cannot be split into train.chunks={chunks} on {pieces} "
+            f"devices; accepted are multiples of {pieces} times chunks."
         )
     group = getattr(parts.recipe, "contrast_group", 0)
     if group and batch_size % group:

@@ -6,6 +6,9 @@ Axis letters: B batch (i anchors, j candidates), E joint width, D report-feature
   InfoNCE           van den Oord et al. 2018, https://arxiv.org/abs/1807.03748; CLIP, https://arxiv.org/abs/2103.00020
   sigmoid           SigLIP, Zhai et al. 2023, https://arxiv.org/abs/2303.15343, Eq. 1
   clinical prior    IMITATE, Liu et al. 2023, https://arxiv.org/abs/2310.07355, released code
+  row softmax       PRIMA, Wang et al. 2026, https://arxiv.org/abs/2602.23297, Eq. 6
+
+Targets are constants: no gradient flows into a prior.
 """
 
 from collections.abc import Callable
@@ -33,10 +36,34 @@ class SameId(NamedTuple):
 
     ids: Int[Array, " B"]
 
-    def targets(self, valid: Bool[Array, " B"]) -> Float[Array, "B B"]:
-        """Return Y [B, B]; invalid rows and columns are zero."""
-        same = (self.ids[:, None] == self.ids[None, :]) & pairwise(valid)
+    def targets(
+        self, valid: Bool[Array, " B"], neutral: Int[Array, " B"] | None = None
+    ) -> Float[Array, "B B"]:
+        """Return Y [B, B]; zero for invalid rows and columns and for neutral pairs."""
+        same = (self.ids[:, None] == self.ids[None, :]) & pairwise(valid, neutral)
         return same / jnp.maximum(same.sum(axis=1, keepdims=True), 1)
+
+
+class RowSoftmax(NamedTuple):
+    """PRIMA's soft target, Eq. 6: Y_ij = softmax_j(<y_i, y_j> / temperature).
+
+    Attributes:
+      y: [B, D] descriptions of the examples, for instance one-hot metadata; not unit-norm.
+      temperature: divides the inner products, above 0; small makes the target one-hot.
+    """
+
+    y: Float[Array, "B D"]
+    temperature: float | Float[Array, ""]
+
+    def targets(
+        self, valid: Bool[Array, " B"], neutral: Int[Array, " B"] | None = None
+    ) -> Float[Array, "B B"]:
+        """Return Y [B, B]; zero for invalid rows and columns and for neutral pairs."""
+        y = at_least_float32(self.y)
+        likeness = jnp.matmul(y, y.T, precision="highest") / self.temperature
+        pairs = pairwise(valid, neutral)
+        # An invalid row has nothing to sum over: softmax divides by zero, the outer `where` acts.
+        return jnp.where(pairs, jax.nn.softmax(likeness, axis=1, where=pairs), 0.0)
 
 
 class ClinicalPrior(NamedTuple):
@@ -67,25 +94,39 @@ class ClinicalPrior(NamedTuple):
 
     def similarity(self) -> Float[Array, "B B"]:
         """Return S [B, B] in [0, 1 - exp(-strength)] for the "exp" kernel."""
-        if self.kernel not in KERNELS:
-            raise ValueError(f"kernel must be one of {', '.join(KERNELS)}, got {self.kernel!r}")
-        features = self.features
-        if self.centre:
-            features = features - features.mean(axis=0)
+        features = self.features - self.features.mean(axis=0) if self.centre else self.features
         rho = jnp.maximum(pearson(features), 0.0)
         rho = jnp.where(jnp.eye(len(rho), dtype=bool), 0.0, rho)
-        smoothed = KERNELS[self.kernel](rho, self.strength)
+        smoothed = self.smooth(rho)
         if self.has_report is not None:
             smoothed = jnp.where(pairwise(self.has_report), smoothed, 0.0)
         return jax.lax.stop_gradient(smoothed)
 
-    def targets(self, valid: Bool[Array, " B"]) -> Float[Array, "B B"]:
-        """Return Y [B, B]; invalid rows and columns are zero."""
-        positives = jnp.eye(len(valid)) if self.ids is None else SameId(self.ids).targets(valid)
-        target = jnp.where(pairwise(valid), positives + self.temperature * self.similarity(), 0.0)
+    def smooth(self, rho: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Apply the kernel to clipped correlations.
+
+        Raises:
+          ValueError: for a kernel that is not one of KERNELS.
+        """
+        if self.kernel not in KERNELS:
+            raise ValueError(f"kernel must be one of {', '.join(KERNELS)}, got {self.kernel!r}")
+        return KERNELS[self.kernel](rho, self.strength)
+
+    def targets(
+        self, valid: Bool[Array, " B"], neutral: Int[Array, " B"] | None = None
+    ) -> Float[Array, "B B"]:
+        """Return Y [B, B]; zero for invalid rows and columns and for neutral pairs."""
+        positives = jnp.eye(len(valid))
+        if self.ids is not None:
+            positives = SameId(self.ids).targets(valid, neutral)
+        target = positives + self.temperature * self.similarity()
+        target = jnp.where(pairwise(valid, neutral), target, 0.0)
         if self.normalise:
             target = target / jnp.maximum(target.sum(axis=1, keepdims=True), 1e-12)
         return target
+
+
+Prior = ClinicalPrior | RowSoftmax | SameId
 
 
 def info_nce(
@@ -93,9 +134,10 @@ def info_nce(
     text: Float[Array, "B E"],
     scale: float | Float[Array, ""],
     *,
-    prior: ClinicalPrior | SameId | None = None,
+    prior: Prior | None = None,
     valid: Bool[Array, " B"] | None = None,
     invalid: Literal["drop", "keep"] = "drop",
+    neutral: Int[Array, " B"] | None = None,
 ) -> Float[Array, ""]:
     """Mean of the image-to-text and text-to-image cross entropies.
 
@@ -112,6 +154,8 @@ def info_nce(
       invalid: "drop" removes invalid rows as anchors and as negatives and divides by the number
         of valid ones; "keep" leaves them as negatives and divides by B, the closest reading of
         what IMITATE's released code intends.
+      neutral: [B] ids of, for instance, the patient: two examples with equal ids are neither
+        positive nor negative of one another, whatever the prior; the pair itself stays.
 
     Returns:
       Scalar, at least 0; 0 where nothing is valid.
@@ -119,15 +163,11 @@ def info_nce(
     x, y = at_least_float32(image), at_least_float32(text)
     count = len(x)
     valid = jnp.ones(count, bool) if valid is None else valid
-    target = jnp.eye(count) * valid if prior is None else prior.targets(valid)
+    candidate, denominator = anchors(valid, invalid)
+    target = jnp.eye(count) * valid if prior is None else prior.targets(valid, neutral)
+    target = jax.lax.stop_gradient(target)
     logits = scale * jnp.matmul(x, y.T, precision="highest")  # [B, B]
-    if invalid == "drop":
-        logits = jnp.where(pairwise(valid), logits, -jnp.inf)
-        denominator = jnp.maximum(valid.sum(), 1)
-    elif invalid == "keep":
-        denominator = count
-    else:
-        raise ValueError(f"invalid must be 'drop' or 'keep', got {invalid!r}")
+    logits = jnp.where(pairwise(candidate, neutral), logits, -jnp.inf)
     rows = soft_cross_entropy(logits, target)
     columns = soft_cross_entropy(logits.T, target.T)
     return 0.5 * (rows + columns) / denominator
@@ -140,6 +180,7 @@ def sigmoid(
     bias: float | Float[Array, ""],
     *,
     valid: Bool[Array, " B"] | None = None,
+    neutral: Int[Array, " B"] | None = None,
 ) -> Float[Array, ""]:
     """SigLIP: -1/N sum_ij log sigmoid(z_ij (scale <x_i, y_j> + bias)), z = 1 for pairs, else -1.
 
@@ -149,6 +190,7 @@ def sigmoid(
       scale: multiplies the cosines; learned in SigLIP, starts at 10.
       bias: added to the logits; learned in SigLIP, starts at -10.
       valid: False where an example has no text; such rows and columns are left out.
+      neutral: [B] ids; two examples with equal ids are neither positive nor negative, see info_nce.
 
     Returns:
       Scalar, at least 0; 0 where nothing is valid.
@@ -157,11 +199,13 @@ def sigmoid(
     valid = jnp.ones(len(x), bool) if valid is None else valid
     logits = scale * jnp.matmul(x, y.T, precision="highest") + bias  # [B, B]
     sign = 2.0 * jnp.eye(len(x), dtype=logits.dtype) - 1.0
-    loss = jnp.where(pairwise(valid), -jax.nn.log_sigmoid(sign * logits), 0.0)
+    loss = jnp.where(pairwise(valid, neutral), -jax.nn.log_sigmoid(sign * logits), 0.0)
     return loss.sum() / jnp.maximum(valid.sum(), 1)
 
 
-def grouped(loss: Callable[..., Array], size: int) -> Callable[..., Array]:
+def grouped(
+    loss: Callable[..., Array], size: int, *, one_by_one: bool = False
+) -> Callable[..., Array]:
     """Evaluate `loss` inside groups of `size` consecutive examples and average the groups.
 
     IMITATE contrasts within the 128 examples of one device; with this the same loss is had on any
@@ -170,6 +214,8 @@ def grouped(loss: Callable[..., Array], size: int) -> Callable[..., Array]:
     Args:
       loss: function of arrays [B, ...] (or None) to a scalar.
       size: examples a group; must divide B.
+      one_by_one: loop over the groups instead of batching them: for groups so large that the loss
+        is tiled.
 
     Raises:
       ValueError: when `size` does not divide the batch.
@@ -182,6 +228,8 @@ def grouped(loss: Callable[..., Array], size: int) -> Callable[..., Array]:
         if batch % size:
             raise ValueError(f"a batch of {batch} does not split into contrast groups of {size}")
         split = [a if a is None else a.reshape(batch // size, size, *a.shape[1:]) for a in arrays]
+        if one_by_one:
+            return jax.lax.map(lambda group: loss(*group), split).mean()
         return jax.vmap(loss)(*split).mean()
 
     return averaged
@@ -189,11 +237,16 @@ def grouped(loss: Callable[..., Array], size: int) -> Callable[..., Array]:
 
 def pearson(features: Float[Array, "B D"]) -> Float[Array, "B B"]:
     """Pearson correlation between rows, each centred by its own mean; in at least float32."""
+    unit = standardise(features)
+    return jnp.matmul(unit, unit.T, precision="highest")
+
+
+def standardise(features: Float[Array, "B D"]) -> Float[Array, "B D"]:
+    """Centre each row by its own mean and scale it to norm 1; in at least float32."""
     centred = at_least_float32(features)
     centred = centred - centred.mean(axis=1, keepdims=True)
     norm = jnp.sqrt((centred**2).sum(axis=1, keepdims=True))
-    unit = centred / jnp.maximum(norm, 1e-12)
-    return jnp.matmul(unit, unit.T, precision="highest")
+    return centred / jnp.maximum(norm, 1e-12)
 
 
 def soft_cross_entropy(
@@ -209,9 +262,30 @@ def soft_cross_entropy(
     return -jnp.where(present, target * (jnp.where(present, shifted, 0.0) - log_total), 0.0).sum()
 
 
-def pairwise(valid: Bool[Array, " B"]) -> Bool[Array, "B B"]:
-    """True where both examples are valid."""
-    return valid[:, None] & valid[None, :]
+def anchors(
+    valid: Bool[Array, " B"], invalid: str
+) -> tuple[Bool[Array, " B"], int | Int[Array, ""]]:
+    """Return which examples stand in the logits, and what the sum over anchors is divided by.
+
+    Raises:
+      ValueError: for an `invalid` other than "drop" or "keep".
+    """
+    if invalid == "drop":
+        return valid, jnp.maximum(valid.sum(), 1)
+    if invalid == "keep":
+        return jnp.ones_like(valid), len(valid)
+    raise ValueError(f"invalid must be 'drop' or 'keep', got {invalid!r}")
+
+
+def pairwise(
+    valid: Bool[Array, " B"], neutral: Int[Array, " B"] | None = None
+) -> Bool[Array, "B B"]:
+    """True where both examples are valid and the pair is not neutral."""
+    both = valid[:, None] & valid[None, :]
+    if neutral is None:
+        return both
+    same = neutral[:, None] == neutral[None, :]
+    return both & (~same | jnp.eye(len(valid), dtype=bool))
 
 
 def at_least_float32(x: Array) -> Array:

@@ -5,7 +5,8 @@ modalities; `objective` sees the whole global batch and returns unweighted named
 trainer multiplies them by `weights`, differentiates, logs; nobody writes a training loop.
 """
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import jax
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from medvlp_jax import config
+from medvlp_jax.losses import contrastive, tiled
 from medvlp_jax.schedules import Knots
 
 Features = dict[str, jax.Array]
@@ -51,6 +53,13 @@ def encoder(spec: Mapping | nn.Module) -> nn.Module:
         return spec
     fields = dict(spec)
     return config.build("medvlp_jax.encoders", fields.pop("name"), **fields)
+
+
+def contrastive_loss(name: str, tile: int) -> Callable[..., jax.Array]:
+    """Return "info_nce" or "sigmoid" in tiles of side `tile`; 0 gives the dense one, the oracle."""
+    if not tile:
+        return getattr(contrastive, name)
+    return functools.partial(getattr(tiled, name), tile=tile)
 
 
 def check_weights(weights: Mapping[str, float | Knots], terms: tuple[str, ...]) -> None:

@@ -14,7 +14,7 @@ from flax import linen as nn
 from medvlp_jax.config import UserError
 from medvlp_jax.encoders.base import normalise
 from medvlp_jax.layers import Linear
-from medvlp_jax.losses import contrastive
+from medvlp_jax.losses import contrastive, tiled
 from medvlp_jax.recipes import base
 from medvlp_jax.schedules import Knots
 
@@ -34,6 +34,7 @@ class Clip(nn.Module):
     section: str
     same_text: bool
     train_text: bool
+    loss_tile: int
     weights: Mapping[str, float | Knots]
 
     @property
@@ -83,10 +84,11 @@ class Clip(nn.Module):
         scale = jnp.minimum(jnp.exp(self.log_scale), MAX_SCALE)
         valid = batch[f"{self.section}_valid"]
         image, text = features["image"], features["text"]
+        loss = base.contrastive_loss(self.loss, self.loss_tile)
         if self.loss == "sigmoid":
-            return {"contrastive": contrastive.sigmoid(image, text, scale, self.bias, valid=valid)}
+            return {"contrastive": loss(image, text, scale, self.bias, valid=valid)}
         prior = contrastive.SameId(batch[f"{self.section}_id"]) if self.same_text else None
-        return {"contrastive": contrastive.info_nce(image, text, scale, prior=prior, valid=valid)}
+        return {"contrastive": loss(image, text, scale, prior=prior, valid=valid)}
 
 
 def make(
@@ -99,6 +101,7 @@ def make(
     section: str = "report",
     same_text: bool = False,
     train_text: bool = True,
+    loss_tile: int = tiled.TILE,
 ) -> Clip:
     """Build the recipe.
 
@@ -111,6 +114,7 @@ def make(
       section: text aligned with the image: "report", "findings" or "impression".
       same_text: equal texts are positives of one another (info_nce only).
       train_text: False freezes the text encoder; its projection still trains.
+      loss_tile: side of the tiles the loss is computed in; 0 keeps the whole B x B logits.
 
     Raises:
       UserError: for a value outside these.
@@ -122,6 +126,7 @@ def make(
     if same_text and loss == "sigmoid":
         raise UserError("recipe.same_text works with recipe.loss=info_nce, not with sigmoid.")
     base.check_weights(weights, TERMS)
+    settings = {"same_text": same_text, "train_text": train_text, "loss_tile": loss_tile}
     return Clip(
-        base.encoder(image), base.encoder(text), dim, loss, section, same_text, train_text, weights
+        base.encoder(image), base.encoder(text), dim, loss, section, weights=weights, **settings
     )

@@ -25,7 +25,7 @@ from flax import linen as nn
 from medvlp_jax.config import UserError
 from medvlp_jax.encoders.base import normalise
 from medvlp_jax.layers import BatchNorm, Linear, torch_uniform
-from medvlp_jax.losses import contrastive
+from medvlp_jax.losses import contrastive, tiled
 from medvlp_jax.losses.contrastive import ClinicalPrior
 from medvlp_jax.recipes import base
 from medvlp_jax.schedules import Knots
@@ -163,6 +163,7 @@ class Imitate(nn.Module):
     normalise_target: bool
     same_text: bool
     contrast_group: int
+    loss_tile: int
     train_text: bool
     cached_text: bool
     legacy_mean_over_batch: bool
@@ -294,6 +295,9 @@ class Imitate(nn.Module):
         use_prior = section is not None and self.kernel != "none"
         use_ids = self.same_text and section is not None and not views
         invalid = "keep" if self.legacy_mean_over_batch else "drop"
+        # Groups that fit a tile need no tiles: all of them are one batched matrix product.
+        small = 0 < self.contrast_group <= self.loss_tile
+        info_nce = base.contrastive_loss("info_nce", 0 if small else self.loss_tile)
 
         def loss(x, y, valid, report, has_report, ids):
             prior = None
@@ -310,11 +314,11 @@ class Imitate(nn.Module):
                 )
             elif ids is not None:
                 prior = contrastive.SameId(ids)
-            return 2 * contrastive.info_nce(
-                x, y, 1 / temperature, prior=prior, valid=valid, invalid=invalid
-            )
+            loss = info_nce(x, y, 1 / temperature, prior=prior, valid=valid, invalid=invalid)
+            return 2 * loss
 
-        return contrastive.grouped(loss, self.contrast_group)(
+        one_by_one = self.loss_tile > 0 and not small
+        return contrastive.grouped(loss, self.contrast_group, one_by_one=one_by_one)(
             x,
             y,
             valid,
@@ -343,6 +347,7 @@ def make(
     normalise_target: bool = False,
     same_text: bool = False,
     contrast_group: int = 0,
+    loss_tile: int = tiled.TILE,
     train_text: bool = False,
     cached_text: bool = True,
     legacy_mean_over_batch: bool = False,
@@ -369,6 +374,7 @@ def make(
       normalise_target: soft targets sum to 1 (our extension).
       same_text: equal sections are positives of one another (our choice, for corpora with repeats).
       contrast_group: examples a loss group, the paper's 128 a device; 0 is the global batch.
+      loss_tile: side of the tiles the losses are computed in; 0 keeps the whole logits of a group.
       train_text: train the text encoder instead of freezing it as the paper does.
       cached_text: read frozen text features from the batch instead of encoding tokens.
       legacy_mean_over_batch: divide by the batch size and keep missing sections as negatives.

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax.core import DenyList
+from jax.sharding import Mesh
 
 from medvlp_jax import schedules, sharding
 from medvlp_jax.config import UserError
@@ -78,18 +79,41 @@ def make_state(variables: Mapping, tx, frozen: Sequence[str]) -> TrainState:
 
 
 def make_train_step(
-    recipe, tx: optax.GradientTransformation, rate: optax.Schedule, seed: int
+    recipe,
+    tx: optax.GradientTransformation,
+    rate: optax.Schedule,
+    seed: int,
+    *,
+    chunks: int = 1,
+    mesh: Mesh | None = None,
 ) -> Callable[[TrainState, Mapping], tuple[TrainState, dict[str, jax.Array]]]:
     """Return the jitted step (state, global batch) -> (state, metrics); the state is donated.
 
     Metrics are scalars: `loss`, `loss/<term>` unweighted, `weight/<term>`, `grad_norm`, `lr`.
-    The randomness of a step is a function of (seed, step) alone, so a resumed run repeats it.
+    The randomness of a step is a function of (seed, step, chunks) alone, so a resumed run repeats
+    it.
+
+    Args:
+      recipe: the method.
+      tx: optimiser.
+      rate: learning rate by step, for the metrics.
+      seed: of the randomness.
+      chunks: parts the batch is encoded in, see `encode_in_chunks`.
+      mesh: what the tiled losses travel around; None: the one in context, if any.
     """
+    mutable = DenyList("params")
 
     def losses(params, state, batch, rngs):
         variables = {"params": paths.merge(params, state.frozen), **state.collections}
+        if chunks == 1:
+            features, collections = recipe.apply(
+                variables, batch, train=True, rngs=rngs, mutable=mutable, method="encode"
+            )
+            variables = {**variables, **collections}
+        else:
+            features = encode_in_chunks(recipe, variables, batch, rngs, chunks)
         terms, collections = recipe.apply(
-            variables, batch, train=True, rngs=rngs, mutable=DenyList("params")
+            variables, features, batch, train=True, rngs=rngs, mutable=mutable, method="objective"
         )
         weights = {k: schedules.at(recipe.weights[k], state.step) for k in terms}
         total = sum(weights[k] * terms[k] for k in terms)
@@ -99,7 +123,8 @@ def make_train_step(
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         rngs = dict(zip(RNGS, jax.random.split(key, len(RNGS)), strict=True))
         grad = jax.value_and_grad(losses, has_aux=True)
-        (total, (terms, weights, collections)), grads = grad(state.params, state, batch, rngs)
+        with sharding.tracing_on(mesh):
+            (total, (terms, weights, collections)), grads = grad(state.params, state, batch, rngs)
         updates, optimizer = tx.update(grads, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = {"loss": total, "grad_norm": optax.tree.norm(grads), "lr": rate(state.step)}
@@ -108,6 +133,75 @@ def make_train_step(
         return TrainState(state.step + 1, params, state.frozen, collections, optimizer), metrics
 
     return jax.jit(step, donate_argnums=0)
+
+
+def encode_in_chunks(
+    recipe, variables: Mapping, batch: Mapping, rngs: Mapping, chunks: int
+) -> Mapping:
+    """Encode a batch for training part by part: an exact gradient cache.
+
+    The forward pass keeps the features and no graph. Once the loss over the whole batch has given
+    their gradients, each part is encoded again and differentiated with its share of them. That is
+    rematerialisation of a loop: the second pass repeats the first, dropout included, because its
+    random keys are inputs. Gradient cache: Gao et al. 2021, https://arxiv.org/abs/2101.06983
+
+    Part c is every chunks-th example from c on, so that each device finds its share of every part
+    among its own rows. The dropout key is folded with c, since parts must not share masks: for
+    dropout, `chunks` is part of the seed. Draws made once for a batch stay the same in all parts.
+
+    Args:
+      recipe: the method.
+      variables: what `apply` takes.
+      batch: leaves [B, ...].
+      rngs: keys by name.
+      chunks: number of parts; must divide B.
+
+    Returns:
+      Features [B, ...] in the order of the batch.
+
+    Raises:
+      UserError: where chunks do not divide B, or where encode normalises with statistics of the
+        batch, which a part would change.
+    """
+    size = len(jax.tree.leaves(batch)[0])
+    if size % chunks:
+        raise UserError(f"train.chunks={chunks} does not divide a batch of {size}.")
+    moving = moving_state(recipe, variables, batch, rngs)
+    if moving:
+        raise UserError(
+            f"train.chunks={chunks} would change the result: training updates {moving[0]} and "
+            f"{len(moving) - 1} more arrays from the statistics of the whole batch; accepted are "
+            "chunks=1 or encoders and heads without BatchNorm."
+        )
+
+    def split(x):  # [B, ...] -> [chunks, B / chunks, ...]
+        return jnp.moveaxis(x.reshape(size // chunks, chunks, *x.shape[1:]), 1, 0)
+
+    def join(x):
+        return jnp.moveaxis(x, 0, 1).reshape(size, *x.shape[2:])
+
+    def encode(part):
+        index, rows = part
+        keys = {**rngs, "dropout": jax.random.fold_in(rngs["dropout"], index)}
+        return recipe.apply(variables, rows, train=True, rngs=keys, method="encode")
+
+    parts = jnp.arange(chunks), jax.tree.map(split, batch)
+    return jax.tree.map(join, jax.lax.map(jax.checkpoint(encode, prevent_cse=False), parts))
+
+
+def moving_state(recipe, variables: Mapping, batch: Mapping, rngs: Mapping) -> list[str]:
+    """List the paths of what `encode` changes in training besides the parameters."""
+    moving = []
+
+    def encode(variables):
+        _, after = recipe.apply(
+            variables, batch, train=True, rngs=rngs, mutable=DenyList("params"), method="encode"
+        )
+        before = {id(leaf) for leaf in jax.tree.leaves(variables)}
+        moving.extend(p for p, leaf in paths.flatten(after).items() if id(leaf) not in before)
+
+    jax.eval_shape(encode, variables)
+    return moving
 
 
 def make_embed(recipe, mesh) -> Callable[[Mapping, Mapping], dict]:
