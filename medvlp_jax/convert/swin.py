@@ -33,6 +33,13 @@ LEFT_OUT = {
     "decoder.0.bias": "the head of SwinForMaskedImageModeling",
 }
 
+MODULES = {
+    r"attention\.self\.(query|key|value)$": lambda match: f"attention.{match[1][0]}_proj",
+    r"attention\.output\.dense$": "attention.o_proj",
+    r"intermediate\.dense$": "mlp.fc1",
+    r"output\.dense$": "mlp.fc2",
+}
+
 
 def _blocks(module):
     """Yield (name in the file, our path) of every block."""
@@ -95,4 +102,5 @@ TABLE = Table(
     rules=rules,
     left_out=left_out,
     architecture=lambda module: ("SwinModel", ""),
+    modules=MODULES,
 )

@@ -54,6 +54,8 @@ class Table(NamedTuple):
       tied: module -> {name: name} of tensors stored twice, which must be equal.
       added: module -> tensors PyTorch has and we do not, to write.
       aliases: endings of old names -> today's.
+      modules: regular expressions in names of modules in the file -> what `transformers` calls them
+        in memory, where that differs; PEFT's adapters use these names.
     """
 
     module: type
@@ -70,6 +72,7 @@ class Table(NamedTuple):
     tied: Callable[[Any], Mapping[str, str]] = lambda module: {}
     added: Callable[[Any], Mapping[str, np.ndarray]] = lambda module: {}
     aliases: Mapping[str, str] = {}
+    modules: Mapping[str, Any] = {}
 
 
 def linear(tensor: str, path: str, *, bias: bool = True) -> list[Rule]:

@@ -106,7 +106,8 @@ def to_variables(
     Raises:
       UserError: listing every missing, unused and mis-shaped tensor, or unequal tied ones.
     """
-    rules, shapes = table.rules(module), _shapes(table, module)
+    shapes = _shapes(table, module)
+    rules = _rules(table, module, shapes)
     tied = table.tied(module)
     wanted = {r.tensor: _file_shape(r, shapes[r.path]) for r in rules}
     known = {*table.left_out(module), *tied, *drop}
@@ -121,7 +122,7 @@ def to_variables(
                 "them; leave that head out with mlm_head=False."
             )
     flat = {r.path: _transpose(_part(tensors, r), r.axes).astype(np.float32) for r in rules}
-    return unflatten_dict(_stacked(flat) if _is_scanned(module) else flat, sep="/")
+    return unflatten_dict(stacked(flat) if is_scanned(module) else flat, sep="/")
 
 
 def to_tensors(table: Table, module: Any, variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -133,13 +134,25 @@ def to_tensors(table: Table, module: Any, variables: Mapping[str, Any]) -> dict[
       UserError: listing every missing, unused and mis-shaped array.
     """
     flat = {path: np.asarray(array) for path, array in flatten_dict(variables, sep="/").items()}
-    flat = _unstacked(flat) if _is_scanned(module) else flat
-    if problem := _compare(flat, _shapes(table, module)):
+    flat = unstacked(flat) if is_scanned(module) else flat
+    shapes = _shapes(table, module)
+    if problem := _compare(flat, shapes):
         raise UserError(f"These are not the variables of this {type(module).__name__}: {problem}.")
     parts = {}
-    for r in table.rules(module):
+    for r in _rules(table, module, shapes):
         parts.setdefault(r.tensor, []).append(_transpose(flat[r.path], np.argsort(r.axes)))
     return {name: p[0] if len(p) == 1 else np.concatenate(p) for name, p in parts.items()}
+
+
+def _rules(table, module, shapes):
+    """Return the rules, of which every array of the module must have one."""
+    rules = table.rules(module)
+    if unnamed := sorted(set(shapes) - {r.path for r in rules}):
+        raise UserError(
+            f"A checkpoint has no tensor for {', '.join(unnamed)}; for low-rank factors there is "
+            "convert.lora: attach or load_adapter after reading, merge or save_adapter to write."
+        )
+    return rules
 
 
 def _compare(found, wanted):
@@ -174,18 +187,19 @@ def _transpose(array, axes):
     return array.transpose(axes) if len(axes) else array
 
 
-def _is_scanned(module):
+def is_scanned(module: Any) -> bool:
+    """Say whether the module keeps its blocks as one, with a leading axis L."""
     return getattr(module, "layout", "unrolled") == "scan"
 
 
 def _shapes(table, module):
     """Return {path: shape} of the module's variables, blocks unrolled."""
-    module = module.clone(layout="unrolled") if _is_scanned(module) else module
+    module = module.clone(layout="unrolled") if is_scanned(module) else module
     tree = jax.eval_shape(module.init, jax.random.key(0), table.example(module))
     return {path: leaf.shape for path, leaf in flatten_dict(tree, sep="/").items()}
 
 
-def _stacked(flat):
+def stacked(flat: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Gather .../block_0/... to .../block_{L-1}/... into .../blocks/... with a leading axis L."""
     out, blocks = {}, {}
     for path, array in flat.items():
@@ -196,8 +210,8 @@ def _stacked(flat):
     return out | {path: np.stack([rows[i] for i in sorted(rows)]) for path, rows in blocks.items()}
 
 
-def _unstacked(flat):
-    """Inverse of `_stacked`."""
+def unstacked(flat: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Inverse of `stacked`."""
     out = {}
     for path, array in flat.items():
         if "/blocks/" in path:

@@ -44,6 +44,14 @@ LEFT_OUT = {
     "decoder.0.bias": "the head of ViTForMaskedImageModeling",
 }
 
+MODULES = {
+    r"encoder\.layer\.": "layers.",
+    r"attention\.attention\.(query|key|value)$": lambda match: f"attention.{match[1][0]}_proj",
+    r"attention\.output\.dense$": "attention.o_proj",
+    r"intermediate\.dense$": "mlp.fc1",
+    r"output\.dense$": "mlp.fc2",
+}
+
 POOLER = ("pooler.dense.weight", "pooler.dense.bias")
 
 
@@ -87,4 +95,5 @@ TABLE = Table(
     detect=lambda names: {"pooler": POOLER[0] in names},
     left_out=left_out,
     architecture=lambda module: ("ViTModel", ""),
+    modules=MODULES,
 )
