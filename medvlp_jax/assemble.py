@@ -56,12 +56,15 @@ def read_config(folder: pathlib.Path) -> dict:
     """Read the resolved config of a run folder; JSON's lists become tuples again.
 
     Raises:
-      UserError: if the folder holds no run.
+      UserError: if the folder holds no run, or its config is no JSON.
     """
     file = pathlib.Path(folder) / CONFIG
     if not file.is_file():
         raise UserError(f"{folder} is not a run folder: it has no {CONFIG}.")
-    return _tuples(json.loads(file.read_text()))
+    try:
+        return _tuples(json.loads(file.read_text()))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{file} is not JSON: {error}.") from None
 
 
 def open_corpora(data: Mapping[str, Any], split: str) -> list[corpora.Source]:

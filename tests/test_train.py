@@ -169,6 +169,12 @@ def test_evaluating_a_folder_that_is_no_run_is_one_sentence(tmp_path, capsys):
     assert "is not a run folder: it has no config.json" in capsys.readouterr().err
 
 
+def test_a_damaged_config_of_a_run_is_named(tmp_path):
+    (tmp_path / "config.json").write_text('{"seed": 0,}')
+    with pytest.raises(UserError, match=r"config\.json is not JSON: .* line 1 column 12"):
+        assemble.read_config(tmp_path)
+
+
 def test_an_unknown_verb_names_the_nearest(capsys):
     assert cli.main(["trian"]) == 2
     assert "Did you mean train" in capsys.readouterr().err
