@@ -17,10 +17,12 @@ Weights in from Hugging Face, and back out.
   export   writes the encoders of a run as folders that transformers loads.
 """
 
-IMPORT = """\
+IMPORT = f"""\
 Read config.json and safetensors, check that every tensor is used or is a head known by name, and
 write a folder that both medvlp_jax.convert.load and transformers.AutoModel.from_pretrained read.
-Architectures: resnet, vit, bert (also cxr-bert). Pickles (pytorch_model.bin) are never read.
+Pickles (pytorch_model.bin) are never read.
+
+Architectures: {", ".join(checkpoint.model_types())}.
 
   medvlp convert import emilyalsentzer/Bio_ClinicalBERT weights/bioclinicalbert
   medvlp convert import ~/downloads/resnet-50 weights/resnet50

@@ -230,11 +230,12 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder} holds no config.json.")
     config = json.loads(file.read_text())
     if "model_type" not in config:
-        raise UserError(f"{file} names no model_type, such as {', '.join(_model_types())}.")
+        raise UserError(f"{file} names no model_type, such as {', '.join(model_types())}.")
     return config
 
 
-def _model_types():
+def model_types() -> list[str]:
+    """List every `model_type` of config.json this project reads."""
     return [name for table in TABLES for name in table.model_types]
 
 
@@ -247,7 +248,7 @@ def table_of_config(config: Mapping[str, Any], folder: Path) -> Table:
     for table in TABLES:
         if config["model_type"] in table.model_types:
             return table
-    known = ", ".join(_model_types())
+    known = ", ".join(model_types())
     raise UserError(f"{folder} is a {config['model_type']!r}; this project reads {known}.")
 
 
