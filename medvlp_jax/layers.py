@@ -40,13 +40,14 @@ class Lora(NamedTuple):
       rank: columns of A.
       alpha: numerator of the scale.
       dropout: on the input of the low-rank branch, in training only.
-      layers: regular expression searched in the path of a Linear: "attention/(query|value)".
+      layers: regular expression searched in the path of a Linear: "attention/(query|value)"; the
+        empty one is found in all.
     """
 
     rank: int
     alpha: float
     dropout: float = 0.0
-    layers: str = "."
+    layers: str = ""
 
     @property
     def scale(self) -> float:
@@ -337,7 +338,8 @@ class Attention(nn.Module):
             None attends all. With a cache the keys are its M.
           train: apply dropout.
           rope: rotary positions of query and key.
-          cache: attend to its tokens and these; the mask then says all about who sees whom.
+          cache: attend to its tokens and these; the mask then says all about who sees whom, and
+            `causal` and `window` nothing.
 
         Returns:
           [B, T, D]; with a cache the pair of that and the longer cache.
@@ -368,7 +370,8 @@ class Attention(nn.Module):
         if mask is not None:
             mask = mask[:, None, None, :] if mask.ndim == 2 else mask[:, None]  # [B, 1, T, T]
         if train and self.dropout > 0:
-            y = self._attend_with_dropout(query, key, value, mask)
+            near = self._near(query.shape[1]) if cache is None else None
+            y = self._attend_with_dropout(query, key, value, mask, near)
         else:
             y = jax.nn.dot_product_attention(
                 query,
@@ -376,7 +379,7 @@ class Attention(nn.Module):
                 value,
                 mask=mask,
                 is_causal=self.causal and cache is None,
-                local_window_size=self.window or None,
+                local_window_size=(self.window or None) if cache is None else None,
                 implementation=self.implementation,
             )
         y = self._linear("out", width)(y.reshape(*x.shape[:-1], -1), train=train)
@@ -392,7 +395,7 @@ class Attention(nn.Module):
             name=name,
         )
 
-    def _attend_with_dropout(self, query, key, value, mask):
+    def _attend_with_dropout(self, query, key, value, mask, near):
         if self.implementation != "xla":
             raise ValueError(
                 f"Attention dropout {self.dropout} needs implementation 'xla', not "
@@ -402,7 +405,6 @@ class Attention(nn.Module):
         key, value = (jnp.repeat(x, repeats, axis=2) for x in (key, value))  # [B, T, A, S]
         logits = jnp.einsum("btas,buas->batu", query, key, preferred_element_type=jnp.float32)
         logits *= query.shape[-1] ** -0.5
-        near = self._near(*logits.shape[-2:])
         if near is not None:
             mask = near if mask is None else mask & near
         if mask is not None:
@@ -410,9 +412,9 @@ class Attention(nn.Module):
         probabilities = nn.Dropout(self.dropout, deterministic=False)(jax.nn.softmax(logits))
         return jnp.einsum("batu,buas->btas", probabilities.astype(self.dtype), value)
 
-    def _near(self, queries, keys):
+    def _near(self, length):
         """Return which pairs [T, T] `causal` and `window` allow; None for all."""
-        ahead = np.arange(keys) - np.arange(queries)[:, None]
+        ahead = np.arange(length) - np.arange(length)[:, None]
         near = (np.abs(ahead) <= self.window) if self.window else np.full(ahead.shape, True)
         near &= (ahead <= 0) | (not self.causal)
         return None if near.all() else near

@@ -1,12 +1,29 @@
 """Layers against independent float64 NumPy and against PyTorch."""
 
+import math
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from medvlp_jax.layers import Attention, BatchNorm, LayerNorm, Linear, Mlp, Stack, torch_uniform
+from medvlp_jax.layers import (
+    Attention,
+    BatchNorm,
+    Cache,
+    GatedMlp,
+    LayerNorm,
+    Linear,
+    Lora,
+    Mlp,
+    RMSNorm,
+    Stack,
+    gelu,
+    rope_1d,
+    rotate,
+    torch_uniform,
+)
 
 RNG = np.random.default_rng(0)
 
@@ -37,6 +54,134 @@ def test_linear_is_a_matrix_product_and_a_bias():
     kernel, bias = (np.asarray(variables["params"][k], np.float64) for k in ("kernel", "bias"))
     assert_close(layer.apply(variables, x), x.astype(np.float64) @ kernel + bias)
     assert set(Linear(5, use_bias=False).init(jax.random.key(0), x)["params"]) == {"kernel"}
+
+
+def random_variables(layer, *inputs):
+    """Draw every array of a layer at random."""
+    shapes = jax.eval_shape(layer.init, jax.random.key(0), *inputs)
+    return jax.tree.map(lambda s: RNG.normal(size=s.shape).astype(np.float32), shapes)
+
+
+def exact(tree):
+    """Return a tree in float64."""
+    return jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), tree)
+
+
+def test_linear_adds_the_scaled_low_rank_product():
+    x = RNG.normal(size=(3, 4)).astype(np.float32)
+    layer = Linear(5, lora=Lora(2, 3.0))
+    variables = random_variables(layer, x)
+    p = exact(variables["params"])
+    assert p["lora_a"].shape == (4, 2)
+    assert p["lora_b"].shape == (2, 5)
+    expected = np.zeros((3, 5))
+    for i in range(3):
+        for j in range(5):
+            low_rank = sum(x[i] @ p["lora_a"][:, r] * p["lora_b"][r, j] for r in range(2))
+            expected[i, j] = x[i] @ p["kernel"][:, j] + p["bias"][j] + 3.0 / 2 * low_rank
+    assert_close(layer.apply(variables, x), expected)
+
+
+def test_low_rank_factors_start_as_pefts_and_change_nothing():
+    x = RNG.normal(size=(3, 64)).astype(np.float32)
+    layer = Linear(256, lora=Lora(128, 3.0, dropout=0.5))
+    params = layer.init(jax.random.key(0), x)["params"]
+    assert not params["lora_b"].any()
+    assert 0.99 / 8 < np.abs(params["lora_a"]).max() <= 1 / 8
+    base = {name: params[name] for name in ("kernel", "bias")}
+    plain = Linear(256).apply({"params": base}, x)
+    np.testing.assert_array_equal(layer.apply({"params": params}, x), plain)
+    rngs = {"dropout": jax.random.key(1)}
+    np.testing.assert_array_equal(layer.apply({"params": params}, x, train=True, rngs=rngs), plain)
+
+
+def test_low_rank_dropout_keeps_the_expectation():
+    x = np.ones((4096, 4), np.float32)
+    layer = Linear(3, lora=Lora(2, 2.0, dropout=0.25))
+    variables = random_variables(layer, x)
+    ours = layer.apply(variables, x, train=True, rngs={"dropout": jax.random.key(0)})
+    plain = layer.apply(variables, x)
+    assert np.std(ours, axis=0).min() > 0.01
+    # The mean of 4,096 draws: a standard error of a hundredth or two of the branch.
+    assert_close(ours.mean(0), plain.mean(0), 0.1)
+
+
+def test_low_rank_layers_are_chosen_by_path():
+    x = jnp.ones((1, 2, 8))
+    for pattern, chosen in [
+        ("query|value", {"query", "value"}),
+        ("^out$", {"out"}),
+        (".", {"query", "key", "value", "out"}),
+        ("nothing", set()),
+    ]:
+        layer = Attention(2, lora=Lora(1, 1.0, layers=pattern))
+        params = jax.eval_shape(layer.init, jax.random.key(0), x)["params"]
+        assert {name for name, leaves in params.items() if "lora_a" in leaves} == chosen
+
+
+def test_rms_norm_divides_by_the_root_mean_square():
+    x = RNG.normal(size=(2, 3, 8)).astype(np.float32)
+    layer = RMSNorm(1e-3)
+    variables = random_variables(layer, x)
+    expected = np.zeros(x.shape)
+    for index in np.ndindex(2, 3):
+        row = exact(x[index])
+        root = np.sqrt(np.mean(row**2) + 1e-3)
+        expected[index] = row / root * exact(variables["params"]["scale"])
+    assert_close(layer.apply(variables, x), expected)
+    half = RMSNorm(1e-3, jnp.bfloat16).apply(variables, x)
+    assert half.dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("use_bias", [False, True])
+@pytest.mark.parametrize("activation", ["silu", "gelu"])
+def test_gated_mlp_multiplies_a_gate_and_a_value(activation, use_bias):
+    x = RNG.normal(size=(5, 4)).astype(np.float32)
+    act = {"silu": jax.nn.silu, "gelu": gelu}[activation]
+    layer = GatedMlp(6, act, use_bias)
+    variables = random_variables(layer, x)
+    p = exact(variables["params"])
+    assert set(p["gate"]) == ({"kernel", "bias"} if use_bias else {"kernel"})
+    cdf = {
+        "silu": lambda z: 1 / (1 + np.exp(-z)),
+        "gelu": np.vectorize(lambda z: (1 + math.erf(z / math.sqrt(2))) / 2),
+    }[activation]
+    linear = lambda x, name: x @ p[name]["kernel"] + p[name].get("bias", 0)
+    gate = linear(exact(x), "gate")
+    expected = linear(gate * cdf(gate) * linear(exact(x), "up"), "down")
+    assert_close(layer.apply(variables, x), expected)
+
+
+def turned(x, positions, base):
+    """Turn [..., T, A, S] as complex numbers: channel k by the angle position * base^(-2k/S)."""
+    half = x.shape[-1] // 2
+    pairs = exact(x[..., :half]) + 1j * exact(x[..., half:])
+    for k in range(half):
+        angle = np.asarray(positions) * float(base) ** (-2 * k / x.shape[-1])
+        pairs[..., k] *= np.exp(1j * angle)[..., None]
+    return np.concatenate([pairs.real, pairs.imag], axis=-1)
+
+
+@pytest.mark.parametrize("base", [10_000.0, 160_000.0])
+def test_rotary_positions_turn_channel_pairs(base):
+    x = RNG.normal(size=(2, 40, 3, 8)).astype(np.float32)
+    shared, own = np.arange(40), np.stack([np.arange(40), np.arange(40) * 15 % 41])
+    for positions in (shared, own):
+        rope = rope_1d(positions, 8, base)
+        assert rope.cos.shape == (*positions.shape, 8)
+        assert_close(rotate(x, rope), turned(x, positions, base))
+    half = rotate(x.astype(jnp.bfloat16), rope_1d(shared, 8, base))
+    assert half.dtype == jnp.bfloat16
+
+
+def test_rotary_products_depend_on_the_distance_alone():
+    query, key = RNG.normal(size=(2, 1, 1, 1, 16)).astype(np.float32)
+
+    def product(i, j):
+        ropes = [rope_1d(np.array([p]), 16, 10_000.0) for p in (i, j)]
+        return (rotate(query, ropes[0]) * rotate(key, ropes[1])).sum()
+
+    assert_close(product(207, 203), product(4, 0))
 
 
 def test_torch_uniform_fills_its_bounds():
@@ -194,6 +339,124 @@ def test_attention_with_a_vanishing_dropout_equals_attention_without():
     )
 
 
+def attention_by_loops(layer, params, x, mask, positions):
+    """Compute any Attention in float64, one batch row, head and query at a time."""
+    p, x = exact(params), exact(x)
+    width = layer.head_width or x.shape[-1] // layer.num_heads
+    kv_heads = layer.num_kv_heads or layer.num_heads
+
+    def heads(name, count):
+        y = x @ p[name]["kernel"] + p[name].get("bias", 0)
+        y = y.reshape(*x.shape[:2], count, width)
+        if layer.qk_norm and name != "value":
+            root = np.sqrt((y**2).mean(-1, keepdims=True) + layer.qk_norm)
+            y = y / root * p[f"{name}_norm"]["scale"]
+        return turned(y, positions, 100.0) if positions is not None and name != "value" else y
+
+    query, key, value = (
+        heads(name, count)
+        for name, count in (("query", layer.num_heads), ("key", kv_heads), ("value", kv_heads))
+    )
+    out = np.zeros((*x.shape[:2], layer.num_heads, width))
+    for b, t, a in np.ndindex(out.shape[:3]):
+        shared = a * kv_heads // layer.num_heads
+        seen = [
+            u
+            for u in range(x.shape[1])
+            if (mask is None or (mask[b, u] if mask.ndim == 2 else mask[b, t, u]))
+            and not (layer.causal and u > t)
+            and not (layer.window and abs(u - t) > layer.window)
+        ]
+        logits = np.array([query[b, t, a] @ key[b, u, shared] for u in seen]) / np.sqrt(width)
+        weights = np.exp(logits - logits.max())
+        weights /= weights.sum()
+        out[b, t, a] = sum(w * value[b, u, shared] for w, u in zip(weights, seen, strict=True))
+    return out.reshape(*x.shape[:2], -1) @ p["out"]["kernel"] + p["out"].get("bias", 0)
+
+
+PADDED = np.arange(9) < np.array([[9], [6]])
+# Which pairs may meet: two packed texts, and everyone itself.
+PAIRS = np.stack([np.kron(np.eye(3), np.ones((3, 3))), np.tri(9, k=1)]).astype(bool)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 1e-9])
+@pytest.mark.parametrize(
+    ("fields", "mask", "rotary"),
+    [
+        ({"num_kv_heads": 2}, None, False),
+        ({"num_kv_heads": 1}, PADDED, True),
+        ({"num_kv_heads": 2, "head_width": 6, "qk_norm": 1e-6, "causal": True}, None, True),
+        ({"head_width": 2, "biased": ("query", "value", "out")}, PADDED, False),
+        ({"qk_norm": 1e-2}, PADDED, True),
+        ({"causal": True}, PADDED, False),
+        ({"window": 3}, PADDED, True),
+        ({"window": 3, "causal": True}, None, False),
+        ({}, PAIRS, True),
+        ({"num_kv_heads": 2, "window": 2, "biased": ()}, PAIRS, True),
+    ],
+)
+def test_every_kind_of_attention_equals_loops(fields, mask, rotary, dropout):
+    x = RNG.normal(size=(2, 9, 16)).astype(np.float32)
+    layer = Attention(4, dropout, **fields)
+    params = jax.tree.map(lambda leaf: leaf / 4, random_variables(layer, x)["params"])
+    width = layer.head_width or 4
+    rope = rope_1d(np.arange(9), width, 100.0) if rotary else None
+    expected = attention_by_loops(layer, params, x, mask, np.arange(9) if rotary else None)
+
+    @jax.jit
+    def run(params):
+        rngs = {"dropout": jax.random.key(0)} if dropout else {}
+        train = dropout > 0
+        return layer.apply({"params": params}, x, mask, train=train, rope=rope, rngs=rngs)
+
+    assert_close(run(params), expected)
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_a_row_that_may_see_nothing_is_finite(train):
+    x = RNG.normal(size=(2, 9, 16)).astype(np.float32)
+    layer = Attention(4, 0.1, dtype=jnp.bfloat16, window=2)
+    variables = random_variables(layer, x)
+    mask = PADDED & np.array([[True], [False]])
+
+    @jax.jit
+    @jax.value_and_grad
+    def run(variables):
+        rngs = {"dropout": jax.random.key(0)}
+        y = layer.apply(variables, x, mask, train=train, rngs=rngs)
+        return jnp.square(y.astype(jnp.float32)).sum()
+
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(run(variables)))
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"num_kv_heads": 2, "qk_norm": 1e-6}, {"num_kv_heads": 1, "window": 2}]
+)
+def test_token_by_token_with_a_cache_equals_all_at_once(fields):
+    x = RNG.normal(size=(2, 9, 16)).astype(np.float32)
+    layer = Attention(4, causal=True, **fields)
+    variables = random_variables(layer, x)
+    whole = layer.apply(variables, x, rope=rope_1d(np.arange(9), 4, 100.0))
+    room = np.zeros((2, 12, layer.num_kv_heads or 4, 4), np.float32)
+    cache = Cache(room, room, jnp.zeros((), jnp.int32))
+
+    @jax.jit
+    def step(cache, x):
+        at = cache.length + jnp.arange(x.shape[1])
+        mask = jnp.arange(12) <= at[:, None]
+        if layer.window:
+            mask &= jnp.arange(12) >= at[:, None] - layer.window
+        mask = jnp.broadcast_to(mask, (2, *mask.shape))
+        return layer.apply(variables, x, mask, rope=rope_1d(at, 4, 100.0), cache=cache)
+
+    rows = []
+    for start, stop in [(0, 3), *((t, t + 1) for t in range(3, 9))]:
+        y, cache = step(cache, x[:, start:stop])
+        rows.append(y)
+    assert_close(np.concatenate(rows, axis=1), whole)
+    assert cache.length == 9
+
+
 def test_attention_says_what_it_cannot_do():
     x = jnp.ones((1, 2, 6))
     with pytest.raises(ValueError, match="4 heads do not divide a width of 6"):
@@ -255,3 +518,45 @@ def test_dropout_in_a_stack_draws_anew_in_every_block(layout):
     out = stack.apply({}, jnp.zeros((1, 8, 64)), train=True, rngs={"dropout": jax.random.key(0)})
     # Each block adds 0 or 2: drawn alike, no sum would be 2.
     assert np.mean(np.asarray(out) == 2) == pytest.approx(0.5, abs=0.1)
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_each_block_gets_its_own_and_all_get_what_is_shared(remat):
+    class Own(nn.Module):
+        @nn.compact
+        def __call__(self, x, mask=None, *, train=False, own, shift):
+            x = own["factor"] * Linear(4, False)(x) + shift * own["shift"]
+            return x, {"first": x[:, 0], "factor": own["factor"]}
+
+    x = RNG.normal(size=(2, 3, 4)).astype(np.float32)
+    shift = RNG.normal(size=4).astype(np.float32)
+    each = {"factor": np.array([1.0, -2.0, 3.0], np.float32), "shift": np.arange(3)}
+    kernels = RNG.normal(size=(3, 4, 4)).astype(np.float32)
+    layouts = {
+        "unrolled": {f"block_{i}": {"Linear_0": {"kernel": k}} for i, k in enumerate(kernels)},
+        "scan": {"blocks": {"Linear_0": {"kernel": kernels}}},
+    }
+    expected, firsts = exact(x), []
+    for factor, at, kernel in zip(each["factor"], each["shift"], exact(kernels), strict=True):
+        expected = factor * (expected @ kernel) + shift * at
+        firsts.append(expected[:, 0])
+    for layout, params in layouts.items():
+        stack = Stack(Own, {}, 3, layout, remat)
+        run = jax.jit(lambda p, s=stack: s.apply({"params": p}, x, each=each, shift=shift))
+        y, outputs = run(params)
+        assert_close(y, expected)
+        assert_close(outputs["first"], np.stack(firsts))
+        np.testing.assert_array_equal(outputs["factor"], each["factor"])
+
+
+def test_an_unrolled_block_can_branch_on_its_own():
+    class Branch(nn.Module):
+        @nn.compact
+        def __call__(self, x, mask=None, *, train=False, own):
+            return (x + 1 if own else 2 * x), None
+
+    stack = Stack(Branch, {}, 3)
+    each = np.array([True, False, True])
+    y, outputs = jax.jit(lambda x: stack.apply({}, x, each=each))(jnp.full((1, 1, 1), 5.0))
+    assert y == 13
+    assert outputs is None
