@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from medvlp_jax.encoders.base import Encoded, Tokens, from_variant
-from medvlp_jax.layers import Attention, LayerNorm, Linear, Mlp, Stack, gelu
+from medvlp_jax.layers import Attention, LayerNorm, Linear, Lora, Mlp, Stack, gelu
 
 # base, large: Devlin et al. 2019, section 3. Vocabulary of "base" and "large": the cased one that
 # BioBERT and Bio_ClinicalBERT keep; of "cxr": CXR-BERT's own 30,522 pieces (Boecking et al. 2022,
@@ -38,6 +38,7 @@ class Block(nn.Module):
     attention_dropout: float = 0.1
     epsilon: float = 1e-12
     attention: str = "xla"
+    lora: Lora | None = None
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -50,11 +51,13 @@ class Block(nn.Module):
             self.attention,
             self.dtype,
             normal,
+            lora=self.lora,
             name="attention",
         )
         y = x + drop(attend(x, mask, train=train))
         x = LayerNorm(self.epsilon, self.dtype, name="attention_norm")(y)
-        y = x + drop(Mlp(self.mlp_dim, self.dtype, normal, name="mlp")(x))
+        mlp = Mlp(self.mlp_dim, self.dtype, normal, lora=self.lora, name="mlp")
+        y = x + drop(mlp(x, train=train))
         return LayerNorm(self.epsilon, self.dtype, name="mlp_norm")(y)
 
 
@@ -69,6 +72,7 @@ class Bert(nn.Module):
       dropout: after the embedding and on each residual branch, in training only.
       attention_dropout: on the attention probabilities, in training only.
       attention: implementation, see layers.Attention.
+      lora: low-rank adaptation of the blocks, see layers.Lora.
       layout: of the blocks, see layers.Stack.
       remat: of the blocks, see layers.Stack.
       dtype: of the matrix products.
@@ -88,6 +92,7 @@ class Bert(nn.Module):
     attention_dropout: float = 0.1
     epsilon: float = 1e-12
     attention: Literal["xla", "cudnn"] = "xla"
+    lora: Lora | None = None
     layout: Literal["unrolled", "scan"] = "unrolled"
     remat: Literal["none", "dots", "full"] = "none"
     dtype: Any = jnp.float32
@@ -105,7 +110,7 @@ class Bert(nn.Module):
             name: getattr(self, name)
             for name in ("num_heads", "mlp_dim", "dropout", "attention_dropout", "epsilon")
         }
-        fields |= {"attention": self.attention, "dtype": self.dtype}
+        fields |= {"attention": self.attention, "lora": self.lora, "dtype": self.dtype}
         self.stack = Stack(Block, fields, self.depth, self.layout, self.remat)
         if self.pooler:
             self.pooler_dense = Linear(self.width, dtype=self.dtype, kernel_init=normal)
