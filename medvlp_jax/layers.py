@@ -2,7 +2,8 @@
 
 `dtype` is the type of the matrix products; norms, softmax and statistics are float32 in any case.
 
-Axis letters: B batch, T tokens, D width, A heads, S head width, L layers.
+Axis letters: B batch, T tokens, D width, A heads, S head width, L layers; of images H, W pixels,
+P patch size, N patches.
 """
 
 import functools
@@ -18,6 +19,19 @@ import numpy as np
 Initializer = Callable[..., jax.Array]
 
 gelu = functools.partial(jax.nn.gelu, approximate=False)
+
+
+def quick_gelu(x):
+    """x sigmoid(1.702 x), the GELU of OpenAI's CLIP (Hendrycks and Gimpel 2016, section 2)."""
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+ACTIVATIONS = {  # by the names of `transformers`
+    "gelu": gelu,
+    "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "quick_gelu": quick_gelu,
+    "silu": jax.nn.silu,
+}
 
 
 def torch_uniform(fan_in: int) -> Initializer:
@@ -277,6 +291,39 @@ def rope_1d(positions, head_width: int, base: float) -> Rope:
     return Rope(jnp.cos(angles), jnp.sin(angles))
 
 
+def rope_2d(
+    rows: int, columns: int, head_width: int, *, base: float, shift=(0.0, 0.0), scale=(1.0, 1.0)
+) -> Rope:
+    """Return rotary positions of a grid of patches, row by row: DINOv3's axial ones.
+
+    A patch's centre (y, x) lies in [-1, 1] whatever the grid. Frequency k = 0 ... S/4 - 1 is
+    2 pi base^(-4k / S); of S/2 angles the first half turns with y, the second with x. Channel k
+    turns together with channel k + S/2, as in `rope_1d`.
+
+    Args:
+      rows: patches along the height.
+      columns: patches along the width.
+      head_width: S, a multiple of 4.
+      base: DINOv3's 100.
+      shift: [2], added to the centres (y, x) ...
+      scale: [2], ... which are then multiplied by this.
+
+    Returns:
+      Rope of [rows * columns, S].
+    """
+    centres = [
+        (2 * (np.arange(n, dtype=np.float32) + 0.5) / np.float32(n) - 1 + shift[i]) * scale[i]
+        for i, n in enumerate((rows, columns))
+    ]
+    exponents = np.arange(0, 1, 4 / head_width, dtype=np.float32)
+    frequencies = 2 * np.pi * (1 / np.float32(base) ** exponents)
+    y, x = (jnp.asarray(c, jnp.float32)[:, None] * frequencies for c in centres)  # [rows, S/4] ...
+    y = jnp.broadcast_to(y[:, None], (rows, columns, y.shape[-1]))
+    x = jnp.broadcast_to(x[None], (rows, columns, x.shape[-1]))
+    angles = jnp.concatenate([y, x, y, x], axis=-1).reshape(rows * columns, head_width)
+    return Rope(jnp.cos(angles), jnp.sin(angles))
+
+
 def rotate(x, rope: Rope):
     """Turn [B, T, A, S] by rotary positions; in float32, returned in the type of `x`."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
@@ -329,7 +376,7 @@ class Attention(nn.Module):
     lora: Lora | None = None
 
     @nn.compact
-    def __call__(self, x, mask=None, *, train=False, rope=None, cache=None):
+    def __call__(self, x, mask=None, *, train=False, rope=None, cache=None, context=None):
         """Attend.
 
         Args:
@@ -340,6 +387,7 @@ class Attention(nn.Module):
           rope: rotary positions of query and key.
           cache: attend to its tokens and these; the mask then says all about who sees whom, and
             `causal` and `window` nothing.
+          context: [B, U, D], what is attended to instead of x itself.
 
         Returns:
           [B, T, D]; with a cache the pair of that and the longer cache.
@@ -353,11 +401,12 @@ class Attention(nn.Module):
         head_width = self.head_width or width // self.num_heads
         heads = {"query": self.num_heads, "key": self.num_kv_heads or self.num_heads}
         heads["value"] = heads["key"]
+        context = x if context is None else context
         query, key, value = (
-            self._linear(name, count * head_width)(x, train=train).reshape(
-                *x.shape[:-1], count, head_width
+            self._linear(name, count * head_width)(source, train=train).reshape(
+                *source.shape[:-1], count, head_width
             )
-            for name, count in heads.items()
+            for source, (name, count) in zip((x, context, context), heads.items(), strict=True)
         )  # [B, T, A, S], [B, T, K, S] twice
         if self.qk_norm:
             query = RMSNorm(self.qk_norm, self.dtype, name="query_norm")(query)
@@ -418,6 +467,67 @@ class Attention(nn.Module):
         near = (np.abs(ahead) <= self.window) if self.window else np.full(ahead.shape, True)
         near &= (ahead <= 0) | (not self.causal)
         return None if near.all() else near
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: x + s attention(norm(x)), then x + s mlp(norm(x)).
+
+    Attributes:
+      gated: GatedMlp in place of Mlp.
+      layer_scale: initial value of s [D] (Touvron et al. 2021, https://arxiv.org/abs/2103.17239,
+        Eq. 4), one for each branch; 0 is none.
+      dropout: on each branch, in training only.
+      drop_path: probability that an example goes without a branch, in training only.
+      epsilon: of the norms.
+      attention: implementation, see Attention; as are attention_dropout, biased and causal.
+    """
+
+    num_heads: int
+    mlp_dim: int
+    activation: Callable[[jax.Array], jax.Array] = gelu
+    gated: bool = False
+    layer_scale: float = 0.0
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
+    drop_path: float = 0.0
+    epsilon: float = 1e-6
+    attention: str = "xla"
+    biased: tuple[str, ...] = ("query", "key", "value", "out")
+    causal: bool = False
+    kernel_init: Initializer = nn.initializers.lecun_normal()
+    lora: Lora | None = None
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, mask=None, *, train=False, rope=None):
+        """Map [B, T, D] to [B, T, D]; mask and rope as Attention takes them."""
+        norm = functools.partial(LayerNorm, self.epsilon, self.dtype)
+        shared = {"dtype": self.dtype, "kernel_init": self.kernel_init, "lora": self.lora}
+        attend = Attention(
+            self.num_heads,
+            self.attention_dropout,
+            self.attention,
+            biased=self.biased,
+            causal=self.causal,
+            name="attention",
+            **shared,
+        )
+        y = attend(norm(name="attention_norm")(x), mask, train=train, rope=rope)
+        x += self._branch(y, "attention_scale", train)
+        if self.gated:
+            mlp = GatedMlp(self.mlp_dim, self.activation, use_bias=True, name="mlp", **shared)
+        else:
+            mlp = Mlp(self.mlp_dim, activation=self.activation, name="mlp", **shared)
+        y = mlp(norm(name="mlp_norm")(x), train=train)
+        return x + self._branch(y, "mlp_scale", train)
+
+    def _branch(self, y, name, train):
+        if self.layer_scale:
+            start = nn.initializers.constant(self.layer_scale)
+            y *= self.param(name, start, (y.shape[-1],)).astype(self.dtype)
+        y = nn.Dropout(self.dropout, deterministic=not train)(y)
+        # One draw an example: broadcast over all other axes.
+        return nn.Dropout(self.drop_path, (1, 2), deterministic=not train)(y)
 
 
 REMAT = {
@@ -488,3 +598,106 @@ class Stack(nn.Module):
         if each is None:
             return x
         return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
+
+
+class PatchEmbedding(nn.Module):
+    """Map patches of P x P pixels to D numbers each.
+
+    A matrix product, which a convolution of stride P is; its backward pass on CPUs is far faster.
+
+    Parameters: kernel [P, P, C, D], bias [D].
+    """
+
+    features: int
+    patch_size: int
+    use_bias: bool = True
+    dtype: Any = jnp.float32
+    kernel_init: Initializer = nn.initializers.lecun_normal()
+
+    @nn.compact
+    def __call__(self, images):
+        """Map [B, H, W, C] to [B, N, D], row by row; pixels beyond whole patches are not seen."""
+        size, (batch, height, width, channels) = self.patch_size, images.shape
+        rows, columns = height // size, width // size
+        images = images[:, : rows * size, : columns * size].astype(self.dtype)
+        patches = images.reshape(batch, rows, size, columns, size, channels).swapaxes(2, 3)
+        shape = (size, size, channels, self.features)
+        kernel = self.param("kernel", self.kernel_init, shape).astype(self.dtype)
+        x = patches.reshape(batch, rows * columns, -1) @ kernel.reshape(-1, self.features)
+        if self.use_bias:
+            x += self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
+        return x
+
+
+def patch_grid(images, patch_size: int, *, partial: bool = False) -> tuple[int, int]:
+    """Return how many patches lie along the height and the width of [B, H, W, 3].
+
+    Raises:
+      ValueError: if the images do not have three channels, or hold no patch, or (unless `partial`)
+        do not tile into patches.
+    """
+    if images.ndim != 4 or images.shape[-1] != 3:
+        raise ValueError(f"Images must be [B, H, W, 3], got {list(images.shape)}.")
+    height, width = images.shape[1:3]
+    if min(height, width) < patch_size:
+        raise ValueError(
+            f"Images of {height} x {width} pixels are smaller than a patch of {patch_size} x "
+            f"{patch_size}."
+        )
+    if not partial and (height % patch_size or width % patch_size):
+        raise ValueError(
+            f"Images of {height} x {width} pixels do not tile into patches of {patch_size} x "
+            f"{patch_size}: both sides must be multiples of {patch_size}."
+        )
+    return height // patch_size, width // patch_size
+
+
+def resize_positions(
+    positions, rows: int, columns: int, *, prefix: int = 1, antialias: bool = False
+):
+    """Resize a square table of positions to another grid, as the models of `transformers` do.
+
+    Args:
+      positions: [prefix + n * n, D], the first ones for tokens that are no patches and stay.
+      rows: patches along the height.
+      columns: patches along the width.
+      prefix: how many stay.
+      antialias: see `bicubic_matrix`.
+
+    Returns:
+      [prefix + rows * columns, D].
+    """
+    native = round((positions.shape[0] - prefix) ** 0.5)
+    if (rows, columns) == (native, native):
+        return positions
+    grid = positions[prefix:].reshape(native, native, -1)
+    down, across = (bicubic_matrix(native, n, antialias=antialias) for n in (rows, columns))
+    grid = jnp.einsum("yi,xj,ijd->yxd", down, across, grid)
+    return jnp.concatenate([positions[:prefix], grid.reshape(rows * columns, -1)])
+
+
+def bicubic_matrix(old: int, new: int, *, antialias: bool = False) -> np.ndarray:
+    """Return torch's bicubic resize (align_corners=False) as a [new, old] matrix.
+
+    Keys' kernel has a = -0.75 there, and taps beyond the edge repeat it. Antialiased, a = -0.5, the
+    kernel is as wide as the coarser grid's pixels, and taps beyond the edge are left out.
+    `jax.image.resize` has a = -0.5 in both cases.
+    """
+    step = old / new
+    centre = (np.arange(new)[:, None] + 0.5) * step - 0.5
+    if antialias:
+        matrix = _keys((np.arange(old) - centre) / max(step, 1.0), -0.5)
+        return (matrix / matrix.sum(1, keepdims=True)).astype(np.float32)
+    matrix = np.zeros((new, old))
+    taps = np.floor(centre) + np.arange(-1, 3)  # [new, 4]
+    columns = np.clip(taps, 0, old - 1).astype(int)
+    np.add.at(matrix, (np.arange(new)[:, None], columns), _keys(taps - centre, -0.75))
+    return matrix.astype(np.float32)
+
+
+def _keys(t, a):
+    """Keys' cubic convolution kernel (1981, Eq. 4, there with a = -0.5)."""
+    t = np.abs(t)
+    near = ((a + 2) * t - (a + 3)) * t * t + 1
+    far = ((a * t - 5 * a) * t + 8 * a) * t - 4 * a
+    return np.where(t <= 1, near, np.where(t < 2, far, 0.0))

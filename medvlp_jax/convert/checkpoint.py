@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from medvlp_jax.config import UserError
-from medvlp_jax.convert import bert, resnet, swin, vit
+from medvlp_jax.convert import bert, dinov3, resnet, swin, vit
 from medvlp_jax.convert.table import Table
 from medvlp_jax.convert.tensors import (
     SINGLE,
@@ -20,7 +20,7 @@ from medvlp_jax.convert.tensors import (
 )
 from medvlp_jax.encoders.base import construct
 
-TABLES = (resnet.TABLE, vit.TABLE, swin.TABLE, bert.TABLE)
+TABLES = (resnet.TABLE, vit.TABLE, swin.TABLE, dinov3.TABLE, bert.TABLE)
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -34,7 +34,15 @@ TOKENIZER_FILES = (
 PREPROCESSOR = "preprocessor_config.json"
 
 # What a checkpoint may disagree on with the module it is read into: these change training only.
-TRAINING_FIELDS = ("dropout", "attention_dropout", "drop_path")
+TRAINING_FIELDS = (
+    "dropout",
+    "attention_dropout",
+    "drop_path",
+    "layer_scale",
+    "rope_shift",
+    "rope_jitter",
+    "rope_rescale",
+)
 
 logger = logging.getLogger(__name__)
 

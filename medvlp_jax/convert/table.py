@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from medvlp_jax.config import UserError
+
 
 class Rule(NamedTuple):
     """One tensor of a file and one array of ours.
@@ -103,3 +105,27 @@ def norm(tensor: str, path: str, *, bias: bool = True) -> list[Rule]:
         Rule(f"{tensor}.weight", f"params/{path}/scale"),
         *([Rule(f"{tensor}.bias", f"params/{path}/bias")] if bias else []),
     ]
+
+
+def square(size: Any) -> int:
+    """Read a size that config.json writes as one number or as two equal ones.
+
+    Raises:
+      UserError: for unequal ones.
+    """
+    sides = set(size) if isinstance(size, list | tuple) else {size}
+    if len(sides) != 1:
+        raise UserError(f"config.json has a size of {size}; only squares are supported.")
+    return sides.pop()
+
+
+def one_of(key: str, *known: Any) -> Callable[[Any], Any]:
+    """Return what reads the value of a key and refuses, with a UserError, all but the known."""
+
+    def read(value):
+        if value not in known:
+            choices = ", ".join(map(repr, known))
+            raise UserError(f"config.json asks for {key} {value!r}; here are only {choices}.")
+        return value
+
+    return read

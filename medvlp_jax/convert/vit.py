@@ -1,25 +1,13 @@
 """Hugging Face ViTModel <-> medvlp_jax.encoders.vit.ViT."""
 
-from typing import Any
-
 import jax.numpy as jnp
 
-from medvlp_jax.config import UserError
-from medvlp_jax.convert.table import Field, Rule, Table, conv, linear, norm
+from medvlp_jax.convert.table import Field, Rule, Table, conv, linear, norm, square
 from medvlp_jax.encoders.vit import ViT
 
-
-def _side(value: Any) -> int:
-    """Read a size written as one number or as two equal ones."""
-    sides = set(value) if isinstance(value, list | tuple) else {value}
-    if len(sides) != 1:
-        raise UserError(f"config.json has a size of {value}; only squares are supported.")
-    return sides.pop()
-
-
 FIELDS = {
-    "image_size": Field("image_size", 224, _side),
-    "patch_size": Field("patch_size", 16, _side),
+    "image_size": Field("image_size", 224, square),
+    "patch_size": Field("patch_size", 16, square),
     "hidden_size": Field("width", 768),
     "num_hidden_layers": Field("depth", 12),
     "num_attention_heads": Field("num_heads", 12),

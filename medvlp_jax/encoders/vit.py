@@ -12,10 +12,18 @@ from typing import Any, Literal
 
 import flax.linen as nn
 import jax.numpy as jnp
-import numpy as np
 
 from medvlp_jax.encoders.base import Encoded, from_variant
-from medvlp_jax.layers import Attention, LayerNorm, Linear, Mlp, Stack
+from medvlp_jax.layers import (
+    Block,
+    LayerNorm,
+    Linear,
+    Lora,
+    PatchEmbedding,
+    Stack,
+    patch_grid,
+    resize_positions,
+)
 
 # B, L: Dosovitskiy et al. 2021, Table 1. Ti, S: Touvron et al. 2021 (https://arxiv.org/abs/2012.12877),
 # Table 1. "tiny" is our choice, for CPU demos and tests.
@@ -31,33 +39,6 @@ VARIANTS = {
 truncated_normal = nn.initializers.truncated_normal(0.02)  # ViTConfig.initializer_range
 
 
-class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
-
-    num_heads: int
-    mlp_dim: int
-    dropout: float = 0.0
-    epsilon: float = 1e-12
-    attention: str = "xla"
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x, mask=None, *, train=False):
-        """Map [B, N+1, D] to [B, N+1, D]."""
-        drop = nn.Dropout(self.dropout, deterministic=not train)
-        y = LayerNorm(self.epsilon, self.dtype, name="attention_norm")(x)
-        attend = Attention(
-            self.num_heads,
-            implementation=self.attention,
-            dtype=self.dtype,
-            kernel_init=truncated_normal,
-            name="attention",
-        )
-        x += drop(attend(y, mask, train=train))
-        y = LayerNorm(self.epsilon, self.dtype, name="mlp_norm")(x)
-        return x + drop(Mlp(self.mlp_dim, self.dtype, truncated_normal, name="mlp")(y))
-
-
 class ViT(nn.Module):
     """Patches of an image through a transformer.
 
@@ -67,6 +48,7 @@ class ViT(nn.Module):
       pooler: whether the pooler's parameters exist.
       dropout: after the embedding and on each residual branch, in training only.
       attention: implementation, see layers.Attention.
+      lora: low-rank adaptation, see layers.Lora.
       layout: of the blocks, see layers.Stack.
       remat: of the blocks, see layers.Stack.
       dtype: of the matrix products.
@@ -83,6 +65,7 @@ class ViT(nn.Module):
     dropout: float = 0.0
     epsilon: float = 1e-12
     attention: Literal["xla", "cudnn"] = "xla"
+    lora: Lora | None = None
     layout: Literal["unrolled", "scan"] = "unrolled"
     remat: Literal["none", "dots", "full"] = "none"
     dtype: Any = jnp.float32
@@ -100,10 +83,8 @@ class ViT(nn.Module):
         """
         x = self._embed(images)  # [B, N+1, D]
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
-        fields = {
-            name: getattr(self, name)
-            for name in ("num_heads", "mlp_dim", "dropout", "epsilon", "attention", "dtype")
-        }
+        names = ("num_heads", "mlp_dim", "dropout", "epsilon", "attention", "lora", "dtype")
+        fields = {name: getattr(self, name) for name in names} | {"kernel_init": truncated_normal}
         x = Stack(Block, fields, self.depth, self.layout, self.remat, name="stack")(x, train=train)
         x = LayerNorm(self.epsilon, self.dtype, name="norm")(x)
         cls, tokens = x[:, 0], x[:, 1:]
@@ -119,17 +100,15 @@ class ViT(nn.Module):
         return Encoded(pooled=pooled[self.pooling], tokens=tokens)
 
     def _embed(self, images):
-        rows, columns = _grid(images.shape, self.patch_size)
-        patches = nn.Conv(
+        rows, columns = patch_grid(images, self.patch_size)
+        embed = PatchEmbedding(
             self.width,
-            (self.patch_size, self.patch_size),
-            (self.patch_size, self.patch_size),
-            "VALID",
+            self.patch_size,
             dtype=self.dtype,
             kernel_init=truncated_normal,
             name="patch_embedding",
-        )(images)
-        patches = patches.reshape(images.shape[0], rows * columns, self.width)  # [B, N, D]
+        )
+        patches = embed(images)  # [B, N, D]
         native = self.image_size // self.patch_size
         cls = self.param("cls_token", truncated_normal, (1, 1, self.width))
         positions = self.param(
@@ -137,57 +116,7 @@ class ViT(nn.Module):
         )
         cls = jnp.broadcast_to(cls, (images.shape[0], 1, self.width)).astype(self.dtype)
         x = jnp.concatenate([cls, patches], axis=1)  # [B, N+1, D]
-        return x + resize_positions(positions, rows, columns).astype(self.dtype)
-
-
-def _grid(shape, patch_size):
-    if len(shape) != 4 or shape[-1] != 3:
-        raise ValueError(f"ViT takes images [B, H, W, 3], got {list(shape)}.")
-    height, width = shape[1:3]
-    if height % patch_size or width % patch_size:
-        raise ValueError(
-            f"Images of {height} x {width} pixels do not tile into patches of {patch_size} x "
-            f"{patch_size}: both sides must be multiples of {patch_size}."
-        )
-    return height // patch_size, width // patch_size
-
-
-def resize_positions(positions, rows: int, columns: int):
-    """Resize a square table of positions to another grid, as ViTModel's interpolate_pos_encoding.
-
-    Args:
-      positions: [1, 1 + n * n, D], the first for the class token, which stays.
-      rows: patches along the height.
-      columns: patches along the width.
-
-    Returns:
-      [1, 1 + rows * columns, D].
-    """
-    native = round((positions.shape[1] - 1) ** 0.5)
-    if (rows, columns) == (native, native):
-        return positions
-    grid = positions[0, 1:].reshape(native, native, -1)
-    down, across = bicubic_matrix(native, rows), bicubic_matrix(native, columns)
-    grid = jnp.einsum("yi,xj,ijd->yxd", down, across, grid)
-    return jnp.concatenate([positions[:, :1], grid.reshape(1, rows * columns, -1)], axis=1)
-
-
-def bicubic_matrix(old: int, new: int) -> np.ndarray:
-    """Return torch's bicubic resize (align_corners=False, not antialiased) as a [new, old] matrix.
-
-    `jax.image.resize` differs: Keys' kernel there has a = -0.5, torch's has -0.75.
-    """
-    a = -0.75
-    centre = (np.arange(new) + 0.5) * (old / new) - 0.5
-    left = np.floor(centre).astype(int)
-    matrix = np.zeros((new, old))
-    for tap in range(-1, 3):
-        t = np.abs(centre - (left + tap))
-        near = ((a + 2) * t - (a + 3)) * t * t + 1
-        far = ((a * t - 5 * a) * t + 8 * a) * t - 4 * a
-        column = np.clip(left + tap, 0, old - 1)  # taps beyond the edge repeat it
-        np.add.at(matrix, (np.arange(new), column), np.where(t <= 1, near, far))
-    return matrix.astype(np.float32)
+        return x + resize_positions(positions[0], rows, columns).astype(self.dtype)
 
 
 def make(variant: str = "B/16", **overrides: Any) -> ViT:

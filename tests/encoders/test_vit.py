@@ -8,6 +8,7 @@ import pytest
 from medvlp_jax import convert
 from medvlp_jax.config import UserError
 from medvlp_jax.encoders import vit
+from medvlp_jax.layers import bicubic_matrix
 
 RNG = np.random.default_rng(0)
 
@@ -91,15 +92,16 @@ def test_gradients_equal_torch(pair, layout):
 
 
 @pytest.mark.hf
+@pytest.mark.parametrize("antialias", [False, True])
 @pytest.mark.parametrize(("old", "new"), [(14, 24), (24, 14), (7, 16), (16, 7), (5, 6), (2, 9)])
-def test_bicubic_matrix_equals_torch(old, new):
+def test_bicubic_matrix_equals_torch(old, new, antialias):
     import torch
 
     table = RNG.normal(size=(1, 3, old, old))
     reference = torch.nn.functional.interpolate(
-        torch.tensor(table), size=(new, new), mode="bicubic", align_corners=False
+        torch.tensor(table), size=(new, new), mode="bicubic", antialias=antialias
     )
-    matrix = vit.bicubic_matrix(old, new).astype(np.float64)
+    matrix = bicubic_matrix(old, new, antialias=antialias).astype(np.float64)
     assert_close(np.einsum("yi,xj,bdij->bdyx", matrix, matrix, table), reference, 1e-6)
     np.testing.assert_allclose(matrix.sum(1), 1, rtol=1e-6)
 
