@@ -104,6 +104,23 @@ def norm(tensor: str, path: str, *, bias: bool = True) -> list[Rule]:
     ]
 
 
+def clip_blocks(depth: int) -> list[Rule]:
+    """Rules of the blocks of a tower of CLIP or SigLIP, which are written alike."""
+    found = []
+    for i in range(depth):
+        theirs, ours = f"encoder.layers.{i}", f"stack/block_{i}"
+        for name in ("query", "key", "value", "out"):
+            projection = "out_proj" if name == "out" else f"{name[0]}_proj"
+            found += linear(f"{theirs}.self_attn.{projection}", f"{ours}/attention/{name}")
+        found += [
+            *linear(f"{theirs}.mlp.fc1", f"{ours}/mlp/up"),
+            *linear(f"{theirs}.mlp.fc2", f"{ours}/mlp/down"),
+            *norm(f"{theirs}.layer_norm1", f"{ours}/attention_norm"),
+            *norm(f"{theirs}.layer_norm2", f"{ours}/mlp_norm"),
+        ]
+    return found
+
+
 def square(size: Any) -> int:
     """Read a size that config.json writes as one number or as two equal ones.
 
