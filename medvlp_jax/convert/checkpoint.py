@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from medvlp_jax.config import UserError
-from medvlp_jax.convert import bert, clip_text, clip_vision, dinov3, resnet, swin, vit
+from medvlp_jax.convert import bert, clip_text, clip_vision, dinov3, resnet, siglip, swin, vit
 from medvlp_jax.convert.table import Table
 from medvlp_jax.convert.tensors import (
     SINGLE,
@@ -27,6 +27,7 @@ TABLES = (
     swin.TABLE,
     dinov3.TABLE,
     clip_vision.TABLE,
+    siglip.TABLE,
     bert.TABLE,
     clip_text.TABLE,
 )
