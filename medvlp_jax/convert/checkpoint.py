@@ -8,7 +8,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 from medvlp_jax.config import UserError
-from medvlp_jax.convert import bert, clip_text, clip_vision, dinov3, resnet, siglip, swin, vit
+from medvlp_jax.convert import (
+    bert,
+    clip_text,
+    clip_vision,
+    dinov2,
+    dinov3,
+    resnet,
+    siglip,
+    swin,
+    vit,
+)
 from medvlp_jax.convert.table import Table
 from medvlp_jax.convert.tensors import (
     SINGLE,
@@ -25,6 +35,8 @@ TABLES = (
     resnet.TABLE,
     vit.TABLE,
     swin.TABLE,
+    dinov2.TABLE,
+    dinov2.TABLE_WITH_REGISTERS,
     dinov3.TABLE,
     clip_vision.TABLE,
     siglip.TABLE,
@@ -55,6 +67,7 @@ TRAINING_FIELDS = (
     "attention_dropout",
     "drop_path",
     "layer_scale",
+    "mask_token",
     "rope_shift",
     "rope_jitter",
     "rope_rescale",
@@ -326,9 +339,9 @@ def table_of_module(module: Any) -> Table:
       UserError: if there is none.
     """
     for table in TABLES:
-        if isinstance(module, table.module):
+        if isinstance(module, table.module) and table.covers(module):
             return table
-    known = ", ".join(table.module.__name__ for table in TABLES)
+    known = ", ".join(dict.fromkeys(table.module.__name__ for table in TABLES))
     raise UserError(f"No Hugging Face form of {type(module).__name__}; there is one of {known}.")
 
 

@@ -56,6 +56,7 @@ class Table(NamedTuple):
       tied: module -> {name: name} of tensors stored twice, which must be equal.
       added: module -> tensors PyTorch has and we do not, to write.
       aliases: endings of old names -> today's.
+      covers: module -> whether this table writes it, where several tables share a class.
     """
 
     module: type
@@ -72,6 +73,7 @@ class Table(NamedTuple):
     tied: Callable[[Any], Mapping[str, str]] = lambda module: {}
     added: Callable[[Any], Mapping[str, np.ndarray]] = lambda module: {}
     aliases: Mapping[str, str] = {}
+    covers: Callable[[Any], bool] = lambda module: True
 
 
 def linear(tensor: str, path: str, *, bias: bool = True) -> list[Rule]:
