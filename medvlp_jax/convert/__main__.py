@@ -4,6 +4,7 @@ import argparse
 import json
 import logging
 import sys
+import textwrap
 from pathlib import Path
 
 from medvlp_jax.config import UserError
@@ -17,15 +18,18 @@ Weights in from Hugging Face, and back out.
   export   writes the encoders of a run as folders that transformers loads.
 """
 
+KNOWN = textwrap.fill("Architectures: " + ", ".join(checkpoint.model_types()) + ".", 100)
+
 IMPORT = f"""\
 Read config.json and safetensors, check that every tensor is used or is a head known by name, and
 write a folder that both medvlp_jax.convert.load and transformers.AutoModel.from_pretrained read.
-Pickles (pytorch_model.bin) are never read.
-
-Architectures: {", ".join(checkpoint.model_types())}.
+{KNOWN}
+Of a model of two encoders, such as CLIPModel, --tower says which. Pickles (pytorch_model.bin) are
+never read.
 
   medvlp convert import emilyalsentzer/Bio_ClinicalBERT weights/bioclinicalbert
   medvlp convert import ~/downloads/resnet-50 weights/resnet50
+  medvlp convert import openai/clip-vit-base-patch32 weights/clip-text --tower text
 """
 
 
@@ -53,6 +57,12 @@ def parser() -> argparse.ArgumentParser:
         default=[],
         help="tensors to leave out besides the heads known by name",
     )
+    verb.add_argument(
+        "--tower",
+        choices=tuple(checkpoint.TOWERS),
+        default="",
+        help="which encoder of a model that has two",
+    )
     verb.set_defaults(run=import_)
     verb = verbs.add_parser(
         "export", help="a run -> Hugging Face", description=EXPORT, formatter_class=_RAW
@@ -74,7 +84,7 @@ def import_(arguments: argparse.Namespace) -> None:
     """
     _refuse_full(arguments.out)
     folder = checkpoint.fetch(arguments.source)
-    module, variables = checkpoint.load(folder, drop=arguments.drop)
+    module, variables = checkpoint.load(folder, tower=arguments.tower, drop=arguments.drop)
     processor = folder / checkpoint.PREPROCESSOR
     has_tokenizer = any((folder / name).is_file() for name in checkpoint.TOKENIZER_FILES)
     checkpoint.save(

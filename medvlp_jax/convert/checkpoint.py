@@ -5,13 +5,24 @@ import logging
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from medvlp_jax.config import UserError
-from medvlp_jax.convert import bert, dinov3, resnet, swin, vit
+from medvlp_jax.convert import (
+    bert,
+    clip_text,
+    clip_vision,
+    dinov2,
+    dinov3,
+    resnet,
+    siglip,
+    swin,
+    vit,
+)
 from medvlp_jax.convert.table import Table
 from medvlp_jax.convert.tensors import (
     SINGLE,
+    Tensors,
     base_names,
     read_tensors,
     to_tensors,
@@ -20,7 +31,18 @@ from medvlp_jax.convert.tensors import (
 )
 from medvlp_jax.encoders.base import construct
 
-TABLES = (resnet.TABLE, vit.TABLE, swin.TABLE, dinov3.TABLE, bert.TABLE)
+TABLES = (
+    resnet.TABLE,
+    vit.TABLE,
+    swin.TABLE,
+    dinov2.TABLE,
+    dinov2.TABLE_WITH_REGISTERS,
+    dinov3.TABLE,
+    clip_vision.TABLE,
+    siglip.TABLE,
+    bert.TABLE,
+    clip_text.TABLE,
+)
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -33,12 +55,19 @@ TOKENIZER_FILES = (
 )
 PREPROCESSOR = "preprocessor_config.json"
 
+# What the tensors of each encoder begin with, in a model of two (CLIPModel, SiglipModel).
+TOWERS = {
+    "text": ("text_model.", "text_projection."),
+    "vision": ("vision_model.", "visual_projection."),
+}
+
 # What a checkpoint may disagree on with the module it is read into: these change training only.
 TRAINING_FIELDS = (
     "dropout",
     "attention_dropout",
     "drop_path",
     "layer_scale",
+    "mask_token",
     "rope_shift",
     "rope_jitter",
     "rope_rescale",
@@ -47,7 +76,14 @@ TRAINING_FIELDS = (
 logger = logging.getLogger(__name__)
 
 
-def load(path: str | Path, *, dtype: Any = None, drop: Iterable[str] = (), **overrides: Any):
+def load(
+    path: str | Path,
+    *,
+    tower: Literal["", "text", "vision"] = "",
+    dtype: Any = None,
+    drop: Iterable[str] = (),
+    **overrides: Any,
+):
     """Read a Hugging Face checkpoint.
 
     Optional parameters (pooler, masked-language-model head) exist where the file has them, unless
@@ -55,6 +91,7 @@ def load(path: str | Path, *, dtype: Any = None, drop: Iterable[str] = (), **ove
 
     Args:
       path: a folder with config.json and safetensors, or the id of a model on the hub.
+      tower: which encoder to read of a model that has two, such as CLIPModel.
       dtype: of the matrix products; the parameters are float32 in any case.
       drop: names of further tensors to leave out.
       **overrides: fields of the module, such as pooling="mean", mlm_head=False, layout="scan".
@@ -67,9 +104,9 @@ def load(path: str | Path, *, dtype: Any = None, drop: Iterable[str] = (), **ove
       UserError: naming what is wrong with the folder, its config or its tensors, all of it at once.
     """
     folder = fetch(path)
-    config = read_config(folder)
+    config = config_of_tower(read_config(folder), tower, folder)
     table = table_of_config(config, folder)
-    tensors = base_names(table, read_tensors(folder))
+    tensors = base_names(table, tensors_of_tower(read_tensors(folder), tower))
     fields = {**fields_of(table, config, folder), **table.detect(tensors), **overrides}
     if dtype is not None:
         fields["dtype"] = dtype
@@ -77,12 +114,19 @@ def load(path: str | Path, *, dtype: Any = None, drop: Iterable[str] = (), **ove
     return module, _variables(table, module, tensors, folder, drop)
 
 
-def load_into(module: Any, path: str | Path, *, drop: Iterable[str] = ()) -> dict[str, Any]:
+def load_into(
+    module: Any,
+    path: str | Path,
+    *,
+    tower: Literal["", "text", "vision"] = "",
+    drop: Iterable[str] = (),
+) -> dict[str, Any]:
     """Read a Hugging Face checkpoint into a module that is already built.
 
     Args:
       module: one of our encoders.
       path: a folder with config.json and safetensors, or the id of a model on the hub.
+      tower: which encoder to read of a model that has two, such as CLIPModel.
       drop: names of further tensors to leave out.
 
     Returns:
@@ -92,7 +136,7 @@ def load_into(module: Any, path: str | Path, *, drop: Iterable[str] = ()) -> dic
       UserError: if the config is of another architecture or size, or the tensors do not fit.
     """
     folder = fetch(path)
-    config = read_config(folder)
+    config = config_of_tower(read_config(folder), tower, folder)
     table = table_of_config(config, folder)
     if not isinstance(module, table.module):
         raise UserError(
@@ -105,7 +149,7 @@ def load_into(module: Any, path: str | Path, *, drop: Iterable[str] = ()) -> dic
     ]
     if different:
         raise UserError(f"{folder} does not fit {type(module).__name__}: {'; '.join(different)}.")
-    tensors = base_names(table, read_tensors(folder))
+    tensors = base_names(table, tensors_of_tower(read_tensors(folder), tower))
     return _variables(table, module, tensors, folder, drop)
 
 
@@ -242,8 +286,36 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def config_of_tower(config: Mapping[str, Any], tower: str, folder: Path) -> Mapping[str, Any]:
+    """Return the config of one encoder of a model of two, or all of it where there is one.
+
+    Raises:
+      UserError: if there are two and `tower` names neither, or it names one and there is one.
+    """
+    towers = [name for name in TOWERS if f"{name}_config" in config]
+    if tower not in (towers or [""]):
+        there = " and ".join(f"tower='{name}'" for name in towers) or "no towers"
+        asked = f"tower='{tower}'" if tower else "none"
+        raise UserError(
+            f"{folder} is a {config['model_type']!r}: {there} can be asked for, and {asked} was."
+        )
+    if not tower:
+        return config
+    # Early files hold what was meant in *_config_dict, and defaults in *_config.
+    own = config.get(f"{tower}_config_dict") or config[f"{tower}_config"]
+    joint = {key: config[key] for key in ("projection_dim",) if key in config}
+    return {"model_type": f"{config['model_type']}_{tower}_model", **own, **joint}
+
+
+def tensors_of_tower(tensors: Tensors, tower: str) -> Tensors:
+    """Leave out the tensors of the other encoder; `tower` is as for `config_of_tower`."""
+    others = tuple(start for name in TOWERS if name != tower for start in TOWERS[name])
+    keep = lambda name: not tower or not name.startswith(others)
+    return {name: tensor for name, tensor in tensors.items() if keep(name)}
+
+
 def model_types() -> list[str]:
-    """List every `model_type` of config.json this project reads."""
+    """Return every `model_type` that can be read."""
     return [name for table in TABLES for name in table.model_types]
 
 
@@ -267,9 +339,9 @@ def table_of_module(module: Any) -> Table:
       UserError: if there is none.
     """
     for table in TABLES:
-        if isinstance(module, table.module):
+        if isinstance(module, table.module) and table.covers(module):
             return table
-    known = ", ".join(table.module.__name__ for table in TABLES)
+    known = ", ".join(dict.fromkeys(table.module.__name__ for table in TABLES))
     raise UserError(f"No Hugging Face form of {type(module).__name__}; there is one of {known}.")
 
 

@@ -58,6 +58,7 @@ class Table(NamedTuple):
       aliases: endings of old names -> today's.
       modules: regular expressions in names of modules in the file -> what `transformers` calls them
         in memory, where that differs; PEFT's adapters use these names.
+      covers: module -> whether this table writes it, where several tables share a class.
     """
 
     module: type
@@ -75,6 +76,7 @@ class Table(NamedTuple):
     added: Callable[[Any], Mapping[str, np.ndarray]] = lambda module: {}
     aliases: Mapping[str, str] = {}
     modules: Mapping[str, Any] = {}
+    covers: Callable[[Any], bool] = lambda module: True
 
 
 def linear(tensor: str, path: str, *, bias: bool = True) -> list[Rule]:
@@ -105,6 +107,23 @@ def norm(tensor: str, path: str, *, bias: bool = True) -> list[Rule]:
         Rule(f"{tensor}.weight", f"params/{path}/scale"),
         *([Rule(f"{tensor}.bias", f"params/{path}/bias")] if bias else []),
     ]
+
+
+def clip_blocks(depth: int) -> list[Rule]:
+    """Rules of the blocks of a tower of CLIP or SigLIP, which are written alike."""
+    found = []
+    for i in range(depth):
+        theirs, ours = f"encoder.layers.{i}", f"stack/block_{i}"
+        for name in ("query", "key", "value", "out"):
+            projection = "out_proj" if name == "out" else f"{name[0]}_proj"
+            found += linear(f"{theirs}.self_attn.{projection}", f"{ours}/attention/{name}")
+        found += [
+            *linear(f"{theirs}.mlp.fc1", f"{ours}/mlp/up"),
+            *linear(f"{theirs}.mlp.fc2", f"{ours}/mlp/down"),
+            *norm(f"{theirs}.layer_norm1", f"{ours}/attention_norm"),
+            *norm(f"{theirs}.layer_norm2", f"{ours}/mlp_norm"),
+        ]
+    return found
 
 
 def square(size: Any) -> int:
