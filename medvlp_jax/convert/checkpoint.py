@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from medvlp_jax.config import UserError
-from medvlp_jax.convert import bert, resnet, vit
+from medvlp_jax.convert import bert, modernbert, resnet, vit
 from medvlp_jax.convert.table import Table
 from medvlp_jax.convert.tensors import (
     SINGLE,
@@ -20,7 +20,7 @@ from medvlp_jax.convert.tensors import (
 )
 from medvlp_jax.encoders.base import construct
 
-TABLES = (resnet.TABLE, vit.TABLE, bert.TABLE)
+TABLES = (resnet.TABLE, vit.TABLE, bert.TABLE, modernbert.TABLE)
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -270,6 +270,7 @@ def fields_of(table: Table, config: Mapping[str, Any], folder: Path) -> dict[str
     Raises:
       UserError: listing every setting this implementation does not have.
     """
+    config = table.flatten(config)
     # A key that is absent has the default of the class in `transformers`.
     wrong = [
         f"{key} {config[key]!r} (only {value!r})"

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from medvlp_jax.config import UserError
+
 
 class Rule(NamedTuple):
     """One tensor of a file and one array of ours.
@@ -54,6 +56,7 @@ class Table(NamedTuple):
       tied: module -> {name: name} of tensors stored twice, which must be equal.
       added: module -> tensors PyTorch has and we do not, to write.
       aliases: endings of old names -> today's.
+      flatten: config.json of any release -> the keys of `fields` and `fixed`.
     """
 
     module: type
@@ -70,6 +73,7 @@ class Table(NamedTuple):
     tied: Callable[[Any], Mapping[str, str]] = lambda module: {}
     added: Callable[[Any], Mapping[str, np.ndarray]] = lambda module: {}
     aliases: Mapping[str, str] = {}
+    flatten: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda config: config
 
 
 def linear(tensor: str, path: str, *, bias: bool = True) -> list[Rule]:
@@ -100,3 +104,16 @@ def norm(tensor: str, path: str, *, bias: bool = True) -> list[Rule]:
         Rule(f"{tensor}.weight", f"params/{path}/scale"),
         *([Rule(f"{tensor}.bias", f"params/{path}/bias")] if bias else []),
     ]
+
+
+def rope_base(settings: Mapping[str, Any] | None, default: float) -> float:
+    """Read the base of rotary positions from `rope_parameters` or the older `rope_scaling`.
+
+    Raises:
+      UserError: for a type other than the plain one.
+    """
+    settings = settings or {}
+    kind = settings.get("rope_type", settings.get("type", "default"))
+    if kind != "default":
+        raise UserError(f"config.json asks for rope_type {kind!r}; only 'default' is here.")
+    return settings.get("rope_theta", default)
