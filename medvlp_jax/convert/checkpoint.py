@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from medvlp_jax.config import UserError
-from medvlp_jax.convert import bert, modernbert, resnet, vit
+from medvlp_jax.convert import bert, modernbert, qwen3, resnet, vit
 from medvlp_jax.convert.table import Table
 from medvlp_jax.convert.tensors import (
     SINGLE,
@@ -20,7 +20,7 @@ from medvlp_jax.convert.tensors import (
 )
 from medvlp_jax.encoders.base import construct
 
-TABLES = (resnet.TABLE, vit.TABLE, bert.TABLE, modernbert.TABLE)
+TABLES = (resnet.TABLE, vit.TABLE, bert.TABLE, modernbert.TABLE, qwen3.TABLE)
 
 TOKENIZER_FILES = (
     "tokenizer.json",

@@ -20,8 +20,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from medvlp_jax.encoders.base import Encoded, Tokens, from_variant
-from medvlp_jax.layers import Attention, GatedMlp, LayerNorm, Linear, Lora, Rope, Stack
-from medvlp_jax.layers import gelu, rope_1d  # isort: skip
+from medvlp_jax.layers import (
+    Attention,
+    GatedMlp,
+    LayerNorm,
+    Linear,
+    Lora,
+    Rope,
+    Stack,
+    gelu,
+    rope_1d,
+)
 
 # base, large: Warner et al. 2024, Table 4. "tiny" is our choice, for CPU demos and tests.
 VARIANTS = {

@@ -11,8 +11,6 @@ import optax
 from medvlp_jax.convert.tensors import base_names, to_variables
 from medvlp_jax.encoders.base import Tokens
 
-RNG = np.random.default_rng(0)
-
 
 def error(ours, reference):
     """Return max |a - b| / max |b|."""
@@ -41,7 +39,8 @@ def random_tokens(lengths, total, vocab, *, side="right"):
     steps = np.arange(total)
     lengths = np.array(lengths)[:, None]
     mask = steps < lengths if side == "right" else steps >= total - lengths
-    return Tokens(np.where(mask, RNG.integers(1, vocab, mask.shape), 0).astype(np.int32), mask)
+    ids = np.random.default_rng(total).integers(1, vocab, mask.shape)
+    return Tokens(np.where(mask, ids, 0).astype(np.int32), mask)
 
 
 def as_torch(tokens):
