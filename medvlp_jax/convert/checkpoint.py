@@ -14,6 +14,8 @@ from medvlp_jax.convert import (
     clip_vision,
     dinov2,
     dinov3,
+    modernbert,
+    qwen3,
     resnet,
     siglip,
     swin,
@@ -42,6 +44,8 @@ TABLES = (
     siglip.TABLE,
     bert.TABLE,
     clip_text.TABLE,
+    modernbert.TABLE,
+    qwen3.TABLE,
 )
 
 TOKENIZER_FILES = (
@@ -351,6 +355,7 @@ def fields_of(table: Table, config: Mapping[str, Any], folder: Path) -> dict[str
     Raises:
       UserError: listing every setting this implementation does not have.
     """
+    config = table.flatten(config)
     # A key that is absent has the default of the class in `transformers`.
     wrong = [
         f"{key} {config[key]!r} (only {value!r})"

@@ -59,6 +59,7 @@ class Table(NamedTuple):
       modules: regular expressions in names of modules in the file -> what `transformers` calls them
         in memory, where that differs; PEFT's adapters use these names.
       covers: module -> whether this table writes it, where several tables share a class.
+      flatten: config.json of any release -> the keys of `fields` and `fixed`.
     """
 
     module: type
@@ -77,6 +78,7 @@ class Table(NamedTuple):
     aliases: Mapping[str, str] = {}
     modules: Mapping[str, Any] = {}
     covers: Callable[[Any], bool] = lambda module: True
+    flatten: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda config: config
 
 
 def linear(tensor: str, path: str, *, bias: bool = True) -> list[Rule]:
@@ -148,3 +150,16 @@ def one_of(key: str, *known: Any) -> Callable[[Any], Any]:
         return value
 
     return read
+
+
+def rope_base(settings: Mapping[str, Any] | None, default: float) -> float:
+    """Read the base of rotary positions from `rope_parameters` or the older `rope_scaling`.
+
+    Raises:
+      UserError: for a type other than the plain one.
+    """
+    settings = settings or {}
+    kind = settings.get("rope_type", settings.get("type", "default"))
+    if kind != "default":
+        raise UserError(f"config.json asks for rope_type {kind!r}; only 'default' is here.")
+    return settings.get("rope_theta", default)
