@@ -14,7 +14,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 AXES = ("data", "fsdp", "tensor")
-BATCH = P(("data", "fsdp"))
+BATCH_AXES = ("data", "fsdp")
+BATCH = P(BATCH_AXES)
 FSDP_FLOOR = 2**20  # elements; smaller arrays are cheaper replicated than gathered
 
 Rules = Sequence[tuple[str, tuple]]

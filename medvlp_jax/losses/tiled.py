@@ -16,6 +16,7 @@ Axis letters: B batch, b a device's share of it, t a tile, E joint width, D repo
 """
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -24,11 +25,11 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
+from medvlp_jax import sharding
 from medvlp_jax.losses import contrastive
 from medvlp_jax.losses.contrastive import ClinicalPrior, Prior, RowSoftmax, SameId, at_least_float32
 
 TILE = 512
-BATCH_AXES = ("data", "fsdp")
 FLOOR = -1e30  # peak of a softmax over nothing; finite, so that no inf - inf arises
 
 
@@ -59,7 +60,7 @@ def info_nce(
       Scalar, at least 0; 0 where nothing is valid.
 
     Raises:
-      ValueError: where the devices of the mesh do not divide B.
+      ValueError: where the devices of the mesh do not divide B, or tile is below 1.
     """
     valid = jnp.ones(len(image), bool) if valid is None else valid
     candidate, denominator = contrastive.anchors(valid, invalid)
@@ -67,7 +68,7 @@ def info_nce(
     rule, known, constants = _rule(prior, dtype)
     examples = _examples(candidate, valid, neutral, known)
     examples, constants = jax.lax.stop_gradient((examples, constants))
-    if rule.within is not None:  # a SameId inside the prior is shared out first
+    if rule.within is not None:  # equal ids inside a prior: each row shares its positive mass
         count = _masses(rule.within, examples, constants, tile).total
         examples = _knowing(examples, count=count)
     if rule.normalise:
@@ -102,7 +103,7 @@ def sigmoid(
       Scalar, at least 0; 0 where nothing is valid.
 
     Raises:
-      ValueError: where the devices of the mesh do not divide B.
+      ValueError: where the devices of the mesh do not divide B, or tile is below 1.
     """
     valid = jnp.ones(len(image), bool) if valid is None else valid
     dtype = at_least_float32(image).dtype
@@ -131,17 +132,16 @@ def sweep(visit: Callable, rows, columns, row_sums, column_sums, constants=(), *
       (row_sums, column_sums) over all pairs.
 
     Raises:
-      ValueError: where the devices of the mesh do not divide B.
+      ValueError: where the devices of the mesh do not divide B, or tile is below 1.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    axes = tuple(axis for axis in BATCH_AXES if axis in mesh.axis_names)
-    devices = 1
-    for axis in axes:
-        devices *= mesh.shape[axis]
+    axes = tuple(axis for axis in sharding.BATCH_AXES if axis in mesh.axis_names)
+    devices = math.prod(mesh.shape[axis] for axis in axes)
     batch = len(jax.tree.leaves(rows)[0])
+    if tile < 1:
+        raise ValueError(f"tile must be at least 1, got {tile}")
     if batch % devices:
         raise ValueError(f"a batch of {batch} cannot be split over {devices} devices")
-
     ring = [(i, (i + 1) % devices) for i in range(devices)]
 
     def pass_on(tree):
@@ -157,9 +157,11 @@ def sweep(visit: Callable, rows, columns, row_sums, column_sums, constants=(), *
 
             def one_row(column_sums, row):
                 row, row_sum = row
-                one_tile = lambda row_sum, column: visit(
-                    constants, row, column[0], row_sum, column[1]
-                )
+
+                def one_tile(row_sum, column):
+                    column, column_sum = column
+                    return visit(constants, row, column, row_sum, column_sum)
+
                 row_sum, column_sums = jax.lax.scan(one_tile, row_sum, (columns, column_sums))
                 return column_sums, row_sum
 

@@ -62,6 +62,16 @@ def contrastive_loss(name: str, tile: int) -> Callable[..., jax.Array]:
     return functools.partial(getattr(tiled, name), tile=tile)
 
 
+def check_tile(tile: int) -> None:
+    """Refuse a side that no tile can have.
+
+    Raises:
+      UserError: for a negative one.
+    """
+    if tile < 0:
+        raise config.UserError(f"recipe.loss_tile must be at least 1, or 0 for dense, got {tile}.")
+
+
 def check_weights(weights: Mapping[str, float | Knots], terms: tuple[str, ...]) -> None:
     """Refuse loss-weight names the recipe does not have, and terms without a weight.
 

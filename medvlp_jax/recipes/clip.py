@@ -126,6 +126,7 @@ def make(
     if same_text and loss == "sigmoid":
         raise UserError("recipe.same_text works with recipe.loss=info_nce, not with sigmoid.")
     base.check_weights(weights, TERMS)
+    base.check_tile(loss_tile)
     settings = {"same_text": same_text, "train_text": train_text, "loss_tile": loss_tile}
     return Clip(
         base.encoder(image), base.encoder(text), dim, loss, section, weights=weights, **settings

@@ -387,6 +387,7 @@ def make(
     """
     settings = {k: v for k, v in locals().items() if k not in ("image", "text")}
     base.check_weights(weights, TERMS)
+    base.check_tile(loss_tile)
     if kernel not in KERNELS:
         raise UserError(f"recipe.kernel must be one of {', '.join(KERNELS)}, got '{kernel}'.")
     if train_text and cached_text:
