@@ -28,7 +28,7 @@ from medvlp_jax.layers import (
     resize_positions,
 )
 
-# Oquab et al. 2023, Table 17. "tiny" is our choice, for CPU demos and tests.
+# Oquab et al. 2023, released configurations. "tiny" is our choice, for CPU demos and tests.
 SIZES = {
     "S/14": {"width": 384, "depth": 12, "num_heads": 6},
     "B/14": {"width": 768, "depth": 12, "num_heads": 12},

@@ -31,8 +31,8 @@ from medvlp_jax.layers import (
 
 GATED = {"gated": True, "activation": "silu"}
 
-# Siméoni et al. 2025, Table 2 (7B) and Table 15 (its students), in the terms of the released
-# config.json files. "tiny" is our choice, for CPU demos and tests.
+# Siméoni et al. 2025, in the terms of the released config.json files. "tiny" is our choice, for CPU
+# demos and tests.
 VARIANTS = {
     "tiny": {"width": 128, "depth": 4, "num_heads": 4, "mlp_dim": 512},
     "S/16": {"width": 384, "depth": 12, "num_heads": 6, "mlp_dim": 1536},
