@@ -32,7 +32,7 @@ from medvlp_jax.layers import (
     rope_1d,
 )
 
-# base, large: Warner et al. 2024, released config.json. "tiny" is our choice, for CPU demos and tests.
+# base, large: Warner et al. 2024, released config.json. "tiny" is our choice, for CPU demos.
 VARIANTS = {
     "tiny": {"width": 128, "depth": 4, "num_heads": 4, "mlp_dim": 192},
     "base": {"width": 768, "depth": 22, "num_heads": 12, "mlp_dim": 1152},
