@@ -54,6 +54,7 @@ class Attention(nn.Module):
     causal: bool = False
     window: int = 0
     lora: Lora | None = None
+    bias_init: Initializer = nn.initializers.zeros
 
     @nn.compact
     def __call__(self, x, mask=None, *, train=False, rope=None, cache=None, context=None):
@@ -120,7 +121,8 @@ class Attention(nn.Module):
             name in self.biased,
             self.dtype,
             self.kernel_init,
-            lora=self.lora,
+            self.bias_init,
+            self.lora,
             name=name,
         )
 
