@@ -23,7 +23,7 @@ if $dry_run; then
   done
   exit 0
 fi
-source launch/setup.sh
+source launch/setup.sh "" # "": not the arguments of this script
 if [[ -z "$mode" && "${restarts:-0}" == 0 ]]; then exec "${command[@]}"; fi
 
 pids=() codes=() asked=false

@@ -55,6 +55,9 @@ def leave(code: int) -> NoReturn:
         jax.distributed.shutdown()
     if code == 0 or not (together or code == stopping.EXIT_CODE):
         sys.exit(code)
+    if together:
+        name = f"process {jax.process_index()} of {jax.process_count()}"
+        print(f"medvlp: {name} leaves with code {code}", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
