@@ -93,8 +93,8 @@ def _prepare(config, workdir, stop) -> _Job:
     checkpointer = Checkpointer(
         workdir / "checkpoints", keep=settings["keep"], keep_every=settings["keep_every"]
     )
-    if checkpointer.latest() is not None:
-        restored = checkpointer.restore(checkpointer.latest(), state)
+    restored = checkpointer.resume(state)
+    if restored is not None:
         state = restored.state
         batches.set_state(restored.position)
         distributed.say(f"Resuming {workdir} at step {int(state.step)}")

@@ -82,7 +82,7 @@ def dry_run(name):
 
 @pytest.mark.parametrize("name", DRY_RUNS)
 def test_a_dry_run_prints_the_committed_text_and_starts_nothing(name):
-    """The text holds command and environment of every rank; `python tests/test_launch.py` renews."""
+    """The text has command and environment of every rank; `python tests/test_launch.py` renews."""
     assert dry_run(name) == (GOLDEN / f"launch-{name}.txt").read_text()
     assert not (ROOT / "runs/x").exists()
 
