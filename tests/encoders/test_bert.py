@@ -5,44 +5,34 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from twins import (
+    RNG,
+    assert_close,
+    assert_gradients_and_step,
+    gradients_and_step,
+    make_theirs,
+    run,
+)
 
 from medvlp_jax import convert
 from medvlp_jax.config import UserError
 from medvlp_jax.encoders import bert
 from medvlp_jax.encoders.base import Tokens
 
-RNG = np.random.default_rng(0)
-
-
-def assert_close(ours, reference, tolerance=1e-5):
-    """Hold max |a - b| <= tolerance * max |b|."""
-    ours, reference = np.asarray(ours, np.float64), np.asarray(reference, np.float64)
-    assert ours.shape == reference.shape
-    assert np.abs(ours - reference).max() <= tolerance * np.abs(reference).max()
+SMALL = {
+    "vocab_size": 90,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "max_position_embeddings": 20,
+}
 
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    """Make a random BertForPreTraining, every tensor off its initial value, and its folder."""
-    torch = pytest.importorskip("torch")
-    import transformers
-
-    torch.manual_seed(0)
-    theirs = transformers.BertForPreTraining(
-        transformers.BertConfig(
-            vocab_size=90,
-            hidden_size=32,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            intermediate_size=64,
-            max_position_embeddings=20,
-        )
-    ).eval()
-    for tensor in theirs.parameters():
-        tensor.data += 0.1 * torch.randn_like(tensor)
     folder = tmp_path_factory.mktemp("bert")
-    theirs.save_pretrained(folder)
-    return theirs, folder
+    return make_theirs("BertForPreTraining", folder, **SMALL), folder
 
 
 def tokens_of(lengths, total):
@@ -67,13 +57,13 @@ def test_outputs_equal_transformers(pair, layout):
     tokens = tokens_of([20, 7, 1], 20)
     reference = reference_of(theirs.bert, tokens)
     hidden = reference.last_hidden_state.detach().numpy()
-    ours = jax.jit(module.apply)(variables, tokens)
+    ours = run(module, variables, tokens)
     assert_close(ours.tokens, hidden)
     assert_close(ours.pooled, hidden[:, 0])
     np.testing.assert_array_equal(ours.mask, tokens.mask)
-    pooler = jax.jit(module.clone(pooling="pooler").apply)(variables, tokens)
+    pooler = run(module.clone(pooling="pooler"), variables, tokens)
     assert_close(pooler.pooled, reference.pooler_output.detach())
-    mean = jax.jit(module.clone(pooling="mean").apply)(variables, tokens)
+    mean = run(module.clone(pooling="mean"), variables, tokens)
     assert_close(mean.pooled, [h[m].mean(0) for h, m in zip(hidden, tokens.mask, strict=True)])
 
 
@@ -83,34 +73,27 @@ def test_mlm_logits_equal_transformers(pair):
     module, variables = convert.load(folder)
     tokens = tokens_of([12, 5], 12)
     expected = reference_of(theirs, tokens).prediction_logits.detach()
-    assert_close(module.apply(variables, tokens, method="mlm_logits"), expected)
+    assert_close(run(module, variables, tokens, method="mlm_logits"), expected)
 
 
 @pytest.mark.hf
-def test_mlm_gradients_equal_torch_and_reach_every_parameter(pair):
-    import torch
-
+@pytest.mark.parametrize(("layout", "remat"), [("unrolled", "none"), ("scan", "full")])
+def test_every_gradient_and_a_step_of_adamw_equal_torch(pair, tmp_path, layout, remat):
+    """The tied table gathers the gradients of the input and of the decoder."""
     theirs, folder = pair
-    module, variables = convert.load(folder, pooler=False, dropout=0.0, attention_dropout=0.0)
-    tokens = tokens_of([12, 5], 12)
-    weight = RNG.normal(size=(2, 12, 90)).astype(np.float32) * tokens.mask[..., None]
-    theirs.zero_grad()
-    (reference_of(theirs, tokens).prediction_logits * torch.tensor(weight)).sum().backward()
+    options = {"layout": layout, "remat": remat, "pooling": "pooler"}
+    module, variables = convert.load(folder, dropout=0.0, attention_dropout=0.0, **options)
+    tokens = tokens_of([20, 5], 20)
 
-    def loss(params):
-        logits = module.apply({"params": params}, tokens, train=True, method="mlm_logits")
-        return (logits * weight).sum()
+    def outputs(model, params):
+        if model is not None:
+            pooled = reference_of(model.bert, tokens).pooler_output
+            return pooled, reference_of(model, tokens).prediction_logits[tokens.mask]
+        mine = {"params": params}
+        logits = module.apply(mine, tokens, train=True, method="mlm_logits")
+        return module.apply(mine, tokens, train=True).pooled, logits[tokens.mask]
 
-    gradient = jax.jit(jax.grad(loss))(variables["params"])
-    # The tied table gathers the gradients of the input and of the decoder.
-    embeddings = theirs.bert.embeddings
-    assert_close(gradient["word_embedding"], embeddings.word_embeddings.weight.grad)
-    assert_close(gradient["position_embedding"], embeddings.position_embeddings.weight.grad)
-    query = theirs.bert.encoder.layer[0].attention.self.query.weight.grad.T
-    assert_close(gradient["stack"]["block_0"]["attention"]["query"]["kernel"], query)
-    for leaf in jax.tree.leaves(gradient):
-        assert np.isfinite(leaf).all()
-        assert np.abs(leaf).max() > 0
+    assert_gradients_and_step(*gradients_and_step(theirs, module, variables, tmp_path, outputs))
 
 
 def test_what_stands_in_the_padding_does_not_matter(variables_of):

@@ -1,47 +1,39 @@
 """ResNet against transformers with random weights, and its published sizes."""
 
+import copy
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from twins import (
+    RNG,
+    as_torch,
+    assert_close,
+    assert_gradients_and_step,
+    draw_images,
+    gradients_and_step,
+    make_theirs,
+    run,
+)
 
 from medvlp_jax import config, convert
 from medvlp_jax.encoders import resnet
 
-RNG = np.random.default_rng(0)
-
-
-def assert_close(ours, reference, tolerance=1e-5):
-    """Hold max |a - b| <= tolerance * max |b|."""
-    ours, reference = np.asarray(ours, np.float64), np.asarray(reference, np.float64)
-    assert ours.shape == reference.shape
-    assert np.abs(ours - reference).max() <= tolerance * np.abs(reference).max()
-
-
-def channels_last(tensor):
-    return tensor.detach().numpy().transpose(0, 2, 3, 1)
+SMALL = {"embedding_size": 8, "hidden_sizes": [16, 16, 32, 64], "depths": [2, 1, 2, 1]}
 
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
     """Make a random ResNetModel with non-trivial statistics, and ours with its weights."""
-    torch = pytest.importorskip("torch")
-    import transformers
-
-    torch.manual_seed(0)
-    theirs = transformers.ResNetModel(
-        transformers.ResNetConfig(
-            embedding_size=8, hidden_sizes=[16, 16, 32, 64], depths=[2, 1, 2, 1]
-        )
-    ).eval()
-    for name, tensor in theirs.state_dict().items():
-        if name.endswith(("normalization.weight", "running_var")):
-            tensor.uniform_(0.5, 1.5)
-        elif name.endswith(("normalization.bias", "running_mean")):
-            tensor.normal_(0, 0.2)
     folder = tmp_path_factory.mktemp("resnet")
-    theirs.save_pretrained(folder)
-    return theirs, *convert.load(folder)
+    return make_theirs("ResNetModel", folder, **SMALL), *convert.load(folder)
+
+
+def outputs_of_theirs(theirs, images):
+    """Return pooled and the four levels, channels last."""
+    out = theirs(as_torch(images), output_hidden_states=True)
+    return out.pooler_output[:, :, 0, 0], *(h.permute(0, 2, 3, 1) for h in out.hidden_states[1:])
 
 
 @pytest.mark.hf
@@ -50,47 +42,45 @@ def test_outputs_equal_transformers(pair, size):
     import torch
 
     theirs, module, variables = pair
-    images = RNG.normal(size=(2, *size, 3)).astype(np.float32)
+    images = draw_images(*size)
     with torch.no_grad():
-        reference = theirs(torch.tensor(images).permute(0, 3, 1, 2), output_hidden_states=True)
-    ours = jax.jit(module.apply)(variables, images)
-    assert_close(ours.pooled, reference.pooler_output[:, :, 0, 0])
-    last = channels_last(reference.last_hidden_state)
-    assert_close(ours.tokens, last.reshape(2, -1, 64))
+        pooled, *levels = outputs_of_theirs(theirs, images)
+    ours = run(module, variables, images)
+    assert_close(ours.pooled, pooled)
+    assert_close(ours.tokens, levels[-1].reshape(2, -1, 64))
     assert len(ours.levels) == 4
-    for level, expected in zip(ours.levels, reference.hidden_states[1:], strict=True):
-        assert_close(level, channels_last(expected))
+    for level, expected in zip(ours.levels, levels, strict=True):
+        assert_close(level, expected)
 
 
 @pytest.mark.hf
-def test_training_outputs_gradients_and_running_averages_equal_torch(pair):
-    import copy
-
-    import torch
-
+@pytest.mark.parametrize("train", [False, True])
+def test_every_gradient_and_a_step_of_adamw_equal_torch(pair, tmp_path, train):
     theirs, module, variables = pair
-    theirs = copy.deepcopy(theirs).double().train()
-    images = RNG.normal(size=(4, 64, 64, 3)).astype(np.float32)
-    weight = RNG.normal(size=(4, 64)).astype(np.float32)
-    pooled = theirs(torch.tensor(images).double().permute(0, 3, 1, 2)).pooler_output[:, :, 0, 0]
-    (pooled * torch.tensor(weight)).sum().backward()
+    theirs = copy.deepcopy(theirs).train(train)
+    images = draw_images(70, 93, batch=4)
 
-    def loss(params):
-        out, updates = module.apply(
-            {**variables, "params": params}, images, train=True, mutable=["batch_stats"]
-        )
-        return (out.pooled * weight).sum(), (out.pooled, updates["batch_stats"])
+    def outputs(model, params):
+        if model is not None:
+            return outputs_of_theirs(model, images)
+        mine = {**variables, "params": params}
+        out, _ = module.apply(mine, images, train=train, mutable=["batch_stats"])
+        return out.pooled, *out.levels
 
-    gradient, (ours, stats) = jax.jit(jax.grad(loss, has_aux=True))(variables["params"])
-    assert_close(ours, pooled.detach())
-    stem, state = theirs.embedder.embedder, theirs.state_dict()
-    assert_close(stats["stem_norm"]["var"], stem.normalization.running_var)
-    deepest = "encoder.stages.3.layers.0.layer.2.normalization"
-    assert_close(stats["stage_3_block_0"]["norm3"]["mean"], state[f"{deepest}.running_mean"])
-    assert_close(stats["stage_3_block_0"]["norm3"]["var"], state[f"{deepest}.running_var"])
-    stem_gradient = stem.convolution.weight.grad.numpy().transpose(2, 3, 1, 0)
-    assert_close(gradient["stem_conv"]["kernel"], stem_gradient)
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
+    assert_gradients_and_step(*gradients_and_step(theirs, module, variables, tmp_path, outputs))
+
+
+@pytest.mark.hf
+def test_training_outputs_and_every_running_average_equal_torch(pair, tmp_path):
+    theirs, module, variables = pair
+    theirs = copy.deepcopy(theirs).train()
+    images = draw_images(70, 93, batch=4)
+    pooled = outputs_of_theirs(theirs, images)[0].detach()
+    theirs.save_pretrained(tmp_path)
+    _, expected = convert.load(tmp_path)
+    out, moved = run(module, variables, images, train=True, mutable=["batch_stats"])
+    assert_close(out.pooled, pooled)
+    jax.tree.map(assert_close, moved["batch_stats"], expected["batch_stats"])
 
 
 @pytest.mark.parametrize(("height", "width"), [(8, 8), (9, 12), (7, 7), (1, 2)])

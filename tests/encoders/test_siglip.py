@@ -82,7 +82,7 @@ def test_every_gradient_and_a_step_of_adamw_equal_torch(kind, pair, tmp_path):
         out = module.apply({"params": params}, images, train=True)
         return out.pooled, out.tokens
 
-    errors = gradients_and_step(theirs, module, variables["params"], tmp_path, outputs)
+    errors = gradients_and_step(theirs, module, variables, tmp_path, outputs)
     assert_gradients_and_step(*errors)
 
 

@@ -4,91 +4,76 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from twins import (
+    RNG,
+    as_torch,
+    assert_close,
+    assert_gradients_and_step,
+    draw_images,
+    gradients_and_step,
+    make_theirs,
+    run,
+)
 
 from medvlp_jax import convert
 from medvlp_jax.config import UserError
 from medvlp_jax.encoders import vit
 from medvlp_jax.layers import bicubic_matrix
 
-RNG = np.random.default_rng(0)
-
-
-def assert_close(ours, reference, tolerance=1e-5):
-    """Hold max |a - b| <= tolerance * max |b|."""
-    ours, reference = np.asarray(ours, np.float64), np.asarray(reference, np.float64)
-    assert ours.shape == reference.shape
-    assert np.abs(ours - reference).max() <= tolerance * np.abs(reference).max()
+SMALL = {
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "image_size": 48,
+    "patch_size": 8,
+}
 
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    """Make a random ViTModel, every tensor moved off its initial value, and its folder."""
-    torch = pytest.importorskip("torch")
-    import transformers
-
-    torch.manual_seed(0)
-    theirs = transformers.ViTModel(
-        transformers.ViTConfig(
-            hidden_size=32,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            intermediate_size=64,
-            image_size=48,
-            patch_size=8,
-        )
-    ).eval()
-    for tensor in theirs.state_dict().values():
-        tensor += 0.1 * torch.randn_like(tensor)
     folder = tmp_path_factory.mktemp("vit")
-    theirs.save_pretrained(folder)
-    return theirs, folder
+    return make_theirs("ViTModel", folder, **SMALL), folder
+
+
+def outputs_of_theirs(theirs, images):
+    """Return the pooler's output, the class token and the patches."""
+    out = theirs(as_torch(images), interpolate_pos_encoding=True)
+    return out.pooler_output, out.last_hidden_state[:, 0], out.last_hidden_state[:, 1:]
 
 
 @pytest.mark.hf
-@pytest.mark.parametrize("size", [(48, 48), (64, 64), (24, 40), (16, 144), (96, 56)])
+@pytest.mark.parametrize("size", [(48, 48), (64, 64), (24, 40), (16, 144), (200, 208)])
 def test_outputs_equal_transformers_at_the_native_and_other_sizes(pair, size):
     import torch
 
     theirs, folder = pair
     module, variables = convert.load(folder)
-    images = RNG.normal(size=(2, *size, 3)).astype(np.float32)
+    images = draw_images(*size)
     with torch.no_grad():
-        reference = theirs(torch.tensor(images).permute(0, 3, 1, 2), interpolate_pos_encoding=True)
-    ours = jax.jit(module.apply)(variables, images)
-    assert_close(ours.pooled, reference.last_hidden_state[:, 0])
-    assert_close(ours.tokens, reference.last_hidden_state[:, 1:])
-    pooler = jax.jit(module.clone(pooling="pooler").apply)(variables, images)
-    assert_close(pooler.pooled, reference.pooler_output)
-    mean = jax.jit(module.clone(pooling="mean").apply)(variables, images)
-    assert_close(mean.pooled, reference.last_hidden_state[:, 1:].mean(1))
+        pooler, cls, patches = outputs_of_theirs(theirs, images)
+    ours = run(module, variables, images)
+    assert_close(ours.pooled, cls)
+    assert_close(ours.tokens, patches)
+    assert_close(run(module.clone(pooling="pooler"), variables, images).pooled, pooler)
+    assert_close(run(module.clone(pooling="mean"), variables, images).pooled, patches.mean(1))
 
 
 @pytest.mark.hf
-@pytest.mark.parametrize("layout", ["unrolled", "scan"])
-def test_gradients_equal_torch(pair, layout):
-    import torch
-
+@pytest.mark.parametrize(("layout", "remat"), [("unrolled", "none"), ("scan", "full")])
+def test_every_gradient_and_a_step_of_adamw_equal_torch(pair, tmp_path, layout, remat):
     theirs, folder = pair
-    module, variables = convert.load(folder, layout=layout)
-    images = RNG.normal(size=(2, 48, 48, 3)).astype(np.float32)
-    weight = RNG.normal(size=(2, 32)).astype(np.float32)
-    theirs.zero_grad()
-    out = theirs(torch.tensor(images).permute(0, 3, 1, 2)).last_hidden_state[:, 0]
-    (out * torch.tensor(weight)).sum().backward()
+    module, variables = convert.load(folder, pooling="pooler", layout=layout, remat=remat)
+    images = draw_images(24, 40)
 
-    @jax.jit
-    @jax.grad
-    def gradient_of(params):
-        return (module.apply({"params": params}, images, train=True).pooled * weight).sum()
+    def outputs(model, params):
+        if model is not None:
+            pooler, _, patches = outputs_of_theirs(model, images)
+            return pooler, patches
+        out = module.apply({"params": params}, images, train=True)
+        return out.pooled, out.tokens
 
-    gradient = gradient_of(variables["params"])
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
-    assert_close(gradient["position_embedding"], theirs.embeddings.position_embeddings.grad)
-    expected = theirs.layers[1].mlp.fc1.weight.grad.T
-    blocks = gradient["stack"]
-    ours = blocks["blocks"] if layout == "scan" else blocks["block_1"]
-    kernel = ours["mlp"]["up"]["kernel"]
-    assert_close(kernel[1] if layout == "scan" else kernel, expected)
+    assert_gradients_and_step(*gradients_and_step(theirs, module, variables, tmp_path, outputs))
 
 
 @pytest.mark.hf

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 
 from medvlp_jax import convert
 from medvlp_jax.convert.checkpoint import table_of_module
-from medvlp_jax.convert.tensors import base_names, to_tensors, to_variables
+from medvlp_jax.convert.tensors import base_names, is_scanned, to_tensors, to_variables
 
 RNG = np.random.default_rng(0)
 
@@ -43,6 +43,11 @@ def make_theirs(architecture, folder, *, noise=0.1, **fields):
     model = model(model.config_class(**fields)).eval()
     for parameter in model.parameters():
         parameter.data += noise * torch.randn_like(parameter)
+    for name, buffer in model.named_buffers():
+        if name.endswith("running_mean"):
+            buffer.normal_(0, 0.2)
+        elif name.endswith("running_var"):
+            buffer.uniform_(0.5, 1.5)
     model.save_pretrained(folder)
     return model.double()
 
@@ -64,13 +69,13 @@ def run(module, variables, *inputs, **options):
         return jax.jit(lambda v: module.apply(v, *inputs, **options))(variables)
 
 
-def gradients_and_step(theirs, module, params, folder, outputs):
+def gradients_and_step(theirs, module, variables, folder, outputs):
     """Compare the gradient of a random projection, and the parameters after a step of AdamW.
 
     Args:
       theirs: of `transformers`, in float64; left as it is.
       module: ours.
-      params: ours, the same numbers.
+      variables: ours, the same numbers.
       folder: to write to.
       outputs: (theirs or None, params or None) -> the outputs, a list, of the one that is given.
 
@@ -103,15 +108,16 @@ def gradients_and_step(theirs, module, params, folder, outputs):
         return gradient, optax.apply_updates(params, updates)
 
     with jax.default_matmul_precision("highest"):
-        ours = step(params)
-    flat = module.clone(layout="unrolled")
+        ours = step(variables["params"])
+    flat = module.clone(layout="unrolled") if is_scanned(module) else module
 
     def errors(params, model, name):
         model.save_pretrained(folder / name)
         tensors = base_names(table, load_file(folder / name / "model.safetensors"))
         expected = to_variables(table, flat, tensors, source=name)
-        mine = to_variables(table, flat, to_tensors(table, module, {"params": params}), source=name)
-        mine, expected = (flatten_dict(tree, sep="/") for tree in (mine, expected))
+        tensors = to_tensors(table, module, {**variables, "params": params})
+        mine = to_variables(table, flat, tensors, source=name)
+        mine, expected = (flatten_dict(tree["params"], sep="/") for tree in (mine, expected))
         expected = {path: leaf for path, leaf in expected.items() if leaf.size}
         largest = max(np.abs(leaf).max() for leaf in expected.values())
         return {

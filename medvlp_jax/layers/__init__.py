@@ -1,0 +1,52 @@
+"""The few layers the encoders and heads are made of: Flax Linen, parameters in float32.
+
+`dtype` is the type of the matrix products; norms, softmax and statistics are float32 in any case.
+
+Axis letters: B batch, T tokens, D width, A heads, S head width, L layers; of images H, W pixels,
+P patch size, N patches.
+"""
+
+from medvlp_jax.layers.attention import Attention, Cache
+from medvlp_jax.layers.blocks import REMAT, Block, Stack
+from medvlp_jax.layers.linear import (
+    ACTIVATIONS,
+    GatedMlp,
+    Initializer,
+    Linear,
+    Lora,
+    Mlp,
+    gelu,
+    quick_gelu,
+    torch_uniform,
+)
+from medvlp_jax.layers.norms import BatchNorm, LayerNorm, RMSNorm
+from medvlp_jax.layers.patches import PatchEmbedding, bicubic_matrix, patch_grid, resize_positions
+from medvlp_jax.layers.rope import Rope, rope_1d, rope_2d, rotate
+
+__all__ = [
+    "ACTIVATIONS",
+    "REMAT",
+    "Attention",
+    "BatchNorm",
+    "Block",
+    "Cache",
+    "GatedMlp",
+    "Initializer",
+    "LayerNorm",
+    "Linear",
+    "Lora",
+    "Mlp",
+    "PatchEmbedding",
+    "RMSNorm",
+    "Rope",
+    "Stack",
+    "bicubic_matrix",
+    "gelu",
+    "patch_grid",
+    "quick_gelu",
+    "resize_positions",
+    "rope_1d",
+    "rope_2d",
+    "rotate",
+    "torch_uniform",
+]

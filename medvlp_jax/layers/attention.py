@@ -1,0 +1,149 @@
+"""Multi-head attention, and the cache that lets it continue a sequence."""
+
+from typing import Any, Literal, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from medvlp_jax.layers.linear import Initializer, Linear, Lora
+from medvlp_jax.layers.norms import RMSNorm
+from medvlp_jax.layers.rope import rotate
+
+
+class Cache(NamedTuple):
+    """Keys and values of the tokens so far, [B, M, K, S] with room for M, and their number."""
+
+    key: jax.Array
+    value: jax.Array
+    length: jax.Array
+
+    def append(self, key, value) -> "Cache":
+        """Write [B, T, K, S] at the end."""
+        at = (0, self.length, 0, 0)
+        write = lambda old, new: jax.lax.dynamic_update_slice(old, new.astype(old.dtype), at)
+        return Cache(write(self.key, key), write(self.value, value), self.length + key.shape[1])
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with separate query, key, value and out projections.
+
+    Attributes:
+      num_heads: A; divides the width unless `head_width` is given.
+      dropout: on the attention probabilities, in training only.
+      implementation: of `jax.nn.dot_product_attention`: "xla" anywhere; "cudnn" (flash attention)
+        on NVIDIA GPUs, with a 16-bit `dtype` and no dropout.
+      num_kv_heads: K heads of key and value, each serving A / K heads of the query; 0 is A.
+      head_width: S; 0 is D / A.
+      biased: which projections have a bias.
+      qk_norm: epsilon of an RMSNorm over each head of query and key; 0 is no norm.
+      causal: a token attends to itself and those before it.
+      window: tokens to either side a token may attend; 0 is all.
+    """
+
+    num_heads: int
+    dropout: float = 0.0
+    implementation: Literal["xla", "cudnn"] = "xla"
+    dtype: Any = jnp.float32
+    kernel_init: Initializer = nn.initializers.lecun_normal()
+    num_kv_heads: int = 0
+    head_width: int = 0
+    biased: tuple[str, ...] = ("query", "key", "value", "out")
+    qk_norm: float = 0.0
+    causal: bool = False
+    window: int = 0
+    lora: Lora | None = None
+
+    @nn.compact
+    def __call__(self, x, mask=None, *, train=False, rope=None, cache=None, context=None):
+        """Attend.
+
+        Args:
+          x: [B, T, D].
+          mask: bool, True = may be attended: [B, T] for keys, or [B, T, T] for pairs (query, key);
+            None attends all. With a cache the keys are its M.
+          train: apply dropout.
+          rope: rotary positions of query and key.
+          cache: attend to its tokens and these; the mask then says all about who sees whom, and
+            `causal` and `window` nothing.
+          context: [B, U, D], what is attended to instead of x itself.
+
+        Returns:
+          [B, T, D]; with a cache the pair of that and the longer cache.
+
+        Raises:
+          ValueError: if the heads do not divide D, or dropout is asked of cuDNN.
+        """
+        width = x.shape[-1]
+        if not self.head_width and width % self.num_heads:
+            raise ValueError(f"{self.num_heads} heads do not divide a width of {width}.")
+        head_width = self.head_width or width // self.num_heads
+        heads = {"query": self.num_heads, "key": self.num_kv_heads or self.num_heads}
+        heads["value"] = heads["key"]
+        context = x if context is None else context
+        query, key, value = (
+            self._linear(name, count * head_width)(source, train=train).reshape(
+                *source.shape[:-1], count, head_width
+            )
+            for source, (name, count) in zip((x, context, context), heads.items(), strict=True)
+        )  # [B, T, A, S], [B, T, K, S] twice
+        if self.qk_norm:
+            query = RMSNorm(self.qk_norm, self.dtype, name="query_norm")(query)
+            key = RMSNorm(self.qk_norm, self.dtype, name="key_norm")(key)
+        if rope is not None:
+            query, key = rotate(query, rope), rotate(key, rope)
+        if cache is not None:
+            cache = cache.append(key, value)
+            key, value = cache.key.astype(self.dtype), cache.value.astype(self.dtype)
+        if mask is not None:
+            mask = mask[:, None, None, :] if mask.ndim == 2 else mask[:, None]  # [B, 1, T, T]
+        if train and self.dropout > 0:
+            near = self._near(query.shape[1]) if cache is None else None
+            y = self._attend_with_dropout(query, key, value, mask, near)
+        else:
+            y = jax.nn.dot_product_attention(
+                query,
+                key,
+                value,
+                mask=mask,
+                is_causal=self.causal and cache is None,
+                local_window_size=(self.window or None) if cache is None else None,
+                implementation=self.implementation,
+            )
+        y = self._linear("out", width)(y.reshape(*x.shape[:-1], -1), train=train)
+        return y if cache is None else (y, cache)
+
+    def _linear(self, name, features):
+        return Linear(
+            features,
+            name in self.biased,
+            self.dtype,
+            self.kernel_init,
+            lora=self.lora,
+            name=name,
+        )
+
+    def _attend_with_dropout(self, query, key, value, mask, near):
+        if self.implementation != "xla":
+            raise ValueError(
+                f"Attention dropout {self.dropout} needs implementation 'xla', not "
+                f"{self.implementation!r}; or set the dropout to 0."
+            )
+        repeats = query.shape[2] // key.shape[2]
+        key, value = (jnp.repeat(x, repeats, axis=2) for x in (key, value))  # [B, T, A, S]
+        logits = jnp.einsum("btas,buas->batu", query, key, preferred_element_type=jnp.float32)
+        logits *= query.shape[-1] ** -0.5
+        if near is not None:
+            mask = near if mask is None else mask & near
+        if mask is not None:
+            logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
+        probabilities = nn.Dropout(self.dropout, deterministic=False)(jax.nn.softmax(logits))
+        return jnp.einsum("batu,buas->btas", probabilities.astype(self.dtype), value)
+
+    def _near(self, length):
+        """Return which pairs [T, T] `causal` and `window` allow; None for all."""
+        ahead = np.arange(length) - np.arange(length)[:, None]
+        near = (np.abs(ahead) <= self.window) if self.window else np.full(ahead.shape, True)
+        near &= (ahead <= 0) | (not self.causal)
+        return None if near.all() else near

@@ -1,0 +1,143 @@
+"""Matrix products, with or without a low-rank branch, and the two kinds of Mlp."""
+
+import functools
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+Initializer = Callable[..., jax.Array]
+
+gelu = functools.partial(jax.nn.gelu, approximate=False)
+
+
+def quick_gelu(x):
+    """x sigmoid(1.702 x), the GELU of OpenAI's CLIP (Hendrycks and Gimpel 2016, section 2)."""
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+ACTIVATIONS = {  # by the names of `transformers`
+    "gelu": gelu,
+    "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "quick_gelu": quick_gelu,
+    "silu": jax.nn.silu,
+}
+
+
+def torch_uniform(fan_in: int) -> Initializer:
+    """Uniform in ±1/sqrt(fan_in): torch's default for both weight and bias of `nn.Linear`."""
+    bound = fan_in**-0.5
+
+    def init(key, shape, dtype=jnp.float32):
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
+
+
+class Lora(NamedTuple):
+    """Low-rank adaptation (Hu et al. 2021, https://arxiv.org/abs/2106.09685, section 4.1).
+
+    A layer it covers computes x W + b + (alpha / rank) dropout(x) A B, where A starts random and B
+    at zero, so that an adapted model starts as the model it adapts.
+
+    Attributes:
+      rank: columns of A.
+      alpha: numerator of the scale.
+      dropout: on the input of the low-rank branch, in training only.
+      layers: regular expression searched in the path of a Linear: "attention/(query|value)"; the
+        empty one is found in all.
+    """
+
+    rank: int
+    alpha: float
+    dropout: float = 0.0
+    layers: str = ""
+
+    @property
+    def scale(self) -> float:
+        """What multiplies A B."""
+        return self.alpha / self.rank
+
+
+class Linear(nn.Module):
+    """x W + b over the last axis, plus a low-rank branch where `lora` covers this layer.
+
+    Parameters: kernel [in, features], bias [features]; lora_a [in, rank], lora_b [rank, features].
+    """
+
+    features: int
+    use_bias: bool = True
+    dtype: Any = jnp.float32
+    kernel_init: Initializer = nn.initializers.lecun_normal()
+    bias_init: Initializer = nn.initializers.zeros
+    lora: Lora | None = None
+
+    @nn.compact
+    def __call__(self, x, *, train=False):
+        """Map [..., in] to [..., features]; `train` switches the low-rank branch's dropout on."""
+        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
+        x = x.astype(self.dtype)
+        y = x @ kernel.astype(self.dtype)
+        if self.use_bias:
+            y += self.param("bias", self.bias_init, (self.features,)).astype(self.dtype)
+        if self.lora is not None and re.search(self.lora.layers, "/".join(self.path)):
+            y += self._low_rank(x, train)
+        return y
+
+    def _low_rank(self, x, train):
+        rank = self.lora.rank
+        # torch's Kaiming uniform with a = sqrt(5), as PEFT starts A.
+        down = self.param("lora_a", torch_uniform(x.shape[-1]), (x.shape[-1], rank))
+        up = self.param("lora_b", nn.initializers.zeros, (rank, self.features))
+        x = nn.Dropout(self.lora.dropout, deterministic=not train)(x)
+        return (x @ down.astype(self.dtype)) @ up.astype(self.dtype) * self.lora.scale
+
+
+class Mlp(nn.Module):
+    """Linear, activation (exact GELU unless said), Linear."""
+
+    mlp_dim: int
+    dtype: Any = jnp.float32
+    kernel_init: Initializer = nn.initializers.lecun_normal()
+    activation: Callable[[jax.Array], jax.Array] = gelu
+    lora: Lora | None = None
+
+    @nn.compact
+    def __call__(self, x, *, train=False):
+        """Map [..., D] to [..., D] through [..., mlp_dim]."""
+        linear = functools.partial(
+            Linear, dtype=self.dtype, kernel_init=self.kernel_init, lora=self.lora
+        )
+        y = self.activation(linear(self.mlp_dim, name="up")(x, train=train))
+        return linear(x.shape[-1], name="down")(y, train=train)
+
+
+class GatedMlp(nn.Module):
+    """down(activation(gate(x)) * up(x)): SwiGLU with silu, GeGLU with gelu.
+
+    Shazeer 2020, https://arxiv.org/abs/2002.05202, Eq. 6.
+    """
+
+    mlp_dim: int
+    activation: Callable[[jax.Array], jax.Array] = jax.nn.silu
+    use_bias: bool = False
+    dtype: Any = jnp.float32
+    kernel_init: Initializer = nn.initializers.lecun_normal()
+    lora: Lora | None = None
+
+    @nn.compact
+    def __call__(self, x, *, train=False):
+        """Map [..., D] to [..., D] through [..., mlp_dim]."""
+        linear = functools.partial(
+            Linear,
+            use_bias=self.use_bias,
+            dtype=self.dtype,
+            kernel_init=self.kernel_init,
+            lora=self.lora,
+        )
+        gate = self.activation(linear(self.mlp_dim, name="gate")(x, train=train))
+        y = gate * linear(self.mlp_dim, name="up")(x, train=train)
+        return linear(x.shape[-1], name="down")(y, train=train)
