@@ -128,7 +128,7 @@ class ModernBert(nn.Module):
     epsilon: float = 1e-5
     attention: Literal["xla", "cudnn"] = "xla"
     layout: Literal["unrolled", "scan"] = "unrolled"
-    remat: Literal["none", "dots", "full"] = "none"
+    remat: Literal["none", "dots", "block", "full"] = "none"
     lora: Lora | None = None
     dtype: Any = jnp.float32
 
