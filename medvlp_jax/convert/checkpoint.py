@@ -189,16 +189,17 @@ def _place(mesh, rules, path, shape):
     """Return the sharding of one array.
 
     Raises:
-      UserError: if a rule splits what does not divide.
+      UserError: if a rule splits an axis that is not there or does not divide.
     """
     spec = parameter_spec(path, shape, rules, mesh)
     found = NamedSharding(mesh, spec)
     try:
+        found.check_compatible_aval(shape)  # not more axes than the array's
         found.shard_shape(shape)
     except ValueError as error:
         raise UserError(
-            f"A rule splits {path} {list(shape)} as {spec}, and the mesh {dict(mesh.shape)} does "
-            "not divide that."
+            f"A rule splits {path} {list(shape)} as {spec}, which the mesh {dict(mesh.shape)} "
+            "does not allow."
         ) from error
     return found
 

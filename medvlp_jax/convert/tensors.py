@@ -163,7 +163,8 @@ def pending_tensors(table: Table, module: Any, variables: Mapping[str, Any]) -> 
 
     def make(group):
         parts = [_transpose(_on_host(*found[r.path]), np.argsort(r.axes)) for r in group]
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        # Laid out here, so that what it is a view of goes before the next tensor comes.
+        return np.asarray(parts[0] if len(parts) == 1 else np.concatenate(parts), order="C")
 
     return {
         name: Pending(
