@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from medvlp_jax import config as configs
-from medvlp_jax import convert, sharding
+from medvlp_jax import convert, distributed, sharding
 from medvlp_jax.config import UserError
 from medvlp_jax.data import corpora, pipeline, tabular, transforms
 from medvlp_jax.data import text as tokenisation
@@ -42,6 +42,7 @@ class Parts(NamedTuple):
       recipe: the method, a Linen module.
       tokenizer: of the `tokenizers` library; None where the recipe reads no text.
       mesh: over all devices.
+      part: which rows of every batch this process has.
       loaded: variables that replace freshly initialised ones: {"image": ..., "text": ...}.
     """
 
@@ -49,6 +50,7 @@ class Parts(NamedTuple):
     recipe: Any
     tokenizer: Any
     mesh: jax.sharding.Mesh
+    part: sharding.Part
     loaded: Mapping[str, Mapping]
 
 
@@ -75,13 +77,14 @@ def open_corpora(data: Mapping[str, Any], split: str) -> list[corpora.Source]:
 def open_corpus(name: str, data: Mapping[str, Any], split: str) -> corpora.Source:
     """Open one corpus, "name" or "name:variant"."""
     name, _, variant = name.partition(":")
-    return corpora.open_source(
-        name,
-        split,
-        data_dir=data["data_dir"],
-        manual_dir=data["manual_dir"],
-        builder_config=variant,
-    )
+    with distributed.writer_first(f"corpus {name}"):
+        return corpora.open_source(
+            name,
+            split,
+            data_dir=data["data_dir"],
+            manual_dir=data["manual_dir"],
+            builder_config=variant,
+        )
 
 
 def parts(config: Mapping[str, Any], *, pretrained: bool = True) -> Parts:
@@ -97,6 +100,7 @@ def parts(config: Mapping[str, Any], *, pretrained: bool = True) -> Parts:
     init, data = config["init"], config["data"]
     try:
         mesh = sharding.make_mesh(**{k: config["mesh"][k] for k in sharding.AXES})
+        part = sharding.part_of(mesh)
     except ValueError as error:
         raise UserError(f"{error}.") from None
     spec = dict(config["recipe"])
@@ -125,7 +129,7 @@ def parts(config: Mapping[str, Any], *, pretrained: bool = True) -> Parts:
             if pretrained:
                 loaded[side] = variables
     recipe = configs.build("medvlp_jax.recipes", name, **spec)
-    return Parts(config, recipe, tokenizer, mesh, loaded)
+    return Parts(config, recipe, tokenizer, mesh, part, loaded)
 
 
 def load_tokenizer(config: Mapping[str, Any]):
@@ -137,8 +141,9 @@ def load_tokenizer(config: Mapping[str, Any]):
     texts = pipeline.mlm_texts(open_corpora(data, data["split"]))
     name = text_stage.fingerprint(data["vocab_size"], sorted(texts))
     folder = _derived(config) / "vocabulary" / name
-    if not (folder / "tokenizer.json").is_file():
-        tokenisation.train_wordpiece(texts, vocab_size=data["vocab_size"], out_dir=folder)
+    with distributed.writer_first("vocabulary"):
+        if not (folder / "tokenizer.json").is_file():
+            tokenisation.train_wordpiece(texts, vocab_size=data["vocab_size"], out_dir=folder)
     return tokenisation.load_tokenizer(folder)
 
 
@@ -245,8 +250,8 @@ def train_batches(parts: Parts, sources, features=None):
             seed=parts.config["seed"],
             weights=data["shares"] or None,
             balance=data["balance"],
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            process_index=parts.part.index,
+            process_count=parts.part.count,
             threads=data["threads"],
             prefetch=data["prefetch"],
         )
@@ -304,7 +309,7 @@ def frozen_patterns(parts: Parts) -> tuple[str, ...]:
 def place(tree, parts: Parts):
     """Put a state or variables on the mesh: parameters by rule, optimiser state beside them."""
     rules = parts.config["mesh"]["rules"]
-    return jax.device_put(tree, sharding.shardings(tree, parts.mesh, rules))
+    return sharding.place(tree, sharding.shardings(tree, parts.mesh, rules))
 
 
 def read_variables(folder: pathlib.Path, template: Mapping) -> dict:

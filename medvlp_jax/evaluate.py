@@ -10,15 +10,13 @@ import argparse
 import json
 import os
 import pathlib
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
 import numpy as np
 import scipy.special
 
-from medvlp_jax import assemble, cli
+from medvlp_jax import assemble, cli, distributed, sharding
 from medvlp_jax.config import UserError, nearest
 from medvlp_jax.data import datasets, pipeline
 from medvlp_jax.data import text as tokenisation
@@ -26,6 +24,7 @@ from medvlp_jax.evaluation import classify, plots, probe, retrieval, zero_shot
 from medvlp_jax.evaluation import features as extraction
 from medvlp_jax.evaluation.results import Results, results_table
 from medvlp_jax.training.step import make_embed
+from medvlp_jax.training.stopping import Signals, Stopped
 
 PROTOCOLS = ("zero_shot", "retrieval", "probe", "classify")
 PROMPT_BATCH = 64
@@ -35,12 +34,15 @@ EXAMPLES = 8
 class Evaluator:
     """Holds what several evaluations of one run share: compiled encoder, corpus, prompts."""
 
-    def __init__(self, parts: assemble.Parts, settings: Mapping[str, Any]):
+    def __init__(
+        self, parts: assemble.Parts, settings: Mapping[str, Any], stop: Signals | None = None
+    ):
         """Open the corpus.
 
         Args:
           parts: of the run.
           settings: config.evals.
+          stop: notices signals.
 
         Raises:
           UserError: for an unknown protocol, corpus, split or prompt file.
@@ -49,10 +51,21 @@ class Evaluator:
             if name not in PROTOCOLS:
                 raise UserError(f"No protocol '{name}'. {nearest(name, PROTOCOLS)}")
         self.parts, self.settings = parts, settings
-        self.embed = make_embed(parts.recipe, parts.mesh)
+        self.stop = stop or Signals()
+        self._embed = make_embed(parts.recipe, parts.mesh)
         self.corpus = settings["corpus"] or parts.config["data"]["corpora"][0]
         self.source = assemble.open_corpus(self.corpus, parts.config["data"], settings["split"])
         self.prompts = _read_prompts(settings["prompts"], self.corpus)
+
+    def embed(self, variables: Mapping, batch: Mapping) -> dict:
+        """Return features of this process's rows.
+
+        Raises:
+          Stopped: in all processes, when one of them was asked to stop.
+        """
+        if distributed.any_process(lambda: self.stop.asked, self.parts.mesh)():
+            raise Stopped
+        return self._embed(variables, batch)
 
     def run(self, variables: Mapping, *, mask=None, progress="") -> Results:
         """Run every protocol of the settings.
@@ -99,28 +112,32 @@ class Evaluator:
             transform=assemble.record_transform(
                 self.parts, inputs, train=False, table=source.metadata["table"], mask=mask
             ),
-            batch_size=self._batch_size(),
+            batch_size=self._multiple_of_devices(self.settings["batch_size"]),
             limit=limit,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            process_index=self.parts.part.index,
+            process_count=self.parts.part.count,
         )
         embed = lambda batch: self.embed(variables, {k: batch[k] for k in inputs})
-        return extraction.extract(embed, batches, progress=progress)
+        progress = progress if distributed.is_writer() else ""
+        return extraction.extract(embed, batches, progress=progress, part=self.parts.part)
 
     def embed_texts(self, variables) -> Callable[[list[str], str], np.ndarray]:
         """Return (texts, section) -> embeddings [n, E] in the space of the section."""
-        spaces = self.parts.recipe.spaces
+        spaces, part = self.parts.recipe.spaces, self.parts.part
+        size = self._multiple_of_devices(PROMPT_BATCH)
+        own = slice(part.index * size // part.count, (part.index + 1) * size // part.count)
 
         def embed(texts, section):
             key = section if section in spaces else next(iter(spaces))
             length = self.parts.config["data"]["text_length"]
             rows = []
-            for start in range(0, len(texts), PROMPT_BATCH):
-                part = list(texts[start : start + PROMPT_BATCH])
-                filled = part + [""] * (PROMPT_BATCH - len(part))
-                tokens = tokenisation.tokenize(self.parts.tokenizer, filled, length)
-                rows.append(self.embed(variables, {key: tokens})[spaces[key][1]][: len(part)])
-            return np.concatenate(rows)
+            for start in range(0, len(texts), size):
+                filled = [*texts[start : start + size]]
+                filled += [""] * (size - len(filled))
+                tokens = tokenisation.tokenize(self.parts.tokenizer, filled[own], length)
+                rows.append(self.embed(variables, {key: tokens})[spaces[key][1]])
+            whole = np.moveaxis(distributed.gather_parts(np.stack(rows), part), 0, 1)
+            return whole.reshape(-1, whole.shape[-1])[: len(texts)]
 
         return embed
 
@@ -134,6 +151,8 @@ class Evaluator:
     def draw_examples(self, variables, out_png: pathlib.Path) -> None:
         """Draw test images with the texts retrieved for them, or the classes they are given."""
         found = self.features(variables, self.source, limit=self.settings["limit"])
+        if not distributed.is_writer():
+            return
         drawn = self._classified if not self.parts.recipe.spaces else self._retrieved
         picked, texts, scores, truth = drawn(found, np.random.default_rng(0))
         transform = assemble.record_transform(self.parts, ("image",), train=False)
@@ -165,9 +184,9 @@ class Evaluator:
             return ("image", *recipe.spaces)
         return tuple(key for key in recipe.inputs if not key.startswith("label/"))
 
-    def _batch_size(self) -> int:
-        pieces = len(jax.devices())
-        return -(-self.settings["batch_size"] // pieces) * pieces
+    def _multiple_of_devices(self, size: int) -> int:
+        pieces = sharding.batch_devices(self.parts.mesh)
+        return -(-size // pieces) * pieces
 
     def _zero_shot(self, variables, found, *, mask, **options):
         del mask
@@ -325,16 +344,18 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.protocol:
         settings["protocols"] = tuple(arguments.protocol.split(","))
     # The untrained control starts where the run started: with the weights it was given.
+    distributed.initialize()
     parts = assemble.parts(config, pretrained="untrained" in settings["controls"])
     evaluator = Evaluator(parts, settings)
     untrained = assemble.initial_variables(parts)
     variables = assemble.read_variables(arguments.run, untrained)
     results = full(evaluator, variables, untrained)
     out = arguments.out or arguments.run
-    out.mkdir(parents=True, exist_ok=True)
-    write_results(results, out)
-    print(results_table(results))
+    if distributed.is_writer():
+        out.mkdir(parents=True, exist_ok=True)
+        write_results(results, out)
+        print(results_table(results))
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main))
+    cli.leave(cli.run(main))

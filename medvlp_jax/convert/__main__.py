@@ -58,6 +58,13 @@ def parser() -> argparse.ArgumentParser:
         help="tensors to leave out besides the heads known by name",
     )
     verb.add_argument(
+        "--ignore",
+        metavar="KEY",
+        nargs="+",
+        default=[],
+        help="settings of config.json that are not known here and change nothing",
+    )
+    verb.add_argument(
         "--tower",
         choices=tuple(checkpoint.TOWERS),
         default="",
@@ -84,7 +91,9 @@ def import_(arguments: argparse.Namespace) -> None:
     """
     _refuse_full(arguments.out)
     folder = checkpoint.fetch(arguments.source)
-    module, variables = checkpoint.load(folder, tower=arguments.tower, drop=arguments.drop)
+    module, variables = checkpoint.load(
+        folder, tower=arguments.tower, drop=arguments.drop, ignore=arguments.ignore
+    )
     processor = folder / checkpoint.PREPROCESSOR
     has_tokenizer = any((folder / name).is_file() for name in checkpoint.TOKENIZER_FILES)
     checkpoint.save(

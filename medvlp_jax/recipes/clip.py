@@ -6,6 +6,7 @@
 Axis letters: B batch, E joint width.
 """
 
+import math
 from collections.abc import Mapping
 
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ from medvlp_jax.schedules import Knots
 
 TERMS = ("contrastive",)
 # Starting log-scale and bias: CLIP section 2.5; SigLIP section 3.2.
-INITIAL = {"info_nce": (jnp.log(1 / 0.07), 0.0), "sigmoid": (jnp.log(10.0), -10.0)}
+INITIAL = {"info_nce": (math.log(1 / 0.07), 0.0), "sigmoid": (math.log(10.0), -10.0)}
 MAX_SCALE = 100.0  # CLIP section 2.5: without a ceiling training becomes unstable
 
 
