@@ -8,7 +8,7 @@ import textwrap
 from pathlib import Path
 
 from medvlp_jax.config import UserError
-from medvlp_jax.convert import checkpoint
+from medvlp_jax.convert import architectures, checkpoint
 
 DESCRIPTION = """\
 Weights in from Hugging Face, and back out.
@@ -18,7 +18,7 @@ Weights in from Hugging Face, and back out.
   export   writes the encoders of a run as folders that transformers loads.
 """
 
-KNOWN = textwrap.fill("Architectures: " + ", ".join(checkpoint.model_types()) + ".", 100)
+KNOWN = textwrap.fill("Architectures: " + ", ".join(architectures.model_types()) + ".", 100)
 
 IMPORT = f"""\
 Read config.json and safetensors, check that every tensor is used or is a head known by name, and
@@ -34,8 +34,9 @@ never read.
 
 
 EXPORT = """\
-Write the newest checkpoint of a run: OUT/image and OUT/text for transformers, OUT/heads.safetensors
-with everything else, and a model card with data, config and results.
+Write the newest checkpoint of a run: OUT/image and OUT/text for transformers,
+OUT/projections.safetensors with everything else, OUT/dual with all of it where the heads allow, and
+a model card with PyTorch code, data, config and results.
 
   medvlp convert export runs/imitate-demo-20260101-120000 weights/demo
 """

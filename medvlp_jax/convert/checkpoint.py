@@ -8,22 +8,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from medvlp_jax.config import UserError
-from medvlp_jax.convert import (
-    bert,
-    clip_text,
-    clip_vision,
-    dinov2,
-    dinov3,
-    modernbert,
-    qwen3,
-    resnet,
-    siglip,
-    swin,
-    vit,
+from medvlp_jax.convert.architectures import (
+    fields_of,
+    model_types,
+    table_of_config,
+    table_of_module,
 )
 from medvlp_jax.convert.files import (
     MAX_SHARD_SIZE,
@@ -33,26 +25,9 @@ from medvlp_jax.convert.files import (
     write_folder,
     write_json,
 )
-from medvlp_jax.convert.neutral import NEUTRAL
-from medvlp_jax.convert.table import Table
 from medvlp_jax.convert.tensors import Tensors, base_names, pending_tensors, to_variables
 from medvlp_jax.encoders.base import construct
 from medvlp_jax.sharding import Rules, parameter_spec
-
-TABLES = (
-    resnet.TABLE,
-    vit.TABLE,
-    swin.TABLE,
-    dinov2.TABLE,
-    dinov2.TABLE_WITH_REGISTERS,
-    dinov3.TABLE,
-    clip_vision.TABLE,
-    siglip.TABLE,
-    bert.TABLE,
-    clip_text.TABLE,
-    modernbert.TABLE,
-    qwen3.TABLE,
-)
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -235,25 +210,56 @@ def save(
     Raises:
       UserError: if the module is not one we can write, or the variables are not all its own.
     """
+    write(
+        Path(out_dir),
+        config_of(module),
+        tensors_of(module, variables),
+        tokenizer=tokenizer,
+        preprocessor=preprocessor,
+        card=card,
+        max_shard_size=max_shard_size,
+    )
+
+
+def config_of(module: Any) -> dict[str, Any]:
+    """Return what config.json says of an encoder."""
     table = table_of_module(module)
-    architecture, prefix = table.architecture(module)
-    added = {
-        name: Pending(tensor.shape, tensor.dtype, functools.partial(np.asarray, tensor))
-        for name, tensor in table.added(module).items()
-    }
-    tensors = {**pending_tensors(table, module, variables), **added}
-    tensors = {
-        name if name.startswith(table.heads) else f"{prefix}{name}": tensor
-        for name, tensor in tensors.items()
-    }
-    config = {
-        "architectures": [architecture],
+    return {
+        "architectures": [table.architecture(module)[0]],
         "model_type": table.model_types[0],
         "dtype": "float32",
         **table.fixed,
         **{key: f.write(getattr(module, f.name)) for key, f in table.fields.items()},
     }
-    out_dir = Path(out_dir)
+
+
+def tensors_of(module: Any, variables: Mapping[str, Any]) -> dict[str, Pending]:
+    """Return every tensor of an encoder under its name in a file.
+
+    Raises:
+      UserError: if the variables are not all its own.
+    """
+    table = table_of_module(module)
+    _, prefix = table.architecture(module)
+    tensors = pending_tensors(table, module, variables)
+    tensors |= {name: Pending.of(tensor) for name, tensor in table.added(module).items()}
+    return {
+        name if name.startswith(table.heads) else f"{prefix}{name}": tensor
+        for name, tensor in tensors.items()
+    }
+
+
+def write(
+    out_dir: Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Pending],
+    *,
+    tokenizer: Any = None,
+    preprocessor: Mapping[str, Any] | None = None,
+    card: str | None = None,
+    max_shard_size: int = MAX_SHARD_SIZE,
+) -> None:
+    """Write a folder; the arguments are those of `save`."""
     out_dir.mkdir(parents=True, exist_ok=True)
     write_folder(out_dir, tensors, max_shard_size)
     if jax.process_index() != 0:
@@ -363,66 +369,3 @@ def tensors_of_tower(tensors: Tensors, tower: str) -> Tensors:
     others = tuple(start for name in TOWERS if name != tower for start in TOWERS[name])
     keep = lambda name: not tower or not name.startswith(others)
     return {name: tensor for name, tensor in tensors.items() if keep(name)}
-
-
-def model_types() -> list[str]:
-    """Return every `model_type` that can be read."""
-    return [name for table in TABLES for name in table.model_types]
-
-
-def table_of_config(config: Mapping[str, Any], folder: Path) -> Table:
-    """Return the table for a config's model_type.
-
-    Raises:
-      UserError: if there is none.
-    """
-    for table in TABLES:
-        if config["model_type"] in table.model_types:
-            return table
-    known = ", ".join(model_types())
-    raise UserError(f"{folder} is a {config['model_type']!r}; this project reads {known}.")
-
-
-def table_of_module(module: Any) -> Table:
-    """Return the table for one of our encoders.
-
-    Raises:
-      UserError: if there is none.
-    """
-    for table in TABLES:
-        if isinstance(module, table.module) and table.covers(module):
-            return table
-    known = ", ".join(dict.fromkeys(table.module.__name__ for table in TABLES))
-    raise UserError(f"No Hugging Face form of {type(module).__name__}; there is one of {known}.")
-
-
-def fields_of(
-    table: Table, config: Mapping[str, Any], folder: Path, ignore: Iterable[str] = ()
-) -> dict[str, Any]:
-    """Translate config.json into fields of our module.
-
-    Args:
-      table: of the architecture.
-      config: what config.json says.
-      folder: where it lies, for errors.
-      ignore: settings that are not known here and said to change nothing.
-
-    Raises:
-      UserError: listing every setting this implementation does not have.
-    """
-    config = table.flatten(config)
-    # A key that is absent has the default of the class in `transformers`.
-    wrong = [
-        f"{key} {config[key]!r} (only {value!r})"
-        for key, value in table.fixed.items()
-        if config.get(key, value) != value
-    ]
-    if wrong:
-        raise UserError(f"{folder}/config.json asks for what is not here: {', '.join(wrong)}.")
-    known = {*table.fields, *table.fixed, *NEUTRAL, *ignore}
-    if unknown := [f"{key} {config[key]!r}" for key in config if key not in known]:
-        raise UserError(
-            f"{folder}/config.json has settings that are not known here: {', '.join(unknown)}; "
-            "those that do not change the model are passed over with ignore=(...)."
-        )
-    return {f.name: f.read(config.get(key, f.default)) for key, f in table.fields.items()}

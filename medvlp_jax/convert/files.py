@@ -46,6 +46,11 @@ class Pending(NamedTuple):
     dtype: Any
     make: Callable[[], np.ndarray]
 
+    @classmethod
+    def of(cls, array: np.ndarray) -> "Pending":
+        """Wrap an array that is there already."""
+        return cls(array.shape, array.dtype, lambda: array)
+
     @property
     def size(self) -> int:
         """In bytes."""

@@ -22,7 +22,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from medvlp_jax.config import UserError
-from medvlp_jax.convert.checkpoint import table_of_module
+from medvlp_jax.convert.architectures import table_of_module
 from medvlp_jax.convert.files import read_file, read_json, write_json, write_tensors
 from medvlp_jax.convert.table import Rule, Table
 from medvlp_jax.convert.tensors import is_scanned, stacked, unstacked

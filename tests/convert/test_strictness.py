@@ -9,7 +9,7 @@ from safetensors.numpy import load_file, save_file
 
 from medvlp_jax import convert
 from medvlp_jax.config import UserError
-from medvlp_jax.convert import checkpoint
+from medvlp_jax.convert import architectures, checkpoint
 from medvlp_jax.encoders import bert, resnet, vit
 from medvlp_jax.encoders.base import Tokens
 
@@ -144,13 +144,13 @@ def test_a_setting_that_is_not_known_is_refused_unless_named(folder):
 
 
 @pytest.mark.hf
-@pytest.mark.parametrize("table", checkpoint.TABLES, ids=lambda table: table.model_types[0])
+@pytest.mark.parametrize("table", architectures.TABLES, ids=lambda table: table.model_types[0])
 def test_every_setting_of_transformers_is_read_or_fixed_or_neutral(table):
     """A release that adds a setting fails here, until someone has looked at it."""
     import transformers
 
     config = transformers.AutoConfig.for_model(table.model_types[0]).to_dict()
-    fields = checkpoint.fields_of(table, config, "")
+    fields = architectures.fields_of(table, config, "")
     assert fields.keys() == {field.name for field in table.fields.values()}
 
 
