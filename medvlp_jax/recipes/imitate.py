@@ -148,10 +148,10 @@ HEADS_IN_TORCH = """
 def embed(x, side):
     name, source = ("diagnosis", "") if side == "image" else ("text_head", "{source}")
     p = lambda key: heads[f"params/{{name}}/{{key}}"]
-    norm = lambda x, key, *affine: batch_norm(
-        x, *(heads[f"batch_stats/{{name}}/{{key}}/{{kind}}{{source}}"] for kind in ("mean", "var")), *affine
-    )
-    x = norm(x @ p("first/kernel") + p("first/bias"), "norm", p("norm/scale"), p("norm/bias")).relu()
+    moment = lambda key, kind: heads[f"batch_stats/{{name}}/{{key}}/{{kind}}{{source}}"]
+    norm = lambda x, key, *affine: batch_norm(x, moment(key, "mean"), moment(key, "var"), *affine)
+    x = x @ p("first/kernel") + p("first/bias")
+    x = norm(x, "norm", p("norm/scale"), p("norm/bias")).relu()
     return normalize(norm(x @ p("second/kernel") + p("second/bias"), "last_norm"), dim=-1)
 
 """
