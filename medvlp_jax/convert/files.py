@@ -36,6 +36,8 @@ class Stored(NamedTuple):
         with safe_open(self.file, "numpy") as opened:
             if index == ():
                 return opened.get_tensor(self.name)
+            if 0 in self.shape:  # safetensors has no slice of nothing
+                return opened.get_tensor(self.name)[index]
             return opened.get_slice(self.name)[index]
 
 
