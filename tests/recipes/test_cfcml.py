@@ -250,13 +250,15 @@ def test_without_relations_the_gradient_is_that_of_the_cross_entropy(small):
         np.testing.assert_allclose(value, paths.flatten(expected)[path], atol=limit, err_msg=path)
 
 
+@pytest.mark.slow
 def test_detached_stages_train_the_encoder_through_its_last_output_alone(small):
     recipe, variables = small
     batch = batch_of(6)
     _, gradient = total(recipe.clone(grad_multistage=False), variables, batch)
     image, fusion = variables["params"]["image"], variables["params"]["fusion"]
     normalised = {name: cfcml.normalise(batch[name]) for name in IMAGES}
-    apply = lambda p, name: recipe.image.apply({"params": p}, normalised[name], train=True)
+    encoder = jax.jit(lambda p, x: recipe.image.apply({"params": p}, x, train=True))
+    apply = lambda p, name: encoder(p, normalised[name])
     flat = lambda x: x.reshape(6, -1, x.shape[-1])
     constants = {name: [flat(x) for x in apply(image, name).levels[:-1]] for name in IMAGES}
 
@@ -303,6 +305,7 @@ def test_ablations_leave_out_what_they_name():
     assert len(full) > len(last)
 
 
+@pytest.mark.slow
 def test_rows_are_encoded_independently_and_a_missing_modality_gives_nothing(small):
     recipe, variables = small
     batch = batch_of(4)
@@ -313,6 +316,7 @@ def test_rows_are_encoded_independently_and_a_missing_modality_gives_nothing(sma
     assert encode({k: v for k, v in batch.items() if k != "clinical"}) == {}
 
 
+@pytest.mark.slow
 def test_permuting_the_batch_changes_no_loss_and_unknown_labels_take_no_part(small):
     recipe, variables = small
     batch = batch_of(7)
@@ -328,6 +332,7 @@ def test_permuting_the_batch_changes_no_loss_and_unknown_labels_take_no_part(sma
         np.testing.assert_allclose(with_unknown[name], plain[name], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_eight_devices_equal_one(small):
     recipe, variables = small
     batch = batch_of(8)
@@ -342,6 +347,7 @@ def test_eight_devices_equal_one(small):
         )
 
 
+@pytest.mark.slow
 def test_every_leaf_moves_and_eight_examples_are_learnt_by_heart():
     recipe, batch = make(), batch_of(8)
     batch["label/diagnosis"] = np.eye(K, dtype=np.int8)[[0, 1, 2, 2, 1, 0, 0, 1]]
@@ -355,6 +361,7 @@ def test_every_leaf_moves_and_eight_examples_are_learnt_by_heart():
             assert (np.asarray(value) != np.asarray(paths.flatten(state.params)[path])).any(), path
 
 
+@pytest.mark.slow
 def test_gradients_of_chunks_equal_those_of_the_whole_batch():
     recipe, batch = make(), batch_of(8)
     variables = training.init_variables(recipe, batch, 0)
@@ -370,6 +377,7 @@ def test_gradients_of_chunks_equal_those_of_the_whole_batch():
         np.testing.assert_allclose(states[1][path], whole, atol=limit, err_msg=path)
 
 
+@pytest.mark.slow
 def test_memory_holds_the_classes_a_batch_lacks():
     recipe, batch = make(memory=0.9), batch_of(6)
     state, step = state_of(recipe, batch)
