@@ -1,34 +1,68 @@
 #!/usr/bin/env bash
 # Train, evaluate and export. On a fresh machine this also makes .venv and installs.
 #
-#   bash launch/run.sh                                   the embedded demo, about ten minutes on two cores
-#   bash launch/run.sh --config=configs/imitate.py       another config: configs/NAME.py or configs/NAME.py:VARIANT
-#       [--config.optim.lr=3e-4 ...]                     any setting of it; --help lists the flags
-#       [--workdir=DIR]                                  run folder; an interrupted run in it is resumed
-#       [--dry-run]                                      print command and environment, start nothing
+#   bash launch/run.sh                                the embedded demo, about ten minutes on two cores
+#   bash launch/run.sh --config=configs/imitate.py    another config: configs/NAME.py or configs/NAME.py:VARIANT
+#       [--config.optim.lr=3e-4 ...]                  any setting of it; python -m medvlp_jax.train --help lists configs
+#       [--workdir=DIR]                               run folder; the same command again resumes an interrupted run
+#       [--restarts=N]                                start again after a crash, from the newest checkpoint (default 0)
+#       [--dry-run]                                   print command and environment of every rank, start nothing
 #
-# Environment: MEDVLP_ACCELERATOR=cuda13|tpu, MEDVLP_DATA_DIR (prepared datasets), PYTHON.
+# The same training on more devices; the run folder and MEDVLP_DATA_DIR must be seen by all of them:
+#   --processes=N                  N processes on this host: one CPU process each, or one GPU each with MEDVLP_ACCELERATOR=cuda13
+#   --slurm --nodes=N --gpus=K     one task a GPU, N nodes of K GPUs; writes DIR/job.sbatch, shows it and submits it
+#       [--sbatch="--partition=P --time=24:00:00 --account=A"]
+#   --tpu=NAME --zone=ZONE         every worker of a Cloud TPU VM, by gcloud ssh
+#   --jobset=NAME --image=IMAGE --nodes=N --gpus=K --claim=PVC     a GKE JobSet; writes DIR/jobset.yaml and applies it
+#       [--selector=KEY=VALUE ...] node labels; MEDVLP_ACCELERATOR=tpu asks for TPU chips instead of GPUs
+#
+# Exit codes: 0 finished, 2 bad input, 75 stopped by SIGTERM or Ctrl-C with everything saved: start the same command again.
+# Environment: MEDVLP_ACCELERATOR=cuda13|tpu, MEDVLP_DATA_DIR (prepared datasets), PYTHON, MEDVLP_PORT (of process 0).
+# shellcheck disable=SC2034  # the parts sourced below read these variables
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-dry_run=false
-arguments=()
+refuse() { echo "medvlp: $1" >&2; exit 2; }
+number() { [[ "$2" =~ ^[1-9][0-9]*$ ]] || refuse "--$1 must be a whole number from 1 on, got '$2'."; }
+
+mode=host dry_run=false processes=1 nodes=1 gpus=8 restarts="" sbatch="" tpu="" zone="" jobset="" image="" claim="" selector=""
+config=configs/imitate.py:demo workdir="" arguments=()
 for argument in "$@"; do
+  value="${argument#*=}"
   case "$argument" in
+    --help | -h) sed -n '2,/^set /{/^set /d;/^# shellcheck/d;s/^# \{0,1\}//;p;}' "${BASH_SOURCE[0]}"; exit 0 ;;
     --dry-run) dry_run=true ;;
-    --processes=* | --slurm* | --tpu=* | --zone=*)
-      echo "medvlp: ${argument%%=*} is not built yet; this script trains on all devices of one host." >&2; exit 2 ;;
+    --processes=*) mode="${mode}processes" processes="$value"; number processes "$value" ;;
+    --slurm) mode="${mode}slurm" ;;
+    --tpu=*) mode="${mode}tpu" tpu="$value" ;;
+    --jobset=*) mode="${mode}jobset" jobset="$value" ;;
+    --nodes=*) nodes="$value"; number nodes "$value" ;;
+    --gpus=*) gpus="$value"; number gpus "$value" ;;
+    --restarts=*) restarts="$value"; [[ "$value" == 0 ]] || number restarts "$value" ;;
+    --sbatch=*) sbatch="$value" ;;
+    --zone=*) zone="$value" ;;
+    --image=*) image="$value" ;;
+    --claim=*) claim="$value" ;;
+    --selector=*) selector+=$'\n'"                ${value%%=*}: \"${value#*=}\"" ;; # a line of the manifest
+    --config=*) config="$value" ;;
+    --workdir=*) workdir="$value" ;;
     *) arguments+=("$argument") ;;
   esac
 done
-if [[ ! " ${arguments[*]-} " =~ [[:space:]]--config= ]]; then
-  arguments=(--config=configs/imitate.py:demo ${arguments[@]+"${arguments[@]}"})
-fi
+case "$mode" in
+  host | hostprocesses | hostslurm | hosttpu | hostjobset) mode="${mode#host}" ;;
+  *) refuse "choose one of --processes, --slurm, --tpu and --jobset." ;;
+esac
 
-if $dry_run; then
-  echo "MEDVLP_ACCELERATOR=${MEDVLP_ACCELERATOR:-} MEDVLP_DATA_DIR=${MEDVLP_DATA_DIR:-}"
-  printf 'python -m medvlp_jax.train'; printf ' %q' "${arguments[@]}"; echo
-  exit 0
-fi
-source launch/setup.sh
-exec python -m medvlp_jax.train "${arguments[@]}"
+# All ranks need the same run folder, so it is named here and not by each of them.
+stem="${config##*/}"
+workdir="${workdir:-runs/$(sed 's/\.py:/-/; s/\.py$//' <<< "$stem")-$(date +%Y%m%d-%H%M%S)}"
+command=(python -m medvlp_jax.train "--config=$config" "--workdir=$workdir" ${arguments[@]+"${arguments[@]}"})
+export MEDVLP_ACCELERATOR="${MEDVLP_ACCELERATOR:-}" MEDVLP_DATA_DIR="${MEDVLP_DATA_DIR:-}"
+
+case "$mode" in
+  "" | processes) source launch/processes.sh ;;
+  slurm) source launch/slurm.sh ;;
+  tpu) source launch/tpu_vm.sh ;;
+  jobset) source launch/jobset.sh ;;
+esac

@@ -1,3 +1,4 @@
+#!/usr/bin/env bash
 # Sourced by launch/run.sh and tests/run.sh: a .venv in the checkout with what pyproject.toml asks for.
 # Usage: source launch/setup.sh [EXTRA]     EXTRA: "" or "test"
 # MEDVLP_ACCELERATOR=cuda13|tpu picks the wheels of an accelerator, PYTHON another interpreter.

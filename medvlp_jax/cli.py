@@ -1,10 +1,16 @@
 """The console script: `medvlp VERB ...`, each verb also `python -m medvlp_jax.VERB`."""
 
 import importlib
+import os
 import sys
+import traceback
 from collections.abc import Callable
+from typing import NoReturn
+
+import jax
 
 from medvlp_jax.config import UserError, nearest
+from medvlp_jax.training import stopping
 
 VERBS = {
     "train": ("medvlp_jax.train", "train a method from a config; evaluates and exports at the end"),
@@ -15,16 +21,46 @@ VERBS = {
 
 
 def run(main: Callable, argv: list[str] | None = None) -> int:
-    """Call a command; a UserError is one sentence on stderr and exit code 2."""
+    """Call a command and return its exit code.
+
+    0 finished; 2 bad input, one sentence on stderr; 75 asked to stop and saved, see
+    training/stopping.py; 130 Ctrl-C twice; 1 a defect, with its traceback.
+    """
     try:
         main(argv)
     except UserError as error:
         print(f"medvlp: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except stopping.Stopped:
         print("medvlp: stopped; start the same command again to go on.", file=sys.stderr)
+        return stopping.EXIT_CODE
+    except KeyboardInterrupt:
+        print("medvlp: broken off; start the same command again to go on.", file=sys.stderr)
         return 130
+    except Exception:
+        traceback.print_exc()
+        return 1
     return 0
+
+
+def leave(code: int) -> NoReturn:
+    """End the process with this code, and without waiting where waiting could take for ever.
+
+    Python joins threads at exit, and one of them may be why the run was stopped: a read that does
+    not return. JAX waits minutes for the other processes, of which a failed one would be the last
+    to hear.
+    """
+    together = jax.distributed.is_initialized()
+    if together and code in (0, stopping.EXIT_CODE):
+        jax.distributed.shutdown()
+    if code == 0 or not (together or code == stopping.EXIT_CODE):
+        sys.exit(code)
+    if together:
+        name = f"process {jax.process_index()} of {jax.process_count()}"
+        print(f"medvlp: {name} leaves with code {code}", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -41,5 +77,10 @@ def main(argv: list[str] | None = None) -> int:
     return run(importlib.import_module(VERBS[verb][0]).main, rest)
 
 
+def command() -> NoReturn:
+    """Run the console script."""
+    leave(main())
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

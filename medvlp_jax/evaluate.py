@@ -1,4 +1,4 @@
-"""Evaluate a run: zero-shot classification, retrieval, linear probe.
+"""Evaluate a run: zero-shot classification, retrieval, linear probe, a classifier's own logits.
 
   medvlp evaluate --run RUN_DIR [--protocol zero_shot,retrieval,probe] [--corpus NAME]
 
@@ -10,23 +10,23 @@ import argparse
 import json
 import os
 import pathlib
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
 import numpy as np
+import scipy.special
 
-from medvlp_jax import assemble, cli
+from medvlp_jax import assemble, cli, distributed, sharding
 from medvlp_jax.config import UserError, nearest
 from medvlp_jax.data import datasets, pipeline
 from medvlp_jax.data import text as tokenisation
+from medvlp_jax.evaluation import classify, plots, probe, retrieval, zero_shot
 from medvlp_jax.evaluation import features as extraction
-from medvlp_jax.evaluation import plots, probe, retrieval, zero_shot
 from medvlp_jax.evaluation.results import Results, results_table
 from medvlp_jax.training.step import make_embed
+from medvlp_jax.training.stopping import Signals, Stopped
 
-PROTOCOLS = ("zero_shot", "retrieval", "probe")
+PROTOCOLS = ("zero_shot", "retrieval", "probe", "classify")
 PROMPT_BATCH = 64
 EXAMPLES = 8
 
@@ -34,12 +34,15 @@ EXAMPLES = 8
 class Evaluator:
     """Holds what several evaluations of one run share: compiled encoder, corpus, prompts."""
 
-    def __init__(self, parts: assemble.Parts, settings: Mapping[str, Any]):
+    def __init__(
+        self, parts: assemble.Parts, settings: Mapping[str, Any], stop: Signals | None = None
+    ):
         """Open the corpus.
 
         Args:
           parts: of the run.
           settings: config.evals.
+          stop: notices signals.
 
         Raises:
           UserError: for an unknown protocol, corpus, split or prompt file.
@@ -48,10 +51,21 @@ class Evaluator:
             if name not in PROTOCOLS:
                 raise UserError(f"No protocol '{name}'. {nearest(name, PROTOCOLS)}")
         self.parts, self.settings = parts, settings
-        self.embed = make_embed(parts.recipe, parts.mesh)
+        self.stop = stop or Signals()
+        self._embed = make_embed(parts.recipe, parts.mesh)
         self.corpus = settings["corpus"] or parts.config["data"]["corpora"][0]
         self.source = assemble.open_corpus(self.corpus, parts.config["data"], settings["split"])
         self.prompts = _read_prompts(settings["prompts"], self.corpus)
+
+    def embed(self, variables: Mapping, batch: Mapping) -> dict:
+        """Return features of this process's rows.
+
+        Raises:
+          Stopped: in all processes, when one of them was asked to stop.
+        """
+        if distributed.any_process(lambda: self.stop.asked, self.parts.mesh)():
+            raise Stopped
+        return self._embed(variables, batch)
 
     def run(self, variables: Mapping, *, mask=None, progress="") -> Results:
         """Run every protocol of the settings.
@@ -92,32 +106,38 @@ class Evaluator:
           mask: share of the lower image edge to blacken; None takes data.mask_lower_edge.
           progress: title of the bar; "" is silent.
         """
-        inputs = inputs or ("image", *self.parts.recipe.spaces)
+        inputs = inputs or self._inputs()
         batches = pipeline.eval_batches(
             source,
-            transform=assemble.record_transform(self.parts, inputs, train=False, mask=mask),
-            batch_size=self._batch_size(),
+            transform=assemble.record_transform(
+                self.parts, inputs, train=False, table=source.metadata["table"], mask=mask
+            ),
+            batch_size=self._multiple_of_devices(self.settings["batch_size"]),
             limit=limit,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            process_index=self.parts.part.index,
+            process_count=self.parts.part.count,
         )
         embed = lambda batch: self.embed(variables, {k: batch[k] for k in inputs})
-        return extraction.extract(embed, batches, progress=progress)
+        progress = progress if distributed.is_writer() else ""
+        return extraction.extract(embed, batches, progress=progress, part=self.parts.part)
 
     def embed_texts(self, variables) -> Callable[[list[str], str], np.ndarray]:
         """Return (texts, section) -> embeddings [n, E] in the space of the section."""
-        spaces = self.parts.recipe.spaces
+        spaces, part = self.parts.recipe.spaces, self.parts.part
+        size = self._multiple_of_devices(PROMPT_BATCH)
+        own = slice(part.index * size // part.count, (part.index + 1) * size // part.count)
 
         def embed(texts, section):
             key = section if section in spaces else next(iter(spaces))
             length = self.parts.config["data"]["text_length"]
             rows = []
-            for start in range(0, len(texts), PROMPT_BATCH):
-                part = list(texts[start : start + PROMPT_BATCH])
-                filled = part + [""] * (PROMPT_BATCH - len(part))
-                tokens = tokenisation.tokenize(self.parts.tokenizer, filled, length)
-                rows.append(self.embed(variables, {key: tokens})[spaces[key][1]][: len(part)])
-            return np.concatenate(rows)
+            for start in range(0, len(texts), size):
+                filled = [*texts[start : start + size]]
+                filled += [""] * (size - len(filled))
+                tokens = tokenisation.tokenize(self.parts.tokenizer, filled[own], length)
+                rows.append(self.embed(variables, {key: tokens})[spaces[key][1]])
+            whole = np.moveaxis(distributed.gather_parts(np.stack(rows), part), 0, 1)
+            return whole.reshape(-1, whole.shape[-1])[: len(texts)]
 
         return embed
 
@@ -129,24 +149,44 @@ class Evaluator:
         return image, extraction.joint(found, [text for _, text in spaces.values()], valid)
 
     def draw_examples(self, variables, out_png: pathlib.Path) -> None:
-        """Draw test images with the texts retrieved for them."""
+        """Draw test images with the texts retrieved for them, or the classes they are given."""
         found = self.features(variables, self.source, limit=self.settings["limit"])
+        if not distributed.is_writer():
+            return
+        drawn = self._classified if not self.parts.recipe.spaces else self._retrieved
+        picked, texts, scores, truth = drawn(found, np.random.default_rng(0))
+        transform = assemble.record_transform(self.parts, ("image",), train=False)
+        images = [transform(self.source[i], None)["image"] for i in picked]
+        plots.examples(images, texts, scores, truth, out_png)
+
+    def _retrieved(self, found, rng):
+        """Return rows, the best three texts of each with their cosines, and its own text."""
         image, text = self.joint(found)
-        picked = np.random.default_rng(0).permutation(np.flatnonzero(text.any(1)))[:EXAMPLES]
+        picked = rng.permutation(np.flatnonzero(text.any(1)))[:EXAMPLES]
         rows, scores = retrieval.top_texts(image[picked], text, found["text_id"], 3)
         texts = [" ".join(filter(None, pair)) for pair in self.source.texts()]
-        transform = assemble.record_transform(self.parts, ("image",), train=False)
-        plots.examples(
-            [transform(self.source[i], None)["image"] for i in picked],
-            [[texts[j] for j in row] for row in rows],
-            scores,
-            [texts[i] for i in picked],
-            out_png,
-        )
+        return picked, [[texts[j] for j in row] for row in rows], scores, [texts[i] for i in picked]
 
-    def _batch_size(self) -> int:
-        pieces = len(jax.devices())
-        return -(-self.settings["batch_size"] // pieces) * pieces
+    def _classified(self, found, rng):
+        """Return rows, the best three classes of each with their probabilities, and its own."""
+        task = self.parts.recipe.task
+        names, labels = np.array(self.source.tasks[task]), found[f"label/{task}"]
+        picked = rng.permutation(np.flatnonzero((labels == 1).any(1)))[:EXAMPLES]
+        chances = scipy.special.softmax(found["logits"][picked], axis=1)
+        best = np.argsort(-chances, axis=1)[:, :3]
+        scores = np.take_along_axis(chances, best, axis=1)
+        return picked, names[best].tolist(), scores, names[labels[picked].argmax(1)].tolist()
+
+    def _inputs(self) -> tuple[str, ...]:
+        """Return what a full evaluation encodes: image and sections, or all a classifier reads."""
+        recipe = self.parts.recipe
+        if recipe.spaces:
+            return ("image", *recipe.spaces)
+        return tuple(key for key in recipe.inputs if not key.startswith("label/"))
+
+    def _multiple_of_devices(self, size: int) -> int:
+        pieces = sharding.batch_devices(self.parts.mesh)
+        return -(-size // pieces) * pieces
 
     def _zero_shot(self, variables, found, *, mask, **options):
         del mask
@@ -178,6 +218,19 @@ class Evaluator:
             text,
             found["text_id"],
             labels=found[f"label/{task}"],
+            groups=found["patient_id"],
+            **options,
+        )
+
+    def _classify(self, variables, found, *, mask, **options):
+        del variables, mask
+        task = self.parts.recipe.task
+        return classify.run(
+            found["logits"],
+            found[f"label/{task}"],
+            self.source.tasks[task],
+            task=task,
+            multi_label=False,
             groups=found["patient_id"],
             **options,
         )
@@ -291,16 +344,18 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.protocol:
         settings["protocols"] = tuple(arguments.protocol.split(","))
     # The untrained control starts where the run started: with the weights it was given.
+    distributed.initialize()
     parts = assemble.parts(config, pretrained="untrained" in settings["controls"])
     evaluator = Evaluator(parts, settings)
     untrained = assemble.initial_variables(parts)
     variables = assemble.read_variables(arguments.run, untrained)
     results = full(evaluator, variables, untrained)
     out = arguments.out or arguments.run
-    out.mkdir(parents=True, exist_ok=True)
-    write_results(results, out)
-    print(results_table(results))
+    if distributed.is_writer():
+        out.mkdir(parents=True, exist_ok=True)
+        write_results(results, out)
+        print(results_table(results))
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main))
+    cli.leave(cli.run(main))

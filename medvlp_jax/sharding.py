@@ -7,6 +7,7 @@ Mesh axes: data and fsdp split the batch, fsdp also splits large parameters, ten
 import contextlib
 import re
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -54,6 +55,36 @@ def batch_devices(mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
+class Part(NamedTuple):
+    """Which rows of a global batch a process holds: part `index` of `count` equal ones."""
+
+    index: int = 0
+    count: int = 1
+
+
+def part_of(mesh: Mesh) -> Part:
+    """Return the rows of this process.
+
+    Processes that share a slice of the batch, as along a tensor axis, have the same part.
+
+    Raises:
+      ValueError: where the slices of two processes overlap without being the same.
+    """
+    rows = np.indices(mesh.devices.shape)
+    row = rows[0] * mesh.shape["fsdp"] + rows[1]  # along BATCH_AXES
+    held = {}
+    for device, index in zip(mesh.devices.flat, row.flat, strict=True):
+        held.setdefault(device.process_index, set()).add(int(index))
+    parts = sorted({tuple(sorted(rows)) for rows in held.values()})
+    if sum(map(len, parts)) != batch_devices(mesh) or len({*map(len, parts)}) != 1:
+        raise ValueError(
+            f"mesh {dict(mesh.shape)} lays rows of the batch across the devices of "
+            f"{len(held)} processes unevenly; accepted is a tensor axis that divides the devices "
+            "of a process, or is a multiple of them"
+        )
+    return Part(parts.index(tuple(sorted(held[jax.process_index()]))), len(parts))
+
+
 def parameter_spec(path: str, shape: Sequence[int], rules: Rules, mesh: Mesh) -> P:
     """Return the PartitionSpec of one parameter.
 
@@ -80,7 +111,25 @@ def shardings(tree, mesh: Mesh, rules: Rules = ()):
     return jax.tree_util.tree_map_with_path(one, tree)
 
 
+def place(tree, shardings):
+    """Put a tree where it belongs; each process holds it whole, or it is on the mesh already."""
+
+    def one(leaf, sharding):
+        if jax.process_count() == 1 or not getattr(leaf, "is_fully_addressable", True):
+            return jax.device_put(leaf, sharding)
+        host = np.asarray(leaf)
+        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+    return jax.tree.map(one, tree, shardings)
+
+
 def to_global(batch: Mapping, mesh: Mesh):
     """Assemble this process's rows [b, ...] of every key into global arrays [B, ...]."""
     sharding = NamedSharding(mesh, BATCH)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+
+
+def own_rows(array: jax.Array) -> np.ndarray:
+    """Return this process's rows [b, ...] of a global array [B, ...], on the host."""
+    shards = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
+    return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])

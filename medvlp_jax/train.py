@@ -15,44 +15,74 @@ import os
 import pathlib
 import sys
 import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
 
 import jax
 from absl import flags, logging
 from ml_collections import config_flags
 
-from medvlp_jax import assemble, cli, evaluate, export, plan, sharding
+from medvlp_jax import assemble, cli, distributed, evaluate, export, plan, sharding
 from medvlp_jax import config as configs
 from medvlp_jax.config import UserError
 from medvlp_jax.evaluation import plots
 from medvlp_jax.evaluation.results import results_table
-from medvlp_jax.training import loop, optim
+from medvlp_jax.training import lock, loop, optim
 from medvlp_jax.training import params as paths
 from medvlp_jax.training import step as training
 from medvlp_jax.training.checkpoint import Checkpointer
 from medvlp_jax.training.report import Reporter
+from medvlp_jax.training.stopping import Signals, Stopped
 
 
-def run(config: dict, workdir: pathlib.Path) -> dict:
-    """Train, evaluate and export one run.
+class _Job(NamedTuple):
+    """A run that has passed every check, at its newest checkpoint or at its start."""
+
+    parts: assemble.Parts
+    evaluator: evaluate.Evaluator
+    state: training.TrainState
+    step_fn: Callable
+    batches: Iterator
+    checkpointer: Checkpointer
+    untrained: Mapping
+
+
+def run(config: dict, workdir: pathlib.Path, stop: Signals | None = None) -> dict:
+    """Train, evaluate and export one run; every process of it calls this.
 
     Args:
       config: resolved, nested plain dict.
       workdir: run folder; an interrupted run in it is resumed.
+      stop: notices signals.
 
     Returns:
       The results.
 
     Raises:
       UserError: for bad input, before anything is overwritten.
+      Stopped: when asked to stop; what was trained is saved.
     """
     began = time.time()
+    stop = stop or Signals()
+    _check_processes(config, workdir)
+    with lock.held(workdir):
+        with stop.at_once():  # nothing to save yet
+            job = _prepare(config, workdir, stop)
+        state = _fit(job, workdir, stop)
+        stop.expendable = True
+        with stop.at_once():  # everything is saved
+            return _finish(job, state, workdir, began)
+
+
+def _prepare(config, workdir, stop) -> _Job:
+    """Check everything, build everything, and read the newest checkpoint."""
     settings = config["train"]
     _check_resume(config, workdir)
     _check_sizes(config["data"])
     parts = assemble.parts(config)
     _check_batch(settings["batch_size"], settings["chunks"], parts)
     sources = assemble.open_corpora(config["data"], config["data"]["split"])
-    evaluator = evaluate.Evaluator(parts, config["evals"])
+    evaluator = evaluate.Evaluator(parts, config["evals"], stop)
     variables = assemble.initial_variables(parts)
     untrained = jax.device_get(variables)  # the control; the step donates the originals
     frozen = assemble.frozen_patterns(parts)
@@ -64,55 +94,81 @@ def run(config: dict, workdir: pathlib.Path) -> dict:
     features = assemble.cached_text(parts, variables, sources)
     batches = assemble.train_batches(parts, sources, features)
 
-    workdir.mkdir(parents=True, exist_ok=True)
     checkpointer = Checkpointer(
         workdir / "checkpoints", keep=settings["keep"], keep_every=settings["keep_every"]
     )
-    if checkpointer.latest() is not None:
-        restored = checkpointer.restore(checkpointer.latest(), state)
+    restored = checkpointer.resume(state)
+    if restored is not None:
         state = restored.state
         batches.set_state(restored.position)
-        print(f"Resuming {workdir} at step {int(state.step)}", flush=True)
+        distributed.say(f"Resuming {workdir} at step {int(state.step)}")
     _write_config(config, workdir)
-    pairs = sum(map(len, sources))
-    print(
+    distributed.say(
         f"{config['recipe']['name']}: {paths.count(trainable) / 1e6:.2f} M trainable and "
-        f"{paths.count(fixed) / 1e6:.2f} M fixed parameters, {pairs} pairs, "
-        f"{settings['steps']} steps of {settings['batch_size']} on {len(jax.devices())} devices",
-        flush=True,
+        f"{paths.count(fixed) / 1e6:.2f} M fixed parameters, {sum(map(len, sources))} pairs, "
+        f"{settings['steps']} steps of {settings['batch_size']} on {len(jax.devices())} devices "
+        f"of {jax.process_count()} processes"
     )
+    step_fn = training.make_train_step(
+        parts.recipe, tx, rate, config["seed"], chunks=settings["chunks"], mesh=parts.mesh
+    )
+    return _Job(parts, evaluator, state, step_fn, batches, checkpointer, untrained)
+
+
+def _fit(job, workdir, stop):
+    config = job.parts.config
+    settings = config["train"]
     tracking = (
         {"project": settings["wandb_project"], "config": config} if settings["wandb"] else None
     )
+    reporter = Reporter(
+        workdir,
+        every=settings["log_every"],
+        wandb=tracking,
+        writes=distributed.is_writer(),
+    )
     state = loop.fit(
-        state,
-        training.make_train_step(
-            parts.recipe, tx, rate, config["seed"], chunks=settings["chunks"], mesh=parts.mesh
-        ),
-        batches,
-        recipe=parts.recipe,
-        mesh=parts.mesh,
+        job.state,
+        job.step_fn,
+        job.batches,
+        recipe=job.parts.recipe,
+        mesh=job.parts.mesh,
         steps=settings["steps"],
-        reporter=Reporter(workdir, every=settings["log_every"], wandb=tracking),
-        checkpointer=checkpointer,
+        reporter=reporter,
+        checkpointer=job.checkpointer,
         checkpoint_every=settings["checkpoint_every"],
         config=config,
         evaluate=lambda _, state: evaluate.scalars(
-            evaluator.quick(state.variables, limit=settings["evaluate_limit"])
+            job.evaluator.quick(state.variables, limit=settings["evaluate_limit"])
         ),
         evaluate_every=settings["evaluate_every"],
+        stop=stop,
     )
-    checkpointer.close()
-    trained = jax.device_get(state.variables)
-    results = evaluate.full(evaluator, state.variables, untrained)
-    if jax.process_index() == 0:
+    job.checkpointer.close()
+    return state
+
+
+def _finish(job, state, workdir, began) -> dict:
+    """Evaluate in full and export; all processes compute, process 0 writes."""
+    trained = distributed.fetch(state.variables)
+    results = evaluate.full(job.evaluator, state.variables, job.untrained)
+    job.evaluator.draw_examples(state.variables, workdir / "examples.png")
+    if distributed.is_writer():
         evaluate.write_results(results, workdir)
         plots.curves(workdir / "metrics.jsonl", workdir / "curves.png")
-        evaluator.draw_examples(state.variables, workdir / "examples.png")
+        settings = job.parts.config["train"]
         if settings["export"]:
-            export.export(parts, trained, workdir / "export", results)
-        _print_summary(results, parts, workdir, settings, time.time() - began)
+            export.export(job.parts, trained, workdir / "export", results)
+        _print_summary(results, job.parts, workdir, settings, time.time() - began)
+    distributed.barrier("finished")
     return results
+
+
+def _check_processes(config, workdir):
+    """Refuse a process that was started with another config, code or folder."""
+    facts = {f"config.{k}": repr(v) for k, v in configs.flatten(config)}
+    facts |= {"--workdir": str(workdir), "the code": distributed.code_version()}
+    distributed.check_same({**facts, "jax": jax.__version__})
 
 
 def plan_of(config: dict, devices: int | None = None) -> str:
@@ -138,7 +194,7 @@ def _check_resume(config, workdir):
         return
     changed = configs.differences(assemble.read_config(workdir), config)
     for line in changed:
-        print(f"config differs from the run in {workdir}: {line}", flush=True)
+        distributed.say(f"config differs from the run in {workdir}: {line}")
 
 
 def _check_batch(batch_size, chunks, parts):
@@ -168,7 +224,7 @@ def _check_sizes(data):
 
 
 def _write_config(config, workdir):
-    if jax.process_index() == 0:
+    if distributed.is_writer():
         scratch = workdir / f"{assemble.CONFIG}.tmp"
         scratch.write_text(configs.to_json(config))
         os.replace(scratch, workdir / assemble.CONFIG)
@@ -248,11 +304,22 @@ def main(argv: list[str] | None = None) -> None:
     asked = _parse(argv)[0]
     if asked.plan:
         print(plan_of(config, asked.devices))
-    elif asked.devices is not None:
+        return
+    if asked.devices is not None:
         raise UserError("--devices goes with --plan; a run takes the devices it finds.")
-    else:
-        run(config, workdir)
+    distributed.initialize()
+    with Signals() as stop:
+        try:
+            run(config, workdir, stop)
+        except UserError:
+            raise
+        except Exception as error:
+            # Where no state is to be saved, each process leaves by itself; a collective operation
+            # that then fails in another, which was asked as well, is part of stopping.
+            if stop.asked and jax.process_count() > 1:
+                raise Stopped from error
+            raise
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main))
+    cli.leave(cli.run(main))

@@ -11,13 +11,13 @@ import pytest
 PACKAGE = pathlib.Path(__file__).parents[1] / "medvlp_jax"
 # From the bottom up; a module may import its own level and those before it.
 LEVELS = (
-    ("__init__", "config", "schedules", "sharding"),
+    ("__init__", "config", "schedules", "sharding", "distributed"),
     ("layers",),
     ("encoders", "losses", "data", "convert"),
     ("recipes",),
     ("training", "evaluation"),
     ("assemble",),
-    ("cli", "export", "evaluate", "train"),
+    ("cli", "export", "evaluate", "plan", "train"),
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 

@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import numpy as np
 from tqdm import tqdm
 
+from medvlp_jax import distributed
 from medvlp_jax.config import UserError, nearest
+from medvlp_jax.sharding import Part
 
 Features = dict[str, np.ndarray]
 
@@ -29,6 +31,7 @@ def extract(
     *,
     keys: Sequence[str] | None = None,
     progress: str = "",
+    part: Part = Part(),  # noqa: B008 (immutable)
 ) -> Features:
     """Run `embed` over all batches and concatenate what it returns, without padding rows.
 
@@ -41,9 +44,10 @@ def extract(
       batches: dictionaries of arrays with one fixed shape; `valid` [b] bool marks the real rows.
       keys: features to keep; None = all.
       progress: title of a progress bar; empty = no bar.
+      part: which rows of every batch this process has; all processes take part.
 
     Returns:
-      Features and the batch's `label/*`, `*_id` and `*_valid` arrays, all [N, ...].
+      Features and the batch's `label/*`, `*_id` and `*_valid` arrays of all processes, [N, ...].
 
     Raises:
       UserError: if there is no example, or `embed` does not return one of `keys`.
@@ -51,10 +55,9 @@ def extract(
     parts: dict[str, list[np.ndarray]] = {}
 
     def collect(batch, outputs):
-        rows = np.asarray(batch["valid"], bool)
         kept = {k: v for k, v in batch.items() if _passes_through(k)} | dict(outputs)
-        for key, value in kept.items():
-            parts.setdefault(key, []).append(np.asarray(value)[rows])
+        for key, value in {**kept, "valid": np.asarray(batch["valid"], bool)}.items():
+            parts.setdefault(key, []).append(np.asarray(value))
 
     sent = None
     for batch in tqdm(batches, desc=progress, disable=not progress, unit="batch"):
@@ -65,10 +68,18 @@ def extract(
         sent = batch, outputs
     if sent:
         collect(*sent)
-    features = {key: np.concatenate(values) for key, values in parts.items()}
-    if not features or not all(map(len, features.values())):
+    features = {key: _in_order(np.stack(values), part) for key, values in parts.items()}
+    rows = features.pop("valid", np.zeros(0, bool))
+    features = {key: values[rows] for key, values in features.items()}
+    if not rows.any():
         raise UserError("No examples to evaluate: the split is empty.")
     return features
+
+
+def _in_order(batches: np.ndarray, part: Part) -> np.ndarray:
+    """Return the rows of all processes, [N, ...], from this process's [batches, b, ...]."""
+    whole = np.moveaxis(distributed.gather_parts(batches, part), 0, 1)  # [batches, parts, b, ...]
+    return whole.reshape(-1, *whole.shape[3:])
 
 
 def _select(outputs: Mapping, keys: Sequence[str] | None) -> Mapping:

@@ -25,6 +25,14 @@ INITIAL = {"info_nce": (math.log(1 / 0.07), 0.0), "sigmoid": (math.log(10.0), -1
 MAX_SCALE = 100.0  # CLIP section 2.5: without a ceiling training becomes unstable
 
 
+# For the model card of an export: the heads in PyTorch, of tensors by parameter path.
+HEADS_IN_TORCH = """
+def embed(x, side):
+    return normalize(x @ heads[f"params/{side}_projection/kernel"], dim=-1)
+
+"""
+
+
 class Clip(nn.Module):
     """Two encoders, a linear projection each, and a learned scale (and bias)."""
 
@@ -52,6 +60,11 @@ class Clip(nn.Module):
     def spaces(self) -> dict[str, tuple[str, str]]:
         """Every text meets the image in the one joint space."""
         return {self.section: ("image", "text")}
+
+    @property
+    def heads_in_torch(self) -> str:
+        """PyTorch source of embed(pooled, "image" or "text"), see `export`."""
+        return HEADS_IN_TORCH
 
     def setup(self):
         """Name the projections and the scale."""

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import orbax.checkpoint as ocp
 
+from medvlp_jax import distributed
 from medvlp_jax.config import UserError
 from medvlp_jax.training.step import TrainState
 
@@ -23,6 +24,10 @@ class Restored(NamedTuple):
     state: TrainState
     position: Mapping[str, Any]
     config: Mapping[str, Any]
+
+
+class DamagedError(UserError):
+    """A checkpoint is there and cannot be read."""
 
 
 class Checkpointer:
@@ -85,7 +90,8 @@ class Checkpointer:
           template: state with the wanted shapes, dtypes and shardings; its values are not read.
 
         Raises:
-          UserError: when the checkpoint is damaged, or of another architecture.
+          DamagedError: when the checkpoint cannot be read.
+          UserError: when it is of another architecture.
         """
         abstract = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), template
@@ -99,20 +105,51 @@ class Checkpointer:
         try:
             restored = self.manager.restore(step, args=items)
         except Exception as error:  # whatever Orbax and TensorStore raise: all of it means damage
-            raise UserError(self._damaged(step, error)) from error
+            raise DamagedError(self._damaged(step, error)) from error
         return Restored(restored["state"], restored["position"], restored["config"])
 
-    def read(self, step: int) -> Mapping[str, Any]:
-        """Read the state of one checkpoint as nested dicts, wherever its shapes lead.
+    def resume(self, template: TrainState) -> Restored | None:
+        """Read the newest whole checkpoint; None where there is none yet.
+
+        A damaged one is set aside under the name damaged-STEP, as long as an older one is left.
 
         Raises:
-          UserError: when it is damaged.
+          DamagedError: when the only checkpoint left cannot be read.
+          UserError: when it is of another architecture.
         """
-        items = ocp.args.Composite(state=ocp.args.StandardRestore())
+        while (step := self.latest()) is not None:
+            restored = damage = None
+            try:
+                restored = self.restore(step, template)
+            except DamagedError as error:
+                damage = error
+            # What one process cannot read, none may go on from.
+            told = [t.decode() for t in distributed.gather_bytes(str(damage or "").encode())]
+            if not any(told):
+                return restored
+            if min(self.manager.all_steps()) == step:
+                raise damage or DamagedError(next(filter(None, told)))
+            distributed.say(f"{next(filter(None, told))} It is set aside as damaged-{step}.")
+            if distributed.is_writer():
+                (self.folder / str(step)).rename(self.folder / f"damaged-{step}")
+            distributed.barrier(f"damaged {step}")
+            self.manager.reload()
+        return None
+
+    def read(self, step: int) -> Mapping[str, Any]:
+        """Read the state of one checkpoint as nested dicts on one device, whatever wrote it.
+
+        Raises:
+          DamagedError: when it cannot be read.
+        """
+        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        one = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)
         try:
+            abstract = jax.tree.map(one, self._saved(step))
+            items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
             return self.manager.restore(step, args=items)["state"]
         except Exception as error:
-            raise UserError(self._damaged(step, error)) from error
+            raise DamagedError(self._damaged(step, error)) from error
 
     def close(self) -> None:
         """Wait for what is in flight and release the threads."""
@@ -120,10 +157,9 @@ class Checkpointer:
 
     def _check_architecture(self, step, abstract):
         try:
-            saved = self.manager.item_metadata(step)["state"]
-            saved = _shapes(saved.tree if hasattr(saved, "tree") else saved)
+            saved = _shapes(self._saved(step))
         except Exception as error:
-            raise UserError(self._damaged(step, error)) from error
+            raise DamagedError(self._damaged(step, error)) from error
         wanted = _shapes(abstract)
         problems = [f"no {name}" for name in sorted(wanted.keys() - saved.keys())]
         problems += [f"{name} is not in the model" for name in sorted(saved.keys() - wanted.keys())]
@@ -140,6 +176,11 @@ class Checkpointer:
                 f"The checkpoint of step {step} in {self.folder} is of another architecture: "
                 f"{shown}. Use another --workdir, or the config the run was started with."
             )
+
+    def _saved(self, step):
+        """Return shapes and dtypes of the state of a checkpoint, as nested dicts."""
+        saved = self.manager.item_metadata(step)["state"]
+        return saved.tree if hasattr(saved, "tree") else saved
 
     def _damaged(self, step, error):
         older = [s for s in self.manager.all_steps() if s < step]

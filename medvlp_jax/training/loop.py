@@ -1,14 +1,16 @@
 """The loop: next batch, step, and the metrics of the step before while the device works."""
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping
 
 import jax
 
-from medvlp_jax import sharding
+from medvlp_jax import distributed, sharding
 from medvlp_jax.training.checkpoint import Checkpointer
 from medvlp_jax.training.report import Reporter
 from medvlp_jax.training.step import TrainState, check_batch
+from medvlp_jax.training.stopping import Signals, Stopped
 
 
 def fit(
@@ -25,11 +27,16 @@ def fit(
     config: Mapping | None = None,
     evaluate: Callable[[int, TrainState], Mapping[str, float]] | None = None,
     evaluate_every: int = 0,
+    stop: Signals | None = None,
 ) -> TrainState:
     """Train from `state.step` to `steps`.
 
     Metrics are fetched one step late, so that the host never waits for the device; a checkpoint is
     saved only once the metrics of its step are known to be finite.
+
+    When it is asked to stop, one process saves the last step it has finished, wherever it is:
+    waiting for data and evaluation are broken off. Several processes have to save the same step and
+    find it together, at most two steps later.
 
     Args:
       state: donated to `step_fn`.
@@ -42,34 +49,54 @@ def fit(
       checkpointer: None saves nothing.
       checkpoint_every: steps between checkpoints; 0 is only the last step.
       config: resolved config, kept in each checkpoint.
-      evaluate: (step, state) -> metrics.
+      evaluate: (step, state) -> metrics; with several processes it raises Stopped in all or none.
       evaluate_every: steps between evaluations; 0 is never.
+      stop: notices signals.
 
     Returns:
       The state at `steps`.
+
+    Raises:
+      Stopped: when asked to stop; the last step is saved.
     """
-    first = int(state.step)
+    stop = stop or Signals()
+    # A process that broke off alone would leave the others waiting for it inside a step.
+    breakable = stop.at_once if jax.process_count() == 1 else contextlib.nullcontext
+    first = done = int(state.step)
     reporter.start(first, steps)
     pending = None
     try:
         for step in range(first + 1, steps + 1):
             began = time.perf_counter()
-            rows = next(batches)
+            with breakable():
+                rows = next(batches)
             waited = time.perf_counter() - began
             if step == first + 1:
                 check_batch(recipe, rows)
             batch = sharding.to_global({key: rows[key] for key in recipe.inputs}, mesh)
+            asked = distributed.any_process(lambda: stop.asked, mesh)
             state, metrics = step_fn(state, batch)
+            stop.expendable = False
+            done, position = step, batches.get_state()
             _flush(reporter, pending)
             pending = (step, metrics, waited, _batch_size(batch))
+            if asked():
+                raise Stopped
             save = step == steps or (checkpoint_every and step % checkpoint_every == 0)
             if save and checkpointer:
                 pending = _flush(reporter, pending)
-                checkpointer.save(step, state, batches.get_state(), config or {})
+                checkpointer.save(step, state, position, config or {})
             if evaluate and evaluate_every and step % evaluate_every == 0 and step < steps:
                 pending = _flush(reporter, pending)
-                reporter.write(step, evaluate(step, state))
+                with breakable():
+                    values = evaluate(step, state)
+                reporter.write(step, values)
         _flush(reporter, pending)
+    except Stopped:
+        if checkpointer and done > first:
+            _flush(reporter, pending)
+            checkpointer.save(done, state, position, config or {})
+        raise
     finally:
         # What was saved before a failure is finished, whatever the failure was.
         reporter.close()

@@ -19,21 +19,31 @@ from medvlp_jax.config import UserError
 class Reporter:
     """Writes one JSON line per logged step, and keeps the progress bar."""
 
-    def __init__(self, folder: pathlib.Path, *, every: int, wandb: Mapping | None = None):
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        *,
+        every: int,
+        wandb: Mapping | None = None,
+        writes: bool = True,
+    ):
         """Open `folder`/metrics.jsonl.
 
         Args:
           folder: the run folder.
           every: steps between two lines; evaluations are always written.
           wandb: keyword arguments of `wandb.init`, or None for no tracking.
+          writes: False only checks that the metrics are finite: all processes but one.
         """
-        self.path, self.every = pathlib.Path(folder) / "metrics.jsonl", every
-        self.tracker = _start_wandb(wandb, folder) if wandb is not None else None
+        self.path, self.every, self.writes = pathlib.Path(folder) / "metrics.jsonl", every, writes
+        self.tracker = _start_wandb(wandb, folder) if writes and wandb is not None else None
         self.bar = self.file = None
         self.last = 0.0
 
     def start(self, step: int, steps: int) -> None:
         """Show the bar from `step` on, and drop lines of steps a killed run did after it."""
+        if not self.writes:
+            return
         _keep_until(self.path, step)
         self.file = self.path.open("a")
         self.last = time.perf_counter()
@@ -56,6 +66,8 @@ class Reporter:
           NotFiniteError: when the loss or the gradient norm is not a finite number.
         """
         check_finite(step, metrics)
+        if not self.writes:
+            return
         now = time.perf_counter()
         seconds, self.last = now - self.last, now
         self.bar.update(1)
@@ -72,6 +84,8 @@ class Reporter:
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Append one line and pass it to the tracker."""
+        if not self.writes:
+            return
         self.file.write(json.dumps({"step": step, **values}) + "\n")
         self.file.flush()
         if self.tracker:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax.core import DenyList
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from medvlp_jax import schedules, sharding
 from medvlp_jax.config import UserError
@@ -217,12 +217,14 @@ def moving_state(recipe, variables: Mapping, batch: Mapping, rngs: Mapping) -> l
 
 
 def make_embed(recipe, mesh) -> Callable[[Mapping, Mapping], dict]:
-    """Return (variables, batch of host arrays) -> features on the host, in evaluation mode."""
+    """Return (variables, this process's rows) -> features of these rows, in evaluation mode."""
     encode = jax.jit(
-        lambda variables, batch: recipe.apply(variables, batch, train=False, method="encode")
+        lambda variables, batch: recipe.apply(variables, batch, train=False, method="encode"),
+        out_shardings=NamedSharding(mesh, sharding.BATCH),
     )
 
     def embed(variables, batch):
-        return jax.device_get(encode(variables, sharding.to_global(batch, mesh)))
+        features = encode(variables, sharding.to_global(batch, mesh))
+        return jax.tree.map(sharding.own_rows, features)
 
     return embed

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from medvlp_jax import convert
+from medvlp_jax import convert, distributed, sharding
 from medvlp_jax.config import UserError
 from medvlp_jax.data import pipeline
 from medvlp_jax.data import text as tokenisation
@@ -72,9 +72,9 @@ def pretrain(
     }
     settings["vocabulary"] = tokenizer.to_str()
     target = folder / fingerprint(sorted(settings.items()), sorted(texts))
-    if (target / "model.safetensors").is_file():
+    if distributed.writer_decides((target / "model.safetensors").is_file()):
         return target
-    print(f"Text encoder: masked language modelling on {len(texts)} different sections", flush=True)
+    distributed.say(f"Text encoder: masked language modelling on {len(texts)} different sections")
     special = [tokenizer.token_to_id(t) for t in ("[PAD]", "[CLS]", "[SEP]")]
     mask_id = tokenizer.token_to_id("[MASK]")
     if mask_id is None or None in special:
@@ -88,13 +88,14 @@ def pretrain(
         rate=rate,
     )
     transform = pipeline.mlm_transform(tokenizer, length=text_length)
+    part = sharding.part_of(mesh)
     batches = pipeline.train_dataset(
         [list(texts)],
         transform=transform,
         batch_size=batch_size,
         seed=seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        process_index=part.index,
+        process_count=part.count,
     )
     example = jax.tree.map(lambda x: np.stack([x, x]), transform(texts[0], None))
     variables = training.init_variables(recipe, example, seed)
@@ -109,21 +110,26 @@ def pretrain(
     )
     # Metrics of the stage stand beside its weights, not among those of the run that needed it.
     scratch = folder / f".{target.name}.{os.getpid()}"
-    scratch.mkdir(parents=True, exist_ok=True)
+    writes = distributed.is_writer()
+    if writes:
+        scratch.mkdir(parents=True, exist_ok=True)
+    state = training.make_state(variables, tx, ())
     state = loop.fit(
-        training.make_state(variables, tx, ()),
+        sharding.place(state, sharding.shardings(state, mesh)),
         training.make_train_step(recipe, tx, schedule, seed),
         iter(batches),
         recipe=recipe,
         mesh=mesh,
         steps=steps,
-        reporter=Reporter(scratch, every=max(steps // 100, 1)),
+        reporter=Reporter(scratch, every=max(steps // 100, 1), writes=writes),
     )
-    host = jax.device_get(state.params["text"])
-    (scratch / "tokenizer.json").write_text(tokenizer.to_str())
-    convert.save(recipe.text, {"params": host}, scratch, tokenizer=scratch)
-    if not target.exists():
-        scratch.rename(target)
+    host = distributed.fetch(state.params["text"])
+    if writes:
+        (scratch / "tokenizer.json").write_text(tokenizer.to_str())
+        convert.save(recipe.text, {"params": host}, scratch, tokenizer=scratch)
+        if not target.exists():
+            scratch.rename(target)
+    distributed.barrier("text encoder")
     return target
 
 
@@ -135,7 +141,7 @@ def cache_features(
     length: int,
     batch_size: int = 256,
 ) -> dict[str, np.ndarray]:
-    """Encode every different text once with a frozen encoder.
+    """Encode every different text once with a frozen encoder, each process its share of them.
 
     Exactly what encoding in the step would give: reports are not augmented and the encoder has no
     dropout in evaluation mode.
@@ -150,11 +156,16 @@ def cache_features(
     Returns:
       {text: float32 [D]}.
     """
-    features = {}
+    if not texts:
+        return {}
     ordered = sorted(texts)  # any order gives the same features; this one is repeatable
-    for start in tqdm(range(0, len(ordered), batch_size), desc="text features", unit="batch"):
-        part = ordered[start : start + batch_size]
-        filled = part + [""] * (batch_size - len(part))
-        encoded = np.asarray(encode(tokenisation.tokenize(tokenizer, filled, length)), np.float32)
-        features |= dict(zip(part, encoded, strict=False))
-    return features
+    process, processes = jax.process_index(), jax.process_count()
+    # Every process encodes as many batches: an all-gather takes arrays of one shape.
+    rounds = -(-len(ordered) // (batch_size * processes))
+    filled = ordered + [""] * (rounds * processes * batch_size - len(ordered))
+    batches = [filled[k : k + batch_size] for k in range(0, len(filled), batch_size)]
+    own = tqdm(batches[process::processes], "text features", unit="batch", disable=process > 0)
+    encoded = [encode(tokenisation.tokenize(tokenizer, texts, length)) for texts in own]
+    # Round r of process p is batch r * P + p.
+    whole = np.swapaxes(distributed.gather(np.asarray(encoded, np.float32)), 0, 1)
+    return dict(zip(ordered, whole.reshape(-1, whole.shape[-1]), strict=False))

@@ -1,5 +1,6 @@
 """Checkpoints: what is saved comes back, on any mesh; damage and full disks end in one sentence."""
 
+import os
 import resource
 import subprocess
 import sys
@@ -122,6 +123,53 @@ def test_a_truncated_only_checkpoint_says_there_is_no_older_one(tmp_path):
     truncate(tmp_path / "c" / "3")
     with pytest.raises(UserError, match="there is no older one"):
         checkpointer.restore(3, state_of(0))
+
+
+def test_a_run_goes_on_from_the_newest_whole_checkpoint_and_keeps_the_damaged_one(tmp_path, capsys):
+    folder = tmp_path / "c"
+    checkpointer = save(folder, 3, 6, 9, keep=3)
+    for step in (6, 9):
+        truncate(folder / str(step))
+    restored = checkpointer.resume(state_of(0))
+    assert_same(restored.state, state_of(3))
+    out = capsys.readouterr().out
+    assert "step 9" in out
+    assert "set aside as damaged-6" in out
+    assert sorted(p.name for p in folder.iterdir()) == ["3", "damaged-6", "damaged-9"]
+    checkpointer.save(6, state_of(6), POSITION, CONFIG)
+    checkpointer.close()
+    assert_same(Checkpointer(folder).resume(state_of(0)).state, state_of(6))
+
+
+def test_a_damaged_only_checkpoint_is_not_taken_for_a_new_run(tmp_path):
+    checkpointer = save(tmp_path / "c", 3)
+    truncate(tmp_path / "c" / "3")
+    with pytest.raises(UserError, match="there is no older one"):
+        checkpointer.resume(state_of(0))
+    assert (tmp_path / "c" / "3").is_dir()
+
+
+def test_a_new_folder_has_nothing_to_resume(tmp_path):
+    assert Checkpointer(tmp_path / "c").resume(state_of(0)) is None
+
+
+def test_what_eight_devices_wrote_is_read_by_a_process_with_one(tmp_path):
+    mesh = sharding.make_mesh(data=2, fsdp=4)
+    rules = [("head/kernel", ("fsdp", None))]
+    state = jax.device_put(state_of(3), sharding.shardings(state_of(3), mesh, rules))
+    checkpointer = Checkpointer(tmp_path / "c")
+    checkpointer.save(3, state, POSITION, CONFIG)
+    checkpointer.close()
+    program = f"""
+        import jax, numpy as np
+        from medvlp_jax.training.checkpoint import Checkpointer
+        kernel = Checkpointer({str(tmp_path / "c")!r}).read(3)["params"]["head"]["kernel"]
+        assert len(jax.devices()) == 1
+        np.testing.assert_array_equal(kernel, np.arange(64 * 32.0).reshape(64, 32) + 3)
+    """
+    environment = {**os.environ, "XLA_FLAGS": ""}
+    program = textwrap.dedent(program)
+    subprocess.run([sys.executable, "-c", program], env=environment, check=True)
 
 
 def test_a_half_written_folder_is_not_taken_for_a_checkpoint(tmp_path):

@@ -1,0 +1,43 @@
+#!/usr/bin/env bash
+# Sourced by launch/run.sh: fill in launch/jobset.yaml, show it, apply it.
+# Reads: command, workdir, jobset, image, claim, selector, nodes, gpus, restarts, dry_run.
+# shellcheck disable=SC2154  # set by launch/run.sh
+
+[[ -n "$image" ]] || refuse "--jobset needs --image=IMAGE, a container with this checkout as its working directory."
+[[ -n "$claim" ]] || refuse "--jobset needs --claim=PVC, a volume claim that all pods can write; it is mounted at /shared."
+[[ "$jobset" =~ ^[a-z]([-a-z0-9]{0,30}[a-z0-9])?$ ]] || refuse "--jobset=$jobset must be lower-case letters, digits and hyphens."
+case "$workdir" in /shared/*) ;; *) refuse "--jobset needs --workdir=/shared/..., the volume of --claim, got '$workdir'." ;; esac
+
+accelerator="${MEDVLP_ACCELERATOR:-cuda13}"
+resource=nvidia.com/gpu
+if [[ "$accelerator" == tpu ]]; then resource=google.com/tpu; fi
+data="${MEDVLP_DATA_DIR:-/shared/data}"
+words="$(printf '"%s", ' bash launch/run.sh "${command[@]:3}")"
+text="$(< launch/jobset.yaml)"
+if [[ -n "$selector" ]]; then
+  text="${text//$'\n'                @SELECTOR@/"$selector"}"
+else
+  text="${text//              nodeSelector:$'\n'                @SELECTOR@$'\n'/}"
+fi
+text="${text//@NAME@/"$jobset"}"
+text="${text//@IMAGE@/"$image"}"
+text="${text//@CLAIM@/"$claim"}"
+text="${text//@NODES@/"$nodes"}"
+text="${text//@GPUS@/"$gpus"}"
+text="${text//@RESOURCE@/"$resource"}"
+text="${text//@ACCELERATOR@/"$accelerator"}"
+text="${text//@DATA@/"$data"}"
+text="${text//@RESTARTS@/"${restarts:-3}"}"
+text="${text//@COMMAND@/"[${words%, }]"}"
+
+echo "$text"
+if $dry_run; then
+  for ((rank = 0; rank < nodes; rank++)); do
+    echo "# rank $rank, pod $jobset-rank-0-$rank"
+    echo "# MEDVLP_ACCELERATOR=$accelerator MEDVLP_DATA_DIR=$data JAX_COORDINATOR_ADDRESS=$jobset-rank-0-0.$jobset:8476" \
+      "JAX_NUM_PROCESSES=$nodes JAX_PROCESS_ID=$rank bash launch/run.sh$(printf ' %q' "${command[@]:3}")"
+  done
+  exit 0
+fi
+command -v kubectl > /dev/null || refuse "--jobset needs kubectl on this machine; --dry-run shows the manifest without it."
+kubectl apply -f - <<< "$text"

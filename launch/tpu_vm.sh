@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# Sourced by launch/run.sh: copy the checkout to every worker of a Cloud TPU VM and train there.
+# Reads: command, workdir, tpu, zone, dry_run.
+# To stop with everything saved: kill -TERM the process that DIR/lock names, on worker 0. Ctrl-C here only ends the display.
+# shellcheck disable=SC2154  # set by launch/run.sh
+
+[[ -n "$zone" ]] || refuse "--tpu=$tpu needs --zone=ZONE."
+case "$workdir" in /*) ;; *) refuse "--tpu needs --workdir=DIR as an absolute path on a file system that all workers share, got '$workdir'." ;; esac
+
+ssh=(gcloud compute tpus tpu-vm ssh "$tpu" --zone="$zone" --worker=all)
+scp=(gcloud compute tpus tpu-vm scp "--zone=$zone" --worker=all)
+bundle=/tmp/medvlp-checkout.tgz
+# JAX asks the machine which worker this is and where the others are.
+# What was installed by an earlier start stays; files that are gone from the checkout go.
+remote="mkdir -p medvlp_jax_checkout && find medvlp_jax_checkout -mindepth 1 -maxdepth 1 ! -name .venv -exec rm -rf {} +"
+remote+=" && tar -xzf medvlp-checkout.tgz -C medvlp_jax_checkout && cd medvlp_jax_checkout"
+remote+=" && MEDVLP_ACCELERATOR=tpu MEDVLP_CLUSTER=auto MEDVLP_DATA_DIR=$(printf '%q' "$MEDVLP_DATA_DIR")"
+remote+=" bash launch/run.sh$(printf ' %q' "${command[@]:3}")"
+
+pack="git ls-files -z | tar --null --files-from=- -czf $bundle"
+if $dry_run; then
+  echo "# here"
+  echo "$pack"
+  echo "${scp[*]} $bundle $tpu:medvlp-checkout.tgz"
+  echo "${ssh[*]} --command=$(printf '%q' "$remote")"
+  echo "# on every worker, rank = its number"
+  echo "$remote"
+  exit 0
+fi
+command -v gcloud > /dev/null || refuse "--tpu needs gcloud on this machine; --dry-run shows the commands without it."
+bash -c "set -o pipefail; $pack"
+"${scp[@]}" "$bundle" "$tpu:medvlp-checkout.tgz"
+exec "${ssh[@]}" "--command=$remote"

@@ -1,0 +1,277 @@
+"""The launch scripts: what they would run, word by word, and what they do when a rank dies."""
+
+import os
+import pathlib
+import re
+import shutil
+import signal
+import stat
+import subprocess
+import time
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+SCRIPTS = [*(ROOT / "launch").glob("*.sh"), ROOT / "launch/slurm.sbatch", ROOT / "tests/run.sh"]
+DRY_RUNS = {
+    "host": ["--config=configs/imitate.py", "--config.optim.lr=3e-4", "--workdir=runs/x"],
+    "processes": ["--processes=2", "--workdir=runs/x", "--config.data.corpora=('a b',)"],
+    "processes-gpu": ["--processes=2", "--workdir=runs/x"],
+    "slurm": [
+        "--slurm",
+        "--nodes=2",
+        "--gpus=2",
+        "--sbatch=--partition=gpu --time=24:00:00",
+        "--workdir=runs/x",
+        "--config.data.corpora=('a b',)",
+    ],
+    "tpu": ["--tpu=pod", "--zone=us-central2-b", "--workdir=/mnt/runs/x"],
+    "jobset": [
+        "--jobset=pairs",
+        "--image=registry/medvlp:1",
+        "--claim=shared-files",
+        "--nodes=2",
+        "--gpus=8",
+        "--workdir=/shared/runs/x",
+    ],
+    "jobset-tpu": [
+        "--jobset=pairs",
+        "--image=registry/medvlp:1",
+        "--claim=shared-files",
+        "--nodes=2",
+        "--gpus=4",
+        "--restarts=100",
+        "--selector=cloud.google.com/gke-tpu-accelerator=tpu-v5-lite-podslice",
+        "--selector=cloud.google.com/gke-tpu-topology=2x4",
+        "--workdir=/shared/runs/x",
+    ],
+}
+ACCELERATORS = {"processes-gpu": "cuda13", "jobset-tpu": "tpu"}
+
+
+def launch(*arguments, **settings):
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("MEDVLP_", "JAX_"))}
+    return subprocess.Popen(
+        ["bash", "launch/run.sh", *arguments],
+        cwd=ROOT,
+        env={**environment, **{k: str(v) for k, v in settings.items()}},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(process, timeout=120):
+    """Return (exit code, stdout, stderr); a launcher that hangs is killed and fails the test."""
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        pytest.fail(f"hangs: {process.communicate()}")
+    return process.returncode, out, err
+
+
+def dry_run(name):
+    settings = {"MEDVLP_DATA_DIR": "/data", "MEDVLP_ACCELERATOR": ACCELERATORS.get(name, "")}
+    code, out, err = finish(launch("--dry-run", *DRY_RUNS[name], **settings))
+    assert (code, err) == (0, "")
+    return out.replace(str(ROOT), "CHECKOUT")
+
+
+@pytest.mark.parametrize("name", DRY_RUNS)
+def test_a_dry_run_prints_the_committed_text_and_starts_nothing(name):
+    """The text has command and environment of every rank; `python tests/test_launch.py` renews."""
+    assert dry_run(name) == (GOLDEN / f"launch-{name}.txt").read_text()
+    assert not (ROOT / "runs/x").exists()
+
+
+def test_the_jobset_is_yaml_with_one_process_a_pod():
+    yaml = pytest.importorskip("yaml")
+    for name in ("jobset", "jobset-tpu"):
+        (spec,) = yaml.safe_load(dry_run(name))["spec"]["replicatedJobs"]
+        job = spec["template"]["spec"]
+        assert job["completions"] == job["parallelism"] == 2
+        (container,) = job["template"]["spec"]["containers"]
+        assert container["command"][:2] == ["bash", "launch/run.sh"]
+        assert len(container["env"]) == 5
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.name)
+def test_bash_parses_every_script(script):
+    subprocess.run(["bash", "-n", script], check=True)
+
+
+@pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck is not installed")
+def test_shellcheck_has_nothing_to_say():
+    done = subprocess.run(
+        ["shellcheck", "-x", *SCRIPTS], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.stdout == ""
+
+
+def test_help_names_every_flag():
+    code, out, _ = finish(launch("--help"))
+    assert code == 0
+    flags = ("processes", "slurm", "tpu", "zone", "jobset", "image", "claim", "nodes", "gpus")
+    for flag in (*flags, "restarts", "selector", "sbatch", "dry-run", "workdir", "config"):
+        assert f"--{flag}" in out, flag
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--processes=0"], "--processes must be a whole number from 1 on, got '0'"),
+        (["--restarts=x"], "--restarts must be a whole number from 1 on, got 'x'"),
+        (["--slurm", "--processes=2"], "choose one of --processes, --slurm, --tpu and --jobset"),
+        (["--tpu=pod"], "--tpu=pod needs --zone=ZONE"),
+        (["--tpu=pod", "--zone=z", "--workdir=runs/x"], "absolute path .* got 'runs/x'"),
+        (["--jobset=x"], "--jobset needs --image=IMAGE"),
+        (["--jobset=x", "--image=i", "--claim=c", "--workdir=runs/x"], "got 'runs/x'"),
+        (["--jobset=X_", "--image=i", "--claim=c"], "--jobset=X_ must be lower-case"),
+    ],
+)
+def test_bad_flags_are_one_sentence(arguments, message):
+    code, out, err = finish(launch(*arguments, "--dry-run"))
+    assert (code, out) == (2, "")
+    assert len(err.splitlines()) == 1
+    assert re.search(message, err)
+
+
+@pytest.fixture
+def ranks(tmp_path):
+    """Return a function that puts a shell script in the place of the training, and settings."""
+    venv = tmp_path / "venv"
+    (venv / "bin").mkdir(parents=True)
+    stamp = subprocess.run(
+        "cat pyproject.toml constraints.txt | cksum",
+        shell=True,
+        cwd=ROOT,
+        capture_output=True,
+        check=True,
+    )
+    for name in ("base", "cuda13"):
+        (venv / f".medvlp-{name}").write_bytes(stamp.stdout)
+
+    def install(script, name="python"):
+        file = venv / "bin" / name
+        file.write_text(f"#!/usr/bin/env bash\ncd {tmp_path}\n{script}\n")
+        file.chmod(file.stat().st_mode | stat.S_IXUSR)
+        return {"MEDVLP_VENV": venv, "MEDVLP_PORT": 29500}
+
+    return install
+
+
+def is_running(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_every_rank_gets_its_environment_and_rank_0_the_console(tmp_path, ranks):
+    script = 'echo "$JAX_PROCESS_ID of $JAX_NUM_PROCESSES at $JAX_COORDINATOR_ADDRESS: $*"'
+    workdir = tmp_path / "run"
+    code, _, err = finish(launch("--processes=2", f"--workdir={workdir}", **ranks(script)))
+    assert code == 0
+    command = f"-m medvlp_jax.train --config=configs/imitate.py:demo --workdir={workdir}\n"
+    assert err == f"0 of 2 at localhost:29500: {command}"
+    log = (workdir / "logs/rank-1.log").read_text()
+    assert log == f"1 of 2 at localhost:29500: {command}"
+
+
+@pytest.mark.parametrize(
+    ("fate", "code"), [("echo the reason; exit 3", 3), ("echo the reason; kill -9 $$", 137)]
+)
+def test_a_rank_that_dies_takes_the_others_down_and_its_log_is_shown(tmp_path, ranks, fate, code):
+    # The others ignore SIGTERM, as a rank inside a collective operation does.
+    script = f"""
+        if [[ $JAX_PROCESS_ID == 2 ]]; then sleep 1; {fate}; fi
+        trap "" TERM; echo $$ > pid-$JAX_PROCESS_ID; while :; do sleep 0.2; done
+    """
+    got, _, err = finish(launch("--processes=3", f"--workdir={tmp_path}/run", **ranks(script)))
+    assert got == code
+    assert f"rank 2 of 3 ended with code {code}" in err
+    assert err.rstrip().endswith("the reason")
+    assert not any(is_running(int((tmp_path / f"pid-{k}").read_text())) for k in (0, 1))
+
+
+def test_a_rank_that_jax_aborts_for_its_peer_is_not_taken_for_the_cause(tmp_path, ranks):
+    script = "[[ $JAX_PROCESS_ID == 1 ]] && { echo why; exit 1; }; exit 134"
+    code, _, err = finish(launch("--processes=2", f"--workdir={tmp_path}/run", **ranks(script)))
+    assert code == 1
+    assert "rank 1 of 2 ended with code 1" in err
+
+
+def test_sigterm_reaches_every_rank_and_the_launcher_returns_their_code(tmp_path, ranks):
+    script = 'trap "exit 75" TERM; touch up-$JAX_PROCESS_ID; while :; do sleep 0.1; done'
+    arguments = ("--processes=2", f"--workdir={tmp_path}/run", "--restarts=5")
+    process = launch(*arguments, **ranks(script))
+    while not all((tmp_path / f"up-{k}").exists() for k in (0, 1)):
+        time.sleep(0.05)
+    process.terminate()
+    assert finish(process)[0] == 75
+
+
+@pytest.mark.parametrize(
+    ("code", "restarts", "starts"), [(1, 2, 3), (137, 1, 2), (2, 5, 1), (75, 5, 1), (0, 5, 1)]
+)
+def test_a_crash_is_restarted_and_bad_input_is_not(tmp_path, ranks, code, restarts, starts):
+    script = f"echo x >> starts; exit {code}"
+    arguments = (f"--restarts={restarts}", f"--workdir={tmp_path}/run")
+    assert finish(launch(*arguments, **ranks(script)))[0] == code
+    assert len((tmp_path / "starts").read_text().split()) == starts
+
+
+def slurm(ranks, tmp_path, script, **settings):
+    """Run --slurm where the scheduler is three small scripts; return what sbatch said."""
+    settings |= ranks(script)
+    ranks('env SLURM_JOB_ID=7 SLURM_JOB_NODELIST=n[1-2] SLURM_NTASKS=4 bash "$1"', "sbatch")
+    ranks('[[ $1 == show ]] && printf "n1\\nn2\\n" || echo "$*" >> scontrol', "scontrol")
+    ranks(
+        """
+        for last; do true; done; logs="${2#--output=}"; shift 2; code=0
+        for ((task = 0; task < 4; task++)); do
+          SLURM_PROCID=$task SLURM_LOCALID=$((task % 2)) "$@" > "${logs/\\%t/$task}" 2>&1 || code=$?
+        done
+        exit $code
+        """,
+        "srun",
+    )
+    path = f"{settings['MEDVLP_VENV']}/bin:{os.environ['PATH']}"
+    workdir = f"--workdir={tmp_path}/run"
+    process = launch("--slurm", "--nodes=2", "--gpus=2", workdir, PATH=path, **settings)
+    return finish(process)
+
+
+def test_slurm_runs_one_task_a_gpu_with_the_first_node_as_coordinator(tmp_path, ranks):
+    script = 'env | grep ^JAX_ | sort | tr "\\n" " " > env-$JAX_PROCESS_ID'
+    code, out, _ = slurm(ranks, tmp_path, script)
+    assert code == 0
+    assert (tmp_path / "run/job.sbatch").read_text().strip() in out
+    for task in range(4):
+        assert (tmp_path / f"env-{task}").read_text().split() == [
+            "JAX_COORDINATOR_ADDRESS=n1:20007",
+            f"JAX_LOCAL_DEVICE_IDS={task % 2}",
+            "JAX_NUM_PROCESSES=4",
+            f"JAX_PROCESS_ID={task}",
+        ]
+    assert not (tmp_path / "scontrol").exists()
+
+
+@pytest.mark.parametrize(
+    ("code", "count", "requeued"), [(75, 9, True), (1, 0, True), (1, 3, False), (2, 0, False)]
+)
+def test_slurm_requeues_what_was_stopped_or_crashed(tmp_path, ranks, code, count, requeued):
+    script = f'echo "medvlp: process $JAX_PROCESS_ID of 4 leaves with code {code}"; exit {code}'
+    got, out, _ = slurm(ranks, tmp_path, script, SLURM_RESTART_COUNT=count)
+    assert got == code
+    assert (tmp_path / "scontrol").exists() == requeued
+    assert (f"process 0 of 4 leaves with code {code}" in out) == (code != 75)
+
+
+if __name__ == "__main__":
+    for each in DRY_RUNS:
+        (GOLDEN / f"launch-{each}.txt").write_text(dry_run(each))
