@@ -148,7 +148,7 @@ def make(blueprint: Blueprint) -> Plan:
         "parameters": state.params,
         "frozen parameters": state.frozen,
         "other state": state.collections,
-        "optimiser": state.optimizer,
+        "optimiser": (state.step, state.optimizer),
         "batch": blueprint.batch,
     }
     memory = {name: bytes_on_a_device(tree) for name, tree in memory.items()}

@@ -171,17 +171,17 @@ def _check_processes(config, workdir):
     distributed.check_same({**facts, "jax": jax.__version__})
 
 
-def plan_of(config: dict, devices: int = 0) -> str:
+def plan_of(config: dict, devices: int | None = None) -> str:
     """Say what a step of this config takes, without training.
 
     Args:
       config: resolved.
-      devices: how many to emulate on the CPU; 0 plans for those there are.
+      devices: how many to emulate on the CPU; None plans for those there are.
 
     Raises:
       UserError: for what `run` would refuse too, or devices that are not to be had.
     """
-    emulated = plan.emulate(devices) if devices else None
+    emulated = None if devices is None else plan.emulate(devices)
     _check_sizes(config["data"])
     blueprint = plan.blueprint(config, emulated)
     _check_batch(config["train"]["batch_size"], config["train"]["chunks"], blueprint)
@@ -303,7 +303,7 @@ def main(argv: list[str] | None = None) -> None:
     config, workdir = resolve(argv)
     asked = _parse(argv)[0]
     if asked.plan:
-        print(plan_of(config, 0 if asked.devices is None else asked.devices))
+        print(plan_of(config, asked.devices))
         return
     if asked.devices is not None:
         raise UserError("--devices goes with --plan; a run takes the devices it finds.")

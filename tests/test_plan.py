@@ -53,8 +53,8 @@ def test_what_lies_on_a_device_is_what_the_compiled_step_is_handed(monkeypatch):
     temporary = found.memory["activations and gradients"]
     assert sum(found.memory.values()) - temporary == memory.argument_size_in_bytes
     assert temporary == memory.temp_size_in_bytes
-    # AdamW keeps two numbers a parameter and two counters.
-    assert found.memory["optimiser"] == 2 * found.memory["parameters"] + 8
+    # AdamW keeps two numbers a parameter; it, its schedule and the run each count steps.
+    assert found.memory["optimiser"] == 2 * found.memory["parameters"] + 12
     assert 0 < found.loss_memory < temporary
     assert set(found.flops) == set(plan.PARTS)
     assert min(found.flops.values()) > 0
@@ -88,9 +88,10 @@ def test_full_size_imitate_is_planned_without_data_weights_or_memory():
     counts = {k: paths.count(v) for k, v in blueprint.state.variables["params"].items()}
     assert counts["image"] == 23_508_032  # torchvision's ResNet-50 without its classifier
     assert counts["text"] == 107_719_680  # BertModel, cased vocabulary, without its pooler
-    # Two views forward, and twice that backward; 4.11 GMACs an image is the published figure.
+    # Two views forward, and twice that backward; 4.11 GMACs an image is the published figure. It
+    # counts products with padding, and of pixels no gradient is asked: measured 4 % less.
     expected = 128 * 2 * 3 * 2 * 4.11e9
-    assert found["image encoder"] == pytest.approx(expected, rel=0.03)
+    assert 0.95 * expected < found["image encoder"] < expected
     assert found["text encoder"] == 0  # its features are cached
     assert any("Bio_ClinicalBERT is not read" in note for note in blueprint.notes)
 
@@ -114,7 +115,10 @@ def test_remat_is_shown_as_flops_made_again():
     blueprint = plan.blueprint(config)
     traced = blueprint.step.trace(blueprint.state, blueprint.batch)
     total, again = flops.by_part(traced.jaxpr, flops.step_part)
-    assert total["image encoder"] / 8 < again["image encoder"] < total["image encoder"] / 3
+    # All products of a block but its last, whose value no gradient needs: 16 images of 5 tokens.
+    products = 16 * 5 * 2 * (4 * 16**2 + 16 * 32)
+    assert products < again["image encoder"] < 1.5 * products
+    assert again["image encoder"] < total["image encoder"]
     assert again["text encoder"] == again["loss"] == 0
 
 
