@@ -2,7 +2,9 @@
 # Sourced by launch/run.sh and tests/run.sh: a .venv in the checkout with what pyproject.toml asks for.
 # Usage: source launch/setup.sh [EXTRA]     EXTRA: "" or "test"
 # MEDVLP_ACCELERATOR=cuda13|tpu picks the wheels of an accelerator, PYTHON another interpreter.
+# MEDVLP_VENV names another folder than .venv; MEDVLP_VENV=none takes the python on PATH as it is, as in a container image.
 
+if [ "${MEDVLP_VENV:-}" = none ]; then return 0; fi
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 extras="$(printf '%s,%s' "${1:-}" "${MEDVLP_ACCELERATOR:-}" | sed 's/^,*//; s/,*$//')"
 venv="${MEDVLP_VENV:-$root/.venv}"
