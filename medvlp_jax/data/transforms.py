@@ -125,7 +125,7 @@ def cfcml_view(
 ) -> np.ndarray:
     """Return one random view of a skin lesion: CFCML section 2.5.2.
 
-    Flips, move and turns are one bilinear resampling; what lies outside is mirrored.
+    Flips, move and rotation are one bilinear resampling; what lies outside is mirrored.
 
     Args:
       image: [R, R, C] uint8, R >= size; the central square of `size` is what is moved.
@@ -156,10 +156,10 @@ def cfcml_view(
         zoom = np.diag([1 / rng.uniform(1 - scale, 1 + scale)] * 2 + [1])
         zoom[:2, 2] = size / 2 * (1 - zoom[0, 0]) + rng.uniform(-shift, shift, 2) * size
         to_source = to_source @ zoom @ rotation_map(rng.uniform(-rotation, rotation), size)
-    if rng.random() < quarter_turn:
-        to_source = to_source @ rotation_map(90 * int(rng.integers(4)), size)
     if not np.array_equal(to_source, np.eye(3)):
         view = warp(view, to_source, mirror=True)
+    if rng.random() < quarter_turn:
+        view = np.ascontiguousarray(np.rot90(view, int(rng.integers(4))))
     if rng.random() < 0.5:
         gain, offset = 1 + rng.uniform(-contrast, contrast), rng.uniform(-contrast, contrast)
         table = np.clip(np.arange(256) * gain + offset * 255, 0, 255)
