@@ -78,6 +78,7 @@ def test_fsdp_splits_large_parameters_and_their_optimiser_state():
         assert before - after == copies * large * 7 // 8
 
 
+@pytest.mark.slow
 def test_full_size_imitate_is_planned_without_data_weights_or_memory():
     before = sum(array.nbytes for array in jax.live_arrays())
     blueprint = plan.blueprint(config_of("imitate.py"))
@@ -96,6 +97,7 @@ def test_full_size_imitate_is_planned_without_data_weights_or_memory():
     assert any("Bio_ClinicalBERT is not read" in note for note in blueprint.notes)
 
 
+@pytest.mark.slow
 def test_two_full_size_towers_have_the_published_flops():
     """GMACs of ViT-B/16 at 224 pixels: 17.58, anchors of shared/reference; BERT-base by formula."""
     config = config_of("clip.py", data__text_length=128)

@@ -45,7 +45,7 @@ VISION = {
 LANGUAGE = {
     "bert": bert.make("tiny", **TEXT, pooler=True),
     "clip": clip_text.make("tiny", **TEXT, eos_id=59),
-    "modernbert": modernbert.make("tiny", **TEXT),
+    "modernbert": modernbert.make("tiny", pad_id=0, **TEXT),
     "qwen3": qwen3.make("tiny", **TEXT, num_kv_heads=2, head_width=8, eos_ids=()),
 }
 CASES = [
