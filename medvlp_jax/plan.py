@@ -132,7 +132,13 @@ def blueprint(config: Mapping[str, Any], devices: Sequence[jax.Device] | None = 
         _placed(state, sharding.shardings(state, mesh, config["mesh"]["rules"])),
         _placed({key: batch[key] for key in recipe.inputs}, _split(mesh)),
         training.make_train_step(
-            recipe, tx, rate, config["seed"], chunks=settings["chunks"], mesh=mesh
+            recipe,
+            tx,
+            rate,
+            config["seed"],
+            chunks=settings["chunks"],
+            mesh=mesh,
+            rules=config["mesh"]["rules"],
         ),
         notes,
     )

@@ -110,7 +110,13 @@ def _prepare(config, workdir, stop) -> _Job:
         f"of {jax.process_count()} processes"
     )
     step_fn = training.make_train_step(
-        parts.recipe, tx, rate, config["seed"], chunks=settings["chunks"], mesh=parts.mesh
+        parts.recipe,
+        tx,
+        rate,
+        config["seed"],
+        chunks=settings["chunks"],
+        mesh=parts.mesh,
+        rules=config["mesh"]["rules"],
     )
     return _Job(parts, evaluator, state, step_fn, batches, checkpointer, untrained)
 

@@ -33,6 +33,17 @@ VARIANTS = {
     | {"is_tied": False, "lm_head": True},
 }
 
+# For config.mesh.rules: heads and hidden units over "tensor", what is left over "fsdp", so that a
+# block exchanges twice a pass (Shoeybi et al. 2019, https://arxiv.org/abs/1909.08053, section 3).
+# Scanned blocks have a leading axis L.
+RULES = (
+    (r"blocks/(attention/(query|key|value)|mlp/(gate|up))/kernel$", (None, "fsdp", "tensor")),
+    (r"blocks/(attention/out|mlp/down)/kernel$", (None, "tensor", "fsdp")),
+    (r"(attention/(query|key|value)|mlp/(gate|up))/kernel$", ("fsdp", "tensor")),
+    (r"(attention/out|mlp/down)/kernel$", ("tensor", "fsdp")),
+    (r"(word_embedding|head)$", ("tensor", "fsdp")),
+)
+
 normal = nn.initializers.normal(0.02)  # Qwen3Config.initializer_range
 
 

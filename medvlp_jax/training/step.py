@@ -86,6 +86,7 @@ def make_train_step(
     *,
     chunks: int = 1,
     mesh: Mesh | None = None,
+    rules: sharding.Rules = (),
 ) -> Callable[[TrainState, Mapping], tuple[TrainState, dict[str, jax.Array]]]:
     """Return the jitted step (state, global batch) -> (state, metrics); the state is donated.
 
@@ -99,7 +100,9 @@ def make_train_step(
       rate: learning rate by step, for the metrics.
       seed: of the randomness.
       chunks: parts the batch is encoded in, see `encode_in_chunks`.
-      mesh: what the tiled losses travel around; None: the one in context, if any.
+      mesh: where the state lies and what the tiled losses travel around; None: no constraint on
+        the one, and the mesh in context, if any, for the others.
+      rules: where the state lies on the mesh, see sharding.shardings.
     """
 
     def losses(params, state, batch, rngs):
@@ -122,7 +125,13 @@ def make_train_step(
         metrics = {"loss": total, "grad_norm": optax.tree.norm(grads), "lr": rate(state.step)}
         metrics |= {f"loss/{k}": v for k, v in terms.items()}
         metrics |= {f"weight/{k}": v for k, v in weights.items()}
-        return TrainState(state.step + 1, params, state.frozen, collections, optimizer), metrics
+        state = TrainState(state.step + 1, params, state.frozen, collections, optimizer)
+        if mesh is not None:
+            # Left to itself the compiler may split a leaf otherwise than it came: not donated, and
+            # the next step is another program.
+            where = sharding.shardings(state, mesh, rules)
+            state = jax.lax.with_sharding_constraint(state, where)
+        return state, metrics
 
     return jax.jit(step, donate_argnums=0)
 
