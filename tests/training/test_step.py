@@ -169,10 +169,30 @@ def test_adamw_without_extras_equals_optax_adamw():
     np.testing.assert_allclose(a["a"]["kernel"], b["a"]["kernel"], rtol=1e-6)
 
 
+@pytest.mark.hf
+def test_three_steps_of_adam_with_decay_equal_torch():
+    torch = pytest.importorskip("torch")
+    start = np.linspace(-1, 1, 7, dtype=np.float32)
+    params = {"a": {"kernel": jnp.asarray(start)}}
+    ours, _ = optim.make(
+        params, name="adam", lr=1e-2, steps=9, schedule="constant", weight_decay=0.3
+    )
+    state = ours.init(params)
+    leaf = torch.nn.Parameter(torch.tensor(start))
+    theirs = torch.optim.Adam([leaf], lr=1e-2, weight_decay=0.3)
+    for step in range(3):
+        gradient = np.cos(np.arange(7, dtype=np.float32) + step)
+        updates, state = ours.update({"a": {"kernel": jnp.asarray(gradient)}}, state, params)
+        params = optax.apply_updates(params, updates)
+        leaf.grad = torch.tensor(gradient)
+        theirs.step()
+    np.testing.assert_allclose(params["a"]["kernel"], leaf.detach().numpy(), rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"name": "adam"}, "optim.name must be one of adamw, lamb, sgd, got 'adam'"),
+        ({"name": "adagrad"}, "optim.name must be one of adam, adamw, lamb, sgd, got 'adagrad'"),
         (
             {"multipliers": (("imgae", 0.1),)},
             "optim.multipliers pattern 'imgae' matches no parameter",
