@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from medvlp_jax import convert
 from medvlp_jax.config import UserError
-from medvlp_jax.convert import checkpoint, lora
+from medvlp_jax.convert import architectures, lora
 from medvlp_jax.convert.bert import TABLE
 from medvlp_jax.convert.table import fused
 from medvlp_jax.encoders import bert, swin
@@ -333,7 +333,7 @@ def test_one_torch_module_for_several_of_ours(tmp_path, monkeypatch):
             kept += fused(f"encoder.layer.{i}.attention.Wqkv", layers)
         return kept
 
-    monkeypatch.setattr(checkpoint, "TABLES", (TABLE._replace(rules=rules),))
+    monkeypatch.setattr(architectures, "TABLES", (TABLE._replace(rules=rules),))
     module = bert.make("tiny", **SMALL)
     variables = draw(module)
     name = "encoder.layer.1.attention.Wqkv"
