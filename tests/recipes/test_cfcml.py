@@ -274,8 +274,11 @@ def test_detached_stages_train_the_encoder_through_its_last_output_alone(small):
     expected = paths.flatten(jax.jit(jax.grad(loss))(image))
     whole = paths.flatten(total(recipe, variables, batch)[1]["image"])
     differs = 0
+    largest = max(np.abs(leaf).max() for leaf in expected.values())
     for path, value in paths.flatten(gradient["image"]).items():
-        limit = 1e-5 * max(np.abs(expected[path]).max(), 1e-6)
+        # A key bias adds the same to every logit of a softmax: its gradient is 0 but for rounding.
+        scale = largest if path.endswith("key/bias") else np.abs(expected[path]).max()
+        limit = 1e-5 * max(scale, 1e-6)
         np.testing.assert_allclose(value, expected[path], atol=limit, err_msg=path)
         differs += not np.allclose(value, whole[path], atol=limit)
     assert differs > 10
@@ -353,7 +356,7 @@ def test_every_leaf_moves_and_eight_examples_are_learnt_by_heart():
     batch["label/diagnosis"] = np.eye(K, dtype=np.int8)[[0, 1, 2, 2, 1, 0, 0, 1]]
     state, step = state_of(recipe, batch, rate=3e-3)
     before = jax.device_get(state.params)
-    for _ in range(60):
+    for _ in range(200):
         state, metrics = step(state, batch)
     assert float(metrics["loss/cross_entropy"]) < 0.02
     for path, value in paths.flatten(before).items():
