@@ -17,6 +17,7 @@ from medvlp_jax.layers.linear import (
     Mlp,
     gelu,
     quick_gelu,
+    torch_linear,
     torch_uniform,
 )
 from medvlp_jax.layers.norms import BatchNorm, LayerNorm, RMSNorm
@@ -48,5 +49,6 @@ __all__ = [
     "rope_1d",
     "rope_2d",
     "rotate",
+    "torch_linear",
     "torch_uniform",
 ]

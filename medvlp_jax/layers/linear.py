@@ -96,6 +96,12 @@ class Linear(nn.Module):
         return (x @ down.astype(self.dtype)) @ up.astype(self.dtype) * self.lora.scale
 
 
+def torch_linear(x, features: int, name: str):
+    """Apply a Linear drawn as torch draws it: weight and bias uniform in ±1/sqrt(fan in)."""
+    init = torch_uniform(x.shape[-1])
+    return Linear(features, kernel_init=init, bias_init=init, name=name)(x)
+
+
 class Mlp(nn.Module):
     """Linear, activation (exact GELU unless said), Linear."""
 

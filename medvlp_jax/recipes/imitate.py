@@ -24,7 +24,7 @@ from flax import linen as nn
 
 from medvlp_jax.config import UserError
 from medvlp_jax.encoders.base import normalise
-from medvlp_jax.layers import BatchNorm, Linear, torch_uniform
+from medvlp_jax.layers import BatchNorm, Linear, torch_linear, torch_uniform
 from medvlp_jax.losses import contrastive, tiled
 from medvlp_jax.losses.contrastive import ClinicalPrior
 from medvlp_jax.recipes import base
@@ -69,8 +69,8 @@ class Head(nn.Module):
     def __call__(self, x, *, train, source=""):
         """Map [B, D] to [B, dim], not normalised; `source` picks the running statistics."""
         norm, last_norm = BatchNorm(name="norm"), BatchNorm(affine=False, name="last_norm")
-        x = nn.relu(norm(_linear(x, self.hidden, "first"), train=train, source=source))
-        return last_norm(_linear(x, self.dim, "second"), train=train, source=source)
+        x = nn.relu(norm(torch_linear(x, self.hidden, "first"), train=train, source=source))
+        return last_norm(torch_linear(x, self.dim, "second"), train=train, source=source)
 
 
 class ClassAttention(nn.Module):
@@ -112,12 +112,6 @@ class ClassAttention(nn.Module):
         values = jnp.einsum("bag,gas->bas", context, value_kernel) + bias("value").reshape(heads)
         out = Linear(width, kernel_init=torch_uniform(width), name="out")
         return out(rearrange(values, "b a s -> b (a s)")) + tokens[:, -1]
-
-
-def _linear(x, features, name):
-    """Linear drawn as torch draws it: weight and bias uniform in +-1 / sqrt(fan in)."""
-    init = torch_uniform(x.shape[-1])
-    return Linear(features, kernel_init=init, bias_init=init, name=name)(x)
 
 
 class ReadingHead(nn.Module):
