@@ -233,9 +233,27 @@ def table_rows(data: Mapping[str, Any], schema: tabular.Schema) -> Callable:
     return functools.partial(tabular.rows, schema=schema, names=names)
 
 
+def empty_table(data: Mapping[str, Any]) -> np.ndarray:
+    """Return rows [T, D] of missing values, as the first corpus has them.
+
+    Raises:
+      UserError: if it has no table.
+    """
+    name, _, variant = data["corpora"][0].partition(":")
+    corpus = corpora.builder(name, data_dir=data["data_dir"], builder_config=variant)
+    schema = corpus.info.metadata["table"]
+    if not schema:
+        raise UserError(f"The recipe reads a table, and corpus {name} has none.")
+    return table_rows(data, schema)(dict.fromkeys(schema, np.nan))
+
+
 def train_batches(parts: Parts, sources, features=None):
     """Return the iterator of this process's training batches."""
     data = parts.config["data"]
+    schemas = [source.metadata["table"] for source in sources]
+    if "tabular" in parts.recipe.inputs and any(schema != schemas[0] for schema in schemas):
+        names = ", ".join(data["corpora"])
+        raise UserError(f"The tables of {names} differ; accepted are corpora of one schema.")
     return iter(
         pipeline.train_dataset(
             sources,
@@ -244,7 +262,7 @@ def train_batches(parts: Parts, sources, features=None):
                 parts.recipe.inputs,
                 train=True,
                 features=features,
-                table=sources[0].metadata["table"],
+                table=schemas[0],
             ),
             batch_size=parts.config["train"]["batch_size"],
             seed=parts.config["seed"],
@@ -271,7 +289,7 @@ def initial_variables(parts: Parts) -> dict:
         tokens = tokenisation.tokenize(parts.tokenizer, ["a", "b"], data["text_length"])
         batch |= dict.fromkeys(("findings", "impression", "report"), tokens)
     if "tabular" in parts.recipe.inputs:
-        batch["tabular"] = _empty_table(data)
+        batch["tabular"] = np.stack([empty_table(data)] * 2)
     try:
         variables = init_variables(parts.recipe, batch, parts.config["seed"])
     except ValueError as error:  # an encoder's sentence about sizes that do not fit
@@ -338,17 +356,6 @@ def read_variables(folder: pathlib.Path, template: Mapping) -> dict:
             "all"
         ]
     return checked
-
-
-def _empty_table(data) -> np.ndarray:
-    """Return rows [2, T, D] of missing values, of the shapes the first corpus has."""
-    name, _, variant = data["corpora"][0].partition(":")
-    corpus = corpora.builder(name, data_dir=data["data_dir"], builder_config=variant)
-    schema = corpus.info.metadata["table"]
-    if not schema:
-        raise UserError(f"The recipe reads a table, and corpus {name} has none.")
-    rows = table_rows(data, schema)(dict.fromkeys(schema, np.nan))
-    return np.stack([rows, rows])
 
 
 def _text_spec(spec: Mapping, tokenizer, data) -> dict:

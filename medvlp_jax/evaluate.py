@@ -56,6 +56,32 @@ class Evaluator:
         self.corpus = settings["corpus"] or parts.config["data"]["corpora"][0]
         self.source = assemble.open_corpus(self.corpus, parts.config["data"], settings["split"])
         self.prompts = _read_prompts(settings["prompts"], self.corpus)
+        self._check_protocols()
+
+    def _check_protocols(self):
+        """Refuse protocols the recipe has no features for, and classes it does not have."""
+        recipe = self.parts.recipe
+        fitting = [*(("zero_shot", "retrieval") if recipe.spaces else ())]
+        fitting += ["probe"] if self._images() else []
+        fitting += ["classify"] if hasattr(recipe, "task") else []
+        for name in self.settings["protocols"]:
+            if name not in fitting:
+                raise UserError(
+                    f"Protocol {name} does not fit recipe {self.parts.config['recipe']['name']}; "
+                    f"accepted are {', '.join(fitting)}."
+                )
+        if "classify" in self.settings["protocols"]:
+            tasks = self.source.tasks
+            if recipe.task not in tasks:
+                raise UserError(
+                    f"{self.corpus} has no task '{recipe.task}'. "
+                    f"{nearest(recipe.task, list(tasks))}"
+                )
+            if len(tasks[recipe.task]) != recipe.num_classes:
+                raise UserError(
+                    f"recipe.num_classes={recipe.num_classes}, but task {recipe.task} of "
+                    f"{self.corpus} has {len(tasks[recipe.task])} classes."
+                )
 
     def embed(self, variables: Mapping, batch: Mapping) -> dict:
         """Return features of this process's rows.
@@ -184,6 +210,12 @@ class Evaluator:
             return ("image", *recipe.spaces)
         return tuple(key for key in recipe.inputs if not key.startswith("label/"))
 
+    def _images(self) -> tuple[str, ...]:
+        """Return the batch keys of images among them."""
+        return tuple(
+            key for key in self._inputs() if key not in (*self.parts.recipe.spaces, "tabular")
+        )
+
     def _multiple_of_devices(self, size: int) -> int:
         pieces = sharding.batch_devices(self.parts.mesh)
         return -(-size // pieces) * pieces
@@ -240,7 +272,7 @@ class Evaluator:
         fitted = self.features(
             variables,
             train,
-            inputs=("image",),
+            inputs=self._images(),
             limit=self.settings["probe_limit"],
             mask=mask,
             progress="probe",

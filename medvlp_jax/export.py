@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from medvlp_jax import __version__, assemble, convert
-from medvlp_jax.config import to_json
+from medvlp_jax.config import UserError, to_json
 from medvlp_jax.convert import dual
 from medvlp_jax.convert.files import write_tensors
 from medvlp_jax.encoders.base import IMAGENET_MEAN, IMAGENET_STD
@@ -100,10 +100,25 @@ def export(
       results: for the model card.
 
     Raises:
-      UserError: if an encoder is not one that can be written.
+      UserError: if the recipe has not two encoders, or one of them cannot be written.
     """
+    check(parts)
     write_weights(parts.recipe, variables, out, parts.tokenizer, crop=parts.config["data"]["crop"])
     (pathlib.Path(out) / "README.md").write_text(_card(parts, variables, results or {}))
+
+
+def check(parts: assemble.Parts) -> None:
+    """Refuse a recipe that is not a pair of encoders.
+
+    Raises:
+      UserError: naming it.
+    """
+    if parts.tokenizer is None:
+        name = parts.config["recipe"]["name"]
+        raise UserError(
+            f"Recipe {name} has no text encoder, and only pairs of encoders are exported; accepted "
+            "is train.export=False."
+        )
 
 
 def write_weights(recipe: Any, variables: Mapping, out: pathlib.Path, tokenizer: Any, *, crop: int):

@@ -18,7 +18,8 @@ import numpy as np
 from medvlp_jax import assemble, sharding
 from medvlp_jax import config as configs
 from medvlp_jax.config import UserError
-from medvlp_jax.convert import checkpoint as folders
+from medvlp_jax.convert import architectures
+from medvlp_jax.convert.checkpoint import read_config
 from medvlp_jax.data import text as tokenisation
 from medvlp_jax.encoders.base import Tokens, construct
 from medvlp_jax.training import flops, optim
@@ -108,11 +109,11 @@ def blueprint(config: Mapping[str, Any], devices: Sequence[jax.Device] | None = 
         raise UserError(f"{error}.") from None
     recipe, notes = _recipe(config)
     everything = _batch(recipe, config["data"], 2)
-    keys = ("image", "image_2", *SECTIONS)
+    keys = ("image", "image_2", "tabular", *SECTIONS)
     try:
         variables = jax.eval_shape(
             lambda batch: training.init_variables(recipe, batch, 0),
-            {key: everything[key] for key in keys},
+            {key: everything[key] for key in keys if key in everything},
         )
     except ValueError as error:  # an encoder's sentence about sizes that do not fit
         raise UserError(str(error)) from error
@@ -223,6 +224,8 @@ def _recipe(config) -> tuple[Any, tuple[str, ...]]:
     name = spec.pop("name")
     notes = []
     for side in ("image", "text"):
+        if side not in spec:
+            continue
         source, fields = init[side], dict(spec[side])
         if source and pathlib.Path(source).is_dir():
             spec[side] = _described(pathlib.Path(source), fields, side)
@@ -239,11 +242,13 @@ def _recipe(config) -> tuple[Any, tuple[str, ...]]:
 
 def _described(folder, fields, side):
     """Build the encoder a Hugging Face folder describes; the config says how it is run."""
-    described = folders.read_config(folder)
-    table = folders.table_of_config(described, folder)
+    described = read_config(folder)
+    table = architectures.table_of_config(described, folder)
     how = {k: v for k, v in fields.items() if k in (*assemble.HOW_IT_RUNS, "dtype")}
     heads = {"mlm_head": False, "pooler": False} if side == "text" else {}
-    return construct(table.module, {**folders.fields_of(table, described, folder), **how, **heads})
+    return construct(
+        table.module, {**architectures.fields_of(table, described, folder), **how, **heads}
+    )
 
 
 def _vocabulary(data, source) -> tuple[int, str]:
@@ -261,6 +266,13 @@ def _batch(recipe, data, size: int) -> dict[str, Any]:
     image = shape((size, data["crop"], data["crop"], data["channels"]), np.uint8)
     tokens = (size, data["text_length"])
     batch: dict[str, Any] = {"image": image, "image_2": image}
+    if "tabular" in recipe.inputs:
+        rows = assemble.empty_table(data)
+        batch["tabular"] = shape((size, *rows.shape), rows.dtype)
+    if hasattr(recipe, "task"):
+        batch[f"label/{recipe.task}"] = shape((size, recipe.num_classes), np.int8)
+    if not hasattr(recipe, "text"):
+        return batch
     for section in SECTIONS:
         batch[section] = Tokens(shape(tokens, np.int32), shape(tokens, np.bool_))
         batch[f"{section}_valid"] = shape((size,), np.bool_)

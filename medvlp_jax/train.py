@@ -80,6 +80,8 @@ def _prepare(config, workdir, stop) -> _Job:
     _check_resume(config, workdir)
     _check_sizes(config["data"])
     parts = assemble.parts(config)
+    if settings["export"]:
+        export.check(parts)
     _check_batch(settings["batch_size"], settings["chunks"], parts)
     sources = assemble.open_corpora(config["data"], config["data"]["split"])
     evaluator = evaluate.Evaluator(parts, config["evals"], stop)

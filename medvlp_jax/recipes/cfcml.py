@@ -24,7 +24,7 @@ from flax import linen as nn
 
 from medvlp_jax.config import UserError
 from medvlp_jax.encoders.base import normalise
-from medvlp_jax.layers import Attention, Linear, torch_uniform
+from medvlp_jax.layers import Attention, Linear, torch_linear, torch_uniform
 from medvlp_jax.losses import prototypes
 from medvlp_jax.recipes import base
 from medvlp_jax.schedules import Knots
@@ -71,12 +71,6 @@ class SingleHead(nn.Module):
         return jax.nn.softmax(logits * width**-0.5) @ linear("value", context)
 
 
-def _linear(x, features, name):
-    """Linear drawn as torch draws it: weight and bias uniform in +-1 / sqrt(fan in)."""
-    init = torch_uniform(x.shape[-1])
-    return Linear(features, kernel_init=init, bias_init=init, name=name)(x)
-
-
 class Fusion(nn.Module):
     """From the stages of every modality to one feature each, and to the logits."""
 
@@ -114,9 +108,9 @@ class Fusion(nn.Module):
         z = jnp.stack(pooled, axis=1)  # [B, M, C]
         x = z.reshape(len(z), -1)
         for i, width in enumerate(self.hidden):
-            x = nn.relu(_linear(x, width, f"hidden_{i}"))
+            x = nn.relu(torch_linear(x, width, f"hidden_{i}"))
             x = nn.Dropout(self.dropout, deterministic=not train)(x)
-        return z, _linear(x, self.num_classes, "logits")
+        return z, torch_linear(x, self.num_classes, "logits")
 
     def _count(self, name):
         return self.table_tokens if name == TABLE else self.image_tokens
@@ -126,10 +120,10 @@ class Fusion(nn.Module):
         compressed = []
         for s, x in enumerate(stages):
             if name == TABLE:
-                x = nn.relu(_linear(x, self.dim, "attributes"))  # [B, T, C]
+                x = nn.relu(torch_linear(x, self.dim, "attributes"))  # [B, T, C]
             x = TokenConv(self._count(name), name=f"compress_{s}_{name}")(x)  # [B, n, c]
             wide = x.shape[-1] == self.dim
-            compressed.append(x if wide else _linear(x, self.dim, f"project_{s}_{name}"))
+            compressed.append(x if wide else torch_linear(x, self.dim, f"project_{s}_{name}"))
         return compressed
 
     def _enhance(self, name, s, tokens):
@@ -223,9 +217,10 @@ class Cfcml(nn.Module):
         """Return `logits` [B, K], `modalities` z [B, M, C] and `image_pooled` [B, D].
 
         Images are uint8 [B, H, W, 1 or 3] or float volumes [B, H, W, S], the table is [B, T, D]:
-        one row an attribute. Without any one modality there is nothing to return.
+        one row an attribute. All images without the table give `image_pooled`, anything less
+        nothing.
         """
-        if any(name not in batch for name in self.modalities):
+        if any(name not in batch for name in self.images):
             return {}
         stages, pooled = {}, []
         for i, name in enumerate(self.images):
@@ -233,13 +228,16 @@ class Cfcml(nn.Module):
             encoded = encoder(self._prepare(batch[name]), train=train)
             stages[name] = self._stages(encoded)
             pooled.append(encoded.pooled)
+        features = {"image_pooled": jnp.concatenate(pooled, axis=-1)} if pooled else {}
+        if self.table and TABLE not in batch:
+            return features
         if self.table:
             stages[TABLE] = [batch[TABLE].astype(jnp.float32)]
         z, logits = self.fusion(stages, train=train)
-        features = {"logits": logits.astype(jnp.float32), "modalities": z.astype(jnp.float32)}
-        if pooled:
-            features["image_pooled"] = jnp.concatenate(pooled, axis=-1)
-        return features
+        return features | {
+            "logits": logits.astype(jnp.float32),
+            "modalities": z.astype(jnp.float32),
+        }
 
     def _prepare(self, image):
         """Return what the encoder takes: one channel of a volume, three of an image."""

@@ -309,7 +309,7 @@ def test_ablations_leave_out_what_they_name():
 
 
 @pytest.mark.slow
-def test_rows_are_encoded_independently_and_a_missing_modality_gives_nothing(small):
+def test_rows_are_encoded_independently_and_a_missing_modality_gives_missing_keys(small):
     recipe, variables = small
     batch = batch_of(4)
     encode = lambda b: recipe.apply(variables, b, method="encode")
@@ -317,6 +317,9 @@ def test_rows_are_encoded_independently_and_a_missing_modality_gives_nothing(sma
     for name in ("logits", "modalities", "image_pooled"):
         np.testing.assert_allclose(whole[name][1:3], part[name], atol=1e-5)
     assert encode({k: v for k, v in batch.items() if k != "clinical"}) == {}
+    images = encode({name: batch[name] for name in IMAGES})
+    assert images.keys() == {"image_pooled"}
+    np.testing.assert_array_equal(images["image_pooled"], whole["image_pooled"])
 
 
 @pytest.mark.slow

@@ -1,0 +1,120 @@
+"""A whole run of a classifier on images and a table; and bad input, one sentence each."""
+
+import csv
+import io
+import json
+import pathlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from medvlp_jax import assemble, evaluate, plan, train
+from medvlp_jax.config import UserError
+from medvlp_jax.data.datasets.ham10000.ham10000_dataset_builder import DIAGNOSES
+
+ROOT = pathlib.Path(__file__).parents[1]
+SMALL = (
+    "--config=configs/cfcml.py:derm",
+    "--config.data.size=64",
+    "--config.data.crop=64",
+    "--config.train.steps=4",
+    "--config.train.batch_size=56",
+    "--config.train.checkpoint_every=2",
+    "--config.train.evaluate_every=2",
+    "--config.train.log_every=1",
+    "--config.optim.warmup=1",
+    "--config.evals.resamples=20",
+    "--config.evals.controls=()",
+)
+
+
+@pytest.fixture(scope="module")
+def lesions(tmp_path_factory):
+    """A folder with two training lesions and one validation lesion a class."""
+    folder = tmp_path_factory.mktemp("ham")
+    (folder / "images").mkdir()
+    rng = np.random.default_rng(0)
+    rows = []
+    for i, dx in enumerate([*DIAGNOSES] * 3):
+        image = Image.fromarray(rng.integers(0, 256, (48, 48, 3), dtype=np.uint8))
+        buffer = io.BytesIO()
+        image.save(buffer, "JPEG")
+        (folder / f"images/{i}.jpg").write_bytes(buffer.getvalue())
+        split = "val" if i >= 2 * len(DIAGNOSES) else "train"
+        rows.append((f"l{i}", f"i{i}", dx, "histo", 50, "male", "back", f"images/{i}.jpg", split))
+    header = [
+        "lesion_id",
+        "image_id",
+        "dx",
+        "dx_type",
+        "age",
+        "sex",
+        "localization",
+        "file",
+        "split",
+    ]
+    with (folder / "tabular.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([header, *rows])
+    return folder
+
+
+@pytest.fixture
+def resolve(lesions, tmp_path_factory, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    data = f"--config.data.data_dir={lesions / 'prepared'}"
+
+    def resolved(*overrides):
+        source = f"--config.data.manual_dir={lesions}"
+        folder = tmp_path_factory.mktemp("runs") / "derm"
+        return train.resolve([*SMALL, data, source, *overrides, f"--workdir={folder}"])
+
+    return resolved
+
+
+@pytest.mark.slow
+def test_a_run_ends_with_a_classifiers_numbers_and_repeats_when_it_is_resumed(resolve):
+    config, folder = resolve()
+    results = train.run(config, folder)
+    for name in ("results.json", "curves.png", "examples.png"):
+        assert (folder / name).stat().st_size > 0, name
+    for key in ("classify/diagnosis/macro_auroc", "probe/diagnosis/balanced_accuracy"):
+        assert 0 <= results[key]["value"] <= 1
+    assert "dx_type" not in json.dumps(results)
+    assert train.run(config, folder) == results
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("evals.protocols=('retrieval',)", "Protocol retrieval does not fit recipe cfcml"),
+        ("recipe.num_classes=5", "num_classes=5, but task diagnosis of ham10000 has 7 classes"),
+        ("recipe.task=diagnose", "ham10000 has no task 'diagnose'. Did you mean diagnosis"),
+        ("train.export=True", "Recipe cfcml has no text encoder"),
+        ("init.text=somewhere", "init.text=somewhere, but recipe cfcml has no text encoder"),
+        ("data.table.exclude=('ages',)", "The table has no column 'ages'. Did you mean age"),
+        ("data.view.name=turn", "No view 'turn'"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_leaves_no_run(resolve, override, message):
+    config, folder = resolve(f"--config.{override}")
+    with pytest.raises(UserError, match=message):
+        train.run(config, folder)
+    assert not (folder / "config.json").exists()
+
+
+def test_a_classifier_protocol_does_not_fit_two_towers(monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("MEDVLP_DATA_DIR", str(tmp_path))
+    arguments = ("--config=configs/imitate.py:smoke", "--config.evals.protocols=('classify',)")
+    config, _ = train.resolve([*arguments, f"--workdir={tmp_path / 'run'}"])
+    parts = assemble.parts(config, pretrained=False)
+    with pytest.raises(UserError, match="accepted are zero_shot, retrieval, probe"):
+        evaluate.Evaluator(parts, config["evals"])
+
+
+def test_a_step_on_a_table_is_planned_without_data(resolve):
+    config, _ = resolve()
+    batch = plan.blueprint(config).batch
+    assert batch["tabular"].shape == (56, 3, 20)
+    assert batch["label/diagnosis"].shape == (56, 7)
