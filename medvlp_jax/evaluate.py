@@ -179,11 +179,13 @@ class Evaluator:
         found = self.features(variables, self.source, limit=self.settings["limit"])
         if not distributed.is_writer():
             return
-        drawn = self._classified if not self.parts.recipe.spaces else self._retrieved
+        drawn, caption = self._retrieved, plots.RETRIEVED
+        if not self.parts.recipe.spaces:
+            drawn, caption = self._classified, plots.CLASSIFIED
         picked, texts, scores, truth = drawn(found, np.random.default_rng(0))
         transform = assemble.record_transform(self.parts, ("image",), train=False)
         images = [transform(self.source[i], None)["image"] for i in picked]
-        plots.examples(images, texts, scores, truth, out_png)
+        plots.examples(images, texts, scores, truth, out_png, caption=caption)
 
     def _retrieved(self, found, rng):
         """Return rows, the best three texts of each with their cosines, and its own text."""

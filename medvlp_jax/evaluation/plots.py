@@ -22,7 +22,10 @@ from medvlp_jax.config import UserError
 # Okabe & Ito: distinguishable with colour-vision deficiency.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 INK, MUTED, RULE, RIGHT = "#222222", "#777777", "#DDDDDD", "#E4F3EC"
-CAPTION = "Texts retrieved for each image, best first.  ✓ the image's own text.  Numbers: cosine."
+RETRIEVED = "Texts retrieved for each image, best first.  ✓ the image's own text.  Numbers: cosine."
+CLASSIFIED = (
+    "Classes given to each image, best first.  ✓ the image's own class.  Numbers: probability."
+)
 ANSWER_WIDTH, ANSWER_LINES = 92, 3  # characters, lines
 LINES_PER_PANEL = len(COLOURS)
 # A panel becomes logarithmic when its values span more than this factor.
@@ -210,17 +213,20 @@ def examples(
     scores,
     truths: Sequence[str],
     out_png: str | Path,
+    *,
+    caption: str = RETRIEVED,
 ) -> None:
-    """Draw images with the texts retrieved for them, best first, the right one marked.
+    """Draw images with the texts or classes found for them, best first, the right one marked.
 
     Where the right text is not among them it stands below, as "true".
 
     Args:
       images: [n, H, W, 1 or 3] uint8.
       texts_topk: n lists of K texts.
-      scores: [n, K] cosines.
+      scores: [n, K] what the caption says, such as cosines.
       truths: n texts; equal to a retrieved text = right.
       out_png: where the picture goes.
+      caption: what is shown: RETRIEVED or CLASSIFIED.
 
     Raises:
       UserError: without an image.
@@ -237,7 +243,7 @@ def examples(
     ratios = [height, width] * columns
     grid = figure.add_gridspec(rows, len(ratios), width_ratios=ratios, wspace=0.04, hspace=0.08)
     grid.update(**edges)
-    figure.text(0.01, 1 - 0.2 / tall, CAPTION, fontsize=9, color=MUTED, va="center")
+    figure.text(0.01, 1 - 0.2 / tall, caption, fontsize=9, color=MUTED, va="center")
     for i, example in enumerate(zip(images, texts_topk, scores, truths, strict=True)):
         row, column = divmod(i, columns)
         picture = figure.add_subplot(grid[row, 2 * column])
