@@ -146,13 +146,16 @@ class ReadingHead(nn.Module):
 # For the model card of an export: the diagnosis branch and the text head on an Impression.
 HEADS_IN_TORCH = """
 def embed(x, side):
-    name, source = ("diagnosis", "") if side == "image" else ("text_head", "{source}")
-    p = lambda key: heads[f"params/{{name}}/{{key}}"]
-    norm = lambda x, key, *affine: batch_norm(
-        x, *(heads[f"batch_stats/{{name}}/{{key}}/{{kind}}{{source}}"] for kind in ("mean", "var")), *affine
+    name = "diagnosis" if side == "image" else "text_head"
+    source = "" if side == "image" else "{source}"
+    own = lambda key: heads[f"params/{{name}}/{{key}}"]
+    statistics = lambda key: (
+        heads[f"batch_stats/{{name}}/{{key}}/{{kind}}{{source}}"] for kind in ("mean", "var")
     )
-    x = norm(x @ p("first/kernel") + p("first/bias"), "norm", p("norm/scale"), p("norm/bias")).relu()
-    return normalize(norm(x @ p("second/kernel") + p("second/bias"), "last_norm"), dim=-1)
+    x = x @ own("first/kernel") + own("first/bias")
+    x = batch_norm(x, *statistics("norm"), own("norm/scale"), own("norm/bias")).relu()
+    x = x @ own("second/kernel") + own("second/bias")
+    return normalize(batch_norm(x, *statistics("last_norm")), dim=-1)
 
 """
 
