@@ -41,9 +41,12 @@ PATIENCE = 900.0  # seconds after which a run counts as hung
 class Run:
     """One start of the training in a run folder."""
 
-    def __init__(self, folder: pathlib.Path, processes: int, steps: int, home: pathlib.Path):
-        """Start it."""
-        self.folder, self.processes, self.log = folder, processes, home / f"{folder.name}.log"
+    def __init__(
+        self, folder: pathlib.Path, processes: int, steps: int, home: pathlib.Path, log: str = ""
+    ):
+        """Start it; data, compile cache and logs lie in `home`."""
+        self.folder, self.processes = folder, processes
+        self.log = home / f"{log or folder.name}.log"
         environment = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")}
         environment |= {
             "MEDVLP_VENV": "none",
