@@ -119,27 +119,29 @@ def embeddings(batch: int, seed: int = 0):
 
 
 def race(variants: dict, batch: int, repeats: int) -> dict[str, list[float]]:
-    """Time all variants by turns, so that whatever else the machine does hits all alike."""
+    """Time all variants by turns, forth and back, so that what else the machine does hits all."""
     x, y, report = embeddings(batch)
     arguments = x, y, jnp.float32(10.0), jnp.float32(-10.0), report
     compiled = {name: differentiated(loss) for name, loss in variants.items()}
     seconds = {name: [] for name in variants}
     for turn in range(repeats + 1):
-        for name, function in compiled.items():
+        for name in list(compiled)[:: 1 if turn % 2 else -1]:
             began = time.perf_counter()
-            jax.block_until_ready(function(*arguments))
+            jax.block_until_ready(compiled[name](*arguments))
             if turn:  # the first compiles
                 seconds[name].append(time.perf_counter() - began)
     return seconds
 
 
 def compare(seconds: dict, base: str, **labels) -> list[dict]:
-    """Rows of median time and of the median ratio to `base` in the same turn."""
+    """Rows of median time, and of the quartiles of the ratio to `base` in the same turn."""
     rows = []
     for name, times in seconds.items():
-        ratio = np.median(np.divide(times, seconds[base]))
+        ratios = np.quantile(np.divide(times, seconds[base]), (0.5, 0.25, 0.75))
+        low, high = ratios[1:].round(3).tolist()
         row = {"loss": name, "seconds": round(float(np.median(times)), 4)}
-        rows.append({**labels, **row, f"times {base}": round(float(ratio), 3)})
+        row |= {f"times {base}": round(float(ratios[0]), 3), "low": low, "high": high}
+        rows.append({**labels, **row, "turns": len(times)})
         print(f"  {rows[-1]}", file=sys.stderr, flush=True)
     return rows
 

@@ -24,6 +24,7 @@ def data(**fields) -> ConfigDict:
             "legacy_wrap": False,  # their uint8 overflow of the brightest pixels
             "mask_lower_edge": 0.0,  # share of the image height blackened from below
             "view": {  # probabilities, degrees; IMITATE's released code
+                "name": "imitate",
                 "flip_horizontal": 0.5,
                 "flip_vertical": 0.5,
                 "rotation": 30.0,
@@ -31,6 +32,9 @@ def data(**fields) -> ConfigDict:
                 "perspective_probability": 0.5,
                 "autocontrast": 0.5,
             },
+            "balance": "",  # label task whose classes take turns in a batch; "" = as they come
+            # Columns left out, and columns taken although the schema says they give away the label.
+            "table": {"exclude": (), "leakage": ()},
             "decode_cache": 0,  # decoded images kept in memory, size^2 bytes each
             "threads": 2,
             "prefetch": 4,
@@ -40,7 +44,7 @@ def data(**fields) -> ConfigDict:
 
 
 def optim(**fields) -> ConfigDict:
-    """AdamW with a single cosine over all steps."""
+    """AdamW with a single cosine over all steps; "adam" adds the decay to the gradient."""
     return _section(
         {
             "name": "adamw",

@@ -6,7 +6,7 @@ What `train`, `evaluate` and `convert export` share. Takes plain dicts, never a 
 import functools
 import json
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +15,7 @@ import numpy as np
 from medvlp_jax import config as configs
 from medvlp_jax import convert, distributed, sharding
 from medvlp_jax.config import UserError
-from medvlp_jax.data import corpora, pipeline, transforms
+from medvlp_jax.data import corpora, pipeline, tabular, transforms
 from medvlp_jax.data import text as tokenisation
 from medvlp_jax.training import params as paths
 from medvlp_jax.training import text as text_stage
@@ -40,7 +40,7 @@ class Parts(NamedTuple):
     Attributes:
       config: resolved, nested plain dict.
       recipe: the method, a Linen module.
-      tokenizer: of the `tokenizers` library.
+      tokenizer: of the `tokenizers` library; None where the recipe reads no text.
       mesh: over all devices.
       part: which rows of every batch this process has.
       loaded: variables that replace freshly initialised ones: {"image": ..., "text": ...}.
@@ -106,10 +106,15 @@ def parts(config: Mapping[str, Any], *, pretrained: bool = True) -> Parts:
     spec = dict(config["recipe"])
     name = spec.pop("name")
     loaded = {}
-    tokenizer = load_tokenizer(config)
-    spec["text"] = _text_spec(spec["text"], tokenizer, data)
-    folders = {"image": init["image"], "text": init["text"]}
-    if init["text"] == "mlm":
+    tokenizer = None
+    folders = {"image": init["image"]}
+    if "text" in spec:
+        tokenizer = load_tokenizer(config)
+        spec["text"] = _text_spec(spec["text"], tokenizer, data)
+        folders["text"] = init["text"]
+    elif init["text"]:
+        raise UserError(f"init.text={init['text']}, but recipe {name} has no text encoder.")
+    if folders.get("text") == "mlm":
         # The spec says all about this encoder; only its weights lie in a folder.
         trained = text_encoder_folder(config, spec["text"], tokenizer, mesh) if pretrained else ""
         folders["text"] = trained
@@ -157,7 +162,15 @@ def text_encoder_folder(config, spec, tokenizer, mesh) -> pathlib.Path:
     )
 
 
-def record_transform(parts: Parts, inputs: Sequence[str], *, train: bool, features=None, mask=None):
+def record_transform(
+    parts: Parts,
+    inputs: Sequence[str],
+    *,
+    train: bool,
+    features=None,
+    table: tabular.Schema | None = None,
+    mask=None,
+):
     """Return record -> example for the given batch keys: random views in training, else the centre.
 
     Args:
@@ -165,6 +178,7 @@ def record_transform(parts: Parts, inputs: Sequence[str], *, train: bool, featur
       inputs: batch keys.
       train: random views, no labels.
       features: cached text features by text.
+      table: schema of the corpus, for the key "tabular".
       mask: share of the lower edge to blacken; None takes data.mask_lower_edge.
     """
     data = parts.config["data"]
@@ -185,7 +199,7 @@ def record_transform(parts: Parts, inputs: Sequence[str], *, train: bool, featur
         decode = lambda encoded: transforms.mask_lower_edge(whole(encoded), fraction)
     view = functools.partial(transforms.center_view, size=data["crop"])
     if train:
-        view = functools.partial(transforms.imitate_view, size=data["crop"], **data["view"])
+        view = random_view(data)
     return pipeline.record_transform(
         inputs=inputs,
         decode=decode,
@@ -193,8 +207,30 @@ def record_transform(parts: Parts, inputs: Sequence[str], *, train: bool, featur
         tokenizer=parts.tokenizer,
         lengths=dict.fromkeys(("findings", "impression", "report"), data["text_length"]),
         features=features,
+        table=table_rows(data, table) if table else None,
         train=train,
     )
+
+
+def random_view(data: Mapping[str, Any]) -> Callable:
+    """Return the (image, rng) -> view of data.view: its name and its settings.
+
+    Raises:
+      UserError: for a view that does not exist.
+    """
+    settings = dict(data["view"])
+    name = settings.pop("name")
+    views = {"imitate": transforms.imitate_view, "cfcml": transforms.cfcml_view}
+    if name not in views:
+        raise UserError(f"No view '{name}'. {configs.nearest(name, list(views))}")
+    return functools.partial(views[name], size=data["crop"], **settings)
+
+
+def table_rows(data: Mapping[str, Any], schema: tabular.Schema) -> Callable:
+    """Return the function from a record's table to the rows [T, D] a model sees."""
+    table = data["table"]
+    names = tabular.columns(schema, exclude=table["exclude"], leakage=table["leakage"])
+    return functools.partial(tabular.rows, schema=schema, names=names)
 
 
 def train_batches(parts: Parts, sources, features=None):
@@ -203,10 +239,17 @@ def train_batches(parts: Parts, sources, features=None):
     return iter(
         pipeline.train_dataset(
             sources,
-            transform=record_transform(parts, parts.recipe.inputs, train=True, features=features),
+            transform=record_transform(
+                parts,
+                parts.recipe.inputs,
+                train=True,
+                features=features,
+                table=sources[0].metadata["table"],
+            ),
             batch_size=parts.config["train"]["batch_size"],
             seed=parts.config["seed"],
             weights=data["shares"] or None,
+            balance=data["balance"],
             process_index=parts.part.index,
             process_count=parts.part.count,
             threads=data["threads"],
@@ -223,9 +266,12 @@ def initial_variables(parts: Parts) -> dict:
     """
     data = parts.config["data"]
     shape = (2, data["crop"], data["crop"], data["channels"])
-    tokens = tokenisation.tokenize(parts.tokenizer, ["a", "b"], data["text_length"])
     batch = dict.fromkeys(("image", "image_2"), np.zeros(shape, np.uint8))
-    batch |= dict.fromkeys(("findings", "impression", "report"), tokens)
+    if parts.tokenizer:
+        tokens = tokenisation.tokenize(parts.tokenizer, ["a", "b"], data["text_length"])
+        batch |= dict.fromkeys(("findings", "impression", "report"), tokens)
+    if "tabular" in parts.recipe.inputs:
+        batch["tabular"] = _empty_table(data)
     try:
         variables = init_variables(parts.recipe, batch, parts.config["seed"])
     except ValueError as error:  # an encoder's sentence about sizes that do not fit
@@ -292,6 +338,17 @@ def read_variables(folder: pathlib.Path, template: Mapping) -> dict:
             "all"
         ]
     return checked
+
+
+def _empty_table(data) -> np.ndarray:
+    """Return rows [2, T, D] of missing values, of the shapes the first corpus has."""
+    name, _, variant = data["corpora"][0].partition(":")
+    corpus = corpora.builder(name, data_dir=data["data_dir"], builder_config=variant)
+    schema = corpus.info.metadata["table"]
+    if not schema:
+        raise UserError(f"The recipe reads a table, and corpus {name} has none.")
+    rows = table_rows(data, schema)(dict.fromkeys(schema, np.nan))
+    return np.stack([rows, rows])
 
 
 def _text_spec(spec: Mapping, tokenizer, data) -> dict:

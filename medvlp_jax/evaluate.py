@@ -1,4 +1,4 @@
-"""Evaluate a run: zero-shot classification, retrieval, linear probe.
+"""Evaluate a run: zero-shot classification, retrieval, linear probe, a classifier's own logits.
 
   medvlp evaluate --run RUN_DIR [--protocol zero_shot,retrieval,probe] [--corpus NAME]
 
@@ -14,18 +14,19 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+import scipy.special
 
 from medvlp_jax import assemble, cli, distributed, sharding
 from medvlp_jax.config import UserError, nearest
 from medvlp_jax.data import datasets, pipeline
 from medvlp_jax.data import text as tokenisation
+from medvlp_jax.evaluation import classify, plots, probe, retrieval, zero_shot
 from medvlp_jax.evaluation import features as extraction
-from medvlp_jax.evaluation import plots, probe, retrieval, zero_shot
 from medvlp_jax.evaluation.results import Results, results_table
 from medvlp_jax.training.step import make_embed
 from medvlp_jax.training.stopping import Signals, Stopped
 
-PROTOCOLS = ("zero_shot", "retrieval", "probe")
+PROTOCOLS = ("zero_shot", "retrieval", "probe", "classify")
 PROMPT_BATCH = 64
 EXAMPLES = 8
 
@@ -105,10 +106,12 @@ class Evaluator:
           mask: share of the lower image edge to blacken; None takes data.mask_lower_edge.
           progress: title of the bar; "" is silent.
         """
-        inputs = inputs or ("image", *self.parts.recipe.spaces)
+        inputs = inputs or self._inputs()
         batches = pipeline.eval_batches(
             source,
-            transform=assemble.record_transform(self.parts, inputs, train=False, mask=mask),
+            transform=assemble.record_transform(
+                self.parts, inputs, train=False, table=source.metadata["table"], mask=mask
+            ),
             batch_size=self._multiple_of_devices(self.settings["batch_size"]),
             limit=limit,
             process_index=self.parts.part.index,
@@ -146,22 +149,40 @@ class Evaluator:
         return image, extraction.joint(found, [text for _, text in spaces.values()], valid)
 
     def draw_examples(self, variables, out_png: pathlib.Path) -> None:
-        """Draw test images with the texts retrieved for them."""
+        """Draw test images with the texts retrieved for them, or the classes they are given."""
         found = self.features(variables, self.source, limit=self.settings["limit"])
         if not distributed.is_writer():
             return
+        drawn = self._classified if not self.parts.recipe.spaces else self._retrieved
+        picked, texts, scores, truth = drawn(found, np.random.default_rng(0))
+        transform = assemble.record_transform(self.parts, ("image",), train=False)
+        images = [transform(self.source[i], None)["image"] for i in picked]
+        plots.examples(images, texts, scores, truth, out_png)
+
+    def _retrieved(self, found, rng):
+        """Return rows, the best three texts of each with their cosines, and its own text."""
         image, text = self.joint(found)
-        picked = np.random.default_rng(0).permutation(np.flatnonzero(text.any(1)))[:EXAMPLES]
+        picked = rng.permutation(np.flatnonzero(text.any(1)))[:EXAMPLES]
         rows, scores = retrieval.top_texts(image[picked], text, found["text_id"], 3)
         texts = [" ".join(filter(None, pair)) for pair in self.source.texts()]
-        transform = assemble.record_transform(self.parts, ("image",), train=False)
-        plots.examples(
-            [transform(self.source[i], None)["image"] for i in picked],
-            [[texts[j] for j in row] for row in rows],
-            scores,
-            [texts[i] for i in picked],
-            out_png,
-        )
+        return picked, [[texts[j] for j in row] for row in rows], scores, [texts[i] for i in picked]
+
+    def _classified(self, found, rng):
+        """Return rows, the best three classes of each with their probabilities, and its own."""
+        task = self.parts.recipe.task
+        names, labels = np.array(self.source.tasks[task]), found[f"label/{task}"]
+        picked = rng.permutation(np.flatnonzero((labels == 1).any(1)))[:EXAMPLES]
+        chances = scipy.special.softmax(found["logits"][picked], axis=1)
+        best = np.argsort(-chances, axis=1)[:, :3]
+        scores = np.take_along_axis(chances, best, axis=1)
+        return picked, names[best].tolist(), scores, names[labels[picked].argmax(1)].tolist()
+
+    def _inputs(self) -> tuple[str, ...]:
+        """Return what a full evaluation encodes: image and sections, or all a classifier reads."""
+        recipe = self.parts.recipe
+        if recipe.spaces:
+            return ("image", *recipe.spaces)
+        return tuple(key for key in recipe.inputs if not key.startswith("label/"))
 
     def _multiple_of_devices(self, size: int) -> int:
         pieces = sharding.batch_devices(self.parts.mesh)
@@ -197,6 +218,19 @@ class Evaluator:
             text,
             found["text_id"],
             labels=found[f"label/{task}"],
+            groups=found["patient_id"],
+            **options,
+        )
+
+    def _classify(self, variables, found, *, mask, **options):
+        del variables, mask
+        task = self.parts.recipe.task
+        return classify.run(
+            found["logits"],
+            found[f"label/{task}"],
+            self.source.tasks[task],
+            task=task,
+            multi_label=False,
             groups=found["patient_id"],
             **options,
         )

@@ -1,22 +1,25 @@
 """From a run to folders that `transformers` loads, with a model card.
 
-OUT/image/             the image encoder: AutoModel.from_pretrained("OUT/image")
-OUT/text/              the text encoder and its tokenizer
-OUT/heads.safetensors  everything else: projections, heads, scales, by parameter path
-OUT/README.md          data, config, results
+OUT/image/                   the image encoder: AutoModel.from_pretrained("OUT/image")
+OUT/text/                    the text encoder and its tokenizer
+OUT/projections.safetensors  everything else: projections, heads, scales, by parameter path
+OUT/dual/                    where the heads allow, all of it as a VisionTextDualEncoderModel
+OUT/README.md                how to load it in PyTorch, data, config, results
 """
 
-import os
 import pathlib
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
 
 from medvlp_jax import __version__, assemble, convert
 from medvlp_jax.config import to_json
+from medvlp_jax.convert import dual
+from medvlp_jax.convert.files import write_tensors
 from medvlp_jax.encoders.base import IMAGENET_MEAN, IMAGENET_STD
 from medvlp_jax.evaluation.results import Results, results_table
+from medvlp_jax.recipes.clip import MAX_SCALE, Clip
 from medvlp_jax.training import params as paths
 
 CARD = """\
@@ -36,11 +39,11 @@ Not for clinical use.
 |---|---|---|
 | `image/` | image encoder, {image_parameters:.2f} M parameters | `AutoModel.from_pretrained` |
 | `text/` | text encoder, {text_parameters:.2f} M parameters | the same, `add_pooling_layer=False` |
-| `heads.safetensors` | projections, by parameter path | `safetensors.numpy.load_file` |
-
+| `projections.safetensors` | heads and scales, by parameter path | the code below |
+{dual}
 Images: grey, {preparation}, {crop} x {crop} pixels, replicated to three channels, ImageNet mean and
 standard deviation. Reports: at most {length} tokens.
-
+{example}
 ## Data
 
 {data}
@@ -54,6 +57,34 @@ standard deviation. Reports: at most {length} tokens.
 ```json
 {config}
 ```
+"""
+
+
+DUAL = "| `dual/` | both, projected | `VisionTextDualEncoderModel.from_pretrained` |\n"
+
+EXAMPLE = """\
+import torch
+import transformers
+from safetensors.torch import load_file
+from torch.nn.functional import batch_norm, normalize
+
+heads = load_file("projections.safetensors")
+image = transformers.AutoModel.from_pretrained("image"{image_options}).eval()
+text = transformers.AutoModel.from_pretrained("text"{text_options}).eval()
+processor = transformers.AutoImageProcessor.from_pretrained("image")
+tokenizer = transformers.AutoTokenizer.from_pretrained("text")
+
+{heads}
+@torch.no_grad()
+def similarity(images, reports):
+    out = image(**processor(images, return_tensors="pt"))
+    x = embed({image_pooled}, "image")
+    cut = {{"truncation": True, "max_length": {length}}}
+    tokens = tokenizer(reports, padding=True, return_tensors="pt", **cut)
+    mask = tokens.attention_mask
+    out = text(tokens.input_ids, attention_mask=mask)
+    y = embed({text_pooled}, "text")
+    return x @ y.T  # cosines [images, reports]
 """
 
 
@@ -71,27 +102,76 @@ def export(
     Raises:
       UserError: if an encoder is not one that can be written.
     """
+    write_weights(parts.recipe, variables, out, parts.tokenizer, crop=parts.config["data"]["crop"])
+    (pathlib.Path(out) / "README.md").write_text(_card(parts, variables, results or {}))
+
+
+def write_weights(recipe: Any, variables: Mapping, out: pathlib.Path, tokenizer: Any, *, crop: int):
+    """Write everything but the model card.
+
+    Args:
+      recipe: two encoders, `image` and `text`, and heads.
+      variables: its own, on the host.
+      out: folder, made if absent.
+      tokenizer: of the text encoder.
+      crop: pixels a side of an image.
+
+    Raises:
+      UserError: if an encoder is not one that can be written.
+    """
     out = pathlib.Path(out)
     out.mkdir(parents=True, exist_ok=True)
     side = lambda name: {k: tree[name] for k, tree in variables.items() if name in tree}
-    processor = convert.image_processor(
-        parts.config["data"]["crop"], mean=IMAGENET_MEAN, std=IMAGENET_STD
-    )
-    text = side("text")
-    text["params"] = _without_heads(parts.recipe.text, text["params"])
-    convert.save(parts.recipe.image, side("image"), out / "image", preprocessor=processor)
-    _write_tokenizer(parts.tokenizer, out / "text")
-    convert.save(parts.recipe.text, text, out / "text", tokenizer=out / "text")
+    processor = convert.image_processor(crop, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    image, text = side("image"), side("text")
+    text["params"] = _without_heads(recipe.text, text["params"])
+    convert.save(recipe.image, image, out / "image", preprocessor=processor)
+    _write_tokenizer(tokenizer, out / "text")
+    convert.save(recipe.text, text, out / "text", tokenizer=out / "text")
+    if _has_dual(recipe):
+        params = variables["params"]
+        dual.save_dual(
+            dual.Side(recipe.image, image, params["image_projection"]["kernel"]),
+            dual.Side(recipe.text, text, params["text_projection"]["kernel"]),
+            out / "dual",
+            log_scale=min(float(params["log_scale"]), np.log(MAX_SCALE)),
+            tokenizer=out / "text",
+            preprocessor=processor,
+        )
     heads = {
         f"{kind}/{path}": np.ascontiguousarray(value)
         for kind, tree in variables.items()
         for path, value in paths.flatten(tree).items()
         if not path.startswith(("image/", "text/"))
     }
-    scratch = out / ".heads.tmp"
-    save_file(heads, scratch)
-    os.replace(scratch, out / "heads.safetensors")
-    (out / "README.md").write_text(_card(parts, variables, results or {}))
+    write_tensors(out / "projections.safetensors", heads)
+
+
+def _has_dual(recipe):
+    """Say whether a VisionTextDualEncoderModel computes the same: linear heads, pooler outputs."""
+    return isinstance(recipe, Clip) and not dual.refusal(recipe.image, recipe.text)
+
+
+def example(recipe: Any, length: int) -> str:
+    """Return PyTorch code that loads an export and defines similarity(images, reports).
+
+    "" for a recipe that does not say what its heads are in PyTorch, or whose encoders pool in a way
+    that is no short expression there.
+    """
+    pooled = [dual.pooled_in_torch(module) for module in (recipe.image, recipe.text)]
+    heads = getattr(recipe, "heads_in_torch", "")
+    if not heads or not all(pooled):
+        return ""
+    # What transformers would otherwise make at random, and say so.
+    options = lambda module: "" if getattr(module, "pooler", True) else ", add_pooling_layer=False"
+    return EXAMPLE.format(
+        heads=heads,
+        image_pooled=pooled[0],
+        text_pooled=pooled[1],
+        image_options=options(recipe.image),
+        text_options=options(recipe.text),
+        length=length,
+    )
 
 
 def _without_heads(module, tree):
@@ -117,6 +197,7 @@ def _card(parts, variables, results) -> str:
     data = config["data"]
     sources = assemble.open_corpora(data, data["split"])
     generated = [s.name for s in sources if s.metadata["generated"]]
+    code = example(parts.recipe, data["text_length"])
     count = lambda name: paths.count(variables["params"][name]) / 1e6
     return CARD.format(
         title=f"{config['recipe']['name']} on {', '.join(data['corpora'])}",
@@ -132,6 +213,8 @@ def _card(parts, variables, results) -> str:
         preparation=f"{data['fit']} to {data['size']} x {data['size']} and cropped",
         crop=data["crop"],
         length=data["text_length"],
+        dual=DUAL if _has_dual(parts.recipe) else "",
+        example=f"\n```python\n{code}```\n" if code else "",
         data="\n".join(f"* `{s.name}`, {s.split}: {len(s)} records" for s in sources),
         results=results_table(results, markdown=True) if results else "Not evaluated.",
         config=to_json(config),

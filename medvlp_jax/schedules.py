@@ -50,16 +50,31 @@ def imitate_beta(steps_per_epoch: int) -> tuple[tuple[int, float], ...]:
     return ((0, 1.0), (31 * n - 1, 1.0), (31 * n, 1.25), (49 * n, 0.35), (50 * n, 0.3))
 
 
+CFCML_EPOCHS = 50
+
+
+def cfcml_share(epoch: jax.Array | int) -> jax.Array:
+    """Share of CFCML's peak learning rate in an epoch, counted from 1 (released code).
+
+    0 in the first, 0.2, 0.4, 0.6, 0.8 in the next four, 1 in epochs 6 to 11, then 0.8 times as much
+    every five epochs, from epoch 12 on.
+    """
+    epoch = jnp.int32(epoch)
+    falling = jnp.float32(0.8) ** jnp.maximum(0, (epoch - 7) // 5)
+    return jnp.where(epoch <= 5, (epoch - 1) / 5, falling)
+
+
 def learning_rate(
     peak: float, *, steps: int, warmup: int, kind: str, floor: float = 0.0
 ) -> optax.Schedule:
-    """Linear warm-up to `peak`, then "cosine" to `floor`, or "constant".
+    """Linear warm-up to `peak`, then "cosine" to `floor`, "constant", or "cfcml".
 
     Args:
       peak: highest rate.
       steps: total optimisation steps, the warm-up included.
       warmup: steps from 0 to `peak`.
-      kind: "cosine" or "constant".
+      kind: "cosine", "constant", or "cfcml": the published 50 epochs, a fiftieth of `steps` each,
+        whose first five are the warm-up.
       floor: last value of the cosine.
 
     Raises:
@@ -73,8 +88,15 @@ def learning_rate(
         )
     elif kind == "constant":
         after = optax.constant_schedule(peak)
+    elif kind == "cfcml":
+        if warmup:
+            raise ValueError(
+                f"schedule 'cfcml' has a warm-up of its own: warmup is 0, got {warmup}"
+            )
+        epoch = lambda step: 1 + step * CFCML_EPOCHS // max(steps, 1)
+        after = lambda step: peak * cfcml_share(epoch(step))
     else:
-        raise ValueError(f"schedule must be 'cosine' or 'constant', got {kind!r}")
+        raise ValueError(f"schedule must be 'cosine', 'constant' or 'cfcml', got {kind!r}")
     if not warmup:
         return after
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])

@@ -1,6 +1,10 @@
 """Train a method, evaluate it, export it.
 
   bash launch/run.sh --config=configs/imitate.py:demo [--config.optim.lr=3e-4 ...] [--workdir=DIR]
+  medvlp train --config=configs/imitate.py --plan [--devices=8]
+
+--plan prints memory on each device and FLOPs by part, from shapes: needs no data, weights or
+accelerator, and starts nothing. --devices=N plans for N devices, emulated on the CPU.
 
 The run folder holds config.json, metrics.jsonl, results.json, curves.png, examples.png,
 checkpoints/ and export/. The same command again resumes an interrupted run bit by bit.
@@ -18,7 +22,7 @@ import jax
 from absl import flags, logging
 from ml_collections import config_flags
 
-from medvlp_jax import assemble, cli, distributed, evaluate, export, sharding
+from medvlp_jax import assemble, cli, distributed, evaluate, export, plan, sharding
 from medvlp_jax import config as configs
 from medvlp_jax.config import UserError
 from medvlp_jax.evaluation import plots
@@ -167,6 +171,23 @@ def _check_processes(config, workdir):
     distributed.check_same({**facts, "jax": jax.__version__})
 
 
+def plan_of(config: dict, devices: int | None = None) -> str:
+    """Say what a step of this config takes, without training.
+
+    Args:
+      config: resolved.
+      devices: how many to emulate on the CPU; None plans for those there are.
+
+    Raises:
+      UserError: for what `run` would refuse too, or devices that are not to be had.
+    """
+    emulated = None if devices is None else plan.emulate(devices)
+    _check_sizes(config["data"])
+    blueprint = plan.blueprint(config, emulated)
+    _check_batch(config["train"]["batch_size"], config["train"]["chunks"], blueprint)
+    return plan.table(blueprint, plan.make(blueprint))
+
+
 def _check_resume(config, workdir):
     """Show what differs from the run in `workdir`; the checkpoint refuses another architecture."""
     if not (workdir / assemble.CONFIG).is_file():
@@ -252,6 +273,8 @@ def _parse(argv: list[str]) -> tuple[flags.FlagValues, list[str]]:
     flags.DEFINE_string(
         "workdir", "", "run folder; default runs/<config>-<time>", flag_values=values
     )
+    flags.DEFINE_bool("plan", False, "print memory and FLOPs, train nothing", flag_values=values)
+    flags.DEFINE_integer("devices", None, "emulated devices to plan for", flag_values=values)
     # ml_collections looks for overrides in sys.argv, whatever it is asked to parse.
     before, sys.argv = sys.argv, ["train", *argv]
     try:
@@ -278,6 +301,12 @@ def main(argv: list[str] | None = None) -> None:
     flags.FLAGS.mark_as_parsed()  # Grain reads absl's own flags
     logging.set_verbosity(logging.WARNING)
     config, workdir = resolve(argv)
+    asked = _parse(argv)[0]
+    if asked.plan:
+        print(plan_of(config, asked.devices))
+        return
+    if asked.devices is not None:
+        raise UserError("--devices goes with --plan; a run takes the devices it finds.")
     distributed.initialize()
     with Signals() as stop:
         try:

@@ -39,3 +39,18 @@ def test_learning_rate_warms_up_then_falls_to_the_floor():
 def test_wrong_schedules_are_refused(fields):
     with pytest.raises(ValueError, match=r"linear|warmup must be"):
         schedules.learning_rate(1.0, steps=9, **fields)
+
+
+def test_cfcml_equals_the_published_rate_in_all_fifty_epochs():
+    """Section 2.4 of the specification: peak 5e-4, 36 steps an epoch."""
+    rate = schedules.learning_rate(5e-4, steps=50 * 36, warmup=0, kind="cfcml")
+    shares = [0, 0.2, 0.4, 0.6, 0.8] + [1.0] * 6
+    for turn in range(1, 9):
+        shares += [0.8**turn] * 5
+    shares = shares[:50]
+    for epoch, share in enumerate(shares, start=1):
+        first, last = (epoch - 1) * 36, epoch * 36 - 1
+        np.testing.assert_allclose([rate(first), rate(last)], 5e-4 * share, rtol=1e-5)
+    np.testing.assert_allclose(rate(50 * 36 - 1), 8.39e-5, rtol=1e-3)
+    with pytest.raises(ValueError, match="warm-up of its own"):
+        schedules.learning_rate(5e-4, steps=50, warmup=3, kind="cfcml")

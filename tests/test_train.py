@@ -119,7 +119,7 @@ def test_evaluating_the_run_again_gives_the_same_results(finished, tmp_path):
 def test_exporting_the_run_again_writes_the_same_weights(finished, tmp_path):
     folder, _ = finished
     convert_cli.main(["export", str(folder), str(tmp_path / "out")])
-    for name in ("image/model.safetensors", "text/model.safetensors", "heads.safetensors"):
+    for name in ("image/model.safetensors", "text/model.safetensors", "projections.safetensors"):
         assert (tmp_path / "out" / name).read_bytes() == (folder / "export" / name).read_bytes()
 
 

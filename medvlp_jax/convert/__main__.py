@@ -8,7 +8,7 @@ import textwrap
 from pathlib import Path
 
 from medvlp_jax.config import UserError
-from medvlp_jax.convert import checkpoint
+from medvlp_jax.convert import architectures, checkpoint
 
 DESCRIPTION = """\
 Weights in from Hugging Face, and back out.
@@ -18,7 +18,7 @@ Weights in from Hugging Face, and back out.
   export   writes the encoders of a run as folders that transformers loads.
 """
 
-KNOWN = textwrap.fill("Architectures: " + ", ".join(checkpoint.model_types()) + ".", 100)
+KNOWN = textwrap.fill("Architectures: " + ", ".join(architectures.model_types()) + ".", 100)
 
 IMPORT = f"""\
 Read config.json and safetensors, check that every tensor is used or is a head known by name, and
@@ -34,8 +34,9 @@ never read.
 
 
 EXPORT = """\
-Write the newest checkpoint of a run: OUT/image and OUT/text for transformers, OUT/heads.safetensors
-with everything else, and a model card with data, config and results.
+Write the newest checkpoint of a run: OUT/image and OUT/text for transformers,
+OUT/projections.safetensors with everything else, OUT/dual with all of it where the heads allow, and
+a model card with PyTorch code, data, config and results.
 
   medvlp convert export runs/imitate-demo-20260101-120000 weights/demo
 """
@@ -56,6 +57,13 @@ def parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         help="tensors to leave out besides the heads known by name",
+    )
+    verb.add_argument(
+        "--ignore",
+        metavar="KEY",
+        nargs="+",
+        default=[],
+        help="settings of config.json that are not known here and change nothing",
     )
     verb.add_argument(
         "--tower",
@@ -84,7 +92,9 @@ def import_(arguments: argparse.Namespace) -> None:
     """
     _refuse_full(arguments.out)
     folder = checkpoint.fetch(arguments.source)
-    module, variables = checkpoint.load(folder, tower=arguments.tower, drop=arguments.drop)
+    module, variables = checkpoint.load(
+        folder, tower=arguments.tower, drop=arguments.drop, ignore=arguments.ignore
+    )
     processor = folder / checkpoint.PREPROCESSOR
     has_tokenizer = any((folder / name).is_file() for name in checkpoint.TOKENIZER_FILES)
     checkpoint.save(

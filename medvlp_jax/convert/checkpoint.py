@@ -1,52 +1,33 @@
 """Hugging Face folders: config.json + *.safetensors -> module and variables, and back."""
 
-import json
+import functools
 import logging
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from medvlp_jax.config import UserError
-from medvlp_jax.convert import (
-    bert,
-    clip_text,
-    clip_vision,
-    dinov2,
-    dinov3,
-    modernbert,
-    qwen3,
-    resnet,
-    siglip,
-    swin,
-    vit,
-)
-from medvlp_jax.convert.table import Table
-from medvlp_jax.convert.tensors import (
-    SINGLE,
-    Tensors,
-    base_names,
-    read_tensors,
-    to_tensors,
-    to_variables,
-    write_tensors,
-)
-from medvlp_jax.encoders.base import construct
+import jax
+from jax.sharding import Mesh, NamedSharding
 
-TABLES = (
-    resnet.TABLE,
-    vit.TABLE,
-    swin.TABLE,
-    dinov2.TABLE,
-    dinov2.TABLE_WITH_REGISTERS,
-    dinov3.TABLE,
-    clip_vision.TABLE,
-    siglip.TABLE,
-    bert.TABLE,
-    clip_text.TABLE,
-    modernbert.TABLE,
-    qwen3.TABLE,
+from medvlp_jax.config import UserError
+from medvlp_jax.convert.architectures import (
+    fields_of,
+    model_types,
+    table_of_config,
+    table_of_module,
 )
+from medvlp_jax.convert.files import (
+    MAX_SHARD_SIZE,
+    Pending,
+    read_folder,
+    read_json,
+    write_folder,
+    write_json,
+)
+from medvlp_jax.convert.tensors import Tensors, base_names, pending_tensors, to_variables
+from medvlp_jax.encoders.base import construct
+from medvlp_jax.sharding import Rules, parameter_spec
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -86,6 +67,9 @@ def load(
     tower: Literal["", "text", "vision"] = "",
     dtype: Any = None,
     drop: Iterable[str] = (),
+    ignore: Iterable[str] = (),
+    mesh: Mesh | None = None,
+    rules: Rules = (),
     **overrides: Any,
 ):
     """Read a Hugging Face checkpoint.
@@ -98,11 +82,14 @@ def load(
       tower: which encoder to read of a model that has two, such as CLIPModel.
       dtype: of the matrix products; the parameters are float32 in any case.
       drop: names of further tensors to leave out.
+      ignore: names of settings in config.json to pass over.
+      mesh: to read straight into arrays that are split over it: one at a time, of each a process
+        reads the parts its devices hold. None reads NumPy arrays, on the host.
+      rules: (path pattern, spec) of arrays on the mesh, see sharding.parameter_spec.
       **overrides: fields of the module, such as pooling="mean", mlm_head=False, layout="scan".
 
     Returns:
-      (module, variables): a Linen module and {"params": ..., maybe "batch_stats": ...} of float32
-      NumPy arrays, on the host, so that a caller can shard them.
+      (module, variables): a Linen module and {"params": ..., maybe "batch_stats": ...}, float32.
 
     Raises:
       UserError: naming what is wrong with the folder, its config or its tensors, all of it at once.
@@ -110,12 +97,12 @@ def load(
     folder = fetch(path)
     config = config_of_tower(read_config(folder), tower, folder)
     table = table_of_config(config, folder)
-    tensors = base_names(table, tensors_of_tower(read_tensors(folder), tower))
-    fields = {**fields_of(table, config, folder), **table.detect(tensors), **overrides}
+    tensors = base_names(table, tensors_of_tower(read_folder(folder), tower))
+    fields = {**fields_of(table, config, folder, ignore), **table.detect(tensors), **overrides}
     if dtype is not None:
         fields["dtype"] = dtype
     module = construct(table.module, fields)
-    return module, _variables(table, module, tensors, folder, drop)
+    return module, _variables(table, module, tensors, folder, drop, mesh, rules)
 
 
 def load_into(
@@ -124,6 +111,9 @@ def load_into(
     *,
     tower: Literal["", "text", "vision"] = "",
     drop: Iterable[str] = (),
+    ignore: Iterable[str] = (),
+    mesh: Mesh | None = None,
+    rules: Rules = (),
 ) -> dict[str, Any]:
     """Read a Hugging Face checkpoint into a module that is already built.
 
@@ -132,6 +122,9 @@ def load_into(
       path: a folder with config.json and safetensors, or the id of a model on the hub.
       tower: which encoder to read of a model that has two, such as CLIPModel.
       drop: names of further tensors to leave out.
+      ignore: names of settings in config.json to pass over.
+      mesh: to read straight into split arrays, with `rules`, as `load` does.
+      rules: see `load`.
 
     Returns:
       Its variables, as `load` does.
@@ -148,20 +141,42 @@ def load_into(
         )
     different = [
         f"{name} is {value!r} there and {getattr(module, name)!r} here"
-        for name, value in fields_of(table, config, folder).items()
+        for name, value in fields_of(table, config, folder, ignore).items()
         if name not in TRAINING_FIELDS and value != getattr(module, name)
     ]
     if different:
         raise UserError(f"{folder} does not fit {type(module).__name__}: {'; '.join(different)}.")
-    tensors = base_names(table, tensors_of_tower(read_tensors(folder), tower))
-    return _variables(table, module, tensors, folder, drop)
+    tensors = base_names(table, tensors_of_tower(read_folder(folder), tower))
+    return _variables(table, module, tensors, folder, drop, mesh, rules)
 
 
-def _variables(table, module, tensors, folder, drop):
+def _variables(table, module, tensors, folder, drop, mesh, rules):
     left_out = [name for name in table.left_out(module) if name in tensors]
     if left_out:
         logger.info("%s: left out %s", folder, ", ".join(left_out))
-    return to_variables(table, module, tensors, source=str(folder), drop=drop)
+    place = None
+    if mesh is not None:
+        place = functools.partial(_place, mesh, rules)
+    return to_variables(table, module, tensors, source=str(folder), drop=drop, place=place)
+
+
+def _place(mesh, rules, path, shape):
+    """Return the sharding of one array.
+
+    Raises:
+      UserError: if a rule splits an axis that is not there or does not divide.
+    """
+    spec = parameter_spec(path, shape, rules, mesh)
+    found = NamedSharding(mesh, spec)
+    try:
+        found.check_compatible_aval(shape)  # not more axes than the array's
+        found.shard_shape(shape)
+    except ValueError as error:
+        raise UserError(
+            f"A rule splits {path} {list(shape)} as {spec}, which the mesh {dict(mesh.shape)} "
+            "does not allow."
+        ) from error
+    return found
 
 
 def save(
@@ -172,52 +187,90 @@ def save(
     tokenizer: Any = None,
     preprocessor: Mapping[str, Any] | None = None,
     card: str | None = None,
+    max_shard_size: int = MAX_SHARD_SIZE,
 ) -> None:
     """Write a folder that `transformers.AutoModel.from_pretrained` loads.
 
     A module without a pooler is written without one. `transformers` then makes a random pooler,
     unless told not to: `AutoModel.from_pretrained(out_dir, add_pooling_layer=False)`.
 
+    Arrays may be split over any devices: a file's tensors are gathered, written and let go before
+    the next file's. Of several processes all must call this; the first one writes.
+
     Args:
       module: one of our encoders.
-      variables: {"params": ..., maybe "batch_stats": ...}.
+      variables: {"params": ..., maybe "batch_stats": ...}, on the host or on any devices.
       out_dir: made if absent.
       tokenizer: a folder whose tokenizer files to carry along (`out_dir` if they lie there
         already), or an object with `save_pretrained`.
       preprocessor: contents of preprocessor_config.json, see `image_processor`.
       card: text of README.md.
+      max_shard_size: bytes of weights in a file, beyond which there are several and an index.
 
     Raises:
       UserError: if the module is not one we can write, or the variables are not all its own.
     """
+    write(
+        Path(out_dir),
+        config_of(module),
+        tensors_of(module, variables),
+        tokenizer=tokenizer,
+        preprocessor=preprocessor,
+        card=card,
+        max_shard_size=max_shard_size,
+    )
+
+
+def config_of(module: Any) -> dict[str, Any]:
+    """Return what config.json says of an encoder."""
     table = table_of_module(module)
-    architecture, prefix = table.architecture(module)
-    tensors = {**to_tensors(table, module, variables), **table.added(module)}
-    tensors = {
-        name if name.startswith(table.heads) else f"{prefix}{name}": tensor
-        for name, tensor in tensors.items()
-    }
-    config = {
-        "architectures": [architecture],
+    return {
+        "architectures": [table.architecture(module)[0]],
         "model_type": table.model_types[0],
         "dtype": "float32",
         **table.fixed,
         **{key: f.write(getattr(module, f.name)) for key, f in table.fields.items()},
     }
-    out_dir = Path(out_dir)
+
+
+def tensors_of(module: Any, variables: Mapping[str, Any]) -> dict[str, Pending]:
+    """Return every tensor of an encoder under its name in a file.
+
+    Raises:
+      UserError: if the variables are not all its own.
+    """
+    table = table_of_module(module)
+    _, prefix = table.architecture(module)
+    tensors = pending_tensors(table, module, variables)
+    tensors |= {name: Pending.of(tensor) for name, tensor in table.added(module).items()}
+    return {
+        name if name.startswith(table.heads) else f"{prefix}{name}": tensor
+        for name, tensor in tensors.items()
+    }
+
+
+def write(
+    out_dir: Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Pending],
+    *,
+    tokenizer: Any = None,
+    preprocessor: Mapping[str, Any] | None = None,
+    card: str | None = None,
+    max_shard_size: int = MAX_SHARD_SIZE,
+) -> None:
+    """Write a folder; the arguments are those of `save`."""
     out_dir.mkdir(parents=True, exist_ok=True)
-    write_tensors(out_dir / SINGLE, tensors)
-    _write_json(out_dir / "config.json", config)
+    write_folder(out_dir, tensors, max_shard_size)
+    if jax.process_index() != 0:
+        return
+    write_json(out_dir / "config.json", config)
     if tokenizer is not None:
         _save_tokenizer(tokenizer, out_dir)
     if preprocessor is not None:
-        _write_json(out_dir / PREPROCESSOR, preprocessor)
+        write_json(out_dir / PREPROCESSOR, preprocessor)
     if card is not None:
         (out_dir / "README.md").write_text(card)
-
-
-def _write_json(file, content):
-    file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
 def _save_tokenizer(tokenizer, out_dir):
@@ -284,7 +337,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
     if not file.is_file():
         raise UserError(f"{folder} holds no config.json.")
-    config = json.loads(file.read_text())
+    config = read_json(file)
     if "model_type" not in config:
         raise UserError(f"{file} names no model_type, such as {', '.join(model_types())}.")
     return config
@@ -316,52 +369,3 @@ def tensors_of_tower(tensors: Tensors, tower: str) -> Tensors:
     others = tuple(start for name in TOWERS if name != tower for start in TOWERS[name])
     keep = lambda name: not tower or not name.startswith(others)
     return {name: tensor for name, tensor in tensors.items() if keep(name)}
-
-
-def model_types() -> list[str]:
-    """Return every `model_type` that can be read."""
-    return [name for table in TABLES for name in table.model_types]
-
-
-def table_of_config(config: Mapping[str, Any], folder: Path) -> Table:
-    """Return the table for a config's model_type.
-
-    Raises:
-      UserError: if there is none.
-    """
-    for table in TABLES:
-        if config["model_type"] in table.model_types:
-            return table
-    known = ", ".join(model_types())
-    raise UserError(f"{folder} is a {config['model_type']!r}; this project reads {known}.")
-
-
-def table_of_module(module: Any) -> Table:
-    """Return the table for one of our encoders.
-
-    Raises:
-      UserError: if there is none.
-    """
-    for table in TABLES:
-        if isinstance(module, table.module) and table.covers(module):
-            return table
-    known = ", ".join(dict.fromkeys(table.module.__name__ for table in TABLES))
-    raise UserError(f"No Hugging Face form of {type(module).__name__}; there is one of {known}.")
-
-
-def fields_of(table: Table, config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Translate config.json into fields of our module.
-
-    Raises:
-      UserError: listing every setting this implementation does not have.
-    """
-    config = table.flatten(config)
-    # A key that is absent has the default of the class in `transformers`.
-    wrong = [
-        f"{key} {config[key]!r} (only {value!r})"
-        for key, value in table.fixed.items()
-        if config.get(key, value) != value
-    ]
-    if wrong:
-        raise UserError(f"{folder}/config.json asks for what is not here: {', '.join(wrong)}.")
-    return {f.name: f.read(config.get(key, f.default)) for key, f in table.fields.items()}

@@ -12,7 +12,6 @@
 Layout: our A is [in, rank] and our B [rank, out], PEFT's are the transposes.
 """
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,12 +20,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from safetensors.numpy import load_file
 
 from medvlp_jax.config import UserError
-from medvlp_jax.convert.checkpoint import table_of_module
+from medvlp_jax.convert.architectures import table_of_module
+from medvlp_jax.convert.files import read_file, read_json, write_json, write_tensors
 from medvlp_jax.convert.table import Rule, Table
-from medvlp_jax.convert.tensors import is_scanned, stacked, unstacked, write_tensors
+from medvlp_jax.convert.tensors import is_scanned, stacked, unstacked
 from medvlp_jax.layers import Lora, torch_uniform
 
 CONFIG = "adapter_config.json"
@@ -214,7 +213,7 @@ def save_adapter(
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     write_tensors(out_dir / WEIGHTS, tensors)
-    (out_dir / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    write_json(out_dir / CONFIG, config)
 
 
 def load_adapter(module: Any, variables: Mapping[str, Any], folder: str | Path):
@@ -236,7 +235,7 @@ def load_adapter(module: Any, variables: Mapping[str, Any], folder: str | Path):
     for file in (CONFIG, WEIGHTS):
         if not (folder / file).is_file():
             raise UserError(f"{folder} holds no {file}.")
-    config = json.loads((folder / CONFIG).read_text())
+    config = read_json(folder / CONFIG)
     wrong = [
         f"{key} {config[key]!r}"
         for key, values in FIXED.items()
@@ -244,7 +243,7 @@ def load_adapter(module: Any, variables: Mapping[str, Any], folder: str | Path):
     ]
     if wrong:
         raise UserError(f"{folder}/{CONFIG} asks for what is not here: {', '.join(wrong)}.")
-    factors, unused = _read_factors(table, module, load_file(folder / WEIGHTS))
+    factors, unused = _read_factors(table, module, read_file(folder / WEIGHTS))
     factors = stacked(factors) if is_scanned(module) else factors
     layers = sorted({path.rsplit("/", 1)[0].removeprefix("params/") for path in factors})
     pattern = f"(^|/)({'|'.join(map(re.escape, layers))})$"
@@ -279,7 +278,7 @@ def _read_factors(table, module, tensors):
         if rules is None:
             unused.append(name)
             continue
-        whole = tensor.astype(np.float32).T  # [in, rank] or [rank, out]
+        whole = tensor[()].astype(np.float32).T  # [in, rank] or [rank, out]
         parts = [whole] * len(rules) if match[2] == "A" else np.split(whole, len(rules), axis=1)
         leaf = f"lora_{match[2].lower()}"
         factors |= {f"{_layer(rule)}/{leaf}": p for rule, p in zip(rules, parts, strict=True)}

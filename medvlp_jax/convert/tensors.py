@@ -3,74 +3,31 @@
 Every tensor of a file must be asked for by a rule or be on the architecture's list of what is left
 out; every variable must be filled; every shape must agree. All that is wrong is listed at once.
 
-Only safetensors files are read: a pickle can run code.
+Tensors are read and made one at a time, of sharded arrays only the parts that a process holds.
 """
 
-import json
-import os
+import functools
 import re
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from safetensors.numpy import load_file, save_file
+from jax.experimental import multihost_utils
 
 from medvlp_jax.config import UserError
-from medvlp_jax.convert.table import Table
+from medvlp_jax.convert.files import Pending, Stored
+from medvlp_jax.convert.table import Rule, Table
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
-
-Tensors = Mapping[str, np.ndarray]
-
-
-def read_tensors(folder: Path) -> dict[str, np.ndarray]:
-    """Read model.safetensors, or every shard its index names.
-
-    Raises:
-      UserError: if there is neither, or a shard is absent or lacks a tensor.
-    """
-    if (folder / SINGLE).is_file():
-        return load_file(folder / SINGLE)
-    if (folder / INDEX).is_file():
-        return _read_shards(folder)
-    for pickle in PICKLES:
-        if (folder / pickle).is_file():
-            raise UserError(
-                f"{folder} holds {pickle} but no {SINGLE}, and a pickle is never read; convert it "
-                'once where PyTorch is installed: python -c "import transformers; '
-                f"transformers.AutoModel.from_pretrained('{folder}').save_pretrained('NEW')\"."
-            )
-    raise UserError(f"{folder} holds neither {SINGLE} nor {INDEX}.")
+# Arrays, or tensors in files: both have a shape and give parts of themselves.
+Tensors = Mapping[str, np.ndarray | Stored]
+# (path, shape) of one of our arrays -> where it goes.
+Place = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
 
 
-def _read_shards(folder):
-    where = json.loads((folder / INDEX).read_text())["weight_map"]
-    tensors = {}
-    for shard in sorted(set(where.values())):
-        if not (folder / shard).is_file():
-            raise UserError(f"{folder} lacks {shard}, which {INDEX} names.")
-        tensors |= load_file(folder / shard)
-    if absent := sorted(set(where) - set(tensors)):
-        raise UserError(f"{folder}: {INDEX} names tensors no shard holds: {', '.join(absent)}.")
-    return tensors
-
-
-def write_tensors(file: Path, tensors: Tensors) -> None:
-    """Write a safetensors file under another name and rename it: no half file is ever seen."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    # safetensors writes a buffer as it lies in memory: a transposed view would come out scrambled.
-    # (`ascontiguousarray` would turn a scalar into an array of one.)
-    contiguous = {name: np.asarray(array, order="C") for name, array in tensors.items()}
-    save_file(contiguous, temporary, metadata={"format": "pt"})
-    temporary.replace(file)
-
-
-def base_names(table: Table, tensors: Tensors) -> dict[str, np.ndarray]:
+def base_names(table: Table, tensors: Tensors) -> dict[str, np.ndarray | Stored]:
     """Rename to the base model's names of today: no prefix, no aliases.
 
     Raises:
@@ -89,7 +46,13 @@ def base_names(table: Table, tensors: Tensors) -> dict[str, np.ndarray]:
 
 
 def to_variables(
-    table: Table, module: Any, tensors: Tensors, *, source: str, drop: Iterable[str] = ()
+    table: Table,
+    module: Any,
+    tensors: Tensors,
+    *,
+    source: str,
+    drop: Iterable[str] = (),
+    place: Place | None = None,
 ) -> dict[str, Any]:
     """Fill the module's variables.
 
@@ -99,9 +62,11 @@ def to_variables(
       tensors: by base-model name.
       source: what to call the file in errors.
       drop: further names to leave out.
+      place: where each array goes; None leaves all on the host.
 
     Returns:
-      {"params": ..., maybe "batch_stats": ...} of float32 NumPy arrays.
+      {"params": ..., maybe "batch_stats": ...} of float32 arrays: NumPy's, or global ones where
+      `place` puts them.
 
     Raises:
       UserError: listing every missing, unused and mis-shaped tensor, or unequal tied ones.
@@ -111,18 +76,55 @@ def to_variables(
     tied = table.tied(module)
     wanted = {r.tensor: _file_shape(r, shapes[r.path]) for r in rules}
     known = {*table.left_out(module), *tied, *drop}
-    problem = _compare({k: v for k, v in tensors.items() if k in wanted or k not in known}, wanted)
-    if problem:
+    found = {k: t.shape for k, t in tensors.items() if k in wanted or k not in known}
+    if problem := _compare(found, wanted):
         hint = "; unused ones are left out with drop=(...)" if "unused" in problem else ""
         raise UserError(f"{source} does not fit {type(module).__name__}: {problem}{hint}.")
     for copy, original in tied.items():
-        if copy in tensors and not np.array_equal(tensors[copy], tensors[original]):
+        if copy in tensors and not np.array_equal(tensors[copy][()], tensors[original][()]):
             raise UserError(
                 f"{source}: '{copy}' differs from '{original}', and {type(module).__name__} ties "
                 "them; leave that head out with mlm_head=False."
             )
-    flat = {r.path: _transpose(_part(tensors, r), r.axes).astype(np.float32) for r in rules}
-    return unflatten_dict(stacked(flat) if is_scanned(module) else flat, sep="/")
+    arrays = {}
+    for path, group in _groups(rules, is_scanned(module)).items():
+        shape = shapes[group[0].path]
+        if path != group[0].path:
+            shape = (len(group), *shape)
+            read = functools.partial(_read_stacked, tensors, group)
+        else:
+            read = functools.partial(_read, tensors, group[0])
+        if place is None:
+            arrays[path] = read(tuple(slice(0, size) for size in shape))
+        else:
+            arrays[path] = jax.make_array_from_callback(shape, place(path, shape), read)
+    return unflatten_dict(arrays, sep="/")
+
+
+def _groups(rules, scanned) -> dict[str, list[Rule]]:
+    """Gather the rules that fill one array: those of all blocks, in order, where it stacks them."""
+    groups = {}
+    for r in rules:
+        groups.setdefault(_stacked_path(r.path) if scanned else r.path, []).append(r)
+    number = lambda r: int(match[1]) if (match := BLOCK.search(r.path)) else 0
+    return {path: sorted(group, key=number) for path, group in groups.items()}
+
+
+def _read_stacked(tensors, group, index):
+    """Read array[index], float32, of an array that has a row for each rule."""
+    return np.stack([_read(tensors, r, index[1:]) for r in group[index[0]]])
+
+
+def _read(tensors, rule, index):
+    """Read array[index], float32, of the array that one rule fills."""
+    tensor, (i, n) = tensors[rule.tensor], rule.part
+    theirs = [slice(None)] * len(index)
+    for axis, part in zip(rule.axes or range(len(index)), index, strict=True):
+        pieces, skipped = (n, i) if axis == 0 else (1, 0)
+        size = tensor.shape[axis] // pieces
+        begin, end, _ = part.indices(size)
+        theirs[axis] = slice(skipped * size + begin, skipped * size + end)
+    return _transpose(tensor[tuple(theirs)], rule.axes).astype(np.float32)
 
 
 def to_tensors(table: Table, module: Any, variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -133,15 +135,56 @@ def to_tensors(table: Table, module: Any, variables: Mapping[str, Any]) -> dict[
     Raises:
       UserError: listing every missing, unused and mis-shaped array.
     """
-    flat = {path: np.asarray(array) for path, array in flatten_dict(variables, sep="/").items()}
-    flat = unstacked(flat) if is_scanned(module) else flat
+    return {name: p.make() for name, p in pending_tensors(table, module, variables).items()}
+
+
+def pending_tensors(table: Table, module: Any, variables: Mapping[str, Any]) -> dict[str, Pending]:
+    """Return what `to_tensors` does, each tensor to be made on its own.
+
+    Making one of a sharded array gathers it on every host: all processes must do so, in order.
+
+    Raises:
+      UserError: listing every missing, unused and mis-shaped array.
+    """
+    found = {}  # path as in the unrolled layout -> (array, its row there; None is all of it)
+    for path, array in flatten_dict(variables, sep="/").items():
+        if is_scanned(module) and BLOCKS in path:
+            rows = range(array.shape[0])
+            found |= {path.replace(BLOCKS, f"/block_{i}/"): (array, i) for i in rows}
+        else:
+            found[path] = array, None
     shapes = _shapes(table, module)
-    if problem := _compare(flat, shapes):
+    held = {p: np.shape(a)[0 if row is None else 1 :] for p, (a, row) in found.items()}
+    if problem := _compare(held, shapes):
         raise UserError(f"These are not the variables of this {type(module).__name__}: {problem}.")
-    parts = {}
+    groups = {}
     for r in _rules(table, module, shapes):
-        parts.setdefault(r.tensor, []).append(_transpose(flat[r.path], np.argsort(r.axes)))
-    return {name: p[0] if len(p) == 1 else np.concatenate(p) for name, p in parts.items()}
+        groups.setdefault(r.tensor, []).append(r)
+
+    def make(group):
+        parts = [_transpose(_on_host(*found[r.path]), np.argsort(r.axes)) for r in group]
+        # Laid out here, so that what it is a view of goes before the next tensor comes.
+        return np.asarray(parts[0] if len(parts) == 1 else np.concatenate(parts), order="C")
+
+    return {
+        name: Pending(
+            _file_shape(group[0], shapes[group[0].path]),
+            found[group[0].path][0].dtype,
+            functools.partial(make, group),
+        )
+        for name, group in groups.items()
+    }
+
+
+def _on_host(array, row):
+    """Gather an array, or one row of it, as a NumPy array."""
+    if not isinstance(array, jax.Array):
+        return np.asarray(array if row is None else array[row])
+    # An array keeps NumPy's copy of itself; a copy on the device takes it along when it goes.
+    part = jnp.copy(array) if row is None else array[row]
+    if part.is_fully_addressable:
+        return np.asarray(part)
+    return multihost_utils.process_allgather(part, tiled=True)
 
 
 def _rules(table, module, shapes):
@@ -156,14 +199,14 @@ def _rules(table, module, shapes):
 
 
 def _compare(found, wanted):
-    """Say all that is wrong with `found` arrays against `wanted` shapes, or ""."""
+    """Say all that is wrong with the shapes `found` against those `wanted`, or ""."""
     problems = {
         "missing": [name for name in wanted if name not in found],
         "unused": [name for name in found if name not in wanted],
         "mis-shaped": [
-            f"{name} {list(found[name].shape)} where {list(shape)} is needed"
+            f"{name} {list(found[name])} where {list(shape)} is needed"
             for name, shape in wanted.items()
-            if name in found and found[name].shape != shape
+            if name in found and tuple(found[name]) != tuple(shape)
         ],
     }
     return "; ".join(f"{kind} {', '.join(names)}" for kind, names in problems.items() if names)
@@ -173,14 +216,6 @@ def _file_shape(rule, shape):
     """Return the shape of the rule's whole tensor in the file."""
     shape = tuple(shape[axis] for axis in np.argsort(rule.axes)) if rule.axes else shape
     return (shape[0] * rule.part[1], *shape[1:]) if rule.part[1] > 1 else shape
-
-
-def _part(tensors, rule):
-    """Return the rule's part of its tensor."""
-    i, n = rule.part
-    tensor = tensors[rule.tensor]
-    rows = len(tensor) // n if n > 1 else 0
-    return tensor[i * rows : (i + 1) * rows] if n > 1 else tensor
 
 
 def _transpose(array, axes):
@@ -199,12 +234,19 @@ def _shapes(table, module):
     return {path: leaf.shape for path, leaf in flatten_dict(tree, sep="/").items()}
 
 
+BLOCK, BLOCKS = re.compile(r"/block_(\d+)/"), "/blocks/"
+
+
+def _stacked_path(path):
+    return BLOCK.sub(BLOCKS, path, count=1)
+
+
 def stacked(flat: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Gather .../block_0/... to .../block_{L-1}/... into .../blocks/... with a leading axis L."""
     out, blocks = {}, {}
     for path, array in flat.items():
-        if match := re.search(r"/block_(\d+)/", path):
-            blocks.setdefault(path.replace(match[0], "/blocks/"), {})[int(match[1])] = array
+        if match := BLOCK.search(path):
+            blocks.setdefault(_stacked_path(path), {})[int(match[1])] = array
         else:
             out[path] = array
     return out | {path: np.stack([rows[i] for i in sorted(rows)]) for path, rows in blocks.items()}
@@ -214,8 +256,8 @@ def unstacked(flat: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Inverse of `stacked`."""
     out = {}
     for path, array in flat.items():
-        if "/blocks/" in path:
-            out |= {path.replace("/blocks/", f"/block_{i}/"): row for i, row in enumerate(array)}
+        if BLOCKS in path:
+            out |= {path.replace(BLOCKS, f"/block_{i}/"): row for i, row in enumerate(array)}
         else:
             out[path] = array
     return out

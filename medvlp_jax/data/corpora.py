@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import absl.logging
+import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
@@ -59,6 +60,16 @@ class Source:
     def texts(self) -> list[tuple[str, str]]:
         """Return (findings, impression) of every record in order; read once, no image decoded."""
         return self._texts
+
+    def labels(self, task: str) -> np.ndarray:
+        """Return the labels [N, C] of every record in order; no image is decoded.
+
+        Raises:
+          UserError: for a task the corpus does not have.
+        """
+        if task not in self.tasks:
+            raise UserError(f"{self.name} has no task '{task}'. {nearest(task, list(self.tasks))}")
+        return np.stack([self[i]["labels"][task] for i in range(len(self))])
 
     @functools.cached_property
     def _texts(self) -> list[tuple[str, str]]:

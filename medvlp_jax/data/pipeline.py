@@ -50,6 +50,7 @@ def train_dataset(
     batch_size: int,
     seed: int,
     weights: Sequence[float] | None = None,
+    balance: str = "",
     process_index: int = 0,
     process_count: int = 1,
     threads: int = 2,
@@ -66,6 +67,8 @@ def train_dataset(
       batch_size: B, over all processes.
       seed: of order and augmentation.
       weights: share of each source in the stream; None shares by size.
+      balance: label task whose classes take turns, see `balanced_order`; "" takes records as they
+        come.
       process_index: p.
       process_count: P, has to divide B.
       threads: batches made at the same time.
@@ -76,7 +79,7 @@ def train_dataset(
     """
     local = _local_batch(batch_size, process_count)
     shares = _shares(sources, weights)
-    streams = [_epochs(source, (seed, k)) for k, source in enumerate(sources)]
+    streams = [_epochs(source, (seed, k), balance) for k, source in enumerate(sources)]
     stream = grain.MapDataset.mix(streams, shares) if len(streams) > 1 else streams[0]
     batches = stream.map_with_index(
         lambda g, record: transform(record, np.random.default_rng((seed, g)))
@@ -134,6 +137,7 @@ def record_transform(
     tokenizer: tokenizers.Tokenizer | None = None,
     lengths: Mapping[str, int] | None = None,
     features: Mapping[str, np.ndarray] | None = None,
+    table: Callable[[Mapping[str, float]], np.ndarray] | None = None,
     train: bool = True,
 ) -> Transform:
     """Return the function from a record to the example a recipe reads.
@@ -141,15 +145,16 @@ def record_transform(
     Args:
       inputs: the batch keys that are wanted: "image", "image_2" (a second view; training only),
         "findings", "impression" and "report", both as one text (token ids), "<section>_feature"
-        (cached features of frozen text encoders), "label/<task>". Keys made anyway: "text_id" and,
-        for every section asked for, "<section>_valid" and "<section>_id" (equal for equal texts);
-        in evaluation also the labels of all tasks and "patient_id".
+        (cached features of frozen text encoders), "tabular", "label/<task>". Keys made anyway:
+        "text_id" and, for every section asked for, "<section>_valid" and "<section>_id" (equal for
+        equal texts); in evaluation also the labels of all tasks and "patient_id".
       decode: encoded bytes -> uint8 [R, R, C], for example a partial of `transforms.decode`; wrap
         it in `functools.lru_cache` to decode a small corpus once.
       view: (image, rng) -> uint8 [H, W, C]; a random view in training.
       tokenizer: for the token keys.
       lengths: T of every section that is tokenised.
       features: feature [D] by text, for the feature keys; a missing section gets zeros.
+      table: values by column -> [T, D], for "tabular".
       train: two views where asked for, and no labels beyond `inputs`.
 
     Raises:
@@ -159,6 +164,8 @@ def record_transform(
     tokenised = [key for key in SECTIONS if key in inputs]
     looked_up = [key for key in SECTIONS if f"{key}_feature" in inputs]
     _check_inputs(inputs, tokenised, tokenizer, lengths, looked_up, features)
+    if "tabular" in inputs and table is None:
+        raise UserError("The recipe reads a table, and the corpus has none.")
     tokens = functools.lru_cache(maxsize=1 << 16)(functools.partial(_tokens, tokenizer))
 
     def transform(record: Mapping[str, Any], rng: np.random.Generator | None) -> Example:
@@ -168,6 +175,8 @@ def record_transform(
             example["image"] = view(image, rng)
             if train and "image_2" in inputs:
                 example["image_2"] = view(image, rng)
+        if "tabular" in inputs:
+            example["tabular"] = table(record["table"])
         for key in {*tokenised, *looked_up}:
             words = section_text(record, key)
             if key in tokenised:
@@ -216,7 +225,7 @@ def text_hash(text_id: str) -> np.ndarray:
 
 
 def _check_inputs(inputs, tokenised, tokenizer, lengths, looked_up, features) -> None:
-    known = ("image", "image_2", "text_id", *SECTIONS)
+    known = ("image", "image_2", "tabular", "text_id", *SECTIONS)
     made = (*known, *(f"{s}_{kind}" for s in SECTIONS for kind in ("feature", "valid", "id")))
     for key in inputs:
         if key not in made and not key.startswith("label/"):
@@ -246,18 +255,50 @@ def _feature(features: Mapping[str, np.ndarray], words: str) -> np.ndarray:
     return features[words]
 
 
-def _epochs(source: Sequence, seed: tuple[int, int]) -> grain.MapDataset:
+def _epochs(source: Sequence, seed: tuple[int, int], balance: str) -> grain.MapDataset:
     """Return the source again and again without end, every epoch in an order of its own."""
     # Grain's shuffle needs 0.1 to 6 ms an element where a corpus has fewer than 500 records.
-    count = len(source)
+    row = balanced_order(source.labels(balance), seed) if balance else _shuffle(len(source), seed)
+    return grain.MapDataset.range(sys.maxsize).map(lambda k: source[row(k)])
+
+
+def _shuffle(count: int, seed: tuple[int, ...]) -> Callable[[int], int]:
+    """Return k -> row: a new permutation every `count` elements."""
 
     @functools.lru_cache(maxsize=4)
     def order(epoch: int) -> np.ndarray:
         return np.random.default_rng((*seed, epoch)).permutation(count)
 
-    return grain.MapDataset.range(sys.maxsize).map(
-        lambda k: source[int(order(k // count)[k % count])]
-    )
+    return lambda k: int(order(k // count)[k % count])
+
+
+def balanced_order(labels: np.ndarray, seed: tuple[int, ...]) -> Callable[[int], int]:
+    """Return k -> row of a stream in which the classes take turns: CFCML section 2.5.1.
+
+    Each record of the largest class comes once an epoch, in a new order; with each of them one
+    record of every other class is drawn at random. A batch that is a multiple of the classes holds
+    equally many of each. Unknown rows never come, and a class without a record has no turn.
+
+    Args:
+      labels: [N, C] int8, one class a row: 1 present, 0 absent, -1 unknown.
+      seed: of order and draws.
+
+    Raises:
+      UserError: where no record has a known class.
+    """
+    rows = [np.flatnonzero(labels[:, c] == 1) for c in range(labels.shape[1])]
+    rows = sorted((r for r in rows if len(r)), key=len, reverse=True)
+    if not rows:
+        raise UserError(f"data.balance: none of the {len(labels)} records has a known class.")
+    largest = _shuffle(len(rows[0]), seed)
+
+    def row(k: int) -> int:
+        turn, c = divmod(k, len(rows))
+        if c == 0:
+            return int(rows[0][largest(turn)])
+        return int(np.random.default_rng((*seed, 1, k)).choice(rows[c]))
+
+    return row
 
 
 def _local_batch(batch_size: int, process_count: int) -> int:

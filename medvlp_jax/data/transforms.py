@@ -109,6 +109,64 @@ def imitate_view(
     return stretched(view) if rng.random() < autocontrast else view
 
 
+def cfcml_view(
+    image: np.ndarray,
+    rng: np.random.Generator,
+    *,
+    size: int,
+    probability: float = 0.5,
+    flip: float = 0.5,
+    shift: float = 0.0625,
+    scale: float = 0.5,
+    rotation: float = 45.0,
+    moved: float = 0.5,
+    quarter_turn: float = 0.5,
+    contrast: float = 0.2,
+) -> np.ndarray:
+    """Return one random view of a skin lesion: CFCML section 2.5.2.
+
+    Flips, move and turns are one bilinear resampling; what lies outside is mirrored.
+
+    Args:
+      image: [R, R, C] uint8, R >= size; the central square of `size` is what is moved.
+      rng: source of all randomness of this view.
+      size: side of the result, pixels.
+      probability: of changing the image at all.
+      flip: probability of a flip, for each axis.
+      shift: largest move, as a fraction of the side.
+      scale: largest change of size, as a fraction.
+      rotation: largest angle either way, degrees.
+      moved: probability of shift, scale and rotation, together.
+      quarter_turn: probability of a turn by a random multiple of 90 degrees.
+      contrast: largest change of brightness and contrast, as a fraction; half of the views.
+
+    Returns:
+      [size, size, C] uint8.
+    """
+    view = center_view(image, size=size)
+    if rng.random() >= probability:
+        return view
+    to_source = np.eye(3)
+    for axis in range(2):
+        if rng.random() < flip:
+            mirror = np.eye(3)
+            mirror[axis, axis], mirror[axis, 2] = -1, size
+            to_source = to_source @ mirror
+    if rng.random() < moved:
+        zoom = np.diag([1 / rng.uniform(1 - scale, 1 + scale)] * 2 + [1])
+        zoom[:2, 2] = size / 2 * (1 - zoom[0, 0]) + rng.uniform(-shift, shift, 2) * size
+        to_source = to_source @ zoom @ rotation_map(rng.uniform(-rotation, rotation), size)
+    if rng.random() < quarter_turn:
+        to_source = to_source @ rotation_map(90 * int(rng.integers(4)), size)
+    if not np.array_equal(to_source, np.eye(3)):
+        view = warp(view, to_source, mirror=True)
+    if rng.random() < 0.5:
+        gain, offset = 1 + rng.uniform(-contrast, contrast), rng.uniform(-contrast, contrast)
+        table = np.clip(np.arange(256) * gain + offset * 255, 0, 255)
+        view = np.rint(table).astype(np.uint8)[view]
+    return view
+
+
 def center_view(
     image: np.ndarray, rng: np.random.Generator | None = None, *, size: int
 ) -> np.ndarray:
@@ -161,17 +219,21 @@ def homography(source: np.ndarray, target: np.ndarray) -> np.ndarray:
     return np.append(h, 1.0).reshape(3, 3)
 
 
-def warp(image: np.ndarray, to_source: np.ndarray) -> np.ndarray:
-    """Resample an image bilinearly; black outside.
+def warp(image: np.ndarray, to_source: np.ndarray, *, mirror: bool = False) -> np.ndarray:
+    """Resample an image bilinearly; outside it is black, or mirrored as far as one side away.
 
     Args:
       image: [H, W, C] uint8.
       to_source: 3x3 matrix from output to source coordinates (x, y, 1), pixel centres at .5.
+      mirror: continue the image beyond its edges.
 
     Returns:
       [H, W, C] uint8.
     """
     height, width, channels = image.shape
+    if mirror:
+        image = np.pad(image, ((height, height), (width, width), (0, 0)), "symmetric")
+        to_source = np.array([[1, 0, width], [0, 1, height], [0, 0, 1]]) @ to_source
     coefficients = (to_source / to_source[2, 2]).ravel()[:8]
     warped = _to_pil(image).transform(
         (width, height),

@@ -94,7 +94,7 @@ class Bert(nn.Module):
     attention: Literal["xla", "cudnn"] = "xla"
     lora: Lora | None = None
     layout: Literal["unrolled", "scan"] = "unrolled"
-    remat: Literal["none", "dots", "full"] = "none"
+    remat: Literal["none", "dots", "block", "full"] = "none"
     dtype: Any = jnp.float32
 
     def setup(self):

@@ -64,7 +64,7 @@ class ClipText(nn.Module):
     attention: Literal["xla", "cudnn"] = "xla"
     lora: Lora | None = None
     layout: Literal["unrolled", "scan"] = "unrolled"
-    remat: Literal["none", "dots", "full"] = "none"
+    remat: Literal["none", "dots", "block", "full"] = "none"
     dtype: Any = jnp.float32
 
     @nn.compact

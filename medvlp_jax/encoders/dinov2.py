@@ -87,7 +87,7 @@ class DinoV2(nn.Module):
     attention: Literal["xla", "cudnn"] = "xla"
     lora: Lora | None = None
     layout: Literal["unrolled", "scan"] = "unrolled"
-    remat: Literal["none", "dots", "full"] = "none"
+    remat: Literal["none", "dots", "block", "full"] = "none"
     dtype: Any = jnp.float32
 
     @property

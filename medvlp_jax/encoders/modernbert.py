@@ -97,6 +97,7 @@ class ModernBert(nn.Module):
     Attributes:
       max_length: the longest text; positions are rotary, so no parameter depends on it.
       window: tokens a local layer sees around each: half to either side.
+      depth: L, at least 2.
       global_every: layers 0, n, 2n, ... see the whole text.
       global_base: base of the rotary positions where the whole text is seen.
       local_base: base of the rotary positions in the other layers.
@@ -128,12 +129,18 @@ class ModernBert(nn.Module):
     epsilon: float = 1e-5
     attention: Literal["xla", "cudnn"] = "xla"
     layout: Literal["unrolled", "scan"] = "unrolled"
-    remat: Literal["none", "dots", "full"] = "none"
+    remat: Literal["none", "dots", "block", "full"] = "none"
     lora: Lora | None = None
     dtype: Any = jnp.float32
 
     def setup(self):
-        """Name every parameter."""
+        """Name every parameter.
+
+        Raises:
+          ValueError: if the depth is below 2, for the first block stands apart from the others.
+        """
+        if self.depth < 2:
+            raise ValueError(f"ModernBert needs a depth of at least 2, got {self.depth}.")
         shape = (self.vocab_size, self.width)
         self.word_embedding = self.param("word_embedding", truncated_normal, shape)
         norm = functools.partial(LayerNorm, self.epsilon, self.dtype, False)

@@ -125,7 +125,7 @@ class Qwen3(nn.Module):
     epsilon: float = 1e-6
     attention: Literal["xla", "cudnn"] = "xla"
     layout: Literal["unrolled", "scan"] = "unrolled"
-    remat: Literal["none", "dots", "full"] = "none"
+    remat: Literal["none", "dots", "block", "full"] = "none"
     lora: Lora | None = None
     dtype: Any = jnp.float32
 
@@ -198,10 +198,14 @@ class Qwen3(nn.Module):
         """Encode tokens that follow those of a state, see `start`.
 
         Returns:
-          Encoded of the new tokens [B, T, D] alone, and the state that holds them too. What goes
-          beyond the state's room is lost: make it large enough.
+          Encoded of the new tokens [B, T, D] alone, and the state that holds them too. Under `jit`,
+          where the number of tokens before is not known, features beyond the room are NaN.
+
+        Raises:
+          ValueError: if the tokens are known not to fit.
         """
         steps, begin = tokens.mask.shape[1], state.cache.length[0]
+        state.cache.check_room(steps)
         seen = jax.lax.dynamic_update_slice(state.mask, tokens.mask, (0, begin))  # [B, M]
         before = state.mask.sum(1, keepdims=True)
         positions = jnp.maximum(before + jnp.cumsum(tokens.mask, axis=1) - 1, 0)  # [B, T]
@@ -220,7 +224,15 @@ def last(x, mask):
 
 
 def start(module: Qwen3, batch: int, room: int) -> State:
-    """Return the state before the first token, with room for M tokens a row, padding included."""
+    """Return the state before the first token, with room for M tokens a row, padding included.
+
+    Raises:
+      ValueError: if the room is more than the model's `max_length`.
+    """
+    if room > module.max_length:
+        raise ValueError(
+            f"Room for {room} tokens is more than the {module.max_length} this model is made for."
+        )
     shape = (module.depth, batch, room, module.num_kv_heads, module.head_width)
     empty = jnp.zeros(shape, module.dtype)  # [L, B, M, K, S]
     cache = Cache(empty, empty, jnp.zeros(module.depth, jnp.int32))
@@ -255,7 +267,8 @@ def generate(
       including the token that ends the text; ids after it are 0.
 
     Raises:
-      ValueError: for a setting out of its range, or draws without a key.
+      ValueError: for a setting out of its range, draws without a key, or a prompt and steps that
+        are longer together than `module.max_length`.
     """
     if temperature < 0 or top_k < 0 or not 0 < top_p <= 1 or steps < 1:
         raise ValueError(

@@ -99,7 +99,7 @@ class Siglip(nn.Module):
     attention: Literal["xla", "cudnn"] = "xla"
     lora: Lora | None = None
     layout: Literal["unrolled", "scan"] = "unrolled"
-    remat: Literal["none", "dots", "full"] = "none"
+    remat: Literal["none", "dots", "block", "full"] = "none"
     dtype: Any = jnp.float32
 
     @nn.compact

@@ -207,7 +207,7 @@ class Swin(nn.Module):
     epsilon: float = 1e-5
     lora: Lora | None = None
     layout: Literal["unrolled", "scan"] = "unrolled"
-    remat: Literal["none", "dots", "full"] = "none"
+    remat: Literal["none", "dots", "block", "full"] = "none"
     dtype: Any = jnp.float32
 
     @property

@@ -13,17 +13,45 @@ from medvlp_jax.layers.rope import rotate
 
 
 class Cache(NamedTuple):
-    """Keys and values of the tokens so far, [B, M, K, S] with room for M, and their number."""
+    """Keys and values of the tokens so far, [B, M, K, S] with room for M, and their number.
+
+    All three may have a leading axis of layers.
+    """
 
     key: jax.Array
     value: jax.Array
     length: jax.Array
 
     def append(self, key, value) -> "Cache":
-        """Write [B, T, K, S] at the end."""
-        at = (0, self.length, 0, 0)
-        write = lambda old, new: jax.lax.dynamic_update_slice(old, new.astype(old.dtype), at)
-        return Cache(write(self.key, key), write(self.value, value), self.length + key.shape[1])
+        """Write [B, T, K, S] at the end; NaN where it turns out under `jit` that they do not fit.
+
+        Raises:
+          ValueError: as `check_room` does.
+        """
+        count, at = key.shape[1], (0, self.length, 0, 0)
+        self.check_room(count)
+        fits = self.length + count <= self.key.shape[1]
+
+        def write(old, new):
+            # A slice beyond the end would be moved back, over what is there, in silence.
+            new = jnp.where(fits, new, jnp.nan).astype(old.dtype)
+            return jax.lax.dynamic_update_slice(old, new, at)
+
+        return Cache(write(self.key, key), write(self.value, value), self.length + count)
+
+    def check_room(self, count: int) -> None:
+        """Refuse `count` further tokens where it is known that they do not fit.
+
+        Raises:
+          ValueError: if they are more than the room; outside `jit`, than the room that is left.
+        """
+        room = self.key.shape[-3]
+        taken = 0 if isinstance(self.length, jax.core.Tracer) else int(np.max(self.length))
+        if taken + count > room:
+            raise ValueError(
+                f"A cache with room for {room} tokens, {taken} of it taken, cannot take {count} "
+                "more: start with a larger one."
+            )
 
 
 class Attention(nn.Module):
@@ -54,6 +82,7 @@ class Attention(nn.Module):
     causal: bool = False
     window: int = 0
     lora: Lora | None = None
+    bias_init: Initializer = nn.initializers.zeros
 
     @nn.compact
     def __call__(self, x, mask=None, *, train=False, rope=None, cache=None, context=None):
@@ -120,7 +149,8 @@ class Attention(nn.Module):
             name in self.biased,
             self.dtype,
             self.kernel_init,
-            lora=self.lora,
+            self.bias_init,
+            self.lora,
             name=name,
         )
 

@@ -74,10 +74,13 @@ class Block(nn.Module):
         return nn.Dropout(self.drop_path, (1, 2), deterministic=not train)(y)
 
 
+# What the backward pass finds of a block besides its input.
 REMAT = {
-    "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "block": jax.checkpoint_policies.nothing_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
 }
+Remat = Literal["none", "dots", "block", "full"]
 
 
 class Stack(nn.Module):
@@ -92,14 +95,16 @@ class Stack(nn.Module):
       fields: what to construct it with.
       depth: L.
       layout: how parameters and program are laid out.
-      remat: what the backward pass recomputes: "none", "dots" (all but matrix products), "full".
+      remat: what the backward pass recomputes: "none"; "dots", all but the matrix products of a
+        block; "block", all but its input; "full", all but the input of the stack: once to have the
+        blocks' inputs, and then as "block". "full" is for what waits, the first of two towers.
     """
 
     block: type[nn.Module]
     fields: Mapping[str, Any]
     depth: int
     layout: Literal["unrolled", "scan"] = "unrolled"
-    remat: Literal["none", "dots", "full"] = "none"
+    remat: Remat = "none"
 
     @nn.compact
     def __call__(self, x, mask=None, *, train=False, each=None, **shared):
@@ -122,23 +127,29 @@ class Stack(nn.Module):
                 return block(x, mask, train=train, **shared), None
             return block(x, mask, train=train, own=own, **shared)
 
+        # Inside a scan nothing can be merged across iterations, so the CSE barrier only costs.
         if self.remat != "none":
-            # Inside a scan nothing can be merged across iterations, so the CSE barrier only costs.
             run = nn.remat(run, policy=REMAT[self.remat], prevent_cse=self.layout != "scan")
-        if self.layout == "scan":
+
+        def scanned(stack, x):
             scan = nn.scan(
                 run,
                 variable_axes={"params": 0},
                 split_rngs={"params": True, "dropout": True},
-                length=self.depth,
+                length=stack.depth,
             )
-            x, outputs = scan(self.block(**self.fields, name="blocks"), x, each)
-            return x if each is None else (x, outputs)
-        outputs = []
-        for i in range(self.depth):
-            own = jax.tree.map(lambda leaf: leaf[i], each)  # noqa: B023 - used at once
-            x, output = run(self.block(**self.fields, name=f"block_{i}"), x, own)
-            outputs.append(output)
-        if each is None:
-            return x
-        return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
+            return scan(stack.block(**stack.fields, name="blocks"), x, each)
+
+        def unrolled(stack, x):
+            outputs = []
+            for i in range(stack.depth):
+                own = jax.tree.map(lambda leaf: leaf[i], each)  # noqa: B023 - used at once
+                x, output = run(stack.block(**stack.fields, name=f"block_{i}"), x, own)
+                outputs.append(output)
+            return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
+
+        whole = scanned if self.layout == "scan" else unrolled
+        if self.remat == "full":
+            whole = nn.remat(whole)
+        x, outputs = whole(self, x)
+        return x if each is None else (x, outputs)

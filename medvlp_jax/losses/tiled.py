@@ -1,33 +1,28 @@
 """Contrastive losses with memory linear in the batch: value and gradients of their dense twins.
 
-Logits and targets are made tile by tile from what belongs to single examples, once for the value
-and once more for the gradient, and are never kept. On a mesh each device keeps its rows (images)
-while the columns (texts) travel once around the ring of devices, together with the sums made for
-them so far. What stays is a few numbers a row and a column: the softmax's running peak and total.
+Logits and targets are made tile by tile (pairs.py) from what belongs to single examples and never
+kept. The sigmoid's gradient is made in the same visit as its value. A softmax must have seen all
+candidates first: it keeps a few numbers a row and a column, its running peak and total, and the
+tiles are made once more for the gradient.
 
   tiles and ring     Inf-CL, Cheng et al. 2024, https://arxiv.org/abs/2410.17243
   running softmax    Milakov and Gimelshein 2018, https://arxiv.org/abs/1805.02867
   losses, targets    see contrastive.py
 
-The mesh is the one in context (`jax.set_mesh`, or training/step.py); its axes "data" and "fsdp"
-split the batch. Without one the same code runs on a single device.
-
-Axis letters: B batch, b a device's share of it, t a tile, E joint width, D report-feature width.
+Axis letters: B batch, t a tile, E joint width, D report-feature width.
 """
 
 import functools
-import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from medvlp_jax import sharding
 from medvlp_jax.losses import contrastive
 from medvlp_jax.losses.contrastive import ClinicalPrior, Prior, RowSoftmax, SameId, at_least_float32
+from medvlp_jax.losses.pairs import sweep
 
 TILE = 512
 FLOOR = -1e30  # peak of a softmax over nothing; finite, so that no inf - inf arises
@@ -110,83 +105,6 @@ def sigmoid(
     scale, bias = jnp.asarray(scale, dtype), jnp.asarray(bias, dtype)
     examples = _examples(valid, valid, neutral, {})
     return _sigmoid(tile, image, text, scale, bias, examples) / jnp.maximum(valid.sum(), 1)
-
-
-# The sweep over all pairs --------------------------------------------------------------------
-
-
-def sweep(visit: Callable, rows, columns, row_sums, column_sums, constants=(), *, tile: int):
-    """Show every pair of examples to `visit`, a tile at a time, and return the sums it makes.
-
-    Args:
-      visit: (constants, rows, columns, row_sums, column_sums) -> (row_sums, column_sums), all of
-        one tile: leaves [t, ...].
-      rows: pytree of [B, ...], stays on its device.
-      columns: pytree of [B, ...], travels around the ring.
-      row_sums: pytree of [B, ...], the sums to begin with.
-      column_sums: likewise; travels with the columns.
-      constants: pytree of what every tile needs.
-      tile: largest t.
-
-    Returns:
-      (row_sums, column_sums) over all pairs.
-
-    Raises:
-      ValueError: where the devices of the mesh do not divide B, or tile is below 1.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    axes = tuple(axis for axis in sharding.BATCH_AXES if axis in mesh.axis_names)
-    devices = math.prod(mesh.shape[axis] for axis in axes)
-    batch = len(jax.tree.leaves(rows)[0])
-    if tile < 1:
-        raise ValueError(f"tile must be at least 1, got {tile}")
-    if batch % devices:
-        raise ValueError(f"a batch of {batch} cannot be split over {devices} devices")
-    ring = [(i, (i + 1) % devices) for i in range(devices)]
-
-    def pass_on(tree):
-        return jax.tree.map(lambda x: jax.lax.ppermute(x, axes, ring), tree) if axes else tree
-
-    def local(rows, columns, row_sums, column_sums, constants):
-        share = batch // devices
-        split = lambda tree: jax.tree.map(lambda x: _split(x, tile), tree)
-        join = lambda tree: jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:share], tree)
-
-        def hop(_, carry):
-            columns, column_sums, row_sums = carry
-
-            def one_row(column_sums, row):
-                row, row_sum = row
-
-                def one_tile(row_sum, column):
-                    column, column_sum = column
-                    return visit(constants, row, column, row_sum, column_sum)
-
-                row_sum, column_sums = jax.lax.scan(one_tile, row_sum, (columns, column_sums))
-                return column_sums, row_sum
-
-            column_sums, row_sums = jax.lax.scan(one_row, column_sums, (rows, row_sums))
-            return pass_on(columns), pass_on(column_sums), row_sums
-
-        rows, *carry = map(split, (rows, columns, column_sums, row_sums))
-        # After as many hops as there are devices every column is home again, with its sums.
-        _, column_sums, row_sums = jax.lax.fori_loop(0, devices, hop, tuple(carry))
-        return join(row_sums), join(column_sums)
-
-    if axes:
-        spec = P(axes)
-        specs = {"in_specs": (spec, spec, spec, spec, P()), "out_specs": (spec, spec)}
-        local = jax.shard_map(local, **specs, check_vma=False)
-    return local(rows, columns, row_sums, column_sums, constants)
-
-
-def _split(x: Array, tile: int) -> Array:
-    """Cut [b, ...] into equal tiles [n, t, ...], t <= tile; zeros fill the last."""
-    count = -(-len(x) // tile)
-    size = -(-len(x) // count)
-    if count * size != len(x):
-        x = jnp.pad(x, ((0, count * size - len(x)), *((0, 0),) * (x.ndim - 1)))
-    return x.reshape(count, size, *x.shape[1:])
 
 
 # What is known of examples and pairs ---------------------------------------------------------
@@ -438,12 +356,6 @@ def _embedding_gradients(cotangent, scale, image, text, dx, dy):
     return dx.astype(image.dtype), dy.astype(text.dtype), d_scale
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _sigmoid(tile, image, text, scale, bias, examples):
-    """-sum_ij log sigmoid(z_ij (scale <x_i, y_j> + bias))."""
-    return _sigmoid_forward(tile, image, text, scale, bias, examples)[0]
-
-
 def _signed_logits(constants, rows, columns):
     """Return z_ij and z_ij l_ij; the latter is inf, at no loss, where the pair is left out."""
     scale, bias = constants
@@ -454,33 +366,35 @@ def _signed_logits(constants, rows, columns):
     return sign, jnp.where(pairs.candidate, sign * logits, jnp.inf)
 
 
-def _sigmoid_forward(tile, image, text, scale, bias, examples):
-    def visit(constants, rows, columns, loss, _):
-        _, logits = _signed_logits(constants, rows, columns)
-        return loss - jax.nn.log_sigmoid(logits).sum(axis=1), ()
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _sigmoid(tile, image, text, scale, bias, examples):
+    """-sum_ij log sigmoid(z_ij (scale <x_i, y_j> + bias))."""
+    return _sigmoid_forward(tile, image, text, scale, bias, examples)[0]
 
-    zero = jnp.zeros(len(image), scale.dtype)
+
+def _sigmoid_forward(tile, image, text, scale, bias, examples):
+    """Value and gradients in one sweep: no sum over a row must be known before either."""
+
+    def visit(constants, rows, columns, row_sums, dy):
+        loss, dx, d_bias = row_sums
+        sign, logits = _signed_logits(constants, rows, columns)
+        small = jnp.exp(-jnp.abs(logits))  # one exponential for the loss and its derivative
+        loss += (jnp.maximum(-logits, 0.0) + jnp.log1p(small)).sum(axis=1)
+        gradient = -sign * jnp.where(logits > 0, small, 1.0) / (1.0 + small)
+        dx, dy = _through_product(gradient, rows[0], columns[0], dx, dy)
+        return (loss, dx, d_bias + gradient.sum(axis=1)), dy
+
+    zero, zeros = jnp.zeros(len(image), scale.dtype), jnp.zeros(image.shape, scale.dtype)
     pairs = (image, examples), (text, examples)
-    loss, _ = sweep(visit, *pairs, zero, (), (scale, bias), tile=tile)
-    return loss.sum(), (image, text, scale, bias, examples)
+    row_sums, dy = sweep(visit, *pairs, (zero, zeros, zero), zeros, (scale, bias), tile=tile)
+    loss, dx, d_bias = row_sums
+    return loss.sum(), (image, text, scale, dx, dy, d_bias.sum())
 
 
 def _sigmoid_backward(tile, residuals, cotangent):
-    image, text, scale, bias, examples = residuals
-
-    def visit(constants, rows, columns, row_sums, dy):
-        dx, d_bias = row_sums
-        sign, logits = _signed_logits(constants, rows, columns)
-        gradient = -sign * jax.nn.sigmoid(-logits)
-        dx, dy = _through_product(gradient, rows[0], columns[0], dx, dy)
-        return (dx, d_bias + gradient.sum(axis=1)), dy
-
-    zero = jnp.zeros(image.shape, scale.dtype)
-    row_zero = zero, jnp.zeros(len(image), scale.dtype)
-    pairs = (image, examples), (text, examples)
-    (dx, d_bias), dy = sweep(visit, *pairs, row_zero, zero, (scale, bias), tile=tile)
+    image, text, scale, dx, dy, d_bias = residuals
     gradients = _embedding_gradients(cotangent, scale, image, text, dx, dy)
-    return *gradients, cotangent * d_bias.sum(), None
+    return *gradients, cotangent * d_bias, None
 
 
 _sigmoid.defvjp(_sigmoid_forward, _sigmoid_backward)

@@ -30,6 +30,9 @@ class Recipe(Protocol):
       frozen: patterns of parameter paths this configuration never trains.
       spaces: where a report section meets the image: {section: (image feature, text feature)}; a
         section that is not named is encoded as the first that is.
+
+    A recipe may also have `heads_in_torch`, the PyTorch source of embed(pooled, "image" or "text"):
+    what lies between the encoders and the joint space, for the model card of an export.
     """
 
     inputs: tuple[str, ...]

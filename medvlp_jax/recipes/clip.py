@@ -6,6 +6,7 @@
 Axis letters: B batch, E joint width.
 """
 
+import math
 from collections.abc import Mapping
 
 import jax.numpy as jnp
@@ -20,8 +21,16 @@ from medvlp_jax.schedules import Knots
 
 TERMS = ("contrastive",)
 # Starting log-scale and bias: CLIP section 2.5; SigLIP section 3.2.
-INITIAL = {"info_nce": (jnp.log(1 / 0.07), 0.0), "sigmoid": (jnp.log(10.0), -10.0)}
+INITIAL = {"info_nce": (math.log(1 / 0.07), 0.0), "sigmoid": (math.log(10.0), -10.0)}
 MAX_SCALE = 100.0  # CLIP section 2.5: without a ceiling training becomes unstable
+
+
+# For the model card of an export: the heads in PyTorch, of tensors by parameter path.
+HEADS_IN_TORCH = """
+def embed(x, side):
+    return normalize(x @ heads[f"params/{side}_projection/kernel"], dim=-1)
+
+"""
 
 
 class Clip(nn.Module):
@@ -51,6 +60,11 @@ class Clip(nn.Module):
     def spaces(self) -> dict[str, tuple[str, str]]:
         """Every text meets the image in the one joint space."""
         return {self.section: ("image", "text")}
+
+    @property
+    def heads_in_torch(self) -> str:
+        """PyTorch source of embed(pooled, "image" or "text"), see `export`."""
+        return HEADS_IN_TORCH
 
     def setup(self):
         """Name the projections and the scale."""

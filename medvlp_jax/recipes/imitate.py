@@ -143,6 +143,20 @@ class ReadingHead(nn.Module):
         return Head(width, self.dim, name="head")(pooled, train=train)
 
 
+# For the model card of an export: the diagnosis branch and the text head on an Impression.
+HEADS_IN_TORCH = """
+def embed(x, side):
+    name, source = ("diagnosis", "") if side == "image" else ("text_head", "{source}")
+    p = lambda key: heads[f"params/{{name}}/{{key}}"]
+    moment = lambda key, kind: heads[f"batch_stats/{{name}}/{{key}}/{{kind}}{{source}}"]
+    norm = lambda x, key, *affine: batch_norm(x, moment(key, "mean"), moment(key, "var"), *affine)
+    x = x @ p("first/kernel") + p("first/bias")
+    x = norm(x, "norm", p("norm/scale"), p("norm/bias")).relu()
+    return normalize(norm(x @ p("second/kernel") + p("second/bias"), "last_norm"), dim=-1)
+
+"""
+
+
 class Imitate(nn.Module):
     """The whole method; see `make` for the fields."""
 
@@ -189,6 +203,11 @@ class Imitate(nn.Module):
     def spaces(self) -> dict[str, tuple[str, str]]:
         """Impression meets the diagnosis branch, Findings the reading branch."""
         return {"impression": ("image", "text"), "findings": ("image_findings", "text_findings")}
+
+    @property
+    def heads_in_torch(self) -> str:
+        """PyTorch source of embed(pooled, "image" or "text"), see `export`."""
+        return HEADS_IN_TORCH.format(source="" if self.legacy_shared_statistics else "_impression")
 
     def setup(self):
         """Name the heads."""

@@ -32,13 +32,14 @@ def make(
 
     Args:
       trainable: the tree it will be initialised with; patterns are checked against it.
-      name: "adamw", "lamb" or "sgd" (momentum 0.9, decoupled decay).
+      name: "adamw", "lamb" or "sgd" (momentum 0.9), all with decoupled decay; or "adam", whose
+        decay is added to the gradient, as torch's Adam does.
       lr: peak learning rate.
-      steps: total steps, the horizon of the cosine.
+      steps: total steps, the horizon of the schedule.
       warmup: steps of linear warm-up.
-      schedule: "cosine" or "constant".
+      schedule: "cosine", "constant" or "cfcml", see schedules.learning_rate.
       floor: last learning rate of the cosine.
-      weight_decay: decoupled, times the learning rate.
+      weight_decay: decoupled, times the learning rate; for "adam", of the gradient.
       b1: first-moment decay.
       b2: second-moment decay.
       clip: largest global gradient norm; 0 is no clipping.
@@ -52,6 +53,7 @@ def make(
       UserError: for an unknown name, or a pattern that matches nothing.
     """
     scalers = {
+        "adam": lambda: optax.scale_by_adam(b1, b2),
         "adamw": lambda: optax.scale_by_adam(b1, b2),
         "lamb": lambda: optax.scale_by_adam(b1, b2),
         "sgd": lambda: optax.trace(0.9),
@@ -67,7 +69,8 @@ def make(
     flat = paths.flatten(trainable)
     decayed = paths.unflatten({p: not paths.matches(p, no_decay) for p in flat})
     parts = [optax.clip_by_global_norm(clip)] if clip else []
-    parts += [scalers[name](), optax.add_decayed_weights(weight_decay, mask=decayed)]
+    decay = [optax.add_decayed_weights(weight_decay, mask=decayed)]
+    parts += [*decay, scalers[name]()] if name == "adam" else [scalers[name](), *decay]
     parts += [optax.scale_by_trust_ratio()] if name == "lamb" else []
     parts += [scale_by_path(multipliers)] if multipliers else []
     return optax.chain(*parts, optax.scale_by_learning_rate(rate)), rate

@@ -101,23 +101,15 @@ def make_train_step(
       chunks: parts the batch is encoded in, see `encode_in_chunks`.
       mesh: what the tiled losses travel around; None: the one in context, if any.
     """
-    mutable = DenyList("params")
 
     def losses(params, state, batch, rngs):
         variables = {"params": paths.merge(params, state.frozen), **state.collections}
         if chunks == 1:
-            features, collections = recipe.apply(
-                variables, batch, train=True, rngs=rngs, mutable=mutable, method="encode"
-            )
+            features, collections = encode(recipe, variables, batch, rngs)
             variables = {**variables, **collections}
         else:
             features = encode_in_chunks(recipe, variables, batch, rngs, chunks)
-        terms, collections = recipe.apply(
-            variables, features, batch, train=True, rngs=rngs, mutable=mutable, method="objective"
-        )
-        weights = {k: schedules.at(recipe.weights[k], state.step) for k in terms}
-        total = sum(weights[k] * terms[k] for k in terms)
-        return total, (terms, weights, collections)
+        return objective(recipe, variables, features, batch, rngs, state.step)
 
     def step(state, batch):
         key = jax.random.fold_in(jax.random.key(seed), state.step)
@@ -133,6 +125,28 @@ def make_train_step(
         return TrainState(state.step + 1, params, state.frozen, collections, optimizer), metrics
 
     return jax.jit(step, donate_argnums=0)
+
+
+def encode(recipe, variables: Mapping, batch: Mapping, rngs: Mapping):
+    """Return (features, collections as training leaves them) of a batch."""
+    return recipe.apply(
+        variables, batch, train=True, rngs=rngs, mutable=DenyList("params"), method="encode"
+    )
+
+
+def objective(recipe, variables: Mapping, features: Mapping, batch: Mapping, rngs: Mapping, step):
+    """Return the weighted sum of a recipe's terms, and (terms, weights, collections)."""
+    terms, collections = recipe.apply(
+        variables,
+        features,
+        batch,
+        train=True,
+        rngs=rngs,
+        mutable=DenyList("params"),
+        method="objective",
+    )
+    weights = {k: schedules.at(recipe.weights[k], step) for k in terms}
+    return sum(weights[k] * terms[k] for k in terms), (terms, weights, collections)
 
 
 def encode_in_chunks(
@@ -180,27 +194,25 @@ def encode_in_chunks(
     def join(x):
         return jnp.moveaxis(x, 0, 1).reshape(size, *x.shape[2:])
 
-    def encode(part):
+    def one(part):
         index, rows = part
         keys = {**rngs, "dropout": jax.random.fold_in(rngs["dropout"], index)}
         return recipe.apply(variables, rows, train=True, rngs=keys, method="encode")
 
     parts = jnp.arange(chunks), jax.tree.map(split, batch)
-    return jax.tree.map(join, jax.lax.map(jax.checkpoint(encode, prevent_cse=False), parts))
+    return jax.tree.map(join, jax.lax.map(jax.checkpoint(one, prevent_cse=False), parts))
 
 
 def moving_state(recipe, variables: Mapping, batch: Mapping, rngs: Mapping) -> list[str]:
     """List the paths of what `encode` changes in training besides the parameters."""
     moving = []
 
-    def encode(variables):
-        _, after = recipe.apply(
-            variables, batch, train=True, rngs=rngs, mutable=DenyList("params"), method="encode"
-        )
+    def compare(variables):
+        _, after = encode(recipe, variables, batch, rngs)
         before = {id(leaf) for leaf in jax.tree.leaves(variables)}
         moving.extend(p for p, leaf in paths.flatten(after).items() if id(leaf) not in before)
 
-    jax.eval_shape(encode, variables)
+    jax.eval_shape(compare, variables)
     return moving
 
 

@@ -51,7 +51,7 @@ def draw(module):
         array = RNG.normal(size=leaf.shape).astype(np.float32) / np.float32(np.sqrt(fan_in))
         return np.abs(array) + 0.5 if path[-1].key == "scale" else array
 
-    example = checkpoint.table_of_module(module).example(module)
+    example = architectures.table_of_module(module).example(module)
     shapes = jax.eval_shape(module.init, jax.random.key(0), example)
     return jax.tree_util.tree_map_with_path(fill, shapes)
 

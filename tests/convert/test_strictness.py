@@ -9,7 +9,7 @@ from safetensors.numpy import load_file, save_file
 
 from medvlp_jax import convert
 from medvlp_jax.config import UserError
-from medvlp_jax.convert import checkpoint
+from medvlp_jax.convert import architectures, checkpoint
 from medvlp_jax.encoders import bert, resnet, vit
 from medvlp_jax.encoders.base import Tokens
 
@@ -134,6 +134,46 @@ def test_a_config_of_another_architecture_is_refused(folder, changes, message):
     with pytest.raises(UserError) as error:
         convert.load(folder)
     assert message in str(error.value)
+
+
+def test_a_setting_that_is_not_known_is_refused_unless_named(folder):
+    edit_config(folder, residual_scale=0.5, initializer_range=0.1)
+    with pytest.raises(UserError, match=r"not known here: residual_scale 0\.5; .* ignore="):
+        convert.load(folder)
+    convert.load(folder, ignore=("residual_scale",))
+
+
+@pytest.mark.hf
+@pytest.mark.parametrize("table", architectures.TABLES, ids=lambda table: table.model_types[0])
+def test_every_setting_of_transformers_is_read_or_fixed_or_neutral(table):
+    """A release that adds a setting fails here, until someone has looked at it."""
+    import transformers
+
+    config = transformers.AutoConfig.for_model(table.model_types[0]).to_dict()
+    fields = architectures.fields_of(table, config, "")
+    assert fields.keys() == {field.name for field in table.fields.values()}
+
+
+@pytest.mark.parametrize("kept", [0, 7, 40, -1])
+def test_a_file_that_is_cut_short_is_named(folder, kept):
+    file = folder / "model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:kept])
+    size = len(whole[:kept])
+    with pytest.raises(UserError, match=rf"model\.safetensors \({size} bytes\) is cut short"):
+        convert.load(folder)
+    shard = folder / "model-00001-of-00001.safetensors"
+    file.rename(shard)
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"x": shard.name}}))
+    with pytest.raises(UserError, match=r"model-00001-of-00001\.safetensors .* is cut short"):
+        convert.load(folder)
+    index.write_text('{"weight_map": {"x":')
+    with pytest.raises(UserError, match=r"index\.json is cut short or no JSON"):
+        convert.load(folder)
+    (folder / "config.json").write_text("[]")
+    with pytest.raises(UserError, match=r"config\.json holds a list"):
+        convert.load(folder)
 
 
 def test_cxr_bert_is_read_as_bert(folder):

@@ -327,3 +327,39 @@ def test_an_error_in_a_thread_reaches_the_caller():
 
     with pytest.raises(UserError, match=r"row 3 is broken\."):
         next(stream([range(9)], transform=broken))
+
+
+def labels_of(counts, unknown=0):
+    """One-hot rows of as many records a class as `counts` says, then rows of unknown class."""
+    rows = np.repeat(np.eye(len(counts), dtype=np.int8), counts, axis=0)
+    return np.concatenate([rows, np.full((unknown, len(counts)), -1, np.int8)])
+
+
+def test_balanced_batches_hold_equally_many_of_each_class_and_all_of_the_largest_once():
+    labels = labels_of((3, 10, 1), unknown=4)
+    row = pipeline.balanced_order(labels, (0, 0))
+    rows = np.array([row(k) for k in range(3 * 20)])
+    classes = labels[rows].argmax(1).reshape(20, 3)
+    assert (np.sort(classes, axis=1) == [0, 1, 2]).all()
+    largest = rows[classes.ravel() == 1]
+    for epoch in (largest[:10], largest[10:]):
+        assert sorted(epoch) == list(range(3, 13))
+    assert largest[:10].tolist() != largest[10:].tolist()
+    assert set(rows[classes.ravel() == 0]) == {0, 1, 2}
+    assert rows.max() < 14  # unknown rows never come
+
+
+def test_balanced_order_is_a_function_of_seed_and_position():
+    labels = labels_of((3, 10, 5))
+    again = pipeline.balanced_order(labels, (0, 0))
+    a = [pipeline.balanced_order(labels, (0, 0))(k) for k in range(50)]
+    assert a == [again(k) for k in reversed(range(50))][::-1]
+    assert a != [pipeline.balanced_order(labels, (1, 0))(k) for k in range(50)]
+
+
+def test_a_class_without_a_record_has_no_turn_and_nothing_known_is_refused():
+    labels = labels_of((2, 0, 3))
+    row = pipeline.balanced_order(labels, (0,))
+    assert (labels[[row(k) for k in range(12)]].sum(0) == [6, 0, 6]).all()
+    with pytest.raises(UserError, match="none of the 3 records has a known class"):
+        pipeline.balanced_order(labels_of((0, 0), unknown=3), (0,))

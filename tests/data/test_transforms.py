@@ -235,3 +235,39 @@ def test_center_view_and_lower_edge():
     assert not masked[7:].any()
     np.testing.assert_array_equal(masked[:7], image[:7])
     assert image[9, 0, 0] == 9
+
+
+def test_a_lesion_that_does_not_move_stays_and_a_quarter_turn_is_exact():
+    image = np.stack([smooth(30, 30, seed) for seed in range(3)], axis=-1)
+    still = dict.fromkeys(("flip", "moved", "quarter_turn", "contrast"), 0.0)
+    view = lambda seed, **fields: transforms.cfcml_view(
+        image, np.random.default_rng(seed), size=24, **{**still, "probability": 1.0, **fields}
+    )
+    centre = transforms.center_view(image, size=24)
+    np.testing.assert_array_equal(view(0), centre)
+    turned = {np.rot90(centre, k).tobytes(): k for k in range(4)}
+    seen = {turned[view(seed, quarter_turn=1.0).tobytes()] for seed in range(20)}
+    assert seen == {0, 1, 2, 3}
+    both = np.ascontiguousarray(centre[::-1, ::-1])
+    np.testing.assert_array_equal(view(0, flip=1.0), both)
+    np.testing.assert_array_equal(view(0, flip=1.0, probability=0.0), centre)
+
+
+def test_a_lesion_that_shrinks_is_mirrored_at_the_edges():
+    image = np.full((24, 24, 1), 200, np.uint8)
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        view = transforms.cfcml_view(image, rng, size=24, probability=1.0, moved=1.0, contrast=0.0)
+        assert view.min() == view.max() == 200  # black corners would show
+
+
+def test_brightness_and_contrast_stay_within_their_limits():
+    ramp = np.tile(np.arange(0, 240, 10, dtype=np.uint8)[:, None, None], (1, 24, 1))
+    still = dict.fromkeys(("flip", "moved", "quarter_turn"), 0.0)
+    for seed in range(50):
+        rng = np.random.default_rng(seed)
+        view = transforms.cfcml_view(ramp, rng, size=24, probability=1.0, contrast=0.2, **still)
+        x, y = ramp[:, 0, 0].astype(float), view[:, 0, 0].astype(float)
+        assert (np.diff(y) >= 0).all()
+        assert (y <= np.clip(x * 1.2 + 51, 0, 255) + 0.51).all()
+        assert (y >= np.clip(x * 0.8 - 51, 0, 255) - 0.51).all()

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax.traverse_util import flatten_dict
 
@@ -137,7 +138,7 @@ def torch_net(volumes, params, stats, depths, train):
 
 @pytest.mark.hf
 @pytest.mark.parametrize("train", [False, True])
-def test_levels_gradients_and_running_averages_equal_torch(variables_of, train):
+def test_levels_gradients_a_step_and_running_averages_equal_torch(variables_of, train):
     import torch
 
     module = mamba3d.make("tiny", depths=(3, 2), chunk=8)
@@ -181,6 +182,37 @@ def test_levels_gradients_and_running_averages_equal_torch(variables_of, train):
             assert np.abs(leaf).max() <= 1e-6 * largest
         else:
             assert_close(leaf, tensors[path].grad, 1e-4)
+    # An epsilon that gradients near zero lie well below.
+    settings = {"eps": float(largest) / 10, "weight_decay": 0.1}
+    torch.optim.AdamW(tensors.values(), lr=1e-3, **settings).step()
+    optimiser = optax.adamw(1e-3, **settings)
+    updates, _ = optimiser.update(gradient, optimiser.init(gradient), variables["params"])
+    stepped = optax.apply_updates(variables["params"], updates)
+    for path, leaf in flatten_dict(stepped, sep="/").items():
+        assert_close(leaf, tensors[path].detach())
+
+
+@pytest.mark.hf
+@pytest.mark.slow
+def test_the_published_size_equals_torch(variables_of):
+    import torch
+
+    module = mamba3d.make("men")
+    volumes = RNG.normal(size=(1, 128, 128, 24, 1)).astype(np.float32)
+    variables = variables_of(module, volumes)
+    jitter = lambda leaf: leaf + RNG.uniform(-0.02, 0.02, leaf.shape).astype(np.float32)
+    variables = jax.tree.map(jitter, variables)
+    params, stats = (
+        {path: torch.tensor(leaf).double() for path, leaf in flatten_dict(tree, sep="/").items()}
+        for tree in (variables["params"], variables["batch_stats"])
+    )
+    with torch.no_grad():
+        expected = torch_net(volumes, params, stats, module.depths, train=False)
+    with jax.default_matmul_precision("highest"):
+        out = jax.jit(module.apply)(variables, volumes)
+    for level, reference in zip(out.levels, expected, strict=True):
+        assert_close(level, reference)
+    assert_close(out.pooled, expected[-1].flatten(1, 3).mean(1))
 
 
 def test_reversed_tokens_give_the_reversed_output(variables_of):

@@ -328,6 +328,8 @@ def test_bad_input_is_refused_or_shows(variables_of):
         module.apply(variables, tokens, method="mlm_logits")
     with pytest.raises(ValueError, match="No pooling 'max' in this ModernBert, only cls, mean"):
         module.clone(pooling="max").apply(variables, tokens)
+    with pytest.raises(ValueError, match="depth of at least 2, got 1"):
+        module.clone(depth=1).apply(variables, tokens)
     with pytest.raises(ValueError, match="segments and num_segments together"):
         module.apply(variables, tokens, segments=np.zeros((1, 16), int))
     beyond = Tokens(np.full((1, 2), VOCAB, np.int32), np.ones((1, 2), bool))

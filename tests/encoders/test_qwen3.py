@@ -152,6 +152,21 @@ def test_logits_with_a_cache_equal_those_without(pairs, side, layout):
     assert state.cache.length.tolist() == [640] * 3
 
 
+def test_tokens_that_do_not_fit_are_refused_or_show(variables_of):
+    module = small(layout="scan")
+    tokens = random_tokens([4, 2], 4, VOCAB)
+    variables = variables_of(module, tokens)
+    extend = lambda state: module.apply(variables, tokens, state, method="extend")
+    with pytest.raises(ValueError, match="room for 3 tokens, 0 of it taken, cannot take 4 more"):
+        jax.jit(extend)(qwen3.start(module, 2, 3))
+    _, state = jax.jit(extend)(qwen3.start(module, 2, 7))
+    with pytest.raises(ValueError, match="room for 7 tokens, 4 of it taken, cannot take 4 more"):
+        extend(state)
+    encoded, after = jax.jit(extend)(state)
+    assert np.isnan(encoded.pooled).all()
+    assert after.cache.length.tolist() == [8, 8]
+
+
 def generate_theirs(model, prompt, **settings):
     import torch
 
@@ -411,6 +426,8 @@ def test_bad_input_is_refused_or_shows(variables_of):
         module.apply(variables, random_tokens([17], 17, VOCAB))
     beyond = Tokens(np.full((1, 2), VOCAB, np.int32), np.ones((1, 2), bool))
     assert np.isnan(jax.jit(module.apply)(variables, beyond).pooled).all()
+    with pytest.raises(ValueError, match="Room for 17 tokens is more than the 16"):
+        qwen3.generate(module, variables, tokens, steps=2)
     with pytest.raises(UserError, match=r"No Qwen3 variant '8b'. Known: 0.6B, 1.7B, 4B, 8B"):
         qwen3.make("8b")
 

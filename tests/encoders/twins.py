@@ -15,7 +15,7 @@ from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file
 
 from medvlp_jax import convert
-from medvlp_jax.convert.checkpoint import table_of_module
+from medvlp_jax.convert.architectures import table_of_module
 from medvlp_jax.convert.tensors import base_names, is_scanned, to_tensors, to_variables
 
 RNG = np.random.default_rng(0)

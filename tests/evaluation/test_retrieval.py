@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -115,6 +117,70 @@ def test_tiled_equals_dense(corpus):
     dense = retrieval.run(image, text, ids, labels=labels, groups=groups, tile=1000)
     tiled = retrieval.run(image, text, ids, labels=labels, groups=groups, tile=7)
     assert tiled == dense
+
+
+def dense_scores(similarity, right, ks):
+    """Rank, R@K and P@K of each query: every place a right answer can take, from the counts."""
+    ranks, hits, shares = [], [], []
+    for row, answers in zip(similarity, right, strict=True):
+        best = max(s for s, is_right in zip(row, answers, strict=True) if is_right)
+        above = sum(s > best for s in row)
+        tied = sum(s == best for s in row)
+        good = sum(s == best and is_right for s, is_right in zip(row, answers, strict=True))
+        first = [  # probability that the first right answer stands at place p among the tied
+            math.comb(tied - good, p) / math.comb(tied, p) * good / (tied - p) for p in range(tied)
+        ]
+        ranks.append(sum(q * (above + p + 1) for p, q in enumerate(first)))
+        hits.append([sum(q for p, q in enumerate(first) if above + p < k) for k in ks])
+        place = []  # probability that place p of the whole gallery is right
+        for value in sorted(set(row), reverse=True):
+            level = [is_right for s, is_right in zip(row, answers, strict=True) if s == value]
+            place += [sum(level) / len(level)] * len(level)
+        shares.append([sum(place[:k]) / k for k in ks])
+    return np.array(ranks), np.array(hits), np.array(shares)
+
+
+def test_run_with_many_ties_equals_the_whole_matrix_counted_by_loops():
+    rng = np.random.default_rng(5)
+    ids = rng.integers(0, 20, 40)
+    text = rng.integers(-1, 2, (20, 3))[ids] + np.array([0, 0, 3])  # no text is a zero row
+    image = rng.integers(-1, 2, (40, 3))
+    labels = rng.integers(0, 2, (20, 2))[ids]
+    ks = (1, 3, 10)
+    found = retrieval.run(image, text, ids, labels=labels, ks=ks, tile=7, resamples=0)
+    names, first = np.unique(ids, return_index=True)
+    similarity = (image @ text[first].T).astype(float)
+    assert len(np.unique(similarity)) < 15  # of 40 x 20 cosines
+    pair = ids[:, None] == names
+    kind = (labels[:, None] == labels[first][None]).all(-1)
+    for task, s, own, same in (
+        ("image_to_text", similarity, pair, kind),
+        ("text_to_image", similarity.T, pair.T, kind.T),
+    ):
+        rank, hit, _ = dense_scores(s, own, ks)
+        _, _, share = dense_scores(s, same, ks)
+        value = lambda name, task=task: found[f"retrieval/{task}/{name}"]["value"]
+        assert value("mean_rank") == pytest.approx(rank.mean(), rel=1e-12)
+        for i, k in enumerate(ks):
+            assert value(f"R@{k}") == pytest.approx(hit[:, i].mean(), rel=1e-12)
+            assert value(f"P@{k}") == pytest.approx(share[:, i].mean(), rel=1e-12)
+
+
+def test_memory_is_linear_in_the_pairs_and_far_below_the_matrix():
+    def peak(pairs):
+        rng = np.random.default_rng(0)
+        image, text = rng.normal(size=(2, pairs, 8))
+        labels = rng.integers(0, 5, pairs)[:, None] == np.arange(5)
+        tracemalloc.start()
+        run = {"labels": labels.astype(np.int8), "tile": 64, "resamples": 0}
+        retrieval.run(image, text, np.arange(pairs), **run)
+        _, highest = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        return highest
+
+    small, large = peak(1_000), peak(2_000)
+    assert large <= 2.1 * small
+    assert large <= 2_000**2 * 8 / 4  # one matrix of float64 cosines takes 32 MB
 
 
 def test_order_of_rows_does_not_matter(corpus):

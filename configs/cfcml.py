@@ -1,0 +1,101 @@
+"""CFCML. Variants: "" (Derm7pt's sizes, on HAM10000), derm (small, for two CPU cores)."""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+VARIANTS = ("", "derm")
+STEPS = 14  # an epoch of Derm7pt: 256 melanocytic nevi, 18 of them in a batch
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    """Return the resolved config of a variant."""
+    if variant not in VARIANTS:
+        raise ValueError(
+            f"No variant '{variant}' of configs/cfcml.py. Known: {', '.join(VARIANTS[1:])}."
+        )
+    config = ConfigDict(
+        {
+            "recipe": recipe(),
+            "data": common.data(
+                corpora=("ham10000",),
+                balance="diagnosis",
+                size=224,
+                crop=224,
+                channels=3,
+                crop_black_border=False,
+                stretch=False,
+                decode_cache=1024,
+            ),
+            # Adam with coupled decay, the Swin at a tenth of the rate; released code
+            "optim": common.optim(
+                name="adam",
+                lr=1e-4,
+                schedule="cfcml",
+                weight_decay=1e-4,
+                multipliers=(("^image/", 0.1),),
+            ),
+            "train": common.train(steps=50 * STEPS, batch_size=36, export=False),
+            "evals": common.evals(protocols=("classify", "probe"), split="validation"),
+            **common.rest(),
+        }
+    )
+    config.data.view = view()
+    if variant:
+        globals()[variant](config)
+    return config
+
+
+def recipe() -> ConfigDict:
+    """The run script's settings for Derm7pt; every field is explained in recipes/cfcml.py."""
+    return ConfigDict(
+        {
+            "name": "cfcml",
+            "task": "diagnosis",
+            "num_classes": 7,
+            "image": {"name": "swin", "variant": "T", "dtype": "float32"},
+            "images": ("image",),
+            "table": True,
+            "weights": {"cross_entropy": 1.0, "sample": 0.04, "unimodal": 0.06, "crossmodal": 0.18},
+            "share_encoder": True,
+            "multi_granularity": True,
+            "enhance": "multi_head",
+            "num_heads": 4,
+            "dim": 128,
+            "image_tokens": 32,
+            "table_tokens": 24,
+            "hidden": (128, 16),
+            "dropout": 0.5,
+            "temperature": 0.07,
+            "memory": 0.0,
+            "grad_multistage": True,  # our choice: the release detaches the first three stages
+            "legacy_bgr": False,  # our choice: the release reads blue first, without statistics
+        }
+    )
+
+
+def view() -> ConfigDict:
+    """Augmentation of Derm7pt, released code; contrast is the library's default."""
+    return ConfigDict(
+        {
+            "name": "cfcml",
+            "probability": 0.5,
+            "flip": 0.5,
+            "shift": 0.0625,
+            "scale": 0.5,
+            "rotation": 45.0,
+            "moved": 0.5,
+            "quarter_turn": 0.5,
+            "contrast": 0.2,
+        }
+    )
+
+
+def derm(config):
+    """HAM10000 from random weights on two CPU cores; our choice throughout."""
+    config.recipe.image = ConfigDict({"name": "resnet", "variant": "tiny", "dtype": "float32"})
+    config.data.update({"size": 96, "crop": 96})
+    config.data.view.probability = 1.0
+    config.optim.update({"lr": 1e-3, "schedule": "cosine", "warmup": 60, "multipliers": ()})
+    config.train.update({"steps": 1500, "batch_size": 42, "evaluate_every": 300})
+    config.train.checkpoint_every = 300

@@ -1,0 +1,194 @@
+"""Tables as model inputs: one row of numbers, or one sentence, an attribute.
+
+A schema says what a column holds. It is a JSON object {column: entry}, kept with a corpus as
+`table.json` and stored with its records:
+
+  {"age": {"kind": "numeric", "unit": "years", "range": [0, 120], "sentence": "Age: {value}."},
+   "sex": {"kind": "categorical", "categories": ["female", "male"]},
+   "grade": {"kind": "ordinal", "categories": ["low", "medium", "high"]},
+   "management": {"kind": "categorical", "categories": [...], "leakage": "decided knowing ..."}}
+
+`leakage` names why a column gives the answer away; such a column is left out unless asked for.
+Records store a number as it is and a category by its index; a missing value is NaN, and models see
+that it is missing.
+
+Axis letters: T attributes, D numbers of a row.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from medvlp_jax.config import UserError, nearest
+from medvlp_jax.data.files import Row
+
+KINDS = ("numeric", "categorical", "ordinal")
+FIELDS = ("kind", "unit", "range", "categories", "missing", "sentence", "leakage")
+
+Schema = Mapping[str, Mapping[str, Any]]
+
+
+def read_schema(path: Path) -> dict[str, dict[str, Any]]:
+    """Read and check a schema file.
+
+    Raises:
+      UserError: for a file that is missing or no JSON, and for the first entry that says something
+        else than it may.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} is missing; a JSON file {{column: {{kind, ...}}}} is needed.")
+    try:
+        schema = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not JSON: {error}.") from None
+    if not isinstance(schema, dict) or not schema:
+        raise UserError(f"{path} must hold an object {{column: {{kind, ...}}}} with columns.")
+    for column, entry in schema.items():
+        _check_entry(f"{path}: column '{column}'", entry)
+    return schema
+
+
+def _check_entry(where: str, entry: Any) -> None:
+    if not isinstance(entry, dict):
+        raise UserError(f"{where} is {entry!r}; an object with 'kind' is needed.")
+    for field in entry:
+        if field not in FIELDS:
+            raise UserError(f"{where} has no field '{field}'. {nearest(field, FIELDS)}")
+    kind = entry.get("kind")
+    if kind not in KINDS:
+        raise UserError(f"{where} has kind {kind!r}; accepted are {', '.join(KINDS)}.")
+    if kind == "numeric":
+        low, high = _pair(where, entry.get("range"))
+        if not low < high:
+            raise UserError(f"{where} has range {[low, high]}; the first must be the smaller.")
+    else:
+        names = entry.get("categories")
+        if not isinstance(names, list) or len(names) < 2 or len(set(names)) != len(names):
+            raise UserError(f"{where} has categories {names!r}; two or more different are needed.")
+    if "{value}" not in entry.get("sentence", "{value}"):
+        raise UserError(f"{where}: the sentence {entry['sentence']!r} has no place for {{value}}.")
+
+
+def _pair(where: str, value: Any) -> tuple[float, float]:
+    if not (
+        isinstance(value, list)
+        and len(value) == 2
+        and all(isinstance(v, int | float) for v in value)
+    ):
+        raise UserError(f"{where} has range {value!r}; [lowest, highest] is needed.")
+    return value[0], value[1]
+
+
+def parse_row(row: Row, schema: Schema) -> dict[str, float]:
+    """Return what records store of a table row: numbers, category indices, NaN where missing.
+
+    An empty cell is missing, and so is any of the entry's `missing` values.
+
+    Raises:
+      UserError: with file, row, column and value: an unknown category, no number, or one out of
+        range.
+    """
+    return {column: _parse_cell(row, column, entry) for column, entry in schema.items()}
+
+
+def _parse_cell(row: Row, column: str, entry: Mapping[str, Any]) -> float:
+    text = row[column]
+    if text in ("", *entry.get("missing", ())):
+        return math.nan
+    if entry["kind"] != "numeric":
+        if text not in entry["categories"]:
+            raise row.error(
+                f"{column} is '{text}'; accepted are {', '.join(entry['categories'])}, "
+                "or an empty cell."
+            )
+        return float(entry["categories"].index(text))
+    low, high = entry["range"]
+    try:
+        number = float(text)
+    except ValueError:
+        raise row.error(f"{column} is '{text}'; a number or an empty cell is needed.") from None
+    if not low <= number <= high:  # NaN and infinity too
+        raise row.error(f"{column} is {text}; accepted are {low} to {high}, or an empty cell.")
+    return number
+
+
+def columns(schema: Schema, *, exclude: Sequence[str] = (), leakage: Sequence[str] = ()) -> tuple:
+    """Return the columns a model may see.
+
+    Args:
+      schema: of the corpus.
+      exclude: columns to leave out.
+      leakage: columns to take although the schema says that they give the answer away.
+
+    Raises:
+      UserError: for a name that is no column, a `leakage` that is none, or if nothing is left.
+    """
+    for name in (*exclude, *leakage):
+        if name not in schema:
+            raise UserError(f"The table has no column '{name}'. {nearest(name, list(schema))}")
+    for name in leakage:
+        if "leakage" not in schema[name]:
+            raise UserError(f"Column '{name}' is not marked as leakage: it is taken anyway.")
+    kept = tuple(
+        name
+        for name, entry in schema.items()
+        if name not in exclude and ("leakage" not in entry or name in leakage)
+    )
+    if not kept:
+        raise UserError("No column of the table is left for the model to see.")
+    return kept
+
+
+def sentences(values: Mapping[str, float], schema: Schema, names: Sequence[str]) -> list[str]:
+    """Write one sentence an attribute; a missing value is said to be unknown.
+
+    Numbers are rounded to two decimals, whole ones without any (CFCML section 2.8, C10).
+    """
+    return [_sentence(name, values[name], schema[name]) for name in names]
+
+
+def _sentence(name: str, value: float, entry: Mapping[str, Any]) -> str:
+    if math.isnan(value):
+        said = "unknown"
+    elif entry["kind"] == "numeric":
+        said = f"{value:.2f}".rstrip("0").rstrip(".")
+    else:
+        said = entry["categories"][int(value)]
+    unit = f" {entry['unit']}" if "unit" in entry and said != "unknown" else ""
+    plain = f"{name.replace('_', ' ').capitalize()}: {{value}}{unit}."
+    return entry.get("sentence", plain).replace("{value}", said)
+
+
+def rows(values: Mapping[str, float], schema: Schema, names: Sequence[str]) -> np.ndarray:
+    """Return float32 [T, D]: every attribute in columns of its own, zero elsewhere.
+
+    A category is one-hot, a number runs from 0 to 1 over its range, a rank from 0 to 1 over its
+    order; the last column of an attribute is 1 where the value is missing, and the others are 0
+    then. Columns of its own let one Linear treat attributes differently.
+    """
+    blocks = [_block(values[name], schema[name]) for name in names]
+    table = np.zeros((len(blocks), sum(map(len, blocks))), np.float32)
+    start = 0
+    for row, block in zip(table, blocks, strict=True):
+        row[start : start + len(block)] = block
+        start += len(block)
+    return table
+
+
+def _block(value: float, entry: Mapping[str, Any]) -> np.ndarray:
+    size = len(entry["categories"]) if entry["kind"] == "categorical" else 1
+    block = np.zeros(size + 1, np.float32)
+    if math.isnan(value):
+        block[-1] = 1
+    elif entry["kind"] == "categorical":
+        block[int(value)] = 1
+    elif entry["kind"] == "ordinal":
+        block[0] = value / (len(entry["categories"]) - 1)
+    else:
+        low, high = entry["range"]
+        block[0] = (value - low) / (high - low)
+    return block

@@ -1,0 +1,133 @@
+"""An export computes in PyTorch what the recipe computes here."""
+
+import jax
+import numpy as np
+import PIL.Image
+import pytest
+
+from medvlp_jax import export
+from medvlp_jax.data.text import load_tokenizer, tokenize
+from medvlp_jax.encoders import bert, resnet, vit
+from medvlp_jax.recipes import clip, imitate
+
+RNG = np.random.default_rng(0)
+LENGTH, CROP = 16, 32
+REPORTS = ["Small left pleural effusion.", "No acute disease.", "Heart size is normal. " * 9]
+IMAGES = RNG.integers(0, 256, (3, CROP, CROP, 3), dtype=np.uint8)
+
+
+def text_encoder(**fields):
+    tokenizer = load_tokenizer("cxr_phantom")
+    small = {"width": 32, "depth": 2, "num_heads": 2, "mlp_dim": 48}
+    size = tokenizer.get_vocab_size()
+    return bert.make("tiny", vocab_size=size, **small | fields), tokenizer
+
+
+def image_encoder(kind):
+    if kind == "resnet":
+        return resnet.make("tiny", embedding_size=8, hidden_sizes=(16, 32, 32, 64))
+    small = {"width": 32, "depth": 2, "num_heads": 2, "mlp_dim": 48, "image_size": CROP}
+    return vit.make("tiny", patch_size=8, **small, pooling=kind, pooler=kind == "pooler")
+
+
+def draw(path, leaf):
+    fan_in = int(np.prod(leaf.shape[:-1])) if leaf.ndim > 1 else 25
+    array = RNG.normal(size=leaf.shape).astype(np.float32) / np.float32(np.sqrt(fan_in))
+    return np.abs(array) + 0.5 if path[-1].key.startswith(("scale", "var")) else array
+
+
+def random_variables(recipe, batch):
+    keys = {name: jax.random.key(0) for name in ("params", "draws")}
+    method = lambda recipe, batch: recipe.encode(batch)
+    shapes = jax.eval_shape(lambda: recipe.init(keys, batch, method=method))
+    shapes = {kind: dict(tree) for kind, tree in shapes.items()}
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+def clip_recipe(image, text, loss="info_nce"):
+    return clip.make(
+        image=image,
+        text=text,
+        weights={"contrastive": 1.0},
+        dim=24,
+        loss=loss,
+        section="impression",
+    )
+
+
+def imitate_recipe(image, text, **fields):
+    weights = dict.fromkeys(("impression", "findings", "view_diagnosis", "view_reading"), 1.0)
+    return imitate.make(image=image, text=text, weights=weights, dim=24, **fields)
+
+
+def similarities(recipe, variables, tokenizer):
+    tokens = tokenize(tokenizer, REPORTS, LENGTH)
+    batch = {"image": IMAGES, "impression": tokens}
+    features = jax.jit(lambda v: recipe.apply(v, batch, method="encode"))(variables)
+    return np.asarray(features["image"] @ features["text"].T)
+
+
+def assert_close(ours, reference):
+    assert np.abs(ours - reference).max() <= 1e-5 * np.abs(reference).max()
+
+
+RECIPES = {
+    "clip": lambda: (clip_recipe, image_encoder("cls"), {"pooling": "cls"}),
+    "clip, mean": lambda: (clip_recipe, image_encoder("mean"), {"pooling": "mean"}),
+    "clip, pooler": lambda: (
+        clip_recipe,
+        image_encoder("pooler"),
+        {"pooling": "pooler", "pooler": True},
+    ),
+    "imitate": lambda: (imitate_recipe, image_encoder("resnet"), {"pooling": "mean"}),
+}
+
+
+@pytest.fixture(params=RECIPES)
+def exported(request, tmp_path):
+    """Return a recipe, its variables, its tokenizer and the folder it is exported to."""
+    pytest.importorskip("torch")
+    make, image, fields = RECIPES[request.param]()
+    text, tokenizer = text_encoder(**fields)
+    recipe = make(image, text)
+    batch = dict.fromkeys(("findings", "impression"), tokenize(tokenizer, REPORTS, LENGTH))
+    variables = random_variables(recipe, {"image": IMAGES, **batch})
+    export.write_weights(recipe, variables, tmp_path, tokenizer, crop=CROP)
+    return recipe, variables, tokenizer, tmp_path
+
+
+@pytest.mark.hf
+def test_the_example_of_the_model_card_gives_the_same_similarities(exported, monkeypatch):
+    recipe, variables, tokenizer, folder = exported
+    monkeypatch.chdir(folder)
+    names = {}
+    exec(export.example(recipe, LENGTH), names)
+    theirs = names["similarity"]([PIL.Image.fromarray(pixels) for pixels in IMAGES], REPORTS)
+    assert_close(similarities(recipe, variables, tokenizer), theirs.numpy())
+
+
+@pytest.mark.hf
+def test_a_dual_encoder_is_written_where_the_heads_allow(exported):
+    import torch
+    import transformers
+
+    recipe, variables, tokenizer, folder = exported
+    pools = [recipe.image, recipe.text]
+    allowed = [getattr(module, "pooling", "") for module in pools] == ["pooler", "pooler"]
+    assert (folder / "dual").exists() == allowed
+    if not allowed:
+        return
+    model, report = transformers.VisionTextDualEncoderModel.from_pretrained(
+        folder / "dual", output_loading_info=True
+    )
+    assert not any(report.values()), report
+    processor = transformers.AutoImageProcessor.from_pretrained(folder / "dual")
+    theirs = transformers.AutoTokenizer.from_pretrained(folder / "dual")
+    images = [PIL.Image.fromarray(pixels) for pixels in IMAGES]
+    texts = theirs(REPORTS, padding=True, truncation=True, max_length=LENGTH, return_tensors="pt")
+    with torch.no_grad():
+        out = model.eval()(**processor(images, return_tensors="pt"), **texts)
+    ours = similarities(recipe, variables, tokenizer)
+    assert_close(ours, (out.image_embeds @ out.text_embeds.T).T.numpy().T)
+    scale = min(np.exp(variables["params"]["log_scale"]), clip.MAX_SCALE)
+    assert_close(ours * scale, out.logits_per_image.numpy())
