@@ -41,9 +41,12 @@ PATIENCE = 900.0  # seconds after which a run counts as hung
 class Run:
     """One start of the training in a run folder."""
 
-    def __init__(self, folder: pathlib.Path, processes: int, steps: int, home: pathlib.Path):
-        """Start it."""
-        self.folder, self.processes, self.log = folder, processes, home / f"{folder.name}.log"
+    def __init__(
+        self, folder: pathlib.Path, processes: int, steps: int, home: pathlib.Path, log: str = ""
+    ):
+        """Start it; data, compile cache and logs lie in `home`."""
+        self.folder, self.processes = folder, processes
+        self.log = home / f"{log or folder.name}.log"
         environment = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")}
         environment |= {
             "MEDVLP_VENV": "none",
@@ -114,12 +117,15 @@ def kill(run: Run, phase: str, rng: random.Random) -> bool:
     folder, start = run.folder, newest(run.folder)
     ready = lambda: "trainable and" in run.log.read_text()
     writing = lambda: any((folder / "checkpoints").glob("*tmp*"))
+    # Steps here are faster than saving: without a new checkpoint no start would come further.
+    further = lambda: newest(folder) > start
     goal = start + rng.randint(1, 2 * SAVE)
+    evaluated = lambda: last_step(folder) // EVALUATE > start // EVALUATE
     conditions = {
         "compile": ready,
-        "step": lambda: last_step(folder) >= goal,
-        "save": lambda: last_step(folder) > start and writing(),
-        "evaluation": lambda: last_step(folder) // EVALUATE > start // EVALUATE,
+        "step": lambda: further() and last_step(folder) >= goal,
+        "save": lambda: further() and writing(),
+        "evaluation": lambda: further() and evaluated(),
     }
     longest = {"compile": 3.0, "step": 0.2, "save": 0.03, "evaluation": 0.2}
     if not run.until(ready) or not run.until(conditions[phase]):
@@ -168,7 +174,7 @@ def compare(a: pathlib.Path, b: pathlib.Path, steps: int) -> dict:
 def study(counts: list[int], kills: int, seed: int, home: pathlib.Path) -> dict:
     """Return what `kills` kills with these process counts by turns did."""
     rng = random.Random(seed)
-    steps = EVALUATE * kills + AFTER  # more than the kills can take
+    steps = 2 * EVALUATE * kills + AFTER  # more than the kills can take
     name = "-".join(map(str, counts))
     whole = {}
     for count in sorted(set(counts)):

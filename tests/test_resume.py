@@ -12,6 +12,8 @@ import time
 import numpy as np
 import pytest
 
+from benchmarks import kills
+
 ROOT = pathlib.Path(__file__).parents[1]
 KILLS = 10
 ARGUMENTS = (
@@ -69,6 +71,21 @@ def final_state(folder):
 def count_lines(folder):
     file = folder / "metrics.jsonl"
     return len(file.read_text().splitlines()) if file.exists() else 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [[1], [1, 2]], ids=str)
+def test_kills_in_every_phase_lose_nothing_and_repeat_nothing(tmp_path, processes):
+    """MEDVLP_KILLS sets their number; benchmarks/kills.py stores what fifty of them did."""
+    found = kills.study(processes, int(os.environ.get("MEDVLP_KILLS", "4")), 0, tmp_path)
+    assert all(found["started_from_newest_checkpoint"])
+    assert found["last_start"] <= found["steps"] - kills.AFTER
+    for count, against in found["against_whole"].items():
+        assert against["steps_once_each"]
+        assert against["parameters_relative"] <= 1e-5
+        if processes == [count]:
+            assert against["state_bit_identical"]
+            assert against["metrics_identical"]
 
 
 @pytest.mark.slow

@@ -1,0 +1,91 @@
+"""Whole trainings in one, two and four real processes (gloo), and what ends them."""
+
+import json
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+
+from benchmarks.kills import Run, last_step, metrics, newest
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """Return a folder whose prepared corpus and compile cache all tests share."""
+    return tmp_path_factory.mktemp("home")
+
+
+def log_of(run):
+    return run.log.read_text()
+
+
+@pytest.fixture(scope="module")
+def alone(home):
+    run = Run(home / "alone", 1, 50, home)
+    assert run.wait() == 0, log_of(run)
+    return home / "alone"
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_any_number_of_processes_trains_to_the_same_losses_and_results(home, alone, count):
+    folder = home / f"together-{count}"
+    run = Run(folder, count, 50, home)
+    assert run.wait() == 0, log_of(run)
+    ours, theirs = metrics(alone), metrics(folder)
+    assert [line["step"] for line in ours] == [line["step"] for line in theirs]
+    for a, b in zip(ours, theirs, strict=True):
+        for key in a:
+            if key.startswith(("loss", "zero_shot")):
+                np.testing.assert_allclose(a[key], b[key], rtol=1e-5, err_msg=f"{a['step']} {key}")
+    a, b = (json.loads((f / "results.json").read_text()) for f in (alone, folder))
+    assert a.keys() == b.keys()
+    for key, entry in a.items():
+        if entry.get("value") is not None:
+            np.testing.assert_allclose(entry["value"], b[key]["value"], rtol=1e-5, err_msg=key)
+    files = lambda f: {p.name for p in f.iterdir() if p.name != "logs"}
+    assert files(alone) == files(folder)
+
+
+def wait_for_step(run, step):
+    assert run.until(lambda: last_step(run.folder) >= step), log_of(run)
+
+
+def test_a_killed_rank_takes_the_run_down_within_seconds_and_names_itself(home):
+    run = Run(home / "killed", 2, 10_000, home)
+    wait_for_step(run, 3)
+    began = time.monotonic()
+    os.kill(run.ranks()[1], signal.SIGKILL)
+    assert run.wait() == 137
+    assert time.monotonic() - began < 60
+    assert "rank 1 of 2 ended with code 137" in log_of(run)
+    assert "the end of" in log_of(run)
+
+
+def test_sigterm_saves_in_all_processes_and_another_number_goes_on(home, alone):
+    run = Run(home / "stopped", 2, 50, home)
+    wait_for_step(run, 10)
+    run.process.send_signal(signal.SIGTERM)
+    assert run.wait() == 75, log_of(run)
+    saved = newest(run.folder)
+    assert saved == last_step(run.folder) > 10
+    again = Run(home / "stopped", 1, 50, home)
+    assert again.wait() == 0, log_of(again)
+    assert f"at step {saved}" in log_of(again)
+    steps = lambda folder: {m["step"]: m["loss"] for m in metrics(folder) if "loss" in m}
+    ours, theirs = steps(home / "stopped"), steps(alone)
+    assert ours.keys() == theirs.keys()
+    np.testing.assert_allclose([ours[k] for k in ours], [theirs[k] for k in ours], rtol=1e-5)
+
+
+def test_a_second_job_in_the_folder_of_a_running_one_is_refused(home):
+    first = Run(home / "taken", 2, 10_000, home)
+    wait_for_step(first, 1)
+    second = Run(home / "taken", 1, 10_000, home, log="second")
+    assert second.wait() == 2
+    assert f"is in use by process {first.ranks()[0]} on" in log_of(second)
+    first.process.send_signal(signal.SIGTERM)
+    assert first.wait() == 75, log_of(first)
