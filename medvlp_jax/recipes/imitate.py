@@ -49,10 +49,10 @@ def adaptive_pool_matrix(size: int, out: int = POOLED) -> np.ndarray:
 
 
 def pool_levels(levels, draws) -> jax.Array:
-    """Pool the drawn channels of every level to 16x16: one token a channel [B, T, G]."""
+    """Pool the drawn channels of every level, None for all, to 16x16: a token each [B, T, G]."""
     tokens = []
     for level, channels in zip(levels, draws, strict=True):
-        picked = jnp.take(level, channels, axis=-1)  # [B, H, W, c]
+        picked = level if channels is None else jnp.take(level, channels, axis=-1)  # [B, H, W, c]
         rows, columns = (adaptive_pool_matrix(n) for n in picked.shape[1:3])
         pooled = jnp.einsum("ph,qw,bhwc->bcpq", rows, columns, picked)
         tokens.append(rearrange(pooled, "b c p q -> b c (p q)"))
@@ -123,7 +123,7 @@ class ReadingHead(nn.Module):
 
     @nn.compact
     def __call__(self, levels, draws, *, train):
-        """Map levels (each [B, H, W, C]) and channel draws (each [c]) to [B, dim]."""
+        """Map levels, each [B, H, W, C], and draws, each [c] or None for all, to [B, dim]."""
         tokens = pool_levels(levels, draws).astype(jnp.float32)  # [B, drawn, G]
         batch, drawn, width = tokens.shape
         positions = self.param("positions", nn.initializers.zeros, (1, self.num_tokens + 1, width))
@@ -213,12 +213,16 @@ class Imitate(nn.Module):
         """Run both halves."""
         return self.objective(self.encode(batch, train=train), batch, train=train)
 
-    def draw(self, key) -> list[jax.Array]:
-        """Draw channel indices of every level, with replacement, one draw for the whole batch."""
+    def draw(self, key) -> list[jax.Array | None]:
+        """Draw channel indices of every level, with replacement, one draw for the whole batch.
+
+        A share of 1 takes every channel once, in order (None): small encoders have few enough, and
+        a token that stands for the same channel in each step can be told by its position.
+        """
         keys = jax.random.split(key, len(self.keep))
         widths = self.image.level_widths
         return [
-            jax.random.randint(k, (int(ratio * width),), 0, width)
+            None if ratio == 1 else jax.random.randint(k, (int(ratio * width),), 0, width)
             for k, ratio, width in zip(keys, self.keep, widths, strict=True)
         ]
 
@@ -374,7 +378,7 @@ def make(
       text: encoder spec or module.
       weights: number or (step, value) knots for each of TERMS; beta weighs findings, view_reading.
       dim: joint width E.
-      keep: share of the channels drawn from each level.
+      keep: share of the channels drawn from each level; 1 takes all, in order (our choice).
       num_tokens: reading tokens after padding.
       mask_padding: keep padding tokens out of the attention (the release attends to them).
       eval_draws: fixed channel draws averaged in evaluation (our choice).

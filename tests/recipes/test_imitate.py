@@ -301,6 +301,18 @@ def test_channel_draws_repeat_with_the_seed_and_keep_the_specified_counts(small)
     assert any((a != b).any() for a, b in zip(draw(0), draw(1), strict=True))
 
 
+def test_a_share_of_one_takes_every_channel_once_in_order(small):
+    recipe, variables = small
+    whole = recipe.clone(keep=(1.0, 0.15, 1.0, 0.10))
+    draws = whole.apply(variables, jax.random.key(0), method="draw")
+    assert [d is None for d in draws] == [True, False, True, False]
+    levels = [np.random.default_rng(k).normal(size=(2, 8, 8, 3)) for k in range(2)]
+    order = np.arange(3)
+    np.testing.assert_array_equal(
+        imitate.pool_levels(levels, [None, None]), imitate.pool_levels(levels, [order, order])
+    )
+
+
 def test_contrast_groups_of_the_whole_batch_equal_the_global_batch(small):
     recipe, variables = small
     terms, _ = losses(recipe, variables, batch_of(8))
