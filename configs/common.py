@@ -98,7 +98,9 @@ def evals(**fields) -> ConfigDict:
             "limit": 0,  # only the first examples; 0 = all
             "probe_limit": 0,  # training examples of the linear probe; 0 = all
             "resamples": 2000,  # of the bootstrap over patients
-            "controls": ("untrained",),  # "untrained", "masked_edge"
+            # "untrained", "masked_edge", "regression" (on the raw input of a classifier)
+            "controls": ("untrained",),
+            "views": 1,  # flips and turns over which class probabilities are averaged: 1, 4, 8
             "masked_edge": 0.12,
         },
         fields,

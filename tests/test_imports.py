@@ -17,7 +17,7 @@ LEVELS = (
     ("recipes",),
     ("training", "evaluation"),
     ("assemble",),
-    ("cli", "export", "evaluate", "plan", "train"),
+    ("cli", "cases", "export", "evaluate", "plan", "train"),
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 

@@ -147,7 +147,7 @@ def record_transform(
         "findings", "impression" and "report", both as one text (token ids), "<section>_feature"
         (cached features of frozen text encoders), "tabular", "label/<task>". Keys made anyway:
         "text_id" and, for every section asked for, "<section>_valid" and "<section>_id" (equal for
-        equal texts); in evaluation also the labels of all tasks and "patient_id".
+        equal texts); in evaluation also the labels of all tasks, "image_id" and "patient_id".
       decode: encoded bytes -> uint8 [R, R, C], for example a partial of `transforms.decode`; wrap
         it in `functools.lru_cache` to decode a small corpus once.
       view: (image, rng) -> uint8 [H, W, C]; a random view in training.
@@ -186,7 +186,8 @@ def record_transform(
             example[f"{key}_valid"] = np.asarray(bool(words))
             example[f"{key}_id"] = text_hash(words)
         if not train:
-            example["patient_id"] = np.asarray(record["patient_id"])
+            for key in ("image_id", "patient_id"):
+                example[key] = np.asarray(record[key])
         for task, label in record.get("labels", {}).items():
             if not train or f"label/{task}" in inputs:
                 example[f"label/{task}"] = np.asarray(label, np.int8)
