@@ -17,6 +17,7 @@ from medvlp_jax import convert, distributed, sharding
 from medvlp_jax.config import UserError
 from medvlp_jax.data import corpora, pipeline, tabular, transforms
 from medvlp_jax.data import text as tokenisation
+from medvlp_jax.training import optim
 from medvlp_jax.training import params as paths
 from medvlp_jax.training import text as text_stage
 from medvlp_jax.training.checkpoint import Checkpointer
@@ -331,7 +332,7 @@ def place(tree, parts: Parts):
 
 
 def read_variables(folder: pathlib.Path, template: Mapping) -> dict:
-    """Read parameters and collections of the newest checkpoint of a run, without optimiser state.
+    """Read parameters (averaged, if the run averages) and collections of a run's newest checkpoint.
 
     Args:
       folder: a run folder.
@@ -348,7 +349,9 @@ def read_variables(folder: pathlib.Path, template: Mapping) -> dict:
         raise UserError(f"{folder} has no checkpoint.")
     restored = checkpointer.read(step)
     checkpointer.close()
-    variables = {"params": paths.merge(restored["params"], restored["frozen"] or {})}
+    average = optim.find_average(restored["optimizer"])
+    params = restored["params"] if average is None else average
+    variables = {"params": paths.merge(params, restored["frozen"] or {})}
     variables |= restored["collections"] or {}
     checked = {}
     for kind, tree in template.items():

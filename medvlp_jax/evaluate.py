@@ -275,9 +275,12 @@ class Evaluator:
         """Score logistic regressions on the raw input the recipe reads, with the same intervals."""
         task = self.parts.recipe.task
         train = assemble.open_corpus(self.corpus, self.parts.config["data"], "train")
-        return baselines.run(
-            self.raw_features(train, limit=self.settings["probe_limit"]),
-            self.raw_features(self.source, limit=self.settings["limit"]),
+        test = self.raw_features(self.source, limit=self.settings["limit"])
+        return baselines.results(
+            baselines.scores(
+                self.raw_features(train, limit=self.settings["probe_limit"]), test, task=task
+            ),
+            test,
             task=task,
             classes=self.source.tasks[task],
             resamples=self.settings["resamples"],

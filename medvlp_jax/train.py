@@ -148,7 +148,7 @@ def _fit(job, workdir, stop):
         checkpoint_every=settings["checkpoint_every"],
         config=config,
         evaluate=lambda _, state: evaluate.scalars(
-            job.evaluator.quick(state.variables, limit=settings["evaluate_limit"])
+            job.evaluator.quick(state.evaluated, limit=settings["evaluate_limit"])
         ),
         evaluate_every=settings["evaluate_every"],
         stop=stop,
@@ -159,9 +159,9 @@ def _fit(job, workdir, stop):
 
 def _finish(job, state, workdir, began) -> dict:
     """Evaluate in full and export; all processes compute, process 0 writes."""
-    trained = distributed.fetch(state.variables)
-    results = evaluate.full(job.evaluator, state.variables, job.untrained)
-    cases.show(job.evaluator, state.variables, workdir)
+    trained = distributed.fetch(state.evaluated)
+    results = evaluate.full(job.evaluator, state.evaluated, job.untrained)
+    cases.show(job.evaluator, state.evaluated, workdir)
     if distributed.is_writer():
         evaluate.write_results(results, workdir)
         plots.curves(workdir / "metrics.jsonl", workdir / "curves.png")

@@ -99,7 +99,7 @@ def test_one_modality_or_late_concatenation_is_a_switch(resolve, modality, input
 
 @pytest.mark.slow
 def test_a_run_ends_with_a_classifiers_numbers_and_repeats_when_it_is_resumed(resolve):
-    config, folder = resolve()
+    config, folder = resolve("--config.optim.average=0.5", "--config.evals.controls=()")
     results = train.run(config, folder)
     for name in ("results.json", "curves.png", "examples.png"):
         assert (folder / name).stat().st_size > 0, name
@@ -114,6 +114,10 @@ def test_a_run_ends_with_a_classifiers_numbers_and_repeats_when_it_is_resumed(re
         assert 0 <= results[key]["value"] <= 1
     assert "dx_type" not in json.dumps(results)
     assert train.run(config, folder) == results
+    # The average lies in the checkpoint and is what is read from it.
+    evaluate.main(["--run", str(folder), "--protocol", "classify", "--out", str(folder / "again")])
+    again = json.loads((folder / "again" / "results.json").read_text())
+    assert again == {key: entry for key, entry in results.items() if key.startswith("classify")}
 
 
 @pytest.mark.parametrize(

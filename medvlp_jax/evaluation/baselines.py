@@ -96,38 +96,34 @@ def scores(train: Mapping, test: Mapping, *, task: str, seed: int = 0) -> dict[s
     }
 
 
-def run(
-    train: Mapping, test: Mapping, *, task: str, classes: Sequence[str], seed: int = 0, **bootstrap
+def results(
+    found: Mapping[str, Scores],
+    test: Mapping,
+    *,
+    task: str,
+    classes: Sequence[str],
+    **bootstrap,
 ) -> Results:
-    """Score every regression; keys are regression/<task> (<input>)/<metric>.
+    """Score what `scores` returned; keys are regression/<task> (<input>)/<metric>.
 
     Args:
-      train: see `scores`.
-      test: see `scores`.
+      found: by name.
+      test: the rows they belong to, see `scores`.
       task: label task.
       classes: C names.
-      seed: of the split that chooses the regularisation, and of the bootstrap.
-      **bootstrap: resamples, level.
-
-    Raises:
-      UserError: if there is too little to fit.
+      **bootstrap: resamples, seed, level.
     """
-    results: Results = {}
-    settings = {"classes": list(classes), "bins": BINS, "side": SIDE, **bootstrap}
-    for kind, (logits, fitted) in scores(train, test, task=task, seed=seed).items():
+    numbers: Results = {}
+    for kind, (logits, fitted) in found.items():
         scored = classify.single_label_scores(
-            test[f"label/{task}"],
-            logits,
-            classes,
-            groups=test["patient_id"],
-            seed=seed,
-            **bootstrap,
+            test[f"label/{task}"], logits, classes, groups=test["patient_id"], **bootstrap
         )
-        results |= assemble(
+        settings = {"classes": list(classes), "input": kind, "bins": BINS, "side": SIDE}
+        numbers |= assemble(
             PROTOCOL,
             f"{task} ({kind})",
             scored.numbers,
-            settings={**settings, "input": kind},
+            settings=settings | bootstrap,
             notes=scored.notes | fitted,
         )
-    return results
+    return numbers

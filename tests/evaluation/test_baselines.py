@@ -46,9 +46,9 @@ def make(n, rng):
 
 def test_each_regression_finds_what_its_input_holds():
     rng = np.random.default_rng(0)
-    found = baselines.run(
-        make(120, rng), make(90, rng), task="d", classes=("a", "b", "c"), resamples=50
-    )
+    train, test = make(120, rng), make(90, rng)
+    scores = baselines.scores(train, test, task="d")
+    found = baselines.results(scores, test, task="d", classes=("a", "b", "c"), resamples=50)
     recall = lambda kind, name: found[f"regression/d ({kind})/recall/{name}"]["value"]
     assert recall("table", "b") > 0.9
     assert recall("pixels", "c") > 0.9
