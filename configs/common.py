@@ -33,11 +33,27 @@ def data(**fields) -> ConfigDict:
                 "autocontrast": 0.5,
             },
             "balance": "",  # label task whose classes take turns in a batch; "" = as they come
-            # Columns left out, and columns taken although the schema says they give away the label.
-            "table": {"exclude": (), "leakage": ()},
+            "table": table(),
             "decode_cache": 0,  # decoded images kept in memory, size^2 bytes each
             "threads": 2,
             "prefetch": 4,
+        },
+        fields,
+    )
+
+
+def table(**fields) -> ConfigDict:
+    """Which columns of a table are seen, and how."""
+    return _section(
+        {
+            "exclude": (),  # columns left out
+            "leakage": (),  # columns taken although the schema says they give away the label
+            "encoding": "vectors",  # or "sentences", through the frozen text encoder below
+            "text": "",  # folder or hub id, such as openai/clip-vit-base-patch32
+            "tower": "",  # "text" where that holds an image encoder too
+            "pooling": "",  # "projection" for CLIP; "" = the architecture's default
+            "tokenizer": "",  # "" = that of the text encoder's folder
+            "length": 77,  # tokens a sentence; CLIP's
         },
         fields,
     )

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from medvlp_jax import assemble, cli, distributed, sharding
+from medvlp_jax import assemble, cli, distributed, sharding, tables
 from medvlp_jax.config import UserError, nearest
 from medvlp_jax.data import datasets, pipeline
 from medvlp_jax.data import text as tokenisation
@@ -168,10 +168,12 @@ class Evaluator:
         return extraction.extract(embed, batches, part=self.parts.part)
 
     def _batches(self, source, inputs, limit, mask):
+        reads_table = "tabular" in inputs
+        table = tables.rows_of(self.parts.config["data"], [source]) if reads_table else None
         return pipeline.eval_batches(
             source,
             transform=assemble.record_transform(
-                self.parts, inputs, train=False, table=source.metadata["table"], mask=mask
+                self.parts, inputs, train=False, table=table, images=source.images, mask=mask
             ),
             batch_size=self._multiple_of_devices(self.settings["batch_size"]),
             limit=limit,

@@ -16,7 +16,7 @@ LEVELS = (
     ("encoders", "losses", "data", "convert"),
     ("recipes",),
     ("training", "evaluation"),
-    ("assemble",),
+    ("assemble", "tables"),
     ("cli", "cases", "export", "evaluate", "plan", "train"),
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}

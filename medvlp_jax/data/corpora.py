@@ -51,6 +51,11 @@ class Source:
         """Class names of every label task, in the order of the label vector."""
         return self.metadata["tasks"]
 
+    @property
+    def images(self) -> records.Images:
+        """The further images of a case, and what each is; see `records`."""
+        return self.metadata.get("images", {})
+
     def __len__(self) -> int:
         return len(self._serialised)
 
@@ -71,6 +76,14 @@ class Source:
             raise UserError(f"{self.name} has no task '{task}'. {nearest(task, list(self.tasks))}")
         return np.stack([self[i]["labels"][task] for i in range(len(self))])
 
+    def tables(self) -> list[dict[str, float]]:
+        """Return the table values of every record in order; read once, no image decoded."""
+        return self._tables
+
+    @functools.cached_property
+    def _tables(self) -> list[dict[str, float]]:
+        return [self[i]["table"] for i in range(len(self))]
+
     @functools.cached_property
     def _texts(self) -> list[tuple[str, str]]:
         entries = (self[i] for i in range(len(self)))
@@ -85,6 +98,11 @@ def names() -> list[str]:
 def default_data_dir() -> Path:
     """Return `$MEDVLP_DATA_DIR`, or a folder in the user's cache."""
     return Path(os.environ.get("MEDVLP_DATA_DIR") or "~/.cache/medvlp_jax/data").expanduser()
+
+
+def derived_dir(data_dir: str | Path = "") -> Path:
+    """Return where files made from prepared corpora lie, such as cached features."""
+    return Path(data_dir or default_data_dir()).expanduser() / "derived"
 
 
 def default_manual_dir(name: str) -> Path | None:
