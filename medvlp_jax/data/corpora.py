@@ -112,13 +112,17 @@ def default_manual_dir(name: str) -> Path | None:
     return folder if folder and folder.is_dir() else None
 
 
-def builder(name: str, *, data_dir: str | Path = "", builder_config: str = ""):
+def builder(
+    name: str, *, data_dir: str | Path = "", builder_config: str = "", source: Path | None = None
+):
     """Return the TFDS builder of a corpus.
 
     Args:
       name: one of `names()`.
       data_dir: where prepared corpora lie; "" for `default_data_dir()`.
       builder_config: a variant of the corpus; "" for its first.
+      source: the source's own files, for a builder that reads there what its records hold
+        (`SELF_DESCRIBED`, whose variants are names the user gives); None opens what is prepared.
 
     Raises:
       UserError: for an unknown name or variant.
@@ -126,6 +130,13 @@ def builder(name: str, *, data_dir: str | Path = "", builder_config: str = ""):
     if name not in names():
         raise UserError(f"No corpus '{name}'. {nearest(name, names())}")
     module = importlib.import_module(f"{datasets.__name__}.{name}.{name}_dataset_builder")
+    root = Path(data_dir or default_data_dir()).expanduser()
+    if getattr(module.Builder, "SELF_DESCRIBED", False):
+        variant = tfds.core.BuilderConfig(name=builder_config or "default")
+        with _quiet():
+            return module.Builder(
+                data_dir=root, config=variant, file_format="array_record", source=source
+            )
     known = [config.name for config in module.Builder.BUILDER_CONFIGS]
     if builder_config and builder_config not in known:
         raise UserError(
@@ -135,7 +146,7 @@ def builder(name: str, *, data_dir: str | Path = "", builder_config: str = ""):
         )
     with _quiet():
         return module.Builder(
-            data_dir=Path(data_dir or default_data_dir()).expanduser(),
+            data_dir=root,
             config=builder_config or None,
             file_format="array_record",
         )
@@ -161,6 +172,7 @@ def prepare(
     if _is_written(folder):
         return folder
     source = _source_folder(corpus, manual_dir)
+    corpus = builder(name, data_dir=data_dir, builder_config=builder_config, source=source)
     with _locked(folder):
         if folder.is_dir() and not _is_written(folder):
             raise _damaged(name, folder, "its description is missing")
@@ -181,9 +193,11 @@ def check(name: str, *, manual_dir: str | Path = "", builder_config: str = "") -
     """
     with tempfile.TemporaryDirectory() as scratch:
         corpus = builder(name, data_dir=scratch, builder_config=builder_config)
+        source = _source_folder(corpus, manual_dir)
+        corpus = builder(name, data_dir=scratch, builder_config=builder_config, source=source)
         manager = tfds.download.DownloadManager(
             download_dir=scratch,
-            manual_dir=_source_folder(corpus, manual_dir),
+            manual_dir=source,
             manual_dir_instructions=corpus.MANUAL_DOWNLOAD_INSTRUCTIONS or "none needed",
         )
         generators = corpus._split_generators(manager)

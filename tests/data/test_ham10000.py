@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from medvlp_jax.config import UserError
-from medvlp_jax.data import corpora
+from medvlp_jax.data import corpora, files
 from medvlp_jax.data.datasets.ham10000 import ham10000_dataset_builder as ham10000
 
 HEADER = ("lesion_id", "image_id", "dx", "dx_type", "age", "sex", "localization")
@@ -71,9 +71,9 @@ def sample(tmp_path):
 def test_official_layout_splits_by_lesion(official, tmp_path):
     counts = corpora.check("ham10000", manual_dir=official)
     assert sum(split["records"] for split in counts.values()) == 8
-    split = {r["image_id"]: ham10000.SPLITS[r["split"]] for r in ham10000.read_table(official)}
+    split = {r["image_id"]: r["split"] for r in ham10000.read_table(official)}
     assert split["ISIC_0000"] == split["ISIC_0001"]
-    shares = [ham10000.split_of(f"HAM_{i:07}") for i in range(5000)]
+    shares = [files.split_of(f"HAM_{i:07}") for i in range(5000)]
     assert 0.78 < shares.count("train") / 5000 < 0.82
     assert 0.09 < shares.count("test") / 5000 < 0.11
 
