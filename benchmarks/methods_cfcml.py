@@ -1,17 +1,20 @@
 """CFCML beside what is simpler: same data, split, budget and settings, one thing taken away.
 
   python benchmarks/methods_cfcml.py [--config configs/cfcml.py:derm] [--steps 1500] [--seeds 1]
-      [--rows full late ...] [--out benchmarks/results/cfcml-derm.json] [--config.KEY=VALUE ...]
+      [--folds 5] [--rows full late ...] [--out benchmarks/results/cfcml-derm.json]
+      [--config.KEY=VALUE ...]
 
 Trains the rows one after another (about 12 minutes each on two CPU cores with the default config)
 and scores logistic regressions on the raw input. A finished row is kept, an interrupted one goes on
 from its checkpoint: run the same command again. Writes every number to --out and a Markdown table
-beside it; differences to CFCML are paired, over resamples of patients (lesions).
+beside it: means over seeds and folds, their spread, and differences to CFCML that are paired over
+resamples of patients (lesions). With --folds each row is trained once a fold and scored on it.
 """
 
 import argparse
 import csv
 import functools
+import itertools
 import json
 import os
 import pathlib
@@ -41,7 +44,9 @@ REGRESSION = "regression"
 METRICS = ("macro_auroc", "balanced_accuracy", "macro_f1", "accuracy")
 
 
-def row_config(row: str, arguments: argparse.Namespace, overrides: list[str], seed: int) -> dict:
+def row_config(
+    row: str, arguments: argparse.Namespace, overrides: list[str], seed: int, fold: int = 0
+) -> dict:
     """Return the resolved config of a row; nothing differs between rows but the recipe."""
     config, _ = train.resolve([f"--config={arguments.config}", *overrides])
     changes = dict(ROWS[row][1]) if row in ROWS else {}
@@ -51,13 +56,14 @@ def row_config(row: str, arguments: argparse.Namespace, overrides: list[str], se
     config["train"] |= {"evaluate_every": 0, "export": False}
     config["train"] |= {"steps": arguments.steps} if arguments.steps else {}
     config["evals"] |= {"protocols": ("classify",), "controls": ()}
+    if arguments.folds:
+        config["data"]["folds"] |= {"count": arguments.folds, "index": fold}
+        config["evals"]["split"] = "test"
     return config
 
 
-def run_row(row: str, seed: int, arguments: argparse.Namespace, overrides: list[str]) -> dict:
+def run_row(config: dict, row: str, folder: pathlib.Path) -> dict:
     """Train and score one row; return {name: {"results", "minutes"}} of what it holds."""
-    config = row_config(row, arguments, overrides, seed)
-    folder = arguments.folder / f"{row}-{seed}"
     began = time.time()
     found = regressions(config, folder) if row == REGRESSION else {row: train.run(config, folder)}
     minutes = (time.time() - began) / 60
@@ -108,24 +114,30 @@ def read_predictions(file: pathlib.Path) -> tuple[np.ndarray, np.ndarray, np.nda
     return np.array([row["patient_id"] for row in rows]), truth.astype(np.int8), chances
 
 
-def macro_auroc(files: list[pathlib.Path], weights: np.ndarray) -> np.ndarray:
-    """Mean over files (seeds) of the macro AUROC under row weights [R, N], [R, 1]."""
-    values = []
-    for file in files:
-        _, truth, chances = read_predictions(file)
+def macro_auroc(runs: list[tuple], weights: np.ndarray) -> np.ndarray:
+    """Mean over runs of the macro AUROC under row weights [R, N of all runs], [R, 1]."""
+    values, start = [], 0
+    for patients, truth, chances in runs:
+        own = weights[:, start : start + len(patients)]
+        start += len(patients)
         present = truth.any(0)
-        values.append(classify.ranking(truth[:, present], chances[:, present], weights)[:, 0])
-    return np.mean(values, axis=(0, -1))[:, None]
+        values.append(classify.ranking(truth[:, present], chances[:, present], own)[:, 0].mean(-1))
+    return np.mean(values, axis=0)[:, None]
 
 
 def compare(ours: list[pathlib.Path], theirs: list[pathlib.Path], resamples: int) -> dict:
-    """Return the paired difference in macro AUROC with its interval and p."""
-    patients = read_predictions(ours[0])[0]
-    if any(not np.array_equal(read_predictions(file)[0], patients) for file in ours + theirs):
-        raise UserError(f"{ours[0]} and {theirs[0]} are predictions of other cases.")
+    """Return the paired difference in macro AUROC, a mean over runs, with its interval and p.
+
+    Patients are drawn, with all their rows in all runs.
+    """
+    runs = [read_predictions(file) for file in ours], [read_predictions(file) for file in theirs]
+    for a, b, one, other in zip(*runs, ours, theirs, strict=True):
+        if not np.array_equal(a[0], b[0]):
+            raise UserError(f"{one} and {other} are predictions of other cases.")
+    patients = np.concatenate([run[0] for run in runs[0]])
     found = statistics.compare(
-        functools.partial(macro_auroc, ours),
-        functools.partial(macro_auroc, theirs),
+        functools.partial(macro_auroc, runs[0]),
+        functools.partial(macro_auroc, runs[1]),
         len(patients),
         groups=patients,
         resamples=resamples,
@@ -134,22 +146,22 @@ def compare(ours: list[pathlib.Path], theirs: list[pathlib.Path], resamples: int
 
 
 def differences(rows: Mapping, folder: pathlib.Path, resamples: int) -> dict[str, dict]:
-    """Return CFCML minus every other row, over the seeds that both have."""
+    """Return CFCML minus every other row, over the seeds and folds that both have."""
     found = {}
-    files = lambda name, seeds: [
-        predictions_of(folder / f"{name.partition(':')[0]}-{seed}", name) for seed in seeds
-    ]
-    for name, seeds in rows.items():
-        shared = [seed for seed in seeds if seed in rows.get("full", {})]
-        # The regressions have no seed of training: those of the first stand for all.
-        ours = list(rows.get("full", {})) if name.startswith(REGRESSION) else shared
-        if name != "full" and ours and shared:
-            found[name] = compare(files("full", ours), files(name, shared), resamples)
+    for name, runs in rows.items():
+        # A regression has no seed of training: the first stands for all.
+        other = lambda key, name=name: f"0.{key.split('.')[1]}" if ":" in name else key
+        shared = [key for key in rows.get("full", {}) if other(key) in runs]
+        if name == "full" or not shared:
+            continue
+        file = lambda name, key: predictions_of(folder / f"{name.partition(':')[0]}-{key}", name)
+        ours = [file("full", key) for key in shared]
+        found[name] = compare(ours, [file(name, other(key)) for key in shared], resamples)
     return found
 
 
 def table(rows: Mapping, compared: Mapping, task: str) -> str:
-    """Lay out mean over seeds, their spread, and the mean of their intervals."""
+    """Lay out mean over seeds and folds, their spread, and the mean of their intervals."""
     titles = {name: title for name, (title, _) in ROWS.items()}
     header = ("", *(m.replace("_", " ") for m in METRICS), "CFCML minus this, macro AUROC", "min")
     lines = [f"| {' | '.join(header)} |", f"|---|{'---|' * (len(header) - 1)}"]
@@ -203,6 +215,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--config", default="configs/cfcml.py:derm")
     parser.add_argument("--steps", type=int, default=0, help="0: as the config says")
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--folds", type=int, default=0, help="0: the corpus' own splits")
     known = (REGRESSION, *ROWS)
     parser.add_argument("--rows", nargs="+", default=list(known), choices=known)
     parser.add_argument(
@@ -218,26 +231,31 @@ def main(argv: list[str] | None = None) -> None:
     # Where files lie decides nothing, and names a machine.
     told = [o for o in overrides if not o.startswith(("--config.data.data", "--config.data.man"))]
     settings = {"config": arguments.config, "steps": config["train"]["steps"], "overrides": told}
+    settings["folds"] = arguments.folds
     rows = read_finished(arguments.out, settings)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    # Seeds outermost: an interrupted study is still a paired one.
-    for seed in range(arguments.seeds):
-        for row in arguments.rows:
-            done = any(str(seed) in seeds for name, seeds in rows.items() if name.startswith(row))
-            if not done and not (row == REGRESSION and seed):
-                for name, entry in run_row(row, seed, arguments, overrides).items():
-                    rows.setdefault(name, {})[str(seed)] = entry
-            compared = differences(rows, arguments.folder, config["evals"]["resamples"] or 2000)
-            laid_out = table(rows, compared, config["recipe"]["task"])
-            content = {"settings": settings, "differences": compared, "rows": rows}
-            for file, text in (
-                (arguments.out, json.dumps(content, indent=1)),
-                (arguments.out.with_suffix(".md"), f"{laid_out}\n"),
-            ):
-                scratch = file.with_name(f"{file.name}.tmp")
-                scratch.write_text(text)
-                os.replace(scratch, file)
-            print(f"\nseed {seed}, {row} done\n{laid_out}", flush=True)
+    # Rows innermost: an interrupted study is still a paired one.
+    runs = itertools.product(range(arguments.seeds), range(arguments.folds or 1), arguments.rows)
+    for seed, fold, row in runs:
+        key = f"{seed}.{fold}"
+        done = any(key in found for name, found in rows.items() if name.startswith(row))
+        if not done and not (row == REGRESSION and seed):
+            own = row_config(row, arguments, overrides, seed, fold)
+            for name, entry in run_row(own, row, arguments.folder / f"{row}-{key}").items():
+                rows.setdefault(name, {})[key] = entry
+        compared = differences(rows, arguments.folder, config["evals"]["resamples"] or 2000)
+        laid_out = table(rows, compared, config["recipe"]["task"])
+        content = {"settings": settings, "differences": compared, "rows": rows}
+        write(arguments.out, json.dumps(content, indent=1))
+        write(arguments.out.with_suffix(".md"), f"{laid_out}\n")
+        print(f"\nseed {seed}, fold {fold}, {row} done\n{laid_out}", flush=True)
+
+
+def write(file: pathlib.Path, text: str) -> None:
+    """Write under a temporary name, then rename."""
+    scratch = file.with_name(f"{file.name}.tmp")
+    scratch.write_text(text)
+    os.replace(scratch, file)
 
 
 if __name__ == "__main__":

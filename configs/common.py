@@ -34,6 +34,9 @@ def data(**fields) -> ConfigDict:
             },
             "balance": "",  # label task whose classes take turns in a batch; "" = as they come
             "table": table(),
+            # Cross-validation by patient: `count` folds (0 = the corpus' own splits), of which
+            # `index` is the test split; `task` is stratified, "" = that of `balance`.
+            "folds": {"count": 0, "index": 0, "task": "", "seed": 0},
             "decode_cache": 0,  # decoded images kept in memory, size^2 bytes each
             "threads": 2,
             "prefetch": 4,

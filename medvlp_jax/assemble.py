@@ -15,7 +15,7 @@ import numpy as np
 from medvlp_jax import config as configs
 from medvlp_jax import convert, distributed, sharding, tables
 from medvlp_jax.config import UserError
-from medvlp_jax.data import corpora, pipeline, records, transforms, volumes
+from medvlp_jax.data import corpora, folds, pipeline, records, transforms, volumes
 from medvlp_jax.data import text as tokenisation
 from medvlp_jax.training import optim
 from medvlp_jax.training import params as paths
@@ -77,16 +77,15 @@ def open_corpora(data: Mapping[str, Any], split: str) -> list[corpora.Source]:
 
 
 def open_corpus(name: str, data: Mapping[str, Any], split: str) -> corpora.Source:
-    """Open one corpus, "name" or "name:variant"."""
+    """Open one corpus, "name" or "name:variant"; with data.folds, a split of a fold of it."""
     name, _, variant = name.partition(":")
+    where = {"data_dir": data["data_dir"], "manual_dir": data["manual_dir"]}
+    where["builder_config"] = variant
     with distributed.writer_first(f"corpus {name}"):
-        return corpora.open_source(
-            name,
-            split,
-            data_dir=data["data_dir"],
-            manual_dir=data["manual_dir"],
-            builder_config=variant,
-        )
+        if not data["folds"]["count"]:
+            return corpora.open_source(name, split, **where)
+        sources = corpora.open_all(name, **where)
+    return folds.open_fold(sources, split, **folds.settings(data))
 
 
 def parts(config: Mapping[str, Any], *, pretrained: bool = True) -> Parts:

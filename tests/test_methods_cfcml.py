@@ -34,9 +34,10 @@ def write_predictions(file, seed, signal):
 
 def test_rows_differ_from_one_another_in_the_recipe_alone(monkeypatch):
     monkeypatch.chdir(ROOT)
-    arguments = argparse.Namespace(config="configs/cfcml.py:derm", steps=5)
+    arguments = argparse.Namespace(config="configs/cfcml.py:derm", steps=5, folds=0)
     full, *others = (dict(leaves(bench.row_config(r, arguments, [], 3))) for r in bench.ROWS)
     assert full["seed"] == 3
+    assert full["data.folds.count"] == 0
     assert full["train.steps"] == 5
     for other in others:
         changed = {key for key in full if full[key] != other[key]}
@@ -47,17 +48,20 @@ def test_rows_differ_from_one_another_in_the_recipe_alone(monkeypatch):
 def test_a_difference_is_paired_and_averaged_over_seeds(tmp_path):
     for row, signal in (("full", 2.0), ("late", 0.5)):
         for seed in (0, 1):
-            write_predictions(tmp_path / f"{row}-{seed}/predictions.csv", seed, signal)
-    write_predictions(tmp_path / "regression-0/predictions-table-and-pixels.csv", 7, 0.0)
-    runs = {"0": {}, "1": {}}
-    rows = {"full": runs, "late": runs, "regression: table and pixels": {"0": {}}}
+            write_predictions(tmp_path / f"{row}-{seed}.0/predictions.csv", seed, signal)
+    write_predictions(tmp_path / "regression-0.0/predictions-table-and-pixels.csv", 7, 0.0)
+    runs = {"0.0": {}, "1.0": {}}
+    rows = {"full": runs, "late": runs, "regression: table and pixels": {"0.0": {}}}
     found = bench.differences(rows, tmp_path, 200)
     assert list(found) == ["late", "regression: table and pixels"]
     late = found["late"]
     assert late["low"] <= late["difference"] <= late["high"]
     assert late["low"] > 0
     values = [
-        bench.macro_auroc([tmp_path / f"{row}-{seed}/predictions.csv"], np.ones((1, 120)))
+        bench.macro_auroc(
+            [bench.read_predictions(tmp_path / f"{row}-{seed}.0/predictions.csv")],
+            np.ones((1, 120)),
+        )
         for row in ("full", "late")
         for seed in (0, 1)
     ]
@@ -86,7 +90,7 @@ def test_rows_of_other_settings_are_not_mixed(tmp_path):
 def test_the_table_has_a_line_a_row_and_the_difference():
     entry = {"value": 0.5, "low": 0.4, "high": 0.6}
     results = {f"classify/d/{metric}": entry for metric in bench.METRICS}
-    rows = {name: {"0": {"results": results, "minutes": 2.0}} for name in ("full", "late")}
+    rows = {name: {"0.0": {"results": results, "minutes": 2.0}} for name in ("full", "late")}
     compared = {"late": {"difference": 0.1, "low": -0.05, "high": 0.2, "p": 0.3}}
     lines = bench.table(rows, compared, "d").splitlines()
     assert lines[2].startswith("| late concatenation | 0.500 [0.400, 0.600] |")

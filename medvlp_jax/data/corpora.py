@@ -38,13 +38,14 @@ class Source:
       split: "train", "validation" or "test".
       metadata: what `records.metadata` stored: tasks, mask_bits, table, generated.
       folder: where the records lie.
+      serialised: the records as they are stored.
     """
 
     name: str
     split: str
     metadata: Mapping[str, Any]
     folder: Path
-    _serialised: Any = dataclasses.field(repr=False)
+    serialised: Any = dataclasses.field(repr=False)
 
     @property
     def tasks(self) -> Mapping[str, list[str]]:
@@ -57,10 +58,10 @@ class Source:
         return self.metadata.get("images", {})
 
     def __len__(self) -> int:
-        return len(self._serialised)
+        return len(self.serialised)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return records.parse(self._serialised[int(index)], self.metadata)
+        return records.parse(self.serialised[int(index)], self.metadata)
 
     def texts(self) -> list[tuple[str, str]]:
         """Return (findings, impression) of every record in order; read once, no image decoded."""
@@ -202,6 +203,13 @@ def check(name: str, *, manual_dir: str | Path = "", builder_config: str = "") -
         )
         generators = corpus._split_generators(manager)
         return {split: _count(examples) for split, examples in generators.items()}
+
+
+def open_all(name: str, **where: str | Path) -> list[Source]:
+    """Open every split of a corpus; `where` as in `open_source`."""
+    prepare(name, **where)
+    splits = builder(name, **{k: v for k, v in where.items() if k != "manual_dir"}).info.splits
+    return [open_source(name, split, **where) for split in splits]
 
 
 def open_source(

@@ -100,7 +100,7 @@ def test_records_hold_label_table_and_lesion(sample, tmp_path):
         (2, {"dx": "scc"}, "row 4: dx is 'scc'; accepted are akiec, bcc"),
         (2, {"age": "200"}, "row 4: age is 200; accepted are 0 to 120"),
         (2, {"localization": "moon"}, "row 4: localization is 'moon'; accepted are abdomen"),
-        (1, {"split": "val"}, "row 3: lesion HAM_0001 is in val here and in train in row 2"),
+        (1, {"split": "val"}, "row 3: lesion_id HAM_0001 is in val here and in train in row 2"),
         (2, {"file": "../elsewhere.jpg"}, "row 4: file '../elsewhere.jpg' is outside"),
         (2, {"file": "images/none.jpg"}, r"row 4: image .*none.jpg is missing"),
     ],

@@ -21,7 +21,7 @@ IMAGES = {name: {"slices": generate.SLICES} for name in generate.SEQUENCES}
 SPLITS = ("train", "validation", "test")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(eq=False, kw_only=True)
 class Config(tfds.core.BuilderConfig):
     """Cases of each split; the splits are of three populations."""
 
