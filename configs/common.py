@@ -33,11 +33,30 @@ def data(**fields) -> ConfigDict:
                 "autocontrast": 0.5,
             },
             "balance": "",  # label task whose classes take turns in a batch; "" = as they come
-            # Columns left out, and columns taken although the schema says they give away the label.
-            "table": {"exclude": (), "leakage": ()},
+            "table": table(),
+            # Cross-validation by patient: `count` folds (0 = the corpus' own splits), of which
+            # `index` is the test split; `task` is stratified, "" = that of `balance`.
+            "folds": {"count": 0, "index": 0, "task": "", "seed": 0},
             "decode_cache": 0,  # decoded images kept in memory, size^2 bytes each
             "threads": 2,
             "prefetch": 4,
+        },
+        fields,
+    )
+
+
+def table(**fields) -> ConfigDict:
+    """Which columns of a table are seen, and how."""
+    return _section(
+        {
+            "exclude": (),  # columns left out
+            "leakage": (),  # columns taken although the schema says they give away the label
+            "encoding": "vectors",  # or "sentences", through the frozen text encoder below
+            "text": "",  # folder or hub id, such as openai/clip-vit-base-patch32
+            "tower": "",  # "text" where that holds an image encoder too
+            "pooling": "",  # "projection" for CLIP; "" = the architecture's default
+            "tokenizer": "",  # "" = that of the text encoder's folder
+            "length": 77,  # tokens a sentence; CLIP's
         },
         fields,
     )
@@ -58,6 +77,7 @@ def optim(**fields) -> ConfigDict:
             "clip": 0.0,  # largest global gradient norm; 0 = none
             "multipliers": (),  # ((pattern, factor), ...) on the learning rate
             "no_decay": (),  # patterns without weight decay
+            "average": 0.0,  # decay of a moving average of the weights to evaluate; 0 = none
             "freeze": (),  # patterns of fixed parameters, besides the recipe's own
         },
         fields,
@@ -98,7 +118,9 @@ def evals(**fields) -> ConfigDict:
             "limit": 0,  # only the first examples; 0 = all
             "probe_limit": 0,  # training examples of the linear probe; 0 = all
             "resamples": 2000,  # of the bootstrap over patients
-            "controls": ("untrained",),  # "untrained", "masked_edge"
+            # "untrained", "masked_edge", "regression" (on the raw input of a classifier)
+            "controls": ("untrained",),
+            "views": 1,  # flips and turns over which class probabilities are averaged: 1, 4, 8
             "masked_edge": 0.12,
         },
         fields,

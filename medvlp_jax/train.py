@@ -7,6 +7,7 @@
 accelerator, and starts nothing. --devices=N plans for N devices, emulated on the CPU.
 
 The run folder holds config.json, metrics.jsonl, results.json, curves.png, examples.png,
+predictions.csv (of a classifier),
 checkpoints/ and export/. The same command again resumes an interrupted run bit by bit.
 """
 
@@ -22,7 +23,7 @@ import jax
 from absl import flags, logging
 from ml_collections import config_flags
 
-from medvlp_jax import assemble, cli, distributed, evaluate, export, plan, sharding
+from medvlp_jax import assemble, cases, cli, distributed, evaluate, export, plan, sharding
 from medvlp_jax import config as configs
 from medvlp_jax.config import UserError
 from medvlp_jax.evaluation import plots
@@ -147,7 +148,7 @@ def _fit(job, workdir, stop):
         checkpoint_every=settings["checkpoint_every"],
         config=config,
         evaluate=lambda _, state: evaluate.scalars(
-            job.evaluator.quick(state.variables, limit=settings["evaluate_limit"])
+            job.evaluator.quick(state.evaluated, limit=settings["evaluate_limit"])
         ),
         evaluate_every=settings["evaluate_every"],
         stop=stop,
@@ -158,9 +159,9 @@ def _fit(job, workdir, stop):
 
 def _finish(job, state, workdir, began) -> dict:
     """Evaluate in full and export; all processes compute, process 0 writes."""
-    trained = distributed.fetch(state.variables)
-    results = evaluate.full(job.evaluator, state.variables, job.untrained)
-    job.evaluator.draw_examples(state.variables, workdir / "examples.png")
+    trained = distributed.fetch(state.evaluated)
+    results = evaluate.full(job.evaluator, state.evaluated, job.untrained)
+    cases.show(job.evaluator, state.evaluated, workdir)
     if distributed.is_writer():
         evaluate.write_results(results, workdir)
         plots.curves(workdir / "metrics.jsonl", workdir / "curves.png")

@@ -73,15 +73,51 @@ def resolve(lesions, tmp_path_factory, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("modality", "inputs"),
+    [
+        ("table=False", ("pixels",)),
+        ("images=()", ("table",)),
+        ("multi_granularity=False", ("table", "pixels", "table and pixels")),
+    ],
+)
+def test_one_modality_or_late_concatenation_is_a_switch(resolve, modality, inputs):
+    config, folder = resolve(
+        "--config.recipe.enhance=none",
+        f"--config.recipe.{modality}",
+        "--config.train.steps=2",
+        "--config.train.evaluate_every=0",
+        "--config.evals.protocols=('classify',)",
+        "--config.evals.controls=('regression',)",
+        "--config.evals.views=4",
+    )
+    results = train.run(config, folder)
+    assert results["classify/diagnosis/protocol"]["settings"]["views"] == 4
+    floors = [k for k in results if k.startswith("regression/") and k.endswith("/protocol")]
+    assert floors == [f"regression/diagnosis ({kind})/protocol" for kind in inputs]
+
+
+@pytest.mark.slow
 def test_a_run_ends_with_a_classifiers_numbers_and_repeats_when_it_is_resumed(resolve):
-    config, folder = resolve()
+    config, folder = resolve("--config.optim.average=0.5", "--config.evals.controls=()")
     results = train.run(config, folder)
     for name in ("results.json", "curves.png", "examples.png"):
         assert (folder / name).stat().st_size > 0, name
+    with (folder / "predictions.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert sorted(row["image_id"] for row in rows) == sorted(f"i{i}" for i in range(14, 21))
+    for row in rows:
+        chances = [float(row[name]) for name in DIAGNOSES.values()]
+        assert sum(chances) == pytest.approx(1, abs=1e-4)
+        assert row["truth"] == [*DIAGNOSES.values()][int(row["image_id"][1:]) % 7]
     for key in ("classify/diagnosis/macro_auroc", "probe/diagnosis/balanced_accuracy"):
         assert 0 <= results[key]["value"] <= 1
     assert "dx_type" not in json.dumps(results)
     assert train.run(config, folder) == results
+    # The average lies in the checkpoint and is what is read from it.
+    evaluate.main(["--run", str(folder), "--protocol", "classify", "--out", str(folder / "again")])
+    again = json.loads((folder / "again" / "results.json").read_text())
+    assert again == {key: entry for key, entry in results.items() if key.startswith("classify")}
 
 
 @pytest.mark.parametrize(
@@ -90,6 +126,8 @@ def test_a_run_ends_with_a_classifiers_numbers_and_repeats_when_it_is_resumed(re
         ("evals.protocols=('retrieval',)", "Protocol retrieval does not fit recipe cfcml"),
         ("recipe.num_classes=5", "num_classes=5, but task diagnosis of ham10000 has 7 classes"),
         ("recipe.task=diagnose", "ham10000 has no task 'diagnose'. Did you mean diagnosis"),
+        ("evals.controls=('untrain',)", "No control 'untrain'. Did you mean untrained"),
+        ("evals.views=2", "evals.views=2 must be one of"),
         ("train.export=True", "Recipe cfcml has no text encoder"),
         ("init.text=somewhere", "init.text=somewhere, but recipe cfcml has no text encoder"),
         ("data.table.exclude=('ages',)", "The table has no column 'ages'. Did you mean age"),

@@ -27,7 +27,15 @@ class Scored(NamedTuple):
 
 
 def run(
-    logits, labels, classes: Sequence[str], *, task: str, multi_label: bool, groups=None, **options
+    logits,
+    labels,
+    classes: Sequence[str],
+    *,
+    task: str,
+    multi_label: bool,
+    views: int = 1,
+    groups=None,
+    **options,
 ) -> Results:
     """Score a model's own class logits (supervised recipes).
 
@@ -37,12 +45,14 @@ def run(
       classes: C names.
       task: middle part of the keys.
       multi_label: one yes/no question a class, or one class a row.
+      views: flips and turns the logits are an average of; a setting that the hash covers.
       groups: [N] patient of each row.
       **options: resamples, seed, level of `statistics.bootstrap`; positive of `single_label`.
     """
     score = multi_label_scores if multi_label else single_label_scores
     scored = score(labels, logits, classes, groups=groups, **options)
     settings = {"classes": list(classes), "multi_label": multi_label, **options}
+    settings |= {"views": views} if views > 1 else {}
     return assemble(PROTOCOL, task, scored.numbers, settings=settings, notes=scored.notes)
 
 

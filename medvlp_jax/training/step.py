@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from medvlp_jax import schedules, sharding
 from medvlp_jax.config import UserError
+from medvlp_jax.training import optim
 from medvlp_jax.training import params as paths
 
 RNGS = ("dropout", "draws")
@@ -40,6 +41,13 @@ class TrainState(NamedTuple):
     def variables(self) -> dict:
         """What Linen's `apply` takes."""
         return {"params": paths.merge(self.params, self.frozen), **self.collections}
+
+    @property
+    def evaluated(self) -> dict:
+        """The same with the averaged parameters, where the optimiser keeps an average."""
+        average = optim.find_average(self.optimizer)
+        params = self.params if average is None else average
+        return {"params": paths.merge(params, self.frozen), **self.collections}
 
 
 def check_batch(recipe, batch: Mapping) -> None:
