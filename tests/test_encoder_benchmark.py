@@ -2,9 +2,12 @@
 
 import json
 
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
 import pytest
 
-from benchmarks import encoders
+from benchmarks import encoder_parts, encoders
 
 pytestmark = pytest.mark.hf
 
@@ -53,3 +56,20 @@ def test_a_tiny_run_does_not_replace_the_results(capsys):
     with pytest.raises(SystemExit):
         encoders.main(["--tiny"])
     assert "--out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", encoder_parts.PARTS)
+def test_a_part_is_the_same_layer_here_and_in_torch(name):
+    import torch
+
+    part = encoder_parts.PARTS[name]
+    shape = (1, *part.shape[1:])
+    theirs = part.theirs(torch)
+    x = torch.zeros((shape[0], shape[3], *shape[1:3]) if len(shape) == 4 else shape)
+    parameters, call = 0, part.ours
+    if isinstance(part.ours, nn.Module):
+        shapes = jax.eval_shape(part.ours.init, jax.random.key(0), jnp.zeros(shape))
+        parameters = sum(leaf.size for leaf in jax.tree.leaves(shapes["params"]))
+        call = lambda x: part.ours.apply(jax.tree.map(jnp.zeros_like, shapes), x)
+    assert parameters == sum(parameter.numel() for parameter in theirs.parameters())
+    assert jax.eval_shape(call, jnp.zeros(shape)).size == theirs(x).numel()

@@ -60,8 +60,8 @@ class Attention(nn.Module):
     Attributes:
       num_heads: A; divides the width unless `head_width` is given.
       dropout: on the attention probabilities, in training only.
-      implementation: of `jax.nn.dot_product_attention`: "xla" anywhere; "cudnn" (flash attention)
-        on NVIDIA GPUs, with a 16-bit `dtype` and no dropout.
+      implementation: "xla" anywhere; "cudnn" (flash attention) on NVIDIA GPUs, with a 16-bit
+        `dtype` and no dropout.
       num_kv_heads: K heads of key and value, each serving A / K heads of the query; 0 is A.
       head_width: S; 0 is D / A.
       biased: which projections have a bias.
@@ -164,11 +164,10 @@ class Attention(nn.Module):
 
 
 def _attend(query, key, value, mask, drop):
-    """Compute drop(softmax(Q K^T / sqrt(S))) V, logits and softmax in float32.
+    """Compute drop(softmax(Q K^T / sqrt(S))) V; logits and softmax are float32.
 
-    The heads stand in front in the matrix products. XLA writes them so much faster on CPU than with
-    the heads between: a layer of ViT-B/16 takes three quarters of the time, and of that of
-    jax.nn.dot_product_attention, which has them there.
+    The heads stand in front in the matrix products, not between: XLA makes such products faster on
+    CPU, and the same ones elsewhere.
 
     Args:
       query: [B, T, A, S].
@@ -180,19 +179,19 @@ def _attend(query, key, value, mask, drop):
     Returns:
       [B, T, A, S].
     """
-    batch, steps, heads, width = query.shape
-    groups = heads // key.shape[2]
-    query = query.reshape(batch, steps, -1, groups, width).transpose(0, 2, 3, 1, 4)
-    query = query.reshape(batch, -1, groups * steps, width)  # [B, K, G T, S]
-    key, value = key.transpose(0, 2, 3, 1), value.transpose(0, 2, 1, 3)  # [B, K, S, U], [.., U, S]
+    (batch, steps, _, width), (_, others, heads, _) = query.shape, key.shape
+    groups = query.shape[2] // heads
+    query = query.reshape(batch, steps, heads, groups, width).transpose(0, 2, 3, 1, 4)
+    query = query.reshape(batch, heads, groups * steps, width)  # [B, K, G T, S]
+    key, value = key.transpose(0, 2, 3, 1), value.transpose(0, 2, 1, 3)  # [B, K, S, U] [B, K, U, S]
     logits = jnp.matmul(query, key, preferred_element_type=jnp.float32) * width**-0.5
-    logits = logits.reshape(batch, -1, groups, steps, key.shape[-1])  # [B, K, G, T, U]
+    logits = logits.reshape(batch, heads, groups, steps, others)  # [B, K, G, T, U]
     if mask is not None:
         logits = jnp.where(mask[:, :, None], logits, jnp.finfo(jnp.float32).min)
     probabilities = drop(jax.nn.softmax(logits)).astype(value.dtype)
-    y = probabilities.reshape(batch, -1, groups * steps, key.shape[-1]) @ value  # [B, K, G T, S]
-    y = y.reshape(batch, -1, groups, steps, width).transpose(0, 3, 1, 2, 4)
-    return y.reshape(batch, steps, heads, width)
+    y = probabilities.reshape(batch, heads, groups * steps, others) @ value  # [B, K, G T, S]
+    y = y.reshape(batch, heads, groups, steps, width).transpose(0, 3, 1, 2, 4)
+    return y.reshape(batch, steps, heads * groups, width)
 
 
 def _near(length, is_causal, window):
