@@ -154,7 +154,8 @@ def single_label_scores(
 
     Averages run over the classes that are present in the data. Chance is a uniform guess over all
     C classes (for F1 its large-sample value); the prevalence control always answers the most
-    frequent class. Rows without a known class are left out and counted.
+    frequent class. Rows without a known class are left out and counted; what cannot be computed,
+    such as AUROC where all rows are of one class, is listed as undefined.
 
     Args:
       labels: [N, C] int8, one 1 a row; rows without a 1 are left out.
@@ -188,6 +189,10 @@ def single_label_scores(
         name: number(*entry, n=len(truth), chance=chance)
         for (name, chance), entry in zip(chances.items(), zip(*found, strict=True), strict=True)
     }
+    # With one class in the data nothing can be ranked: said by name, not by a number.
+    if undefined := [name for name, entry in numbers.items() if not np.isfinite(entry["value"])]:
+        notes["undefined"] = undefined
+        numbers = {name: entry for name, entry in numbers.items() if name not in undefined}
     return Scored(numbers | _prevalence_control(share, len(truth)), notes)
 
 
