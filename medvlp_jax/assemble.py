@@ -254,6 +254,8 @@ def image_shapes(data: Mapping[str, Any], names: Sequence[str]) -> dict[str, tup
     Raises:
       UserError: for an image it does not have.
     """
+    if not names:
+        return {}
     corpus, _, variant = data["corpora"][0].partition(":")
     built = corpora.builder(corpus, data_dir=data["data_dir"], builder_config=variant)
     further = built.info.metadata.get("images", {})
