@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import pathlib
+import shutil
 
 import numpy as np
 import pytest
@@ -72,6 +73,11 @@ def resolve(lesions, tmp_path_factory, monkeypatch):
     return resolved
 
 
+def _metrics(folder):
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [{k: v for k, v in line.items() if not k.startswith("time/")} for line in lines]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("modality", "inputs"),
@@ -114,6 +120,12 @@ def test_a_run_ends_with_a_classifiers_numbers_and_repeats_when_it_is_resumed(re
         assert 0 <= results[key]["value"] <= 1
     assert "dx_type" not in json.dumps(results)
     assert train.run(config, folder) == results
+    # As if killed after the first checkpoint: the run goes on from there, to the same end.
+    lines = _metrics(folder)
+    shutil.rmtree(folder / "checkpoints" / "4")
+    (folder / "results.json").unlink()
+    assert train.run(config, folder) == results
+    assert _metrics(folder) == lines
     # The average lies in the checkpoint and is what is read from it.
     evaluate.main(["--run", str(folder), "--protocol", "classify", "--out", str(folder / "again")])
     again = json.loads((folder / "again" / "results.json").read_text())
