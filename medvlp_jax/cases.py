@@ -44,7 +44,8 @@ def show(evaluator: Evaluator, variables: Mapping, folder: pathlib.Path) -> None
     picked, texts, scores, truth = drawn(evaluator, found, np.random.default_rng(0))
     transform = assemble.record_transform(evaluator.parts, ("image",), train=False)
     images = [transform(evaluator.source[i], None)["image"] for i in picked]
-    plots.examples(images, texts, scores, truth, folder / "examples.png", caption=caption)
+    if images:  # none where no case has a known class
+        plots.examples(images, texts, scores, truth, folder / "examples.png", caption=caption)
     if classifies:
         write_predictions(evaluator, found, folder / "predictions.csv")
         _draw_classifier(evaluator, found, folder / "classifier.png")

@@ -190,9 +190,10 @@ def _finish(job, state, workdir, began) -> dict:
         variables = assemble.read_variables(workdir, job.untrained)
     trained = distributed.fetch(variables)
     results = evaluate.full(job.evaluator, variables, job.untrained)
+    if distributed.is_writer():
+        evaluate.write_results(results, workdir)  # before the pictures, should one fail
     cases.show(job.evaluator, variables, workdir)
     if distributed.is_writer():
-        evaluate.write_results(results, workdir)
         plots.curves(workdir / "metrics.jsonl", workdir / "curves.png")
         settings = job.parts.config["train"]
         if settings["export"]:
