@@ -121,6 +121,8 @@ def macro_auroc(runs: list[tuple], weights: np.ndarray) -> np.ndarray:
         own = weights[:, start : start + len(patients)]
         start += len(patients)
         present = truth.any(0)
+        if present.sum() < 2:
+            continue  # a fold of one class ranks nothing
         values.append(classify.ranking(truth[:, present], chances[:, present], own)[:, 0].mean(-1))
     return np.mean(values, axis=0)[:, None]
 
@@ -146,7 +148,7 @@ def compare(ours: list[pathlib.Path], theirs: list[pathlib.Path], resamples: int
 
 
 def differences(rows: Mapping, folder: pathlib.Path, resamples: int) -> dict[str, dict]:
-    """Return CFCML minus every other row, over the seeds and folds that both have."""
+    """Return CFCML minus every other row, over the seeds and folds whose predictions are here."""
     found = {}
     for name, runs in rows.items():
         # A regression has no seed of training: the first stands for all.
@@ -156,6 +158,8 @@ def differences(rows: Mapping, folder: pathlib.Path, resamples: int) -> dict[str
             continue
         file = lambda name, key: predictions_of(folder / f"{name.partition(':')[0]}-{key}", name)
         ours = [file("full", key) for key in shared]
+        if not all(path.is_file() for path in ours + [file(name, other(key)) for key in shared]):
+            continue  # trained elsewhere: the difference that was written then stands
         found[name] = compare(ours, [file(name, other(key)) for key in shared], resamples)
     return found
 
@@ -170,8 +174,16 @@ def table(rows: Mapping, compared: Mapping, task: str) -> str:
         runs = list(rows[name].values())
         cells = []
         for metric in METRICS:
-            entries = [run["results"][f"classify/{task}/{metric}"] for run in runs]
-            value, low, high = (np.mean([e[k] for e in entries]) for k in ("value", "low", "high"))
+            key = f"classify/{task}/{metric}"
+            entries = [run["results"][key] for run in runs if key in run["results"]]
+            if not entries:  # every fold has one class alone
+                cells.append("-")
+                continue
+            # Fewer than two patients have no interval.
+            value, low, high = (
+                np.mean([np.nan if e[k] is None else e[k] for e in entries])
+                for k in ("value", "low", "high")
+            )
             spread = np.std([e["value"] for e in entries], ddof=1) if len(entries) > 1 else 0
             cells.append(
                 f"{value:.3f}{f' ± {spread:.3f}' if len(entries) > 1 else ''} "
@@ -189,20 +201,20 @@ def table(rows: Mapping, compared: Mapping, task: str) -> str:
 
 
 def read_finished(out: pathlib.Path, settings: dict) -> dict:
-    """Return the rows that are done.
+    """Return the rows that are done, and the differences between them.
 
     Raises:
       UserError: if they were made with other settings.
     """
     if not out.is_file():
-        return {}
+        return {"rows": {}, "differences": {}}
     saved = json.loads(out.read_text())
     if saved.get("settings") != settings:
         raise UserError(
             f"{out} holds rows of settings {saved.get('settings')}, not {settings}: name another "
             "--out, or move it away."
         )
-    return saved["rows"]
+    return saved
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -232,7 +244,8 @@ def main(argv: list[str] | None = None) -> None:
     told = [o for o in overrides if not o.startswith(("--config.data.data", "--config.data.man"))]
     settings = {"config": arguments.config, "steps": config["train"]["steps"], "overrides": told}
     settings["folds"] = arguments.folds
-    rows = read_finished(arguments.out, settings)
+    finished = read_finished(arguments.out, settings)
+    rows, compared = finished["rows"], finished["differences"]
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     # Rows innermost: an interrupted study is still a paired one.
     runs = itertools.product(range(arguments.seeds), range(arguments.folds or 1), arguments.rows)
@@ -243,7 +256,7 @@ def main(argv: list[str] | None = None) -> None:
             own = row_config(row, arguments, overrides, seed, fold)
             for name, entry in run_row(own, row, arguments.folder / f"{row}-{key}").items():
                 rows.setdefault(name, {})[key] = entry
-        compared = differences(rows, arguments.folder, config["evals"]["resamples"] or 2000)
+        compared |= differences(rows, arguments.folder, config["evals"]["resamples"] or 2000)
         laid_out = table(rows, compared, config["recipe"]["task"])
         content = {"settings": settings, "differences": compared, "rows": rows}
         write(arguments.out, json.dumps(content, indent=1))

@@ -33,30 +33,21 @@ def data(**fields) -> ConfigDict:
                 "autocontrast": 0.5,
             },
             "balance": "",  # label task whose classes take turns in a batch; "" = as they come
-            "table": table(),
-            # Cross-validation by patient: `count` folds (0 = the corpus' own splits), of which
-            # `index` is the test split; `task` is stratified, "" = that of `balance`.
+            "table": {
+                "exclude": (),  # columns left out
+                "leakage": (),  # columns taken although the schema says they give away the label
+                "encoding": "vectors",  # or "sentences", through a frozen text encoder:
+                "text": "",  # its folder or hub id, such as openai/clip-vit-base-patch32
+                "tower": "",  # "text" where that holds an image encoder too
+                "pooling": "",  # "projection" for CLIP; "" = the architecture's default
+                "length": 77,  # tokens a sentence; CLIP's
+            },
+            # `count` folds by patient (0 = the corpus' own splits), `index` is the test split;
+            # classes of `task` are shared out evenly, "" = that of `balance`.
             "folds": {"count": 0, "index": 0, "task": "", "seed": 0},
             "decode_cache": 0,  # decoded images kept in memory, size^2 bytes each
             "threads": 2,
             "prefetch": 4,
-        },
-        fields,
-    )
-
-
-def table(**fields) -> ConfigDict:
-    """Which columns of a table are seen, and how."""
-    return _section(
-        {
-            "exclude": (),  # columns left out
-            "leakage": (),  # columns taken although the schema says they give away the label
-            "encoding": "vectors",  # or "sentences", through the frozen text encoder below
-            "text": "",  # folder or hub id, such as openai/clip-vit-base-patch32
-            "tower": "",  # "text" where that holds an image encoder too
-            "pooling": "",  # "projection" for CLIP; "" = the architecture's default
-            "tokenizer": "",  # "" = that of the text encoder's folder
-            "length": 77,  # tokens a sentence; CLIP's
         },
         fields,
     )
@@ -97,6 +88,9 @@ def train(**fields) -> ConfigDict:
             "keep_every": 0,  # steps whose checkpoints are kept for good; 0 = none
             "evaluate_every": 500,
             "evaluate_limit": 1000,  # examples of an evaluation during training
+            # The step that is evaluated and exported: where this result is highest, such as
+            # classify/diagnosis/macro_auroc, on the whole validation split; "" = the last.
+            "select": "",
             "export": True,
             "wandb": False,
             "wandb_project": "medvlp",
@@ -118,8 +112,7 @@ def evals(**fields) -> ConfigDict:
             "limit": 0,  # only the first examples; 0 = all
             "probe_limit": 0,  # training examples of the linear probe; 0 = all
             "resamples": 2000,  # of the bootstrap over patients
-            # "untrained", "masked_edge", "regression" (on the raw input of a classifier)
-            "controls": ("untrained",),
+            "controls": ("untrained",),  # "masked_edge", "regression" (on a classifier's input)
             "views": 1,  # flips and turns over which class probabilities are averaged: 1, 4, 8
             "masked_edge": 0.12,
         },

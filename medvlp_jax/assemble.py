@@ -17,7 +17,7 @@ from medvlp_jax import convert, distributed, sharding, tables
 from medvlp_jax.config import UserError
 from medvlp_jax.data import corpora, folds, pipeline, records, transforms, volumes
 from medvlp_jax.data import text as tokenisation
-from medvlp_jax.training import optim
+from medvlp_jax.training import optim, selection
 from medvlp_jax.training import params as paths
 from medvlp_jax.training import text as text_stage
 from medvlp_jax.training.checkpoint import Checkpointer
@@ -254,6 +254,8 @@ def image_shapes(data: Mapping[str, Any], names: Sequence[str]) -> dict[str, tup
     Raises:
       UserError: for an image it does not have.
     """
+    if not names:
+        return {}
     corpus, _, variant = data["corpora"][0].partition(":")
     built = corpora.builder(corpus, data_dir=data["data_dir"], builder_config=variant)
     further = built.info.metadata.get("images", {})
@@ -374,7 +376,9 @@ def place(tree, parts: Parts):
 
 
 def read_variables(folder: pathlib.Path, template: Mapping) -> dict:
-    """Read parameters (averaged, if the run averages) and collections of a run's newest checkpoint.
+    """Read parameters (averaged, if the run averages) and collections of a run.
+
+    Those of its newest checkpoint, or of the step it selected.
 
     Args:
       folder: a run folder.
@@ -383,9 +387,11 @@ def read_variables(folder: pathlib.Path, template: Mapping) -> dict:
     Raises:
       UserError: if there is no checkpoint, or it does not fit.
     """
-    if not (pathlib.Path(folder) / "checkpoints").is_dir():
+    folder = pathlib.Path(folder)
+    kept = folder / selection.FOLDER if (folder / selection.FOLDER).is_dir() else folder
+    if not (kept / "checkpoints").is_dir():
         raise UserError(f"{folder} has no checkpoint.")
-    checkpointer = Checkpointer(pathlib.Path(folder) / "checkpoints")
+    checkpointer = Checkpointer(kept / "checkpoints")
     step = checkpointer.latest()
     if step is None:
         raise UserError(f"{folder} has no checkpoint.")

@@ -175,7 +175,7 @@ class Evaluator:
             transform=assemble.record_transform(
                 self.parts, inputs, train=False, table=table, images=source.images, mask=mask
             ),
-            batch_size=self._multiple_of_devices(self.settings["batch_size"]),
+            batch_size=self.multiple_of_devices(self.settings["batch_size"]),
             limit=limit,
             process_index=self.parts.part.index,
             process_count=self.parts.part.count,
@@ -184,7 +184,7 @@ class Evaluator:
     def embed_texts(self, variables) -> Callable[[list[str], str], np.ndarray]:
         """Return (texts, section) -> embeddings [n, E] in the space of the section."""
         spaces, part = self.parts.recipe.spaces, self.parts.part
-        size = self._multiple_of_devices(PROMPT_BATCH)
+        size = self.multiple_of_devices(PROMPT_BATCH)
         own = slice(part.index * size // part.count, (part.index + 1) * size // part.count)
 
         def embed(texts, section):
@@ -221,7 +221,8 @@ class Evaluator:
             key for key in self._inputs() if key not in (*self.parts.recipe.spaces, "tabular")
         )
 
-    def _multiple_of_devices(self, size: int) -> int:
+    def multiple_of_devices(self, size: int) -> int:
+        """Return the smallest batch of at least `size` that the devices divide."""
         pieces = sharding.batch_devices(self.parts.mesh)
         return -(-size // pieces) * pieces
 

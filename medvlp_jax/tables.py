@@ -97,7 +97,7 @@ def sentence_features(data: Mapping[str, Any], sentences: Iterable[str]) -> dict
             "text encoder, such as openai/clip-vit-base-patch32."
         )
     source = convert.fetch(settings["text"])
-    tokenizer = tokenisation.load_tokenizer(settings["tokenizer"] or source)
+    tokenizer = tokenisation.load_tokenizer(source)
     ordered = sorted(sentences)
     how = [settings[key] for key in ("tower", "pooling", "length")]
     name = text_stage.fingerprint(_digest(source), tokenizer.to_str(), how, ordered)

@@ -80,9 +80,10 @@ def test_predictions_of_other_cases_are_refused(tmp_path):
 
 def test_rows_of_other_settings_are_not_mixed(tmp_path):
     out = tmp_path / "rows.json"
-    assert bench.read_finished(out, {"steps": 5}) == {}
-    out.write_text(json.dumps({"settings": {"steps": 5}, "rows": {"full": {"0": 1}}}))
-    assert bench.read_finished(out, {"steps": 5}) == {"full": {"0": 1}}
+    assert bench.read_finished(out, {"steps": 5})["rows"] == {}
+    saved = {"settings": {"steps": 5}, "rows": {"full": {"0.0": 1}}, "differences": {}}
+    out.write_text(json.dumps(saved))
+    assert bench.read_finished(out, {"steps": 5}) == saved
     with pytest.raises(UserError, match="holds rows of settings"):
         bench.read_finished(out, {"steps": 6})
 

@@ -48,7 +48,7 @@ def encoder(tmp_path_factory):
 
 def settings(tmp_path, **table):
     plain = {"exclude": (), "leakage": (), "encoding": "vectors", "text": "", "tower": ""}
-    plain |= {"pooling": "", "tokenizer": "", "length": 24}
+    plain |= {"pooling": "", "length": 24}
     return {"data_dir": str(tmp_path), "table": plain | table}
 
 

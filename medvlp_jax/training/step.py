@@ -233,10 +233,17 @@ def moving_state(recipe, variables: Mapping, batch: Mapping, rngs: Mapping) -> l
     return moving
 
 
-def make_embed(recipe, mesh) -> Callable[[Mapping, Mapping], dict]:
-    """Return (variables, this process's rows) -> features of these rows, in evaluation mode."""
+def make_embed(recipe, mesh, method: str = "encode") -> Callable[[Mapping, Mapping], dict]:
+    """Return (variables, this process's rows) -> features of these rows, in evaluation mode.
+
+    Args:
+      recipe: the method.
+      mesh: batches are split over it.
+      method: "encode", or another of the recipe that takes a batch alone.
+    """
+    mode = {"train": False} if method == "encode" else {}
     encode = jax.jit(
-        lambda variables, batch: recipe.apply(variables, batch, train=False, method="encode"),
+        lambda variables, batch: recipe.apply(variables, batch, **mode, method=method),
         out_shardings=NamedSharding(mesh, sharding.BATCH),
     )
 
