@@ -88,6 +88,12 @@ class Evaluator:
                     f"{self.corpus} has no task '{recipe.task}'. "
                     f"{nearest(recipe.task, list(tasks))}"
                 )
+            positive = self.settings["positive"]
+            if positive and positive not in tasks[recipe.task]:
+                raise UserError(
+                    f"evals.positive: no class '{positive}' in task {recipe.task}. "
+                    f"{nearest(positive, list(tasks[recipe.task]))}"
+                )
             if len(tasks[recipe.task]) != recipe.num_classes:
                 raise UserError(
                     f"recipe.num_classes={recipe.num_classes}, but task {recipe.task} of "
@@ -271,8 +277,13 @@ class Evaluator:
             multi_label=False,
             views=self.settings["views"],
             groups=found["patient_id"],
+            **self.positive(),
             **options,
         )
+
+    def positive(self) -> dict[str, str]:
+        """Return the option that names the positive class; none where there is none."""
+        return {"positive": self.settings["positive"]} if self.settings["positive"] else {}
 
     def regression(self) -> Results:
         """Score logistic regressions on the raw input the recipe reads, with the same intervals."""
@@ -287,6 +298,7 @@ class Evaluator:
             task=task,
             classes=self.source.tasks[task],
             resamples=self.settings["resamples"],
+            **self.positive(),
         )
 
     def _probe(self, variables, found, *, mask, **options):
