@@ -59,7 +59,8 @@ class Evaluator:
         self._embed = make_embed(parts.recipe, parts.mesh)
         self.corpus = settings["corpus"] or parts.config["data"]["corpora"][0]
         self.source = assemble.open_corpus(self.corpus, parts.config["data"], settings["split"])
-        self.prompts = _read_prompts(settings["prompts"], self.corpus)
+        needed = "zero_shot" in settings["protocols"]
+        self.prompts = _read_prompts(settings["prompts"], self.corpus, needed)
         self._check_protocols()
 
     def _check_protocols(self):
@@ -374,10 +375,12 @@ def scalars(results: Results) -> dict[str, float]:
     }
 
 
-def _read_prompts(path: str, corpus: str) -> dict:
-    """Read a prompt file; "" takes the corpus' own."""
+def _read_prompts(path: str, corpus: str, needed: bool) -> dict:
+    """Read a prompt file; "" takes the corpus' own, without which there is no zero-shot."""
     name = corpus.partition(":")[0]
     file = pathlib.Path(path or pathlib.Path(datasets.__path__[0]) / name / "prompts.json")
+    if not (path or needed or file.is_file()):
+        return {"tasks": {}}
     if not file.is_file():
         raise UserError(f"No prompt file {file}; set evals.prompts to one.")
     return json.loads(file.read_text())
