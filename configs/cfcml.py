@@ -95,7 +95,7 @@ def derm7pt(config):
     """Nevus or melanoma from two photographs and a table, as published."""
     config.data.update({"corpora": ("derm7pt",), "decode_cache": 2048})
     config.recipe.update({"num_classes": 2, "images": ("image", "dermoscopy")})
-    config.evals.protocols = ("classify",)
+    config.evals.update({"protocols": ("classify",), "positive": "melanoma"})
 
 
 def men(config):

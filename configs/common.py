@@ -40,7 +40,6 @@ def data(**fields) -> ConfigDict:
                 "text": "",  # its folder or hub id, such as openai/clip-vit-base-patch32
                 "tower": "",  # "text" where that holds an image encoder too
                 "pooling": "",  # "projection" for CLIP; "" = the architecture's default
-                "length": 77,  # tokens a sentence; CLIP's
             },
             # `count` folds by patient (0 = the corpus' own splits), `index` is the test split;
             # classes of `task` are shared out evenly, "" = that of `balance`.
@@ -113,6 +112,7 @@ def evals(**fields) -> ConfigDict:
             "probe_limit": 0,  # training examples of the linear probe; 0 = all
             "resamples": 2000,  # of the bootstrap over patients
             "controls": ("untrained",),  # "masked_edge", "regression" (on a classifier's input)
+            "positive": "",  # class whose sensitivity and specificity count; "" = mean of all
             "views": 1,  # flips and turns over which class probabilities are averaged: 1, 4, 8
             "masked_edge": 0.12,
         },
