@@ -15,7 +15,7 @@ LEVELS = (
     ("layers",),
     ("encoders", "losses", "data", "convert"),
     ("recipes",),
-    ("training", "evaluation"),
+    ("training", "evaluation", "evidence"),
     ("assemble",),
     ("cli", "export", "evaluate", "plan", "train"),
 )
