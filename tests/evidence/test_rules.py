@@ -39,7 +39,8 @@ CERTAINTY = [
     ("The heart is normal and the aorta is tortuous.",
      {("cardiomegaly", "absent"), ("tortuous aorta", "present")}),
     ("There is a large mass near the heart.", {("mass", "present")}),
-    ("Calcified and tortuous aorta.", {("calcification", "present"), ("tortuous aorta", "present")}),
+    ("Calcified and tortuous aorta.",
+     {("calcification", "present"), ("tortuous aorta", "present")}),
     ("Enlarged heart and tortuous aorta.",
      {("cardiomegaly", "present"), ("tortuous aorta", "present")}),
     ("CT to exclude pneumonia.", set()),
@@ -143,8 +144,8 @@ def test_decimals_do_not_end_a_sentence():
 
 @pytest.mark.parametrize(
     "text",
-    ["", " \n ", "XXXX XXXX.", '{"evidence": [{"x": "y"}]} "quoted" {0} %s', "İİİ effusion", "." * 999],
-)  # fmt: skip
+    ["", " \n ", "XXXX XXXX.", '{"evidence": [{"x"}]} "quoted" {0} %s', "İİİ effusion", "." * 999],
+)
 def test_odd_text_is_read_without_an_error(text):
     for item in rules.extract(text):
         assert item["phrase"] in text
