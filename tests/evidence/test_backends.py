@@ -3,15 +3,10 @@
 import collections
 import json
 
-import jax
-import numpy as np
 import pytest
 from server import completion, half, hang, hang_up, send, serve, status
 
-from medvlp_jax import convert
 from medvlp_jax.config import UserError
-from medvlp_jax.encoders import bert
-from medvlp_jax.encoders.base import Tokens
 from medvlp_jax.evidence import backends
 from medvlp_jax.evidence.backends import Reply, Request
 from medvlp_jax.evidence.endpoint import endpoint
