@@ -1,0 +1,227 @@
+"""Who answers a prompt: rules, an HTTP endpoint, a local PyTorch model, or our Qwen3 under jit.
+
+A backend takes requests one by one and yields replies in any order; what it is asked and how the
+answer is read is its caller's. Greedy everywhere: the same prompt gets the same answer.
+"""
+
+import ipaddress
+import json
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+from medvlp_jax.config import UserError, nearest
+
+NAMES = ("rules", "endpoint", "transformers", "qwen3")
+KEYS = ("MEDVLP_API_KEY", "OPENAI_API_KEY")  # environment variables, first one that is set
+
+
+class Request(NamedTuple):
+    """A prompt; `text` is the part of it that is the document, for writers that need no prompt."""
+
+    key: str
+    prompt: str
+    text: str
+
+
+class Reply(NamedTuple):
+    """An answer, or why there is none."""
+
+    key: str
+    answer: str = ""
+    error: str = ""
+
+
+class Backend(NamedTuple):
+    """Answers requests.
+
+    Attributes:
+      name: which one, and which model: answers are cached under it.
+      complete: (requests, check) -> replies, lazily; `check` raises ValueError for an answer that
+        is not in the form asked for.
+      counts_tokens: whether its answers are paid or timed by the token.
+    """
+
+    name: str
+    complete: Callable[[Iterable[Request], Callable[[str], Any]], Iterator[Reply]]
+    counts_tokens: bool = True
+
+
+def check_remote(url: str, *, allow_remote: bool) -> None:
+    """Refuse to send reports to another machine unless that was asked for.
+
+    Raises:
+      UserError: naming the host, and why.
+    """
+    host = urlsplit(url).hostname
+    if not host or urlsplit(url).scheme not in ("http", "https"):
+        raise UserError(f"--url must be http://HOST[:PORT]/v1 or https://..., got '{url}'.")
+    if allow_remote or _is_this_machine(host):
+        return
+    raise UserError(
+        f"{host} is another machine, and reports are patients' data: they are not sent there "
+        "unless you add --allow-remote, which is yours to decide under the data's terms of use."
+    )
+
+
+def _is_this_machine(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def writer(name: str, write: Callable[[str], str]) -> Backend:
+    """Return a backend that computes its answer from the text: `rules`, or a template."""
+
+    def complete(requests, check):
+        return (Reply(request.key, write(request.text)) for request in requests)
+
+    return Backend(name, complete, counts_tokens=False)
+
+
+def transformers(folder: str, *, batch: int = 4, max_tokens: int = 1024) -> Backend:
+    """Return a local PyTorch language model from a Hugging Face folder, greedy.
+
+    Args:
+      folder: with config.json, *.safetensors and a tokenizer.
+      batch: prompts at once, padded on the left.
+      max_tokens: of an answer.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+
+    def asked(prompt):
+        if not tokenizer.chat_template:
+            return prompt
+        turns = [{"role": "user", "content": prompt}]
+        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+
+    def answer(prompts):
+        rows = tokenizer([asked(p) for p in prompts], return_tensors="pt", padding=True)
+        rows = {name: rows[name] for name in ("input_ids", "attention_mask")}
+        with torch.inference_mode():
+            out = model.generate(
+                **rows,
+                do_sample=False,
+                max_new_tokens=max_tokens,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        return tokenizer.batch_decode(
+            out[:, rows["input_ids"].shape[1] :], skip_special_tokens=True
+        )
+
+    return _batched(f"transformers:{folder}", answer, batch)
+
+
+def qwen3(folder: str, *, batch: int = 8, max_tokens: int = 1024, dtype: Any = None) -> Backend:
+    """Return our Qwen3 from a Hugging Face folder, greedy, compiled once for each prompt length.
+
+    Prompts are padded on the left to a power of two, so that few lengths are compiled.
+
+    Args:
+      folder: of a Qwen3ForCausalLM, with tokenizer.json.
+      batch: prompts at once.
+      max_tokens: of an answer.
+      dtype: of the matrix products.
+
+    Raises:
+      UserError: for a folder of another model, or a prompt that is too long for it.
+    """
+    import jax
+    import numpy as np
+
+    from medvlp_jax import convert
+    from medvlp_jax.data import text
+    from medvlp_jax.encoders import qwen3 as model
+    from medvlp_jax.encoders.base import Tokens
+
+    module, variables = convert.load(folder, dtype=dtype)
+    if not isinstance(module, model.Qwen3) or not (module.is_tied or module.lm_head):
+        raise UserError(f"{folder} is no Qwen3ForCausalLM; its module is {type(module).__name__}.")
+    tokenizer = text.load_tokenizer(folder)
+    variables = jax.device_put(variables)
+    generate = jax.jit(lambda v, prompt: model.generate(module, v, prompt, steps=max_tokens))
+
+    def answer(prompts):
+        rows = [tokenizer.encode(chat(p), add_special_tokens=False).ids for p in prompts]
+        length = 1 << (max(map(len, rows)) - 1).bit_length()
+        length = min(length, module.max_length - max_tokens)
+        if max(map(len, rows)) > length:
+            raise UserError(
+                f"A prompt of {max(map(len, rows))} tokens and {max_tokens} new ones do not fit "
+                f"the {module.max_length} of {folder}."
+            )
+        rows += [rows[-1]] * (batch - len(rows))  # one shape for every batch
+        ids = np.zeros((batch, length), np.int32)
+        mask = np.zeros((batch, length), bool)
+        for i, row in enumerate(rows):
+            ids[i, length - len(row) :], mask[i, length - len(row) :] = row, True
+        ids, mask = jax.device_get(generate(variables, Tokens(ids, mask)))
+        return [tokenizer.decode(r[m].tolist()) for r, m in zip(ids, mask, strict=True)]
+
+    return _batched(f"qwen3:{folder}", answer, batch)
+
+
+def chat(prompt: str) -> str:
+    """Wrap a prompt as one turn of Qwen's chat, thinking switched off."""
+    opened = "<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    return f"<|im_start|>user\n{prompt}<|im_end|>\n{opened}"
+
+
+def _batched(name: str, answer: Callable[[list[str]], list[str]], size: int) -> Backend:
+    def complete(requests, check):
+        requests = iter(requests)
+        while group := list(islice(requests, size)):
+            answers = answer([request.prompt for request in group])
+            for request, words in zip(group, answers, strict=False):
+                yield Reply(request.key, words, _problem(words, check))
+
+    return Backend(name, complete)
+
+
+def _problem(answer: str, check: Callable[[str], Any]) -> str:
+    try:
+        check(answer)
+    except ValueError:
+        return "malformed answer"
+    return ""
+
+
+def make(name: str, *, write: Callable[[str], str], **options: Any) -> Backend:
+    """Build a backend by name.
+
+    Args:
+      name: one of NAMES.
+      write: what `rules` answers to a text, as JSON.
+      **options: url, model, allow_remote, in_flight, timeout for "endpoint"; model for the others.
+
+    Raises:
+      UserError: for an unknown name, or options that are missing.
+    """
+    from medvlp_jax.evidence import endpoint
+
+    if name not in NAMES:
+        raise UserError(f"No backend '{name}'. {nearest(name, NAMES)}")
+    if name == "rules":
+        return writer("rules", write)
+    if not options.get("model"):
+        raise UserError(f"--backend {name} needs --model: a name at the endpoint, or a folder.")
+    if name == "endpoint":
+        check_remote(options["url"], allow_remote=options["allow_remote"])
+        settings = {key: options[key] for key in ("in_flight", "timeout")}
+        return endpoint.endpoint(options["url"], options["model"], **settings)
+    return {"transformers": transformers, "qwen3": qwen3}[name](options["model"])
+
+
+def dumps(value: Any) -> str:
+    """Return JSON that reads the same everywhere: sorted keys, no ASCII escapes."""
+    return json.dumps(value, sort_keys=True, ensure_ascii=False)

@@ -1,0 +1,353 @@
+"""The offline extractor: words, scopes of negation and doubt, places, degrees, changes.
+
+One pass over the words of a sentence finds the longest phrases of `lexicon`; cues open scopes that
+run to the right until a closing word, as in NegEx; what stands beside a finding describes it. No
+model, no download: about a tenth of a millisecond a report.
+"""
+
+import functools
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from medvlp_jax.evidence import lexicon
+
+MAX_WORDS = 10  # of a phrase, as the prompt of the language models asks
+_SENTENCE = re.compile(r"(?:[^.;?!\n]|\.(?=[0-9]))+")  # 1.8 is one number
+_TOKEN = re.compile(r"[a-z0-9]+(?:\.[0-9]+)?|[,:()]")
+_NORMAL = re.compile(lexicon.NORMAL)
+_REACH = 6  # words between a part of the body and what is said of it
+
+
+class Word(NamedTuple):
+    """A word in lower case, and where it stands in the text."""
+
+    text: str
+    start: int
+    end: int
+
+
+class Span(NamedTuple):
+    """Words [start, end) of a sentence that the lexicon knows, and what they can be."""
+
+    start: int
+    end: int
+    roles: dict[str, str]
+
+
+def extract(text: str) -> list[dict]:
+    """Return the evidence of a report in the order of its sentences.
+
+    Args:
+      text: Findings and Impression.
+
+    Returns:
+      Items of the schema, see `schema`: present, uncertain and absent ones.
+    """
+    return [dict(item) for sentence in _SENTENCE.findall(text) for item in _read(sentence)]
+
+
+def is_normal(text: str) -> bool:
+    """Say whether a report states anywhere that something is as it should be."""
+    return _NORMAL.search(text.lower()) is not None
+
+
+def _words(sentence: str) -> list[Word]:
+    lower = sentence.lower()
+    if len(lower) != len(sentence):  # a few letters have a longer small form
+        lower = "".join(c.lower() if c.isascii() else c for c in sentence)
+    return [Word(match.group(), *match.span()) for match in _TOKEN.finditer(lower)]
+
+
+def _table() -> dict[str, list[tuple[list[str], dict[str, str]]]]:
+    """Index the lexicon by first word, longest phrases first."""
+    entries: dict[tuple[str, ...], dict[str, str]] = {}
+
+    def add(role, value, phrases, plural=False):
+        for phrase in phrases.split("|"):
+            forms = {phrase, phrase + "s"} if plural and not phrase.endswith("s") else {phrase}
+            for form in forms:
+                words = tuple(re.findall(r"[^\s,]+|,", form))
+                entries.setdefault(words, {})[role] = value
+
+    for name, phrases in lexicon.FINDINGS.items():
+        add("finding", name, phrases, plural=True)
+    for name, phrases in lexicon.SUBJECTS.items():
+        add("subject", name, phrases)
+    for name, phrases in lexicon.STATES.items():
+        add("state", name, phrases)
+    for name, phrases in lexicon.SEVERITY.items():
+        add("severity", name, phrases)
+    for name, phrases in lexicon.CHANGES.items():
+        add("change", name, phrases)
+    for role, phrases in (
+        ("place", f"{lexicon.SIDES}|{lexicon.ANATOMY}"),
+        ("attribute", lexicon.ATTRIBUTES),
+        ("link", lexicon.LINKS),
+        ("deny", lexicon.DENIES),
+        ("deny_before", lexicon.DENIES_BEFORE),
+        ("doubt", lexicon.DOUBTS),
+        ("doubt_before", lexicon.DOUBTS_BEFORE),
+        ("alternative", lexicon.ALTERNATIVES),
+        ("ignore", lexicon.IGNORES),
+        ("stop", lexicon.STOPS),
+        ("skip", lexicon.NOT_FINDINGS),
+        ("same", lexicon.SAME),
+    ):
+        add(role, role, phrases)
+    table: dict[str, list] = {}
+    for words, roles in entries.items():
+        table.setdefault(words[0], []).append((list(words), roles))
+    for options in table.values():
+        options.sort(key=lambda option: -len(option[0]))
+    return table
+
+
+_TABLE = _table()
+_NUMBER = re.compile(r"[0-9.]+(?:cm|mm)?")
+
+
+def _match(words: list[Word]) -> list[Span]:
+    """Return the longest phrases of the lexicon from left to right, without overlap."""
+    texts = [word.text for word in words]
+    spans, i, count = [], 0, len(texts)
+    while i < count:
+        for phrase, roles in _TABLE.get(texts[i], ()):
+            end = i + len(phrase)
+            if len(phrase) == 1 or (end <= count and texts[i:end] == phrase):
+                spans.append(Span(i, end, roles))
+                i = end
+                break
+        else:
+            if texts[i][0].isdigit() and _NUMBER.fullmatch(texts[i]):
+                spans.append(Span(i, i + 1, {"link": "size"}))
+            i += 1
+    return spans
+
+
+class _Clause:
+    """What one clause holds: its findings with their certainty, and the words around them."""
+
+    def __init__(self):
+        self.findings: list[list] = []  # [name, start, end, certainty]
+        self.subjects: list[Span] = []
+        self.states: list[tuple[Span, str]] = []
+        self.spans: list[Span] = []
+
+
+@functools.lru_cache(maxsize=1 << 15)
+def _read(text: str) -> tuple[dict, ...]:
+    """Return the evidence of one sentence; reports repeat their sentences word by word."""
+    words = _words(text)
+    spans = _match(words)
+    if not any("finding" in s.roles or "state" in s.roles for s in spans):
+        return ()
+    at = {i: span for span in spans for i in range(span.start, span.end)}
+    items = []
+    for clause in _clauses(words, spans):
+        _join(clause)
+        clause.findings.sort(key=lambda finding: finding[1])
+        read = [finding for finding in clause.findings if finding[3] != "ignored"]
+        items += [_item(finding, clause, words, at, text) for finding in read]
+    return tuple(items)
+
+
+def _clauses(words: list[Word], spans: list[Span]) -> Iterator[_Clause]:
+    """Split a sentence at closing words; give each finding its certainty."""
+    clause, certainty = _Clause(), "present"
+    for span in spans:
+        roles = span.roles
+        clause.spans.append(span)
+        if "stop" in roles:
+            yield clause
+            clause, certainty = _Clause(), "present"
+        elif "finding" in roles:
+            clause.findings.append([roles["finding"], span.start, span.end, certainty])
+            if "alternative" in roles:
+                certainty = "uncertain"
+        elif "deny" in roles:
+            certainty = "absent"
+        elif "deny_before" in roles:
+            for finding in clause.findings:
+                finding[3] = "absent"
+            certainty = certainty if clause.findings else "absent"
+        elif "doubt_before" in roles:
+            for finding in clause.findings:
+                finding[3] = "uncertain"
+        elif certainty != "absent" and "ignore" in roles:
+            certainty = "ignored"
+        elif certainty == "present" and "alternative" in roles:
+            certainty = "uncertain"
+            if clause.findings and span.start - clause.findings[-1][2] < _REACH:
+                clause.findings[-1][3] = "uncertain"
+        elif certainty == "present" and "doubt" in roles:
+            certainty = "uncertain"
+        if "subject" in roles:
+            clause.subjects.append(span)
+        if "state" in roles:
+            clause.states.append((span, certainty))
+    yield clause
+
+
+def _join(clause: _Clause) -> None:
+    """Add the findings that are said of a part of the body: "the heart is enlarged"."""
+    free = list(clause.subjects)
+    for state, certainty in clause.states:
+        sayable = [s for s in clause.subjects if _said(s, state, certainty)]
+        earlier = [s for s in sayable if s.end <= state.start and _near(clause, s, state)]
+        later = [s for s in sayable if s.start >= state.end and _near(clause, state, s)]
+        # "The heart and mediastinum are normal" says it of both; "the heart is normal, the aorta
+        # calcified and tortuous" says two things of the last.
+        for subject in [s for s in earlier if s in free or s is earlier[-1]] or later[:1]:
+            if subject.start < state.start and subject in free:
+                free.remove(subject)
+            start, end = min(subject.start, state.start), max(subject.end, state.end)
+            name, sure = _said(subject, state, certainty)
+            clause.findings.append([name, start, end, sure])
+
+
+def _said(subject: Span, state: Span, certainty: str) -> tuple[str, str] | None:
+    """Return the finding that a state is of a part of the body, and its certainty; or None."""
+    part, said = subject.roles["subject"], state.roles["state"]
+    if said == "normal" and certainty == "present" and part in lexicon.DENIED_BY_NORMAL:
+        return lexicon.DENIED_BY_NORMAL[part], "absent"
+    if (part, said) not in lexicon.SAID:
+        return None
+    hedged = said in lexicon.HEDGED_STATES and certainty == "present"
+    return lexicon.SAID[part, said], "uncertain" if hedged else certainty
+
+
+def _near(clause: _Clause, left: Span, right: Span) -> bool:
+    """Say whether two spans are close, with no finding between them."""
+    between = (f for f in clause.findings if left.end <= f[1] and f[2] <= right.start)
+    return right.start - left.end <= _REACH and not any(between)
+
+
+def _item(finding: list, clause: _Clause, words, at, text: str) -> dict:
+    """Return one finding with its words and what they say of it."""
+    name, start, end, certainty = finding
+    low, high = _phrase(start, end, words, at, clause)
+    inside = [span for span in clause.spans if low <= span.start and span.end <= high]
+    severity = _detail("severity", inside, finding, clause)
+    change = _detail("change", inside, finding, clause)
+    attributes = [
+        " ".join(word.text for word in words[span.start : span.end])
+        for span in inside
+        if "attribute" in span.roles and "finding" not in span.roles
+    ]
+    location = _location(low, high, finding, clause, words, at, text)
+    i = clause.findings.index(finding)
+    if not location and i and _is_same(clause, clause.findings[i - 1], finding):
+        earlier = clause.findings[i - 1]
+        bounds = _phrase(earlier[1], earlier[2], words, at, clause)
+        location = _location(*bounds, earlier, clause, words, at, text)
+    return {
+        "phrase": text[words[low].start : words[high - 1].end],
+        "finding": name,
+        "location": location,
+        "attributes": list(dict.fromkeys(attributes)),
+        "severity": severity,
+        "certainty": certainty,
+        "change": change,
+    }
+
+
+def _is_same(clause: _Clause, earlier: list, finding: list) -> bool:
+    """Say whether a finding is another name of the one before it."""
+    return any(
+        "same" in s.roles for s in clause.spans if earlier[2] <= s.start and s.end <= finding[1]
+    )
+
+
+def _describes(span: Span | None) -> bool:
+    if span is None or "finding" in span.roles:
+        return False
+    roles = span.roles
+    return any(r in roles for r in ("place", "severity", "attribute", "change", "link", "subject"))
+
+
+def _phrase(start: int, end: int, words, at, clause: _Clause) -> tuple[int, int]:
+    """Widen [start, end) over the words that describe it, to at most MAX_WORDS words."""
+    low, high = start, end
+    while low and _describes(at.get(low - 1)) and high - low < MAX_WORDS:
+        low -= 1
+    while high < len(words) and _describes(at.get(high)) and high - low < MAX_WORDS:
+        high += 1
+
+    def loose(i):
+        return at.get(i) is not None and set(at[i].roles) == {"link"}
+
+    while low < start and loose(low) and not words[low].text[0].isdigit():
+        low += 1
+    while high > end and loose(high - 1) and words[high - 1].text not in ("cm", "mm"):
+        high -= 1
+    return low, high
+
+
+def _detail(role: str, inside: list[Span], finding: list, clause: _Clause) -> str | None:
+    """Return what the phrase says, or else the nearest word of the clause that no other owns."""
+    for span in inside:
+        if role in span.roles and not (role == "severity" and _is_state(span, finding)):
+            return span.roles[role]
+    found = [s for s in clause.spans if role in s.roles and _owned(s, finding, clause)]
+    nearest = min(found, key=lambda s: _distance(s, finding), default=None)
+    return nearest.roles[role] if nearest else None
+
+
+def _is_state(span: Span, finding: list) -> bool:
+    """Say whether a word of degree is itself the finding: "the heart is large"."""
+    return "state" in span.roles and finding[1] <= span.start and span.end == finding[2]
+
+
+def _owned(span: Span, finding: list, clause: _Clause) -> bool:
+    """Say whether no other finding of the clause stands nearer to a span, or between."""
+    own = _distance(span, finding)
+    return all(_distance(span, other) > own for other in clause.findings if other is not finding)
+
+
+def _distance(span: Span, finding: list) -> int:
+    return max(finding[1] - span.end, span.start - finding[2], 0)
+
+
+def _location(low: int, high: int, finding, clause, words, at, text: str) -> str:
+    """Return the place in the phrase, or else the nearest in the clause; "" where none is said."""
+    runs = _runs(low, high, words, at, skip=(finding[1], finding[2]))
+    if not runs:
+        first, last = clause.spans[0].start, clause.spans[-1].end
+        near = _runs(first, last, words, at, skip=(finding[1], finding[2]))
+        spans = [(run, Span(*run, {})) for run in near]
+        owned = [(_distance(s, finding), run) for run, s in spans if _owned(s, finding, clause)]
+        runs = [min(owned)[1]] if owned else []
+    sided = [run for run in runs if any(_is_side(w.text) for w in words[slice(*run)])]
+    if not runs:
+        return ""
+    a, b = (sided or runs)[0]
+    return text[words[a].start : words[b - 1].end].lower()
+
+
+_SIDES = frozenset(lexicon.SIDES.split("|"))
+
+
+def _is_side(word: str) -> bool:
+    return word in _SIDES
+
+
+def _runs(low: int, high: int, words, at, skip) -> list[tuple[int, int]]:
+    """Return [start, end) of words of anatomy joined by links, at most with a link inside."""
+    runs, begin, last = [], None, None
+    for i in range(low, high):
+        span = at.get(i)
+        placed = span is not None and ("place" in span.roles or "subject" in span.roles)
+        # The words of a finding said of a part of the body hold its place, those of others do not.
+        own = skip[0] <= i < skip[1]
+        if placed and "finding" not in span.roles and "state" not in span.roles:
+            begin = i if begin is None else begin
+            last = i + 1
+        elif begin is not None and not (
+            span is not None and "link" in span.roles and words[i].text in ("of", "the") and not own
+        ):
+            runs.append((begin, last))
+            begin = None
+    if begin is not None:
+        runs.append((begin, last))
+    return runs

@@ -1,0 +1,200 @@
+"""What an extraction of a report is: fields, the prompt that asks for it, and the strict reading.
+
+    {"evidence": [{"phrase": "right lower lobe consolidation", "finding": "consolidation",
+                   "location": "right lower lobe", "attributes": ["patchy"],
+                   "severity": "mild" | "moderate" | "severe" | null,
+                   "certainty": "present" | "uncertain" | "absent",
+                   "change": "new" | "stable" | "better" | "worse" | null}]}
+
+LGDEA (https://arxiv.org/abs/2602.07540) publishes neither prompt nor schema: both are our choice.
+"""
+
+import collections
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from medvlp_jax.evidence.lexicon import LANGUAGE, NORMAL_PHRASE
+
+PROMPT_VERSION = 1  # change it with any word of PROMPT: answers are cached by it
+PROMPT = (
+    "You are a thoracic radiologist. From the report below list every statement that is direct "
+    "diagnostic evidence visible on the image. Copy the report's own words, 2-10 words per "
+    "phrase, one concept per phrase; keep anatomical location and degree; mark certainty; ignore "
+    "history, technique, comparisons, recommendations and devices unless malpositioned; do not "
+    "invent anything. If nothing abnormal is reported return one phrase "
+    f"'{NORMAL_PHRASE}'. Answer with JSON only, in this form:\n"
+    '{"evidence": [{"phrase": "right lower lobe consolidation", "finding": "consolidation", '
+    '"location": "right lower lobe", "attributes": ["patchy"], '
+    '"severity": "mild|moderate|severe|null", "certainty": "present|uncertain|absent", '
+    '"change": "new|stable|better|worse|null"}]}\n\nReport:\n'
+)
+CHOICES = {
+    "severity": ("mild", "moderate", "severe", None),
+    "certainty": ("present", "uncertain", "absent"),
+    "change": ("new", "stable", "better", "worse", None),
+}
+FIELDS = ("phrase", "finding", "location", "attributes", "severity", "certainty", "change")
+OVERLAP = 0.6  # share of a phrase's words that the report has to hold
+LONG = 2000  # words; a longer report is noted, and clipped for language models
+MASKED = 0.3  # share of XXXX words from which a report is noted as masked
+_WORD = re.compile(r"[^\W_]+")
+_LANGUAGE = frozenset(LANGUAGE.split())
+
+
+class Malformed(ValueError):
+    """An answer without the JSON that was asked for."""
+
+
+class Parsed(NamedTuple):
+    """The items of an answer that stand, and why others do not."""
+
+    evidence: tuple[dict, ...]
+    dropped: dict[str, int]
+
+
+def prompt(text: str) -> str:
+    """Return what a language model is asked; a text longer than LONG words is clipped."""
+    words = text.split(maxsplit=LONG)
+    return PROMPT + (text if len(words) <= LONG else " ".join(words[:LONG]))
+
+
+def parse(answer: str, text: str) -> Parsed:
+    """Read an answer, repair what is usually wrong with it, keep what the report supports.
+
+    Args:
+      answer: of a model.
+      text: the report it was asked about.
+
+    Raises:
+      Malformed: if there is no list of items in it.
+    """
+    return check(load(answer), text)
+
+
+def check(items: Sequence[Any], text: str) -> Parsed:
+    """Hold items against the schema and the report.
+
+    Dropped are items that are "invalid" (a missing field, a value outside its choices),
+    "not in the report" (fewer than OVERLAP of the phrase's words are) or "repeated".
+    """
+    spoken = frozenset(_WORD.findall(text.lower()))
+    kept, dropped, seen = [], collections.Counter(), set()
+    for raw in items:
+        item = _valid(raw)
+        if item is None:
+            dropped["invalid"] += 1
+        elif not _supported(item["phrase"], spoken):
+            dropped["not in the report"] += 1
+        elif (key := (item["phrase"].lower(), item["finding"], item["certainty"])) in seen:
+            dropped["repeated"] += 1
+        else:
+            seen.add(key)
+            kept.append(item)
+    return Parsed(tuple(kept), dict(dropped))
+
+
+def load(answer: str) -> list:
+    """Return the list of items in an answer, which may stand in prose or code fences.
+
+    Repaired are trailing commas, Python's None, curly quotes around keys, and an answer that was
+    cut off: its complete items count.
+
+    Raises:
+      Malformed: if there is none.
+    """
+    for candidate in (answer, _repaired(answer)):
+        found = _first(candidate)
+        if found is not None:
+            return found
+    items = [item for item in _objects(_repaired(answer)) if "phrase" in item]
+    if items:
+        return items
+    raise Malformed(f"An answer of {len(answer)} characters holds no evidence list.")
+
+
+def notes(text: str) -> tuple[str, ...]:
+    """Say what is odd about a report: "empty", "not English", "long", "masked"."""
+    words = text.split()
+    if not any(map(str.isalnum, text)):
+        return ("empty",)
+    odd = ["long"] if len(words) > LONG else []
+    odd += ["masked"] if sum("XXXX" in word for word in words) > MASKED * len(words) else []
+    return (*odd, *(() if is_english(words) else ("not English",)))
+
+
+def is_english(words: Sequence[str]) -> bool:
+    """Say whether a tenth of the words are common ones of English reports; short texts may be."""
+    spoken = [word.strip(".,;:()").lower() for word in words[:500]]
+    spoken = [word for word in spoken if word.isalpha() and word != "xxxx"]
+    return len(spoken) < 6 or 10 * sum(word in _LANGUAGE for word in spoken) >= len(spoken)
+
+
+def normal() -> dict:
+    """Return the one item of a report that says that nothing is wrong."""
+    item = dict.fromkeys(FIELDS)
+    item |= {"phrase": NORMAL_PHRASE, "finding": "normal", "location": "", "attributes": []}
+    return item | {"certainty": "present"}
+
+
+def _valid(raw: Any) -> dict | None:
+    if not isinstance(raw, Mapping):
+        return None
+    item = {name: raw.get(name) for name in FIELDS}
+    for name, choices in CHOICES.items():
+        value = item[name].lower() if isinstance(item[name], str) else item[name]
+        item[name] = None if value in ("null", "none", "") and None in choices else value
+        if isinstance(value, (list, dict)) or item[name] not in choices:
+            return None
+    item["location"] = item["location"] or ""
+    item["attributes"] = item["attributes"] or []
+    texts = (item["phrase"], item["finding"], item["location"])
+    if not all(isinstance(value, str) for value in texts) or not all(map(str.strip, texts[:2])):
+        return None
+    if not isinstance(item["attributes"], list):
+        return None
+    if not all(isinstance(value, str) for value in item["attributes"]):
+        return None
+    return item
+
+
+def _supported(phrase: str, spoken: frozenset[str]) -> bool:
+    words = _WORD.findall(phrase.lower())
+    if " ".join(words) == NORMAL_PHRASE:
+        return True
+    return bool(words) and sum(word in spoken for word in words) >= OVERLAP * len(words)
+
+
+def _first(answer: str) -> list | None:
+    """Return the first evidence list that json reads whole, from any { or [ on."""
+    decoder = json.JSONDecoder()
+    for match in re.finditer(r"[{\[]", answer):
+        try:
+            value, _ = decoder.raw_decode(answer, match.start())
+        except ValueError:
+            continue
+        if isinstance(value, dict) and isinstance(value.get("evidence"), list):
+            return value["evidence"]
+        if isinstance(value, list) and value and all(isinstance(v, dict) for v in value):
+            return value
+        if isinstance(value, dict) and "phrase" in value:
+            return None  # inside a list that is broken
+    return None
+
+
+def _objects(answer: str) -> list[dict]:
+    """Return the innermost objects that json reads whole."""
+    found = []
+    for match in re.finditer(r"\{[^{}]*\}", answer):
+        try:
+            found.append(json.loads(match.group()))
+        except ValueError:
+            continue
+    return found
+
+
+def _repaired(answer: str) -> str:
+    answer = answer.translate({0x201C: '"', 0x201D: '"'})
+    answer = re.sub(r":\s*None\b", ": null", answer)
+    return re.sub(r",(\s*[}\]])", r"\1", answer)

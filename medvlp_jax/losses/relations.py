@@ -1,0 +1,256 @@
+"""Relations of images and reports that are no pairs: seeds spread over two neighbour graphs.
+
+LGDEA (https://arxiv.org/abs/2602.07540) names seed-edge propagation and higher-order relations; the
+forms here are our choice (docs/lgdea.md). Nodes are described by their evidence distributions.
+
+  W_ij = exp((BC_ij - 1) / width) where i is among the k nearest of j or j of i,
+  BC_ij = sum_k sqrt(Qbar_i(k) Qbar_j(k)),  S = rows of W scaled to sum 1
+  A_0 = the pairs;  A_{t+1} = alpha S_I A_t S_R^T + (1 - alpha) A_0
+
+S is row-stochastic and alpha below 1, so that this contracts to one fixed point. Nothing is ever
+N x N: graphs keep `degree` edges a node, A the `top` largest entries a row after each product, and
+rows are worked on in blocks. With `top` and `degree` as large as the corpus the result is exact.
+
+Axis letters: N nodes (I images, R reports), K prototypes, d edges a node, m entries a row.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+
+class Graph(NamedTuple):
+    """A symmetric neighbour graph; unused places hold node 0 with weight 0.
+
+    Attributes:
+      node: [N, d], the neighbours of each node.
+      forward: [N, d], S from each node to its neighbours: rows of S.
+      backward: [N, d], S from the neighbours to the node: columns of S.
+      dropped: edges beyond `degree`, see `graph`.
+    """
+
+    node: Int[Array, "N d"]
+    forward: Float[Array, "N d"]
+    backward: Float[Array, "N d"]
+    dropped: int
+
+
+class Sparse(NamedTuple):
+    """The largest entries of each row; unused places hold column 0 with value 0."""
+
+    column: Int[Array, "N m"]
+    value: Float[Array, "N m"]
+
+
+class Relations(NamedTuple):
+    """What the objective reads.
+
+    Attributes:
+      column: [I, m], the related reports of each image.
+      weight: [I, m], T: sums to 1 in a row, or is zero where nothing is related.
+      confidence: [I], c: 0 where the relation is not to be trusted.
+    """
+
+    column: Int[Array, "I m"]
+    weight: Float[Array, "I m"]
+    confidence: Float[Array, " I"]
+
+
+@functools.partial(jax.jit, static_argnames=("k", "block"))
+def nearest(q: Float[Array, "N K"], *, k: int, block: int = 1024) -> Sparse:
+    """Return the k nearest other nodes by the Bhattacharyya coefficient, and the coefficients.
+
+    Equal texts have equal distributions, and thousands of reports one text: among ties the nodes
+    that follow in number come first, round the end, so that no node is everybody's neighbour.
+
+    Args:
+      q: evidence distributions, rows sum to 1.
+      k: at most N - 1.
+      block: rows at the same time; memory is block * N.
+    """
+    count = len(q)
+    if not 0 < k < count:
+        raise ValueError(f"k must be in 1 .. {count - 1} for {count} nodes, got {k}.")
+    root = jnp.sqrt(q.astype(jnp.float32))
+
+    def rows(start):
+        row = start + jnp.arange(block)
+        own = root[jnp.minimum(row, count - 1)]
+        coefficient = jnp.einsum("bk,nk->bn", own, root, precision="highest")
+        after = (jnp.arange(count) - row[:, None]) % count  # 0 is the node itself
+        # Far below any difference that means something, above float32's at 1.
+        ranked = jnp.where(after == 0, -jnp.inf, coefficient - 1e-5 * after / count)
+        _, column = jax.lax.top_k(ranked, k)
+        return column, jnp.take_along_axis(coefficient, column, 1)
+
+    column, value = jax.lax.map(rows, jnp.arange(0, count, block))
+    return Sparse(column.reshape(-1, k)[:count], value.reshape(-1, k)[:count])
+
+
+def graph(neighbours: Sparse, *, width: float = 0.1, degree: int = 64) -> Graph:
+    """Symmetrise and normalise a neighbour list; on the host, in memory linear in its edges.
+
+    Args:
+      neighbours: from `nearest`.
+      width: of the kernel, 0.1 is our choice.
+      degree: at most this many edges a node: an edge stays if it is among the heaviest of both
+        its ends. A node that many others chose may lose some; `dropped` counts them.
+    """
+    count, k = neighbours.column.shape
+    row = np.repeat(np.arange(count, dtype=np.int64), k)
+    column = np.asarray(neighbours.column, np.int64).ravel()
+    weight = np.exp((np.asarray(neighbours.value, np.float64).ravel() - 1) / width)
+    # Each edge once in both directions: BC is symmetric, but for rounding, of which one is kept.
+    low, high = np.minimum(row, column), np.maximum(row, column)
+    _, first = np.unique(low * count + high, return_index=True)
+    low, high, weight = low[first], high[first], weight[first]
+    kept = _rank(np.r_[low, high], np.r_[weight, weight], np.r_[high, low]) < degree
+    kept = kept[: len(low)] & kept[len(low) :]
+    low, high, weight = low[kept], high[kept], weight[kept]
+    row, column, weight = np.r_[low, high], np.r_[high, low], np.r_[weight, weight]
+    total = np.bincount(row, weight, count)
+    place = _rank(row, weight, column)
+    most = int(place.max(initial=0)) + 1
+    node = np.zeros((count, most), np.int32)
+    forward, backward = np.zeros((2, count, most), np.float32)
+    node[row, place] = column
+    forward[row, place] = weight / total[row]
+    backward[row, place] = weight / total[column]
+    return Graph(node, forward, backward, int((~kept).sum()))
+
+
+def _rank(row: np.ndarray, weight: np.ndarray, column: np.ndarray) -> np.ndarray:
+    """Return the place of each edge among those of its row: heaviest first, then by column."""
+    order = np.lexsort((column, -weight, row))
+    start = np.searchsorted(row[order], row[order], side="left")
+    place = np.empty(len(row), np.int64)
+    place[order] = np.arange(len(row)) - start
+    return place
+
+
+def seeds(image: np.ndarray, report: np.ndarray, *, images: int, top: int) -> Sparse:
+    """Return A_0: 1 for each pair (image[p], report[p]), at most `top` a row.
+
+    Raises:
+      ValueError: if an image has more pairs than that.
+    """
+    image, report = np.asarray(image), np.asarray(report)
+    place = _rank(image, np.ones(len(image)), report)
+    if place.max(initial=0) >= top:
+        raise ValueError(
+            f"An image has {place.max() + 1} pairs, more than top={top} entries a row."
+        )
+    column, value = np.zeros((images, top), np.int32), np.zeros((images, top), np.float32)
+    column[image, place] = report
+    value[image, place] = 1
+    return Sparse(column, value)
+
+
+@functools.partial(jax.jit, static_argnames=("reports", "block"))
+def propagate(
+    start: Sparse,
+    images: Graph,
+    reports_graph: Graph,
+    *,
+    reports: int,
+    alpha: float = 0.8,
+    hops: int = 5,
+    block: int = 256,
+) -> Sparse:
+    """Return A_hops of A_{t+1} = alpha S_I A_t S_R^T + (1 - alpha) A_0, the largest of each row.
+
+    Args:
+      start: A_0, its m entries a row are those that are kept after each product.
+      images: graph of the I images.
+      reports_graph: graph of the R reports.
+      reports: R.
+      alpha: in [0, 1).
+      hops: T; each reaches one neighbour further on both sides.
+      block: rows at the same time; memory is block * R.
+    """
+    count, top = start.column.shape
+    starts = jnp.arange(0, count, block)
+    start = Sparse(jnp.asarray(start.column), jnp.asarray(start.value))
+    # Rows beyond the end repeat the last one and are cut off again.
+    rows_of = lambda first: jnp.minimum(first + jnp.arange(block), count - 1)
+
+    def largest(column, value):
+        """Add up entries [b, n] that share a column, and keep the largest of each row."""
+        rows = jnp.arange(block)[:, None]
+        dense = jnp.zeros((block, reports), jnp.float32).at[rows, column].add(value)
+        value, column = jax.lax.top_k(dense, min(top, reports))
+        room = ((0, 0), (0, top - column.shape[1]))
+        column = jnp.where(value > 0, column, 0)
+        return jnp.pad(column, room), jnp.pad(value, room)
+
+    def from_left(a, first):
+        row = rows_of(first)
+        node, weight = images.node[row], images.forward[row]  # [b, d]
+        value = a.value[node] * weight[..., None]  # [b, d, m]
+        return largest(a.column[node].reshape(block, -1), value.reshape(block, -1))
+
+    def from_right(b, first):
+        row = rows_of(first)
+        column, value = b.column[row], b.value[row]  # [b, m]
+        spread = alpha * value[..., None] * reports_graph.backward[column]  # [b, m, d]
+        column = reports_graph.node[column].reshape(block, -1)
+        column = jnp.concatenate([column, start.column[row]], 1)
+        kept = (1 - alpha) * start.value[row]
+        return largest(column, jnp.concatenate([spread.reshape(block, -1), kept], 1))
+
+    def product(one_side, a):
+        column, value = jax.lax.map(functools.partial(one_side, a), starts)
+        return Sparse(column.reshape(-1, top)[:count], value.reshape(-1, top)[:count])
+
+    return jax.lax.fori_loop(
+        0, hops, lambda _, a: product(from_right, product(from_left, a)), start
+    )
+
+
+def relations(
+    spread: Sparse, paired: np.ndarray, *, top: int = 10, least: float = 0.2
+) -> Relations:
+    """Keep the strongest relations of each image, and say how far to trust them.
+
+      T_ir = A_ir / sum_r A_ir over the `top` largest
+      c_i = min(1, sum_r A_ir / median of that sum over the paired) * (1 - H(T_i) / ln top)
+
+    Args:
+      spread: A, from `propagate`.
+      paired: [P], images that have a pair.
+      top: m, at least 2.
+      least: a confidence below it counts 0.
+    """
+    if top < 2 or len(paired) == 0:
+        raise ValueError(f"relations needs top >= 2 and a paired image, got {top}, {len(paired)}.")
+    value, place = jax.lax.top_k(jnp.asarray(spread.value), min(top, spread.value.shape[1]))
+    column = jnp.take_along_axis(jnp.asarray(spread.column), place, 1)
+    total = value.sum(1)
+    weight = jnp.where(total[:, None] > 0, value / jnp.where(total > 0, total, 1)[:, None], 0)
+    entropy = -(weight * jnp.log(jnp.where(weight > 0, weight, 1))).sum(1)
+    strength = jnp.minimum(1, total / jnp.median(total[jnp.asarray(paired)]))
+    confidence = strength * (1 - entropy / np.log(top))
+    return Relations(column, weight, jnp.where(confidence >= least, confidence, 0))
+
+
+def pseudo(found: Relations, reports: Float[Array, "R K"]) -> Float[Array, "I K"]:
+    """Return Qtil_i = sum_r T_ir Qbar_R(r), what the related reports say; zero without any."""
+    return jnp.einsum("im,imk->ik", found.weight, reports[found.column], precision="highest")
+
+
+def in_batch(
+    column: Int[Array, "B m"], weight: Float[Array, "B m"], report: Int[Array, " R"]
+) -> Float[Array, "B R"]:
+    """Return T restricted to the reports of a batch.
+
+    Args:
+      column: related reports of the batch's images, from Relations.
+      weight: likewise.
+      report: which report of the corpus each of the batch's is; -1 is none of them.
+    """
+    same = column[:, :, None] == report  # [B, m, R]
+    return jnp.where(same, weight[..., None], 0).sum(1)

@@ -1,0 +1,95 @@
+"""Report sections and the layouts reports are stored in."""
+
+import tarfile
+
+import pytest
+
+from medvlp_jax.config import UserError
+from medvlp_jax.data.reports import Report, read_reports, split_sections
+
+WHOLE = """                                 FINAL REPORT
+ EXAMINATION:  CHEST (PA AND LAT)
+
+ INDICATION:  History of pneumonia.  // effusion?
+
+ COMPARISON:  None.
+
+ FINDINGS:
+
+ The lungs are clear.  There is no effusion:
+ none at all.
+
+ IMPRESSION:  No acute process.
+
+ RECOMMENDATION(S):  CT to exclude a mass.
+"""
+
+
+def test_only_what_the_image_shows_is_kept():
+    assert split_sections(WHOLE.replace("(S)", "S")) == (
+        "The lungs are clear. There is no effusion: none at all.",
+        "No acute process.",
+    )
+
+
+def test_text_without_headings_is_findings():
+    assert split_sections("Lungs clear.\nHeart normal.") == ("Lungs clear. Heart normal.", "")
+
+
+def test_headings_on_one_line_are_found():
+    assert split_sections("HISTORY: cough. FINDINGS: Clear. IMPRESSION: Normal.") == (
+        "Clear.",
+        "Normal.",
+    )
+
+
+XML = """<eCitation><uId id="CXR7"/><MedlineCitation><Article><Abstract>
+<AbstractText Label="INDICATION">pneumonia?</AbstractText>
+<AbstractText Label="FINDINGS">Clear &amp; dry.</AbstractText>
+<AbstractText Label="IMPRESSION"/></Abstract></Article></MedlineCitation>
+<MeSH><major>normal</major><automatic>x</automatic></MeSH></eCitation>"""
+
+
+def layouts(folder):
+    """Write one report in every layout; yield (path, report)."""
+    (folder / "xml").mkdir()
+    (folder / "xml" / "7.xml").write_text(XML)
+    with tarfile.open(folder / "a.tgz", "w:gz") as archive:
+        archive.add(folder / "xml" / "7.xml", "b/7.xml")
+    xml = Report("CXR7", "Clear & dry.", "", ("normal",))
+    yield folder / "xml", xml
+    yield folder / "a.tgz", xml
+    (folder / "txt" / "p10").mkdir(parents=True)
+    (folder / "txt" / "p10" / "s5.txt").write_text(WHOLE)
+    yield folder / "txt", Report("p10/s5", *split_sections(WHOLE))
+    (folder / "r.jsonl").write_text('{"id": 3, "text": "FINDINGS: Clear."}\n\n')
+    yield folder / "r.jsonl", Report("3", "Clear.", "")
+    (folder / "r.csv").write_text('id,findings,impression\nx,"Clear,\n dry",\n')
+    yield folder / "r.csv", Report("x", "Clear, dry", "")
+
+
+def test_every_layout_gives_the_report(tmp_path):
+    for path, expected in layouts(tmp_path):
+        assert list(read_reports(path)) == [expected], path
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("r.jsonl", '{"id": 1, "text": ""}\nnot json\n', "line 2 is not JSON"),
+        ("r.jsonl", '{"text": "x"}\n', "row 1 has no 'id'"),
+        ("r.csv", "id,body\n1,x\n", "neither 'text' nor 'findings'"),
+        ("r.parquet", "", "accepted are"),
+    ],
+)
+def test_what_cannot_be_read_is_named(tmp_path, name, content, sentence):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=sentence):
+        list(read_reports(tmp_path / name))
+
+
+def test_a_folder_without_reports_is_named(tmp_path):
+    with pytest.raises(UserError, match="holds no"):
+        read_reports(tmp_path)
+    with pytest.raises(UserError, match="No reports at"):
+        read_reports(tmp_path / "nowhere")

@@ -1,0 +1,224 @@
+"""Extraction of many reports: nothing lost, nothing asked twice, the same file in the end."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from server import hang_up, serve
+
+from medvlp_jax import cli
+from medvlp_jax.config import UserError
+from medvlp_jax.data.reports import Report
+from medvlp_jax.evidence import extract, schema
+from medvlp_jax.evidence.backends import Backend, Reply, writer
+
+RULES = writer("rules", extract.write_rules)
+REPORTS = [
+    Report("a", "Small right pleural effusion.", "Effusion."),
+    Report("b", "The lungs are clear. No effusion.", ""),
+    Report("c", "", ""),
+    Report("d", "The lungs are clear. No effusion.", ""),
+    Report("e", "Kein Pneumothorax, kein Erguss, Herz normal gross, Lunge frei.", ""),
+    Report("f", 'The lungs hold {0} "braces" and {"evidence": []}, %s. No effusion.', ""),
+    Report("g", "Small right effusion is seen. " * 2500, ""),
+    Report("h", "XXXX XXXX XXXX are clear.", ""),
+]
+SLOW = """
+import sys, time
+from medvlp_jax.data.reports import Report
+from medvlp_jax.evidence import backends, extract
+def write(text):
+    time.sleep(float(sys.argv[2]))
+    return extract.write_rules(text)
+texts = [f"Small effusion measuring {i} mm. Heart is enlarged." for i in range(60)]
+reports = [Report(f"r{i}", text, "") for i, text in enumerate(texts)]
+extract.run(reports, backends.writer("rules", write), sys.argv[1])
+"""
+
+
+def rows(folder):
+    return [json.loads(line) for line in (folder / "evidence.jsonl").read_text().splitlines()]
+
+
+def test_every_report_has_one_row_in_order_and_odd_ones_are_counted_and_listed(tmp_path):
+    summary = extract.run(REPORTS, RULES, tmp_path)
+    assert [row["id"] for row in rows(tmp_path)] == [report.id for report in REPORTS]
+    assert summary == json.loads((tmp_path / "summary.json").read_text())
+    assert summary["status"] == {"empty": 1, "nothing recognised": 1, "ok": 6}
+    listed = {kind: entry["ids"] for kind, entry in summary["odd"].items()}
+    assert listed == {
+        "empty": ["c"],
+        "not English": ["e"],
+        "nothing recognised": ["e"],
+        "long": ["g"],
+        "masked": ["h"],
+    }
+    assert rows(tmp_path)[1]["evidence"][-1] == schema.normal()
+    assert rows(tmp_path)[4]["evidence"] == []
+
+
+def test_equal_texts_are_asked_about_once_and_a_second_start_asks_nothing(tmp_path):
+    asked = []
+
+    def write(text):
+        asked.append(text)
+        return extract.write_rules(text)
+
+    extract.run(REPORTS, writer("rules", write), tmp_path)
+    first = (tmp_path / "evidence.jsonl").read_bytes()
+    assert len(asked) == len(set(asked)) == 6
+    extract.run(REPORTS, writer("rules", write), tmp_path)
+    assert len(asked) == 6
+    assert (tmp_path / "evidence.jsonl").read_bytes() == first
+    extract.run([*REPORTS, Report("new", "Mass.", "")], writer("rules", write), tmp_path)
+    assert asked[6:] == ["Mass."]
+
+
+def test_the_order_of_replies_changes_no_file(tmp_path):
+    def shuffled(requests, check):
+        requests = list(requests)
+        random.Random(1).shuffle(requests)
+        return (Reply(r.key, extract.write_rules(r.text)) for r in requests)
+
+    extract.run(REPORTS, RULES, tmp_path / "a")
+    extract.run(REPORTS, Backend("rules", shuffled), tmp_path / "b")
+    for name in ("evidence.jsonl", "summary.json"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_an_extraction_killed_ten_times_ends_with_the_file_of_one_that_was_not(tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    command = [sys.executable, "-c", SLOW]
+    subprocess.run([*command, whole, "0"], check=True, capture_output=True)
+    kills, grown = 0, [0]
+    while kills < 10:
+        process = subprocess.Popen(
+            [*command, killed, "0.1"], stderr=subprocess.DEVNULL, start_new_session=True
+        )
+        # A kill may come at any moment once this start has added something.
+        while process.poll() is None and _lines(killed) <= grown[-1] + 1:
+            time.sleep(0.01)
+        assert process.poll() is None, "ended before the tenth kill"
+        time.sleep(random.Random(kills).uniform(0, 0.1))
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        kills += 1
+        grown.append(_lines(killed))
+        assert not (killed / "evidence.jsonl").exists()
+        if kills == 5:  # as if the kill had come inside a write
+            with (killed / "cache.jsonl").open("ab") as file:
+                file.write(b'{"key": "00", "evid')
+    subprocess.run([*command, killed, "0"], check=True, capture_output=True)
+    for name in ("evidence.jsonl", "summary.json"):
+        assert (killed / name).read_bytes() == (whole / name).read_bytes()
+    assert grown == sorted(grown)
+    assert _lines(killed) == _lines(whole) == 61  # no text was asked about twice
+
+
+def _lines(folder):
+    path = folder / "cache.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def test_a_half_written_line_is_asked_about_again(tmp_path):
+    extract.run(REPORTS, RULES, tmp_path)
+    expected = (tmp_path / "evidence.jsonl").read_bytes()
+    cache = tmp_path / "cache.jsonl"
+    cache.write_bytes(cache.read_bytes()[:-20])
+    extract.run(REPORTS, RULES, tmp_path)
+    assert (tmp_path / "evidence.jsonl").read_bytes() == expected
+
+
+def test_failures_are_listed_and_asked_about_again(tmp_path):
+    def failing(requests, check):
+        for i, r in enumerate(requests):
+            yield Reply(r.key, "" if i == 0 else '{"evidence": []}', "refused: x" if i == 0 else "")
+
+    summary = extract.run(REPORTS[:2], Backend("m", failing), tmp_path)
+    assert summary["odd"]["failed"] == {"count": 1, "ids": ["a"]}
+    assert rows(tmp_path)[0]["error"] == "refused: x"
+    again = []
+
+    def answering(requests, check):
+        for r in requests:
+            again.append(r.text)
+            yield Reply(r.key, extract.write_rules(r.text))
+
+    summary = extract.run(REPORTS[:2], Backend("m", answering), tmp_path)
+    assert again == [REPORTS[0].text]
+    assert "failed" not in summary["odd"]
+
+
+def test_an_endpoint_that_dies_loses_no_paid_answer(tmp_path):
+    from medvlp_jax.evidence.endpoint import endpoint
+
+    reports = [Report(str(i), f"Effusion of {i} cm.", "") for i in range(20)]
+    answer = lambda prompt: extract.write_rules(prompt.split("Report:\n")[1])
+    settings = {"in_flight": 1, "attempts": 1, "patience": 2, "sleep": lambda seconds: None}
+    dies = serve(lambda n, prompt: answer(prompt) if n <= 7 else hang_up)
+    with dies as server, pytest.raises(UserError, match="start the same command again"):
+        extract.run(reports, endpoint(server.url, "m", **settings), tmp_path)
+    assert not (tmp_path / "evidence.jsonl").exists()
+    with serve(lambda n, prompt: answer(prompt)) as server:
+        extract.run(reports, endpoint(server.url, "m", **settings), tmp_path)
+    assert len(server.prompts) == 20 - 7
+    extract.run(reports, RULES, tmp_path / "rules")
+    assert rows(tmp_path) == rows(tmp_path / "rules")
+
+
+def test_answers_of_another_backend_are_not_mixed_in(tmp_path):
+    extract.run(REPORTS, RULES, tmp_path)
+    with pytest.raises(UserError, match="holds answers of rules"):
+        extract.run(REPORTS, Backend("endpoint:m", lambda r, c: iter(())), tmp_path)
+
+
+def test_two_reports_of_one_id_are_refused(tmp_path):
+    with pytest.raises(UserError, match="'a'"):
+        extract.run([REPORTS[0], REPORTS[0]], RULES, tmp_path)
+
+
+def test_two_extractions_do_not_write_to_one_folder(tmp_path):
+    def nested(requests, check):
+        with pytest.raises(UserError, match="Another process"):
+            extract.run(REPORTS, RULES, tmp_path)
+        return (Reply(r.key, extract.write_rules(r.text)) for r in requests)
+
+    extract.run(REPORTS, Backend("rules", nested), tmp_path)
+
+
+def test_a_dry_run_counts_and_writes_nothing(tmp_path):
+    out = tmp_path / "out"
+    plan = extract.plan(REPORTS, Backend("m", None), out)
+    assert not out.exists()
+    assert plan[:5] == (8, 6, 1, 0, 6)
+    texts = {r.text for r in REPORTS if r.text}
+    characters = sum(len(schema.prompt(text)) for text in texts)
+    assert plan.prompt_tokens == int(characters / 4)
+    assert plan.cost(2.0, 10.0) == pytest.approx(
+        2e-6 * plan.prompt_tokens + 1e-5 * plan.answer_tokens
+    )
+
+
+def test_the_command_line(tmp_path, capsys):
+    reports = tmp_path / "r.jsonl"
+    lines = [json.dumps({"id": r.id, "text": r.findings}) for r in REPORTS]
+    reports.write_text("\n".join(lines))
+    out = tmp_path / "out"
+    command = ["evidence", "extract", "--reports", str(reports), "--out", str(out)]
+    assert cli.main([*command, "--dry-run"]) == 0
+    assert "Nothing was sent and nothing written." in capsys.readouterr().out
+    assert not out.exists()
+    assert cli.main(command) == 0
+    assert "8 reports: 1 empty, 1 nothing recognised, 6 ok." in capsys.readouterr().out
+    assert len(rows(out)) == 8
+    remote = ["--backend", "endpoint", "--model", "m", "--url", "https://vendor.com/v1"]
+    assert cli.main([*command, *remote]) == 2
+    assert "patients' data" in capsys.readouterr().err
+    assert cli.main([*command, "--backend", "rulse"]) == 2
+    assert "Did you mean rules?" in capsys.readouterr().err

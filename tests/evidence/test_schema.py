@@ -1,0 +1,116 @@
+"""Answers of language models: strict where it matters, forgiving about commas."""
+
+import json
+
+import pytest
+
+from medvlp_jax.evidence import schema
+
+TEXT = "Patchy right lower lobe consolidation. No pneumothorax."
+ITEM = {
+    "phrase": "right lower lobe consolidation",
+    "finding": "consolidation",
+    "location": "right lower lobe",
+    "attributes": ["patchy"],
+    "severity": None,
+    "certainty": "present",
+    "change": None,
+}
+WHOLE = json.dumps({"evidence": [ITEM]})
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        WHOLE,
+        json.dumps([ITEM]),
+        f"Sure! Here is the JSON:\n```json\n{WHOLE}\n```\nAnything else?",
+        WHOLE.replace("]}", ",]}"),
+        WHOLE.replace("null", "None"),
+        WHOLE.replace("null", '"null"'),
+        WHOLE.replace('"', "\u201d"),
+        json.dumps({"evidence": [ITEM, ITEM]})[:-60],  # cut off inside the second item
+    ],
+    ids=["whole", "bare list", "prose", "comma", "None", "null", "curly quotes", "cut off"],
+)
+def test_an_answer_is_read_however_it_is_wrapped(answer):
+    assert schema.parse(answer, TEXT).evidence == (ITEM,)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    ["", "I cannot help with that.", "{", "[]", '{"findings": []}', '{"evidence": "none"}', "null"],
+)
+def test_an_answer_without_a_list_is_malformed(answer):
+    with pytest.raises(schema.Malformed):
+        schema.parse(answer, TEXT)
+
+
+def test_an_empty_list_of_evidence_is_an_answer():
+    assert schema.parse('{"evidence": []}', TEXT) == schema.Parsed((), {})
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("certainty", "certain"),
+        ("severity", "huge"),
+        ("change", ["new"]),
+        ("phrase", ""),
+        ("phrase", 3),
+        ("finding", None),
+        ("attributes", "patchy"),
+        ("attributes", [1]),
+        ("location", 5),
+        ("certainty", None),
+    ],
+)
+def test_an_item_outside_the_schema_is_dropped_and_counted(field, value):
+    parsed = schema.check([{**ITEM, field: value}, ITEM], TEXT)
+    assert parsed == schema.Parsed((ITEM,), {"invalid": 1})
+
+
+def test_a_phrase_the_report_does_not_hold_is_dropped():
+    # 3 of 5 words are the 60 % that are needed, 2 of 4 are not.
+    kept = {**ITEM, "phrase": "dense right lower lung consolidation"}
+    lost = {**ITEM, "phrase": "massive left pneumothorax seen"}
+    half = {**ITEM, "phrase": "large pneumothorax right apical"}
+    parsed = schema.check([kept, lost, half], TEXT)
+    assert parsed == schema.Parsed((kept,), {"not in the report": 2})
+
+
+def test_a_repeated_phrase_counts_once():
+    assert schema.check([ITEM, ITEM], TEXT).dropped == {"repeated": 1}
+
+
+def test_the_normal_phrase_stands_without_being_in_the_report():
+    assert schema.check([schema.normal()], "Clear lungs.").evidence == (schema.normal(),)
+
+
+def test_a_report_with_braces_and_quotes_reaches_the_prompt_as_it_is():
+    text = 'size {0} "in quotes" {"evidence": []} %s'
+    assert schema.prompt(text).endswith(text)
+
+
+def test_a_long_report_is_clipped_in_the_prompt_and_noted():
+    text = "effusion " * 10_000
+    assert schema.prompt(text).count("effusion") == schema.LONG
+    assert "long" in schema.notes(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", ("empty",)),
+        (" .\n", ("empty",)),
+        ("The lungs are clear.", ()),
+        ("Kein Pneumothorax, kein Erguss, Herz normal gross, Lunge frei.", ("not English",)),
+        ("Pas d'epanchement pleural ni de pneumothorax visible ce jour.", ("not English",)),
+        ("Sin derrame pleural. Silueta cardiaca normal. No se observa neumonia.", ("not English",)),
+        ("Hart is niet vergroot, geen infiltraat, geen pleuravocht.", ("not English",)),
+        ("Increasing cardiomegaly. No effusions. Minimal interstitial edema.", ()),
+        ("XXXX XXXX XXXX is clear", ("masked",)),
+    ],
+)
+def test_odd_reports_are_noted(text, expected):
+    assert schema.notes(text) == expected
