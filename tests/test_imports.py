@@ -15,15 +15,9 @@ LEVELS = (
     ("layers",),
     ("encoders", "losses", "data", "convert"),
     ("recipes",),
-<<<<<<< HEAD
-    ("training", "evaluation"),
+    ("training", "evaluation", "evidence"),
     ("assemble", "tables"),
     ("cli", "cases", "export", "evaluate", "plan", "train"),
-=======
-    ("training", "evaluation", "evidence"),
-    ("assemble",),
-    ("cli", "export", "evaluate", "plan", "train"),
->>>>>>> w-evidence
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 
