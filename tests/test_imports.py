@@ -16,8 +16,8 @@ LEVELS = (
     ("encoders", "losses", "data", "convert"),
     ("recipes",),
     ("training", "evaluation"),
-    ("assemble",),
-    ("cli", "export", "evaluate", "plan", "train"),
+    ("assemble", "tables"),
+    ("cli", "cases", "export", "evaluate", "plan", "train"),
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 
