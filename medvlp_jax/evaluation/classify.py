@@ -216,7 +216,10 @@ def _decisions(truth, scores, classes, share, positive):
         recall = metrics.recall(table)
         sensitivity = recall[:, focus].mean(-1)
         specificity = metrics.specificity(table)[:, focus].mean(-1)
-        order = ranking(one_hot[:, rankable], scores[:, present][:, rankable], weights)
+        order = np.full((2, len(weights)), np.nan)  # where all rows are of one class
+        if rankable.any():
+            per_class = ranking(one_hot[:, rankable], scores[:, present][:, rankable], weights)
+            order = per_class.mean(-1).T
         f1 = metrics.f1(table)
         rows, answers = table.sum(-1), table.sum(-2)  # [R, C]
         precision = np.diagonal(table, axis1=-2, axis2=-1) / np.where(answers > 0, answers, 1)
@@ -228,7 +231,7 @@ def _decisions(truth, scores, classes, share, positive):
             recall[:, present].mean(-1),
             f1[:, present].mean(-1),
             (f1 * prevalence)[:, present].sum(-1),
-            *(order.mean(-1).T if rankable.any() else np.full((2, len(weights)), np.nan)),
+            *order,
             hard[:, focus].mean(-1),
             metrics.mcc(table),
             sensitivity,
