@@ -10,13 +10,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import scipy.special
 
 from medvlp_jax.config import UserError, nearest
 from medvlp_jax.evaluation import metrics, statistics
 from medvlp_jax.evaluation.features import check_finite
 from medvlp_jax.evaluation.results import Results, assemble, number
 
-PROTOCOL = "classify@clean-v1"
+PROTOCOL = "classify@clean-v2"  # v1 ranked rows by raw logits, which rows do not share a zero of
 
 
 class Scored(NamedTuple):
@@ -39,8 +40,11 @@ def run(
 ) -> Results:
     """Score a model's own class logits (supervised recipes).
 
+    One class a row is ranked by its probability: a constant added to the logits of a row, which
+    changes no answer, changes no number.
+
     Args:
-      logits: [N, C]; any monotone score a class for multi_label, comparable between classes else.
+      logits: [N, C]; any monotone score a class for multi_label, of a softmax else.
       labels: [N, C] int8: 1 present, 0 absent, -1 unknown.
       classes: C names.
       task: middle part of the keys.
@@ -49,7 +53,11 @@ def run(
       groups: [N] patient of each row.
       **options: resamples, seed, level of `statistics.bootstrap`; positive of `single_label`.
     """
-    score = multi_label_scores if multi_label else single_label_scores
+    score = multi_label_scores
+    if not multi_label:
+        score = single_label_scores
+        check_finite("logits", np.asarray(logits))
+        logits = scipy.special.log_softmax(np.asarray(logits, np.float64), axis=1)
     scored = score(labels, logits, classes, groups=groups, **options)
     settings = {"classes": list(classes), "multi_label": multi_label, **options}
     settings |= {"views": views} if views > 1 else {}
