@@ -183,7 +183,7 @@ def compare(a: pathlib.Path, b: pathlib.Path, steps: int) -> dict:
 def study(counts: list[int], kills: int, seed: int, home: pathlib.Path) -> dict:
     """Return what `kills` kills with these process counts by turns did."""
     rng = random.Random(seed)
-    steps = 2 * EVALUATE * kills + AFTER  # more than the kills can take
+    steps = EVALUATE * kills + AFTER  # more than the kills take: in turns 0, 9, 6 and 11
     name = "-".join(map(str, counts))
     whole = {}
     for count in sorted(set(counts)):
