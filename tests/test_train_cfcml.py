@@ -27,6 +27,7 @@ SMALL = (
     "--config.optim.warmup=1",
     "--config.evals.resamples=20",
     "--config.evals.controls=()",
+    "--config.evals.views=1",
 )
 
 
