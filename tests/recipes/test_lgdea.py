@@ -52,9 +52,13 @@ def model():
     recipe, batch = make(), batch_of()
     variables = training.init_variables(recipe, batch, 0)
     none = recipe.no_relations(IMAGES)
-    features = jax.jit(lambda v, b: recipe.apply(v, b, method="encode"))(variables, batch)
+    features = ENCODE(recipe, variables, batch)
     judge = jax.jit(lambda v, f, b: recipe.apply(v, f, b, method="objective"))
     return recipe, batch, variables, none, features, judge
+
+
+# One program instead of hundreds of small ones.
+ENCODE = jax.jit(lambda recipe, v, b: recipe.apply(v, b, method="encode"), static_argnums=0)
 
 
 def related(none, batch):
@@ -70,6 +74,7 @@ def related(none, batch):
     return made
 
 
+@pytest.mark.slow
 def test_features_are_those_of_the_modalities_in_the_batch(model):
     recipe, batch, variables, _, whole, _ = model
     image = {"image", "image_pooled", "lesions", "image_evidence"}
@@ -80,7 +85,7 @@ def test_features_are_those_of_the_modalities_in_the_batch(model):
         (("report",), {"text"}),
         (("evidence", "evidence_mask"), report),
     ):
-        part = recipe.apply(variables, {key: batch[key] for key in keys}, method="encode")
+        part = ENCODE(recipe, variables, {key: batch[key] for key in keys})
         assert set(part) == expected
         for name, value in part.items():
             np.testing.assert_allclose(value, whole[name], rtol=1e-4, atol=1e-5)
@@ -89,13 +94,13 @@ def test_features_are_those_of_the_modalities_in_the_batch(model):
 def test_rows_are_encoded_independently(model):
     recipe, batch, variables, _, whole, _ = model
     some = jax.tree.map(lambda x: x[2:5], batch)
-    part = recipe.apply(variables, some, method="encode")
+    part = ENCODE(recipe, variables, some)
     for name, value in part.items():
         np.testing.assert_allclose(value, whole[name][2:5], rtol=1e-4, atol=1e-5)
 
 
 def test_without_relations_only_pairs_and_phrases_count(model):
-    recipe, batch, variables, none, f, judge = model
+    _, batch, variables, none, f, judge = model
     terms = judge({**variables, "relations": none}, f, batch)
     assert set(terms) == set(lgdea.TERMS)
     assert terms["unpaired"] == 0
@@ -124,7 +129,7 @@ def test_without_relations_only_pairs_and_phrases_count(model):
 
 
 def test_relations_teach_the_unpaired_images_they_trust(model):
-    recipe, batch, variables, none, f, judge = model
+    _, batch, variables, none, f, judge = model
     made = related(none, batch)
     before = judge({**variables, "relations": none}, f, batch)
     after = judge({**variables, "relations": made}, f, batch)
@@ -141,7 +146,7 @@ def test_relations_teach_the_unpaired_images_they_trust(model):
 
 
 def test_permuting_the_batch_changes_no_term(model):
-    recipe, batch, variables, none, f, judge = model
+    _, batch, variables, none, f, judge = model
     state = {**variables, "relations": related(none, batch)}
     order = np.array([4, 2, 0, 5, 1, 3])
     permuted = judge(state, *jax.tree.map(lambda x: x[order], (f, batch)))
@@ -158,8 +163,7 @@ def test_every_parameter_moves(model):
         return sum(recipe.apply({"params": params, "relations": made}, batch).values())
 
     gradients = paths.flatten(jax.jit(jax.grad(total))(variables["params"]))
-    # Key biases shift all logits of a softmax alike; cls-only leaves of a mean-pooled text do not
-    # exist here.
+    # A key's bias shifts all logits of a softmax alike.
     still = [
         name
         for name, value in gradients.items()
