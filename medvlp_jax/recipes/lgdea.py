@@ -8,7 +8,10 @@ are a pair, in the others each comes from its own pool.
   phrases   evidence of the report, encoded one by one -> z [B, N, E], unit norm
   evidence  means over lesions and phrases of softmax(. mu / tau) -> Qbar_I, Qbar_R [B, K]
 
-  L = L_rec + L_evid^p + w L_evid^u + w L_evi-align + w L_glob
+  L = L_rec + L_evid^p + w L_evid^u + w L_evi-align + w L_glob + w usage
+
+usage = 1 - entropy of the mean assignment / ln K is logged always and off by default; above 0.5
+the prototypes have collapsed.
 
 Axis letters: B batch, P patches, M lesions, N phrases, T tokens, D width, E evidence width,
 K prototypes, I images and R reports of the corpus, m related reports of an image.
@@ -28,7 +31,7 @@ from medvlp_jax.losses import evidence, relations, tiled
 from medvlp_jax.recipes import base
 from medvlp_jax.schedules import Knots
 
-TERMS = ("reconstruction", "paired", "unpaired", "alignment", "global")
+TERMS = ("reconstruction", "paired", "unpaired", "alignment", "global", "usage")
 SECTION = "report"
 RELATIONS = "relations"  # the collection that `refresh` fills
 
@@ -137,7 +140,7 @@ class Lgdea(nn.Module):
         return features
 
     def objective(self, features, batch, *, train=False):
-        """Return the five terms over the global batch."""
+        """Return the terms over the global batch."""
         mask, paired = batch["evidence_mask"], batch["paired"]
         told = mask.any(1)
         pair = paired & told
@@ -173,6 +176,8 @@ class Lgdea(nn.Module):
                 jnp.float32(1 / self.global_temperature),
                 valid=paired & batch[f"{SECTION}_valid"],
             ),
+            "usage": 1
+            - evidence.usage_entropy(jnp.where(told[:, None], (image + report) / 2, image)),
         }
 
     def start(self, phrases, seed: int) -> jax.Array:

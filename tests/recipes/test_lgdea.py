@@ -118,6 +118,11 @@ def test_without_relations_only_pairs_and_phrases_count(model):
     valid = batch["paired"] & batch["report_valid"]
     expected = contrastive.info_nce(f["image"], f["text"], 1 / 0.07, valid=valid)
     np.testing.assert_allclose(terms["global"], expected, rtol=1e-5)
+    report, image = (np.asarray(f[f"{side}_evidence"]) for side in ("report", "image"))
+    told = batch["evidence_mask"].any(1)
+    share = np.mean([(image[i] + report[i]) / 2 if told[i] else image[i] for i in range(6)], 0)
+    usage = 1 + (share * np.log(share)).sum() / np.log(5)
+    np.testing.assert_allclose(terms["usage"], usage, rtol=1e-4)
     # Alignment: each pair's own report is its positive, all six are candidates.
     a = evidence.mean_direction(f["lesions"])
     b = evidence.mean_direction(f["phrases"], batch["evidence_mask"])
@@ -138,7 +143,7 @@ def test_relations_teach_the_unpaired_images_they_trust(model):
     expected = evidence.unpaired_divergence(made["pseudo"][row], f["image_evidence"], confidence)
     np.testing.assert_allclose(after["unpaired"], expected, rtol=1e-5)
     assert after["unpaired"] > 0
-    for name in ("reconstruction", "paired", "global"):
+    for name in ("reconstruction", "paired", "global", "usage"):
         np.testing.assert_array_equal(after[name], before[name])
     told = batch["evidence_mask"].any(1)
     assert told[[3, 5]].any()
