@@ -1,17 +1,20 @@
 """Encoders: speed beside PyTorch on a CPU, images a second and MFU on a GPU.
 
-  python benchmarks/encoders.py [--models vit ...] [--pairs 9] [--out FILE.json]
+  python benchmarks/encoders.py [--models vit ...] [--pairs 9] [--tiny] [--out FILE.json]
 
-cpu  The same float32 weights in `transformers` and here, both with the same number of threads, run
-     by turns: forward, and forward with backward. A ratio is PyTorch's time over ours, of two runs
-     that followed one another; printed are the median and the quartiles, above 1 we are faster.
+cpu  The same float32 weights in `transformers` (eager) and here, both with the same number of
+     threads, run by turns: forward, and forward with backward. A ratio is PyTorch's time over ours,
+     of two runs that followed one another; printed are the median and the quartiles, above 1 we are
+     faster.
 gpu  bfloat16 forward and backward here alone: examples a second; MFU counts three times the forward
      pass's operations, over the chip's published peak and over a matrix product of this very run.
 
-Prints markdown tables and writes every number. Weights and inputs are random.
+Prints markdown tables and writes every number; models measured before, under the same versions
+and threads, stay in the file. Weights and inputs are random. --tiny only shows that it all runs.
 """
 
 import argparse
+import functools
 import gc
 import json
 import os
@@ -21,8 +24,6 @@ import statistics
 import tempfile
 import time
 from typing import Any, NamedTuple
-
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # else torch's threads spin into our turn
 
 import jax
 import jax.numpy as jnp
@@ -35,43 +36,56 @@ from medvlp_jax.encoders.base import Tokens
 
 PEAK = 989e12  # dense bfloat16 of an H100 or H200, NVIDIA's data sheet
 MATMUL = 8192  # side of the matrix product
+REST = 0.1  # seconds before each turn: the threads of the other one spin for a while when idle
 
 
 class Model(NamedTuple):
     """What is measured.
 
     Attributes:
+      title: in the tables.
       architecture: of `transformers`.
       module: ours.
       cpu, gpu: shape of the input there: images [B, H, W, 3], or ids [B, T].
     """
 
+    title: str
     architecture: str
     module: Any
     cpu: tuple[int, ...]
     gpu: tuple[int, ...]
 
 
+IMAGES = (8, 224, 224, 3), (256, 224, 224, 3)
 MODELS = {
-    "vit": Model("ViTModel", vit.make("B/16", pooler=True), (8, 224, 224, 3), (256, 224, 224, 3)),
-    "resnet": Model("ResNetModel", resnet.make("50"), (8, 224, 224, 3), (256, 224, 224, 3)),
-    "modernbert": Model("ModernBertModel", modernbert.make("base"), (4, 256), (64, 512)),
-    "qwen3": Model("Qwen3Model", qwen3.make("0.6B"), (2, 128), (8, 1024)),
+    "vit": Model("ViT-B/16", "ViTModel", vit.make("B/16", pooler=True), *IMAGES),
+    "resnet": Model("ResNet-50", "ResNetModel", resnet.make("50"), *IMAGES),
+    "modernbert": Model(
+        "ModernBERT-base", "ModernBertModel", modernbert.make("base"), (4, 256), (64, 512)
+    ),
+    "qwen3": Model("Qwen3-0.6B", "Qwen3Model", qwen3.make("0.6B"), (2, 128), (8, 1024)),
 }
-NAMES = {
-    "vit": "ViT-B/16",
-    "resnet": "ResNet-50",
-    "modernbert": "ModernBERT-base",
-    "qwen3": "Qwen3-0.6B",
+TINY = {
+    "vit": vit.make("tiny", depth=1, image_size=32, pooler=True),
+    "resnet": resnet.make("tiny"),
+    "modernbert": modernbert.make("tiny", depth=2, vocab_size=99, pad_id=0),
+    "qwen3": qwen3.make("tiny", depth=1, vocab_size=99),
 }
 
 
-def draw_input(shape):
+def tiny(name, model):
+    """Make a case small enough for a test."""
+    shape = (2, 32, 32, 3) if len(model.cpu) == 4 else (2, 9)
+    return model._replace(title=f"{model.title}, tiny", module=TINY[name], cpu=shape, gpu=shape)
+
+
+def draw_input(shape, module):
     """Draw images, or texts without padding."""
     rng = np.random.default_rng(0)
     if len(shape) == 4:
         return jnp.asarray(rng.normal(size=shape), jnp.float32)
-    return Tokens(jnp.asarray(rng.integers(5, 30_000, shape), jnp.int32), jnp.ones(shape, bool))
+    ids = rng.integers(5, module.vocab_size, shape)
+    return Tokens(jnp.asarray(ids, jnp.int32), jnp.ones(shape, bool))
 
 
 def functions_of_ours(module, variables, inputs):
@@ -125,11 +139,23 @@ def by_turns(ours, theirs, pairs):
     times = ([], [])
     for i in range(pairs):
         for which in (0, 1) if i % 2 else (1, 0):
+            time.sleep(REST)
             times[which].append(seconds((ours, theirs)[which]))
     return times
 
 
-def compare(model, pairs, threads):
+def summary(ours, theirs):
+    """Describe paired times; a ratio is theirs over ours."""
+    ratios = [b / a for a, b in zip(ours, theirs, strict=True)]
+    return {
+        "ours_seconds": statistics.median(ours),
+        "torch_seconds": statistics.median(theirs),
+        "ratios": ratios,
+        "quartiles": np.percentile(ratios, (25, 50, 75)).tolist(),
+    }
+
+
+def compare(model, pairs, *, threads):
     """Measure one model beside PyTorch."""
     import torch
     import transformers
@@ -144,7 +170,7 @@ def compare(model, pairs, threads):
         theirs.save_pretrained(folder)
         # One key and value are copied for each: nothing else is shared by the two.
         module, variables = convert.load(folder)
-    inputs = draw_input(model.cpu)
+    inputs = draw_input(model.cpu, model.module)
     functions = functions_of_ours(module, jax.device_put(variables), inputs)
     others = functions_of_theirs(theirs, inputs)
     ours, reference = np.asarray(functions[0]()), others[0]()
@@ -152,19 +178,13 @@ def compare(model, pairs, threads):
         reference = reference.flatten(2).transpose(1, 2)
     reference = reference[:, reference.shape[1] - ours.shape[1] :].numpy()
     found = {
+        "title": model.title,
         "input": model.cpu,
         "error": float(np.abs(ours - reference).max() / np.abs(reference).max()),
     }
     for name, mine, other in zip(("forward", "backward"), functions, others, strict=True):
         seconds(mine), seconds(other)  # compiled, and buffers allocated
-        times = by_turns(mine, other, pairs)
-        ratios = [b / a for a, b in zip(*times, strict=True)]
-        found[name] = {
-            "ours_seconds": statistics.median(times[0]),
-            "torch_seconds": statistics.median(times[1]),
-            "ratios": ratios,
-            "quartiles": np.percentile(ratios, (25, 50, 75)).tolist(),
-        }
+        found[name] = summary(*by_turns(mine, other, pairs))
     return found
 
 
@@ -177,7 +197,7 @@ def operations(module, variables, inputs):
 def throughput(model, pairs):
     """Measure one model here alone, in bfloat16."""
     module = model.module.clone(dtype=jnp.bfloat16)
-    inputs = draw_input(model.gpu)
+    inputs = draw_input(model.gpu, module)
     variables = jax.jit(module.init)(jax.random.key(0), inputs)
     flops = 3 * operations(module, variables, inputs)
     _, backward = functions_of_ours(module, variables, inputs)
@@ -186,6 +206,7 @@ def throughput(model, pairs):
     product = seconds_of_matmul(pairs)
     measured = 2 * MATMUL**3 / product
     return {
+        "title": model.title,
         "input": model.gpu,
         "seconds": took,
         "examples_per_second": model.gpu[0] / took,
@@ -210,8 +231,8 @@ def table_cpu(models):
         "| encoder | input | forward, ours | ratio | forward + backward, ours | ratio |",
         "|---|---|---:|---:|---:|---:|",
     ]
-    for name, found in models.items():
-        cells = [NAMES[name], " x ".join(map(str, found["input"][:2]))]
+    for found in models.values():
+        cells = [found["title"], " x ".join(map(str, found["input"][:2]))]
         for part in ("forward", "backward"):
             low, middle, high = found[part]["quartiles"]
             cells += [
@@ -228,40 +249,58 @@ def table_gpu(models):
         "| encoder | input | examples/s | MFU of 989 | MFU of matmul |",
         "|---|---|---:|---:|---:|",
     ]
-    for name, found in models.items():
-        cells = [NAMES[name], " x ".join(map(str, found["input"][:2]))]
+    for found in models.values():
+        cells = [found["title"], " x ".join(map(str, found["input"][:2]))]
         cells += [f"{found['examples_per_second']:,.0f}"]
         cells += [f"{found[key]:.1%}" for key in ("mfu_of_peak", "mfu_of_matmul")]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def main():
+def versions(backend):
+    """Return what the numbers depend on besides the machine."""
+    found = {"python": platform.python_version(), "jax": jax.__version__}
+    if backend == "cpu":
+        import torch
+        import transformers
+
+        found |= {"torch": torch.__version__, "transformers": transformers.__version__}
+    return found
+
+
+def main(argv=None):
     """Measure, print, write."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--models", nargs="+", choices=tuple(MODELS), default=tuple(MODELS))
     parser.add_argument("--pairs", type=int, default=9)
+    parser.add_argument("--tiny", action="store_true")
     default = pathlib.Path(__file__).parent / "results/encoders.json"
     parser.add_argument("--out", type=pathlib.Path, default=default)
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
+    if options.tiny and options.out == default:
+        parser.error("--tiny measures nothing worth keeping: name another --out.")
     threads = len(os.sched_getaffinity(0))  # what XLA takes
-    kept = json.loads(options.out.read_text()) if options.out.is_file() else {}
     backend = jax.default_backend()
-    results = {"device": jax.devices()[0].device_kind, "threads": threads, "models": {}}
-    results |= {"versions": {"python": platform.python_version(), "jax": jax.__version__}}
+    measure, table = (
+        (functools.partial(compare, threads=threads), table_cpu)
+        if backend == "cpu"
+        else (throughput, table_gpu)
+    )
+    results = {"device": jax.devices()[0].device_kind, "threads": threads}
+    results |= {"versions": versions(backend)}
+    stored = json.loads(options.out.read_text()) if options.out.is_file() else {}
+    before = dict(stored.get(backend, {}))
+    models = before.pop("models", {})
+    models = models if before == results else {}
     for name in options.models:
-        model = MODELS[name]
-        if backend == "cpu":
-            found = compare(model, options.pairs, threads)
-        else:
-            found = throughput(model, options.pairs)
-        results["models"][name] = found
-        print((table_cpu if backend == "cpu" else table_gpu)({name: found}), flush=True)
+        model = tiny(name, MODELS[name]) if options.tiny else MODELS[name]
+        models[name] = measure(model, options.pairs)
+        stored[backend] = {**results, "models": models}
+        options.out.write_text(json.dumps(stored, indent=1) + "\n")
         gc.collect()
-    options.out.write_text(json.dumps({**kept, backend: results}, indent=1) + "\n")
-    print((table_cpu if backend == "cpu" else table_gpu)(results["models"]))
+    print(table(models))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""CFCML. Variants: "" (Derm7pt's sizes, on HAM10000), derm (small, for two CPU cores)."""
+"""CFCML. Variants: derm, men_phantom (small, for CPUs), glioma; derm7pt, men (as published)."""
 
 from ml_collections import ConfigDict
 
 from configs import common
 
-VARIANTS = ("", "derm")
+VARIANTS = ("", "derm", "derm7pt", "men", "men_phantom", "glioma")
 STEPS = 14  # an epoch of Derm7pt: 256 melanocytic nevi, 18 of them in a batch
 
 
@@ -89,6 +89,55 @@ def view() -> ConfigDict:
             "contrast": 0.2,
         }
     )
+
+
+def derm7pt(config):
+    """Nevus or melanoma from two photographs and a table, as published."""
+    config.data.update({"corpora": ("derm7pt",), "decode_cache": 2048})
+    config.recipe.update({"num_classes": 2, "images": ("image", "dermoscopy")})
+    config.evals.protocols = ("classify",)
+
+
+def men(config):
+    """Grade and invasion of meningioma, as published; the data are private: a phantom instead."""
+    config.recipe.image = ConfigDict({"name": "mamba3d", "variant": "men", "dtype": "float32"})
+    config.recipe.update({"task": "grade", "num_classes": 3, "images": ("t1", "t2", "adc")})
+    config.recipe.update({"share_encoder": False, "image_tokens": 48, "table_tokens": 16})
+    config.recipe.weights.update({"sample": 0.06, "unimodal": 0.04, "crossmodal": 0.24})
+    config.data.update({"corpora": ("men_phantom",), "balance": "grade", "size": 128, "crop": 128})
+    config.data.update({"channels": 1, "decode_cache": 64})
+    config.data.view = men_view()
+    config.optim.update({"lr": 5e-4, "multipliers": ()})
+    config.train.steps = 50 * 36  # an epoch of MEN: 434 cases of grade 1, 12 of them in a batch
+    config.evals.protocols = ("classify",)
+
+
+def men_view() -> ConfigDict:
+    """Augmentation of MEN, released code; 1,200 is the brightest intensity."""
+    fields = {"name": "men", "probability": 0.3, "smallest": 0.75, "erased": (0.02, 0.1)}
+    return ConfigDict({**fields, "ceiling": 1200.0})
+
+
+def men_phantom(config):
+    """The phantom at half the in-plane size on two CPU cores; our choice throughout."""
+    men(config)
+    config.recipe.image.variant = "tiny"
+    config.recipe.update({"share_encoder": True, "dim": 32, "image_tokens": 16, "dropout": 0.2})
+    config.data.update({"size": 64, "crop": 64, "decode_cache": 2048})
+    config.data.view.probability = 0.1
+    config.optim.update({"lr": 2e-3, "schedule": "cosine", "warmup": 50})
+    config.train.update({"steps": 600, "batch_size": 24, "evaluate_every": 200})
+    config.train.checkpoint_every = 200
+
+
+def glioma(config):
+    """Grade of glioma from slices of three sequences and a table; sizes of `derm`."""
+    derm(config)
+    config.recipe.update({"task": "grade", "num_classes": 2, "images": ("pre", "flair", "post")})
+    config.data.update({"corpora": ("brain_mr_tabular",), "balance": "grade"})
+    config.train.update({"steps": 600, "batch_size": 32, "evaluate_every": 200})
+    config.train.checkpoint_every = 200
+    config.evals.protocols = ("classify",)
 
 
 def derm(config):

@@ -1,10 +1,10 @@
-"""CLIP and SigLIP, the control. Variants: "" (ResNet-50 and BERT-base), demo, radiology_qa."""
+"""CLIP and SigLIP, the control. Variants: "" (ResNet-50 and BERT), vit_b16, demo, radiology_qa."""
 
 from ml_collections import ConfigDict
 
 from configs import common
 
-VARIANTS = ("", "demo", "radiology_qa")
+VARIANTS = ("", "vit_b16", "demo", "radiology_qa")
 
 
 def get_config(variant: str = "") -> ConfigDict:
@@ -22,8 +22,9 @@ def get_config(variant: str = "") -> ConfigDict:
             **common.rest(init={"text": "emilyalsentzer/Bio_ClinicalBERT"}),
         }
     )
-    if variant:
+    if variant in ("demo", "radiology_qa"):
         small(config)
+    if variant:
         globals()[variant](config)
     return config
 
@@ -44,6 +45,16 @@ def recipe() -> ConfigDict:
             "loss_tile": 512,  # measured, benchmarks/contrastive.py; 0 = dense
         }
     )
+
+
+def vit_b16(config):
+    """Two transformers in bfloat16, 224 x 224 pixels, 128 tokens: for measuring throughput."""
+    config.recipe.image = ConfigDict({"name": "vit", "variant": "B/16", "dtype": "bfloat16"})
+    config.recipe.image.update({"attention": "xla", "remat": "none"})
+    config.recipe.text.update({"dtype": "bfloat16", "attention": "xla", "remat": "none"})
+    config.data.text_length = 128
+    config.optim.warmup = 1000
+    config.train.batch_size = 1024
 
 
 def small(config):

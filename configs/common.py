@@ -33,8 +33,18 @@ def data(**fields) -> ConfigDict:
                 "autocontrast": 0.5,
             },
             "balance": "",  # label task whose classes take turns in a batch; "" = as they come
-            # Columns left out, and columns taken although the schema says they give away the label.
-            "table": {"exclude": (), "leakage": ()},
+            "table": {
+                "exclude": (),  # columns left out
+                "leakage": (),  # columns taken although the schema says they give away the label
+                "encoding": "vectors",  # or "sentences", through a frozen text encoder:
+                "text": "",  # its folder or hub id, such as openai/clip-vit-base-patch32
+                "tower": "",  # "text" where that holds an image encoder too
+                "pooling": "",  # "projection" for CLIP; "" = the architecture's default
+                "length": 77,  # tokens a sentence; CLIP's
+            },
+            # `count` folds by patient (0 = the corpus' own splits), `index` is the test split;
+            # classes of `task` are shared out evenly, "" = that of `balance`.
+            "folds": {"count": 0, "index": 0, "task": "", "seed": 0},
             # For recipes that read rows which are no pairs; LGDEA.
             "pairing": {"ratio": 1.0, "variant": "disjoint", "share": 0.5},
             # "" reads reports by rules; else a folder of `medvlp evidence extract`. N phrases of T.
@@ -62,6 +72,7 @@ def optim(**fields) -> ConfigDict:
             "clip": 0.0,  # largest global gradient norm; 0 = none
             "multipliers": (),  # ((pattern, factor), ...) on the learning rate
             "no_decay": (),  # patterns without weight decay
+            "average": 0.0,  # decay of a moving average of the weights to evaluate; 0 = none
             "freeze": (),  # patterns of fixed parameters, besides the recipe's own
         },
         fields,
@@ -82,6 +93,9 @@ def train(**fields) -> ConfigDict:
             "refresh_every": 0,  # steps between two looks at the whole corpus; 0 = never
             "evaluate_every": 500,
             "evaluate_limit": 1000,  # examples of an evaluation during training
+            # The step that is evaluated and exported: where this result is highest, such as
+            # classify/diagnosis/macro_auroc, on the whole validation split; "" = the last.
+            "select": "",
             "export": True,
             "wandb": False,
             "wandb_project": "medvlp",
@@ -103,7 +117,8 @@ def evals(**fields) -> ConfigDict:
             "limit": 0,  # only the first examples; 0 = all
             "probe_limit": 0,  # training examples of the linear probe; 0 = all
             "resamples": 2000,  # of the bootstrap over patients
-            "controls": ("untrained",),  # "untrained", "masked_edge"
+            "controls": ("untrained",),  # "masked_edge", "regression" (on a classifier's input)
+            "views": 1,  # flips and turns over which class probabilities are averaged: 1, 4, 8
             "masked_edge": 0.12,
         },
         fields,

@@ -13,18 +13,20 @@ import jax
 import numpy as np
 
 from medvlp_jax import config as configs
-from medvlp_jax import convert, distributed, sharding
+from medvlp_jax import convert, distributed, sharding, tables
 from medvlp_jax.config import UserError
-from medvlp_jax.data import corpora, pipeline, tabular, transforms
+from medvlp_jax.data import corpora, folds, pipeline, records, transforms, volumes
 from medvlp_jax.data import text as tokenisation
 from medvlp_jax.encoders.base import Tokens
 from medvlp_jax.evidence import phrases
+from medvlp_jax.training import optim, selection
 from medvlp_jax.training import params as paths
 from medvlp_jax.training import text as text_stage
 from medvlp_jax.training.checkpoint import Checkpointer
 from medvlp_jax.training.step import init_variables
 
 CONFIG = "config.json"
+VOLUME_VIEW = "men"
 HOW_IT_RUNS = (
     "pooling",
     "attention",
@@ -77,16 +79,15 @@ def open_corpora(data: Mapping[str, Any], split: str) -> list[corpora.Source]:
 
 
 def open_corpus(name: str, data: Mapping[str, Any], split: str) -> corpora.Source:
-    """Open one corpus, "name" or "name:variant"."""
+    """Open one corpus, "name" or "name:variant"; with data.folds, a split of a fold of it."""
     name, _, variant = name.partition(":")
+    where = {"data_dir": data["data_dir"], "manual_dir": data["manual_dir"]}
+    where["builder_config"] = variant
     with distributed.writer_first(f"corpus {name}"):
-        return corpora.open_source(
-            name,
-            split,
-            data_dir=data["data_dir"],
-            manual_dir=data["manual_dir"],
-            builder_config=variant,
-        )
+        if not data["folds"]["count"]:
+            return corpora.open_source(name, split, **where)
+        sources = corpora.open_all(name, **where)
+    return folds.open_fold(sources, split, **folds.settings(data))
 
 
 def parts(config: Mapping[str, Any], *, pretrained: bool = True) -> Parts:
@@ -170,7 +171,8 @@ def record_transform(
     *,
     train: bool,
     features=None,
-    table: tabular.Schema | None = None,
+    table: tables.Rows | None = None,
+    images: records.Images | None = None,
     mask=None,
 ):
     """Return record -> example for the given batch keys: random views in training, else the centre.
@@ -180,7 +182,8 @@ def record_transform(
       inputs: batch keys.
       train: random views, no labels.
       features: cached text features by text.
-      table: schema of the corpus, for the key "tabular".
+      table: see `tables.rows_of`, for the key "tabular".
+      images: further images of the corpus, see `corpora.Source.images`.
       mask: share of the lower edge to blacken; None takes data.mask_lower_edge.
     """
     data = parts.config["data"]
@@ -200,8 +203,13 @@ def record_transform(
         whole = decode
         decode = lambda encoded: transforms.mask_lower_edge(whole(encoded), fraction)
     view = functools.partial(transforms.center_view, size=data["crop"])
-    if train:
+    if train and data["view"]["name"] != VOLUME_VIEW:
         view = random_view(data)
+    further = {
+        name: _further_image(name, spec, decode, view, data, train=train)
+        for name, spec in (images or {}).items()
+        if name in inputs
+    }
     return pipeline.record_transform(
         inputs=inputs,
         decode=decode,
@@ -209,7 +217,8 @@ def record_transform(
         tokenizer=parts.tokenizer,
         lengths=dict.fromkeys(("findings", "impression", "report"), data["text_length"]),
         features=features,
-        table=table_rows(data, table) if table else None,
+        table=table,
+        images=further,
         evidence=evidence_of(data) if "evidence" in inputs else None,
         train=train,
     )
@@ -222,6 +231,59 @@ def evidence_of(data: Mapping[str, Any]) -> pipeline.Evidence:
     return pipeline.Evidence(read, settings["phrases"], settings["length"])
 
 
+def _further_image(name, spec, decode, view, data, *, train) -> pipeline.Transform:
+    """Return (record, rng) -> view of a further image, by what the corpus says it is.
+
+    Raises:
+      UserError: for a volume whose view is one of images, or the other way round.
+    """
+    is_volume, settings = "slices" in spec, data["view"]
+    if is_volume != (settings["name"] == VOLUME_VIEW):
+        kind, fits = ("a volume", VOLUME_VIEW) if is_volume else ("an image", "cfcml, imitate")
+        raise UserError(
+            f"data.view.name={settings['name']} does not fit '{name}', {kind}; accepted: {fits}."
+        )
+    if is_volume:
+        read = functools.lru_cache(maxsize=data["decode_cache"])(
+            functools.partial(volumes.decode, slices=spec["slices"], size=data["size"])
+        )
+        centre = functools.partial(
+            volumes.center_view, size=data["crop"], ceiling=settings["ceiling"]
+        )
+        see = random_view(data) if train else centre
+        return lambda record, rng: see(read(record["images"][name]), rng)
+    if "channel" in spec:
+        channel = slice(spec["channel"], spec["channel"] + 1)
+        return lambda record, rng: view(decode(record["image"])[..., channel], rng)
+    return lambda record, rng: view(decode(record["images"][name]), rng)
+
+
+def image_shapes(data: Mapping[str, Any], names: Sequence[str]) -> dict[str, tuple]:
+    """Return {name: (shape, dtype)} of one example of each image, as the first corpus has them.
+
+    Raises:
+      UserError: for an image it does not have.
+    """
+    if not names:
+        return {}
+    corpus, _, variant = data["corpora"][0].partition(":")
+    built = corpora.builder(corpus, data_dir=data["data_dir"], builder_config=variant)
+    further = built.info.metadata.get("images", {})
+    side, found = data["crop"], {}
+    for name in names:
+        if name != "image" and name not in further:
+            known = ("image", *further)
+            raise UserError(
+                f"Corpus {corpus} has no image '{name}'. {configs.nearest(name, known)}"
+            )
+        spec = further.get(name, {})
+        if "slices" in spec:
+            found[name] = (side, side, spec["slices"]), np.float32
+        else:
+            found[name] = (side, side, 1 if "channel" in spec else data["channels"]), np.uint8
+    return found
+
+
 def random_view(data: Mapping[str, Any]) -> Callable:
     """Return the (image, rng) -> view of data.view: its name and its settings.
 
@@ -230,31 +292,14 @@ def random_view(data: Mapping[str, Any]) -> Callable:
     """
     settings = dict(data["view"])
     name = settings.pop("name")
-    views = {"imitate": transforms.imitate_view, "cfcml": transforms.cfcml_view}
+    views = {
+        "imitate": transforms.imitate_view,
+        "cfcml": transforms.cfcml_view,
+        VOLUME_VIEW: volumes.men_view,
+    }
     if name not in views:
         raise UserError(f"No view '{name}'. {configs.nearest(name, list(views))}")
     return functools.partial(views[name], size=data["crop"], **settings)
-
-
-def table_rows(data: Mapping[str, Any], schema: tabular.Schema) -> Callable:
-    """Return the function from a record's table to the rows [T, D] a model sees."""
-    table = data["table"]
-    names = tabular.columns(schema, exclude=table["exclude"], leakage=table["leakage"])
-    return functools.partial(tabular.rows, schema=schema, names=names)
-
-
-def empty_table(data: Mapping[str, Any]) -> np.ndarray:
-    """Return rows [T, D] of missing values, as the first corpus has them.
-
-    Raises:
-      UserError: if it has no table.
-    """
-    name, _, variant = data["corpora"][0].partition(":")
-    corpus = corpora.builder(name, data_dir=data["data_dir"], builder_config=variant)
-    schema = corpus.info.metadata["table"]
-    if not schema:
-        raise UserError(f"The recipe reads a table, and corpus {name} has none.")
-    return table_rows(data, schema)(dict.fromkeys(schema, np.nan))
 
 
 def empty_evidence(tokenizer, data: Mapping[str, Any], size: int) -> dict[str, Any]:
@@ -276,10 +321,7 @@ def train_batches(parts: Parts, sources, features=None, *, shares=None):
       shares: of each source in a batch; None takes data.shares.
     """
     data = parts.config["data"]
-    schemas = [source.metadata["table"] for source in sources]
-    if "tabular" in parts.recipe.inputs and any(schema != schemas[0] for schema in schemas):
-        names = ", ".join(data["corpora"])
-        raise UserError(f"The tables of {names} differ; accepted are corpora of one schema.")
+    reads_table = "tabular" in parts.recipe.inputs
     return iter(
         pipeline.train_dataset(
             sources,
@@ -288,7 +330,8 @@ def train_batches(parts: Parts, sources, features=None, *, shares=None):
                 parts.recipe.inputs,
                 train=True,
                 features=features,
-                table=schemas[0],
+                table=tables.rows_of(data, sources) if reads_table else None,
+                images=sources[0].images,
             ),
             batch_size=parts.config["train"]["batch_size"],
             seed=parts.config["seed"],
@@ -311,13 +354,15 @@ def initial_variables(parts: Parts) -> dict:
     data = parts.config["data"]
     shape = (2, data["crop"], data["crop"], data["channels"])
     batch = dict.fromkeys(("image", "image_2"), np.zeros(shape, np.uint8))
+    for name, (one, dtype) in image_shapes(data, getattr(parts.recipe, "images", ())).items():
+        batch[name] = np.zeros((2, *one), dtype)
     if parts.tokenizer:
         tokens = tokenisation.tokenize(parts.tokenizer, ["a", "b"], data["text_length"])
         batch |= dict.fromkeys(("findings", "impression", "report"), tokens)
     if "evidence" in parts.recipe.inputs:
         batch |= empty_evidence(parts.tokenizer, data, 2)
     if "tabular" in parts.recipe.inputs:
-        batch["tabular"] = np.stack([empty_table(data)] * 2)
+        batch["tabular"] = np.stack([tables.empty_table(data)] * 2)
     try:
         variables = init_variables(parts.recipe, batch, parts.config["seed"])
     except ValueError as error:  # an encoder's sentence about sizes that do not fit
@@ -359,7 +404,9 @@ def place(tree, parts: Parts):
 
 
 def read_variables(folder: pathlib.Path, template: Mapping) -> dict:
-    """Read parameters and collections of the newest checkpoint of a run, without optimiser state.
+    """Read parameters (averaged, if the run averages) and collections of a run.
+
+    Those of its newest checkpoint, or of the step it selected.
 
     Args:
       folder: a run folder.
@@ -368,15 +415,19 @@ def read_variables(folder: pathlib.Path, template: Mapping) -> dict:
     Raises:
       UserError: if there is no checkpoint, or it does not fit.
     """
-    if not (pathlib.Path(folder) / "checkpoints").is_dir():
+    folder = pathlib.Path(folder)
+    kept = folder / selection.FOLDER if (folder / selection.FOLDER).is_dir() else folder
+    if not (kept / "checkpoints").is_dir():
         raise UserError(f"{folder} has no checkpoint.")
-    checkpointer = Checkpointer(pathlib.Path(folder) / "checkpoints")
+    checkpointer = Checkpointer(kept / "checkpoints")
     step = checkpointer.latest()
     if step is None:
         raise UserError(f"{folder} has no checkpoint.")
     restored = checkpointer.read(step)
     checkpointer.close()
-    variables = {"params": paths.merge(restored["params"], restored["frozen"] or {})}
+    average = optim.find_average(restored["optimizer"])
+    params = restored["params"] if average is None else average
+    variables = {"params": paths.merge(params, restored["frozen"] or {})}
     variables |= restored["collections"] or {}
     checked = {}
     for kind, tree in template.items():
@@ -409,8 +460,7 @@ def _fetched(source: str) -> str:
 
 
 def _derived(config) -> pathlib.Path:
-    root = config["data"]["data_dir"] or corpora.default_data_dir()
-    return pathlib.Path(root).expanduser() / "derived"
+    return corpora.derived_dir(config["data"]["data_dir"])
 
 
 def _tuples(value):

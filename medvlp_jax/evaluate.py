@@ -7,6 +7,7 @@ after training.
 """
 
 import argparse
+import functools
 import json
 import os
 import pathlib
@@ -14,21 +15,21 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-import scipy.special
 
-from medvlp_jax import assemble, cli, distributed, sharding
+from medvlp_jax import assemble, cli, distributed, sharding, tables
 from medvlp_jax.config import UserError, nearest
 from medvlp_jax.data import datasets, pipeline
 from medvlp_jax.data import text as tokenisation
-from medvlp_jax.evaluation import classify, plots, probe, retrieval, zero_shot
+from medvlp_jax.evaluation import baselines, classify, probe, retrieval, zero_shot
 from medvlp_jax.evaluation import features as extraction
 from medvlp_jax.evaluation.results import Results, results_table
 from medvlp_jax.training.step import make_embed
 from medvlp_jax.training.stopping import Signals, Stopped
 
 PROTOCOLS = ("zero_shot", "retrieval", "probe", "classify")
+CONTROLS = ("untrained", "masked_edge", "regression")
+VIEWS = (1, 4, 8)
 PROMPT_BATCH = 64
-EXAMPLES = 8
 
 
 class Evaluator:
@@ -45,11 +46,14 @@ class Evaluator:
           stop: notices signals.
 
         Raises:
-          UserError: for an unknown protocol, corpus, split or prompt file.
+          UserError: for an unknown protocol, control, corpus, split or prompt file.
         """
-        for name in settings["protocols"]:
-            if name not in PROTOCOLS:
-                raise UserError(f"No protocol '{name}'. {nearest(name, PROTOCOLS)}")
+        for kind, known in (("protocol", PROTOCOLS), ("control", CONTROLS)):
+            for name in settings[f"{kind}s"]:
+                if name not in known:
+                    raise UserError(f"No {kind} '{name}'. {nearest(name, known)}")
+        if settings["views"] not in VIEWS:
+            raise UserError(f"evals.views={settings['views']} must be one of {VIEWS}.")
         self.parts, self.settings = parts, settings
         self.stop = stop or Signals()
         self._embed = make_embed(parts.recipe, parts.mesh)
@@ -70,7 +74,14 @@ class Evaluator:
                     f"Protocol {name} does not fit recipe {self.parts.config['recipe']['name']}; "
                     f"accepted are {', '.join(fitting)}."
                 )
-        if "classify" in self.settings["protocols"]:
+        if not hasattr(recipe, "task"):
+            if "regression" in self.settings["controls"] or self.settings["views"] > 1:
+                raise UserError(
+                    f"evals.views and the control regression are for classifiers; recipe "
+                    f"{self.parts.config['recipe']['name']} is none."
+                )
+            return
+        if {"classify", "regression"} & {*self.settings["protocols"], *self.settings["controls"]}:
             tasks = self.source.tasks
             if recipe.task not in tasks:
                 raise UserError(
@@ -104,8 +115,14 @@ class Evaluator:
         # Once, should they be on the host; and always laid out alike, so that numbers repeat.
         variables = assemble.place(variables, self.parts)
         options = {"mask": mask, "resamples": self.settings["resamples"]}
+        views = self.settings["views"]
         found = self.features(
-            variables, self.source, limit=self.settings["limit"], mask=mask, progress=progress
+            variables,
+            self.source,
+            limit=self.settings["limit"],
+            mask=mask,
+            views=views,
+            progress=progress,
         )
         results: Results = {}
         for name in self.settings["protocols"]:
@@ -121,7 +138,9 @@ class Evaluator:
                 results |= getattr(self, f"_{name}")(variables, found, mask=None, resamples=0)
         return results
 
-    def features(self, variables, source, *, inputs=(), limit=0, mask=None, progress=""):
+    def features(
+        self, variables, source, *, inputs=(), limit=0, mask=None, views=1, progress=""
+    ) -> extraction.Features:
         """Embed a corpus: features, labels and ids as NumPy arrays [N, ...].
 
         Args:
@@ -130,27 +149,42 @@ class Evaluator:
           inputs: batch keys to encode; () takes the image and every section.
           limit: only the first examples; 0 takes all.
           mask: share of the lower image edge to blacken; None takes data.mask_lower_edge.
+          views: flips and turns of the image over which class probabilities are averaged.
           progress: title of the bar; "" is silent.
         """
         inputs = inputs or self._inputs()
-        batches = pipeline.eval_batches(
+        embed = lambda batch: self.embed(variables, {k: batch[k] for k in inputs})
+        if views > 1:
+            images = self._images()
+            embed = functools.partial(extraction.averaged, embed, images=images, views=views)
+        batches = self._batches(source, inputs, limit, mask)
+        progress = progress if distributed.is_writer() else ""
+        return extraction.extract(embed, batches, progress=progress, part=self.parts.part)
+
+    def raw_features(self, source, *, limit=0) -> extraction.Features:
+        """Return what regressions on the raw input see of a corpus, see evaluation/baselines.py."""
+        embed = lambda batch: baselines.raw_features(batch, self._images())
+        batches = self._batches(source, self._inputs(), limit, None)
+        return extraction.extract(embed, batches, part=self.parts.part)
+
+    def _batches(self, source, inputs, limit, mask):
+        reads_table = "tabular" in inputs
+        table = tables.rows_of(self.parts.config["data"], [source]) if reads_table else None
+        return pipeline.eval_batches(
             source,
             transform=assemble.record_transform(
-                self.parts, inputs, train=False, table=source.metadata["table"], mask=mask
+                self.parts, inputs, train=False, table=table, images=source.images, mask=mask
             ),
-            batch_size=self._multiple_of_devices(self.settings["batch_size"]),
+            batch_size=self.multiple_of_devices(self.settings["batch_size"]),
             limit=limit,
             process_index=self.parts.part.index,
             process_count=self.parts.part.count,
         )
-        embed = lambda batch: self.embed(variables, {k: batch[k] for k in inputs})
-        progress = progress if distributed.is_writer() else ""
-        return extraction.extract(embed, batches, progress=progress, part=self.parts.part)
 
     def embed_texts(self, variables) -> Callable[[list[str], str], np.ndarray]:
         """Return (texts, section) -> embeddings [n, E] in the space of the section."""
         spaces, part = self.parts.recipe.spaces, self.parts.part
-        size = self._multiple_of_devices(PROMPT_BATCH)
+        size = self.multiple_of_devices(PROMPT_BATCH)
         own = slice(part.index * size // part.count, (part.index + 1) * size // part.count)
 
         def embed(texts, section):
@@ -174,37 +208,6 @@ class Evaluator:
         image = extraction.joint(found, [image for image, _ in spaces.values()])
         return image, extraction.joint(found, [text for _, text in spaces.values()], valid)
 
-    def draw_examples(self, variables, out_png: pathlib.Path) -> None:
-        """Draw test images with the texts retrieved for them, or the classes they are given."""
-        found = self.features(variables, self.source, limit=self.settings["limit"])
-        if not distributed.is_writer():
-            return
-        drawn, caption = self._retrieved, plots.RETRIEVED
-        if not self.parts.recipe.spaces:
-            drawn, caption = self._classified, plots.CLASSIFIED
-        picked, texts, scores, truth = drawn(found, np.random.default_rng(0))
-        transform = assemble.record_transform(self.parts, ("image",), train=False)
-        images = [transform(self.source[i], None)["image"] for i in picked]
-        plots.examples(images, texts, scores, truth, out_png, caption=caption)
-
-    def _retrieved(self, found, rng):
-        """Return rows, the best three texts of each with their cosines, and its own text."""
-        image, text = self.joint(found)
-        picked = rng.permutation(np.flatnonzero(text.any(1)))[:EXAMPLES]
-        rows, scores = retrieval.top_texts(image[picked], text, found["text_id"], 3)
-        texts = [" ".join(filter(None, pair)) for pair in self.source.texts()]
-        return picked, [[texts[j] for j in row] for row in rows], scores, [texts[i] for i in picked]
-
-    def _classified(self, found, rng):
-        """Return rows, the best three classes of each with their probabilities, and its own."""
-        task = self.parts.recipe.task
-        names, labels = np.array(self.source.tasks[task]), found[f"label/{task}"]
-        picked = rng.permutation(np.flatnonzero((labels == 1).any(1)))[:EXAMPLES]
-        chances = scipy.special.softmax(found["logits"][picked], axis=1)
-        best = np.argsort(-chances, axis=1)[:, :3]
-        scores = np.take_along_axis(chances, best, axis=1)
-        return picked, names[best].tolist(), scores, names[labels[picked].argmax(1)].tolist()
-
     def _inputs(self) -> tuple[str, ...]:
         """Return what a full evaluation encodes: image and sections, or all a classifier reads."""
         recipe = self.parts.recipe
@@ -218,7 +221,8 @@ class Evaluator:
             key for key in self._inputs() if key not in (*self.parts.recipe.spaces, "tabular")
         )
 
-    def _multiple_of_devices(self, size: int) -> int:
+    def multiple_of_devices(self, size: int) -> int:
+        """Return the smallest batch of at least `size` that the devices divide."""
         pieces = sharding.batch_devices(self.parts.mesh)
         return -(-size // pieces) * pieces
 
@@ -265,8 +269,24 @@ class Evaluator:
             self.source.tasks[task],
             task=task,
             multi_label=False,
+            views=self.settings["views"],
             groups=found["patient_id"],
             **options,
+        )
+
+    def regression(self) -> Results:
+        """Score logistic regressions on the raw input the recipe reads, with the same intervals."""
+        task = self.parts.recipe.task
+        train = assemble.open_corpus(self.corpus, self.parts.config["data"], "train")
+        test = self.raw_features(self.source, limit=self.settings["limit"])
+        return baselines.results(
+            baselines.scores(
+                self.raw_features(train, limit=self.settings["probe_limit"]), test, task=task
+            ),
+            test,
+            task=task,
+            classes=self.source.tasks[task],
+            resamples=self.settings["resamples"],
         )
 
     def _probe(self, variables, found, *, mask, **options):
@@ -320,6 +340,8 @@ def full(evaluator: Evaluator, variables: Mapping, untrained: Mapping | None = N
         results |= rename(masked, f"lower {fraction:.0%} masked")
     if "untrained" in controls and untrained is not None:
         results |= rename(evaluator.run(untrained, progress="untrained control"), "untrained")
+    if "regression" in controls:
+        results |= evaluator.regression()
     return results
 
 
@@ -360,6 +382,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--split", help="test, validation or train")
     top.add_argument("--prompts", help="a prompt file instead of the corpus' own")
     top.add_argument("--limit", type=int, help="only the first examples")
+    top.add_argument("--views", type=int, help="flips and turns to average over: 1, 4, 8")
     top.add_argument("--out", type=pathlib.Path, help="where results.json goes; default: the run")
     return top
 
@@ -373,7 +396,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser().parse_args(argv)
     config = assemble.read_config(arguments.run)
     settings = dict(config["evals"])
-    given = {k: getattr(arguments, k) for k in ("corpus", "split", "prompts", "limit")}
+    given = {k: getattr(arguments, k) for k in ("corpus", "split", "prompts", "limit", "views")}
     settings |= {k: v for k, v in given.items() if v is not None}
     if arguments.protocol:
         settings["protocols"] = tuple(arguments.protocol.split(","))

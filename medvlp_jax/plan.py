@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from medvlp_jax import assemble, sharding
+from medvlp_jax import assemble, sharding, tables
 from medvlp_jax import config as configs
 from medvlp_jax.config import UserError
 from medvlp_jax.convert import architectures
@@ -109,7 +109,8 @@ def blueprint(config: Mapping[str, Any], devices: Sequence[jax.Device] | None = 
         raise UserError(f"{error}.") from None
     recipe, notes = _recipe(config)
     everything = _batch(recipe, config["data"], 2)
-    keys = ("image", "image_2", "tabular", "evidence", "evidence_mask", *SECTIONS)
+    keys = ("image", "image_2", *getattr(recipe, "images", ()), "tabular", *SECTIONS)
+    keys += ("evidence", "evidence_mask")
     try:
         variables = jax.eval_shape(
             lambda batch: training.init_variables(recipe, batch, 0),
@@ -269,8 +270,10 @@ def _batch(recipe, data, size: int) -> dict[str, Any]:
     image = shape((size, data["crop"], data["crop"], data["channels"]), np.uint8)
     tokens = (size, data["text_length"])
     batch: dict[str, Any] = {"image": image, "image_2": image}
+    for name, (one, dtype) in assemble.image_shapes(data, getattr(recipe, "images", ())).items():
+        batch[name] = shape((size, *one), dtype)
     if "tabular" in recipe.inputs:
-        rows = assemble.empty_table(data)
+        rows = tables.empty_table(data)
         batch["tabular"] = shape((size, *rows.shape), rows.dtype)
     if hasattr(recipe, "task"):
         batch[f"label/{recipe.task}"] = shape((size, recipe.num_classes), np.int8)

@@ -7,7 +7,8 @@
 accelerator, and starts nothing. --devices=N plans for N devices, emulated on the CPU.
 
 The run folder holds config.json, metrics.jsonl, results.json, curves.png, examples.png,
-checkpoints/ and export/. The same command again resumes an interrupted run bit by bit.
+checkpoints/ and export/; that of a classifier predictions.csv, classifier.png and attention.png
+too. The same command again resumes an interrupted run bit by bit.
 """
 
 import datetime
@@ -22,7 +23,17 @@ import jax
 from absl import flags, logging
 from ml_collections import config_flags
 
-from medvlp_jax import assemble, cli, distributed, evaluate, export, plan, sharding, unpaired
+from medvlp_jax import (
+    assemble,
+    cases,
+    cli,
+    distributed,
+    evaluate,
+    export,
+    plan,
+    sharding,
+    unpaired,
+)
 from medvlp_jax import config as configs
 from medvlp_jax.config import UserError
 from medvlp_jax.evaluation import plots
@@ -32,7 +43,10 @@ from medvlp_jax.training import params as paths
 from medvlp_jax.training import step as training
 from medvlp_jax.training.checkpoint import Checkpointer
 from medvlp_jax.training.report import Reporter
+from medvlp_jax.training.selection import Selection
 from medvlp_jax.training.stopping import Signals, Stopped
+
+VALIDATION = "validation"
 
 
 class _Job(NamedTuple):
@@ -40,6 +54,8 @@ class _Job(NamedTuple):
 
     parts: assemble.Parts
     evaluator: evaluate.Evaluator
+    validator: evaluate.Evaluator
+    selection: Selection | None
     state: training.TrainState
     step_fn: Callable
     batches: Iterator
@@ -85,7 +101,10 @@ def _prepare(config, workdir, stop) -> _Job:
         export.check(parts)
     _check_batch(settings["batch_size"], settings["chunks"], parts)
     sources = assemble.open_corpora(config["data"], config["data"]["split"])
-    evaluator = evaluate.Evaluator(parts, config["evals"], stop)
+    evaluator = validator = evaluate.Evaluator(parts, config["evals"], stop)
+    if settings["select"]:
+        _check_select(config)
+        validator = evaluate.Evaluator(parts, {**config["evals"], "split": VALIDATION}, stop)
     variables = assemble.initial_variables(parts)
     untrained = jax.device_get(variables)  # the control; the step donates the originals
     frozen = assemble.frozen_patterns(parts)
@@ -110,6 +129,8 @@ def _prepare(config, workdir, stop) -> _Job:
         state = restored.state
         batches.set_state(restored.position)
         distributed.say(f"Resuming {workdir} at step {int(state.step)}")
+    select = settings["select"]
+    selection = Selection(workdir, select, state) if select else None
     _write_config(config, workdir)
     distributed.say(
         f"{config['recipe']['name']}: {paths.count(trainable) / 1e6:.2f} M trainable and "
@@ -126,7 +147,18 @@ def _prepare(config, workdir, stop) -> _Job:
         mesh=parts.mesh,
         rules=config["mesh"]["rules"],
     )
-    return _Job(parts, evaluator, state, step_fn, batches, checkpointer, untrained, refresh)
+    return _Job(
+        parts,
+        evaluator,
+        validator,
+        selection,
+        state,
+        step_fn,
+        batches,
+        checkpointer,
+        untrained,
+        refresh,
+    )
 
 
 def _fit(job, workdir, stop):
@@ -141,6 +173,19 @@ def _fit(job, workdir, stop):
         wandb=tracking,
         writes=distributed.is_writer(),
     )
+    select = settings["select"]
+    limit = 0 if select else settings["evaluate_limit"]
+
+    def validate(step, state):
+        values = evaluate.scalars(job.validator.quick(state.evaluated, limit=limit))
+        if job.selection:
+            job.selection.offer(step, state, values, config)
+        return values
+
+    # A run may have been killed between a checkpoint and the evaluation of its step.
+    first = int(job.state.step)
+    if job.selection and first and first % settings["evaluate_every"] == 0:
+        validate(first, job.state)
     state = loop.fit(
         job.state,
         job.step_fn,
@@ -152,25 +197,30 @@ def _fit(job, workdir, stop):
         checkpointer=job.checkpointer,
         checkpoint_every=settings["checkpoint_every"],
         config=config,
-        evaluate=lambda _, state: evaluate.scalars(
-            job.evaluator.quick(state.variables, limit=settings["evaluate_limit"])
-        ),
+        evaluate=validate,
         evaluate_every=settings["evaluate_every"],
         refresh=job.refresh,
         refresh_every=settings["refresh_every"],
         stop=stop,
     )
     job.checkpointer.close()
+    if job.selection:
+        validate(settings["steps"], state)
+        job.selection.close()
     return state
 
 
 def _finish(job, state, workdir, began) -> dict:
     """Evaluate in full and export; all processes compute, process 0 writes."""
-    trained = distributed.fetch(state.variables)
-    results = evaluate.full(job.evaluator, state.variables, job.untrained)
-    job.evaluator.draw_examples(state.variables, workdir / "examples.png")
+    variables = state.evaluated
+    if job.selection:
+        variables = assemble.read_variables(workdir, job.untrained)
+    trained = distributed.fetch(variables)
+    results = evaluate.full(job.evaluator, variables, job.untrained)
     if distributed.is_writer():
-        evaluate.write_results(results, workdir)
+        evaluate.write_results(results, workdir)  # before the pictures, should one fail
+    cases.show(job.evaluator, variables, workdir)
+    if distributed.is_writer():
         plots.curves(workdir / "metrics.jsonl", workdir / "curves.png")
         settings = job.parts.config["train"]
         if settings["export"]:
@@ -211,6 +261,18 @@ def _check_resume(config, workdir):
     changed = configs.differences(assemble.read_config(workdir), config)
     for line in changed:
         distributed.say(f"config differs from the run in {workdir}: {line}")
+
+
+def _check_select(config):
+    train = config["train"]
+    if not train["evaluate_every"]:
+        raise UserError("train.select needs evaluations: set train.evaluate_every.")
+    if config["evals"]["split"] == VALIDATION:
+        raise UserError(
+            f"train.select={train['select']} chooses a step on the validation split, which is the "
+            "one that evals.split reports: it would look better than it is. Accepted: "
+            "evals.split=test."
+        )
 
 
 def _check_batch(batch_size, chunks, parts):

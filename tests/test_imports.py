@@ -16,9 +16,9 @@ LEVELS = (
     ("encoders", "losses", "data", "convert"),
     ("recipes",),
     ("training", "evaluation", "evidence"),
-    ("assemble",),
+    ("assemble", "tables"),
     ("unpaired",),
-    ("cli", "export", "evaluate", "plan", "train"),
+    ("cli", "cases", "export", "evaluate", "plan", "train"),
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 

@@ -50,6 +50,28 @@ def test_any_number_of_processes_trains_to_the_same_losses_and_results(home, alo
     assert files(alone) == files(folder)
 
 
+DEMO = (
+    "--config=configs/imitate.py:demo",
+    "--config.train.evaluate_every=0",
+    "--config.train.log_every=1",
+    "--config.train.export=False",
+    "--config.evals.protocols=('retrieval',)",
+    "--config.evals.controls=()",
+    "--config.evals.limit=64",
+)
+
+
+def test_the_demo_trains_to_the_same_losses_in_one_two_and_four_processes(home):
+    losses = {}
+    for count in (1, 2, 4):
+        run = Run(home / f"demo-{count}", count, 50, home, settings=DEMO)
+        assert run.wait() == 0, log_of(run)
+        losses[count] = [m["loss"] for m in metrics(run.folder) if "loss" in m]
+        assert len(losses[count]) == 50
+    for count in (2, 4):
+        np.testing.assert_allclose(losses[count], losses[1], rtol=1e-5, err_msg=str(count))
+
+
 def wait_for_step(run, step):
     assert run.until(lambda: last_step(run.folder) >= step), log_of(run)
 

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import pathlib
+import shutil
 
 import numpy as np
 import pytest
@@ -16,8 +17,8 @@ from medvlp_jax.data.datasets.ham10000.ham10000_dataset_builder import DIAGNOSES
 ROOT = pathlib.Path(__file__).parents[1]
 SMALL = (
     "--config=configs/cfcml.py:derm",
-    "--config.data.size=64",
-    "--config.data.crop=64",
+    "--config.data.size=32",
+    "--config.data.crop=32",
     "--config.train.steps=4",
     "--config.train.batch_size=56",
     "--config.train.checkpoint_every=2",
@@ -72,16 +73,63 @@ def resolve(lesions, tmp_path_factory, monkeypatch):
     return resolved
 
 
+def _metrics(folder):
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [{k: v for k, v in line.items() if not k.startswith("time/")} for line in lines]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("modality", "inputs"),
+    [
+        ("table=False", ("pixels",)),
+        ("images=()", ("table",)),
+        ("multi_granularity=False", ("table", "pixels", "table and pixels")),
+    ],
+)
+def test_one_modality_or_late_concatenation_is_a_switch(resolve, modality, inputs):
+    config, folder = resolve(
+        "--config.recipe.enhance=none",
+        f"--config.recipe.{modality}",
+        "--config.train.steps=2",
+        "--config.train.evaluate_every=0",
+        "--config.evals.protocols=('classify',)",
+        "--config.evals.controls=('regression',)",
+        "--config.evals.views=4",
+    )
+    results = train.run(config, folder)
+    assert results["classify/diagnosis/protocol"]["settings"]["views"] == 4
+    floors = [k for k in results if k.startswith("regression/") and k.endswith("/protocol")]
+    assert floors == [f"regression/diagnosis ({kind})/protocol" for kind in inputs]
+
+
 @pytest.mark.slow
 def test_a_run_ends_with_a_classifiers_numbers_and_repeats_when_it_is_resumed(resolve):
-    config, folder = resolve()
+    config, folder = resolve("--config.optim.average=0.5", "--config.evals.controls=()")
     results = train.run(config, folder)
     for name in ("results.json", "curves.png", "examples.png"):
         assert (folder / name).stat().st_size > 0, name
+    with (folder / "predictions.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert sorted(row["image_id"] for row in rows) == sorted(f"i{i}" for i in range(14, 21))
+    for row in rows:
+        chances = [float(row[name]) for name in DIAGNOSES.values()]
+        assert sum(chances) == pytest.approx(1, abs=1e-4)
+        assert row["truth"] == [*DIAGNOSES.values()][int(row["image_id"][1:]) % 7]
     for key in ("classify/diagnosis/macro_auroc", "probe/diagnosis/balanced_accuracy"):
         assert 0 <= results[key]["value"] <= 1
     assert "dx_type" not in json.dumps(results)
     assert train.run(config, folder) == results
+    # As if killed after the first checkpoint: the run goes on from there, to the same end.
+    lines = _metrics(folder)
+    shutil.rmtree(folder / "checkpoints" / "4")
+    (folder / "results.json").unlink()
+    assert train.run(config, folder) == results
+    assert _metrics(folder) == lines
+    # The average lies in the checkpoint and is what is read from it.
+    evaluate.main(["--run", str(folder), "--protocol", "classify", "--out", str(folder / "again")])
+    again = json.loads((folder / "again" / "results.json").read_text())
+    assert again == {key: entry for key, entry in results.items() if key.startswith("classify")}
 
 
 @pytest.mark.parametrize(
@@ -90,6 +138,8 @@ def test_a_run_ends_with_a_classifiers_numbers_and_repeats_when_it_is_resumed(re
         ("evals.protocols=('retrieval',)", "Protocol retrieval does not fit recipe cfcml"),
         ("recipe.num_classes=5", "num_classes=5, but task diagnosis of ham10000 has 7 classes"),
         ("recipe.task=diagnose", "ham10000 has no task 'diagnose'. Did you mean diagnosis"),
+        ("evals.controls=('untrain',)", "No control 'untrain'. Did you mean untrained"),
+        ("evals.views=2", "evals.views=2 must be one of"),
         ("train.export=True", "Recipe cfcml has no text encoder"),
         ("init.text=somewhere", "init.text=somewhere, but recipe cfcml has no text encoder"),
         ("data.table.exclude=('ages',)", "The table has no column 'ages'. Did you mean age"),
@@ -118,3 +168,125 @@ def test_a_step_on_a_table_is_planned_without_data(resolve):
     batch = plan.blueprint(config).batch
     assert batch["tabular"].shape == (56, 3, 20)
     assert batch["label/diagnosis"].shape == (56, 7)
+
+
+@pytest.fixture(scope="module")
+def own_folder(tmp_path_factory):
+    """A folder of one's own: two photographs a case, 24 cases of 12 patients, most ages missing."""
+    folder = tmp_path_factory.mktemp("own")
+    description = {
+        "classes": ["benign", "malignant"],
+        "columns": {"image": "far", "label": "dx", "group": "who", "id": "", "split": ""},
+        "images": {"closeup": "near"},
+    }
+    (folder / "corpus.json").write_text(json.dumps(description))
+    schema = {"age": {"kind": "numeric", "range": [0, 120]}}
+    (folder / "table.json").write_text(json.dumps(schema))
+    rng = np.random.default_rng(0)
+    rows = [("far", "near", "who", "dx", "age")]
+    for i in range(24):
+        for name in (f"far{i}.png", f"near{i}.png"):
+            pixels = rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / name)
+        dx = description["classes"][i // 2 % 2]
+        rows.append((f"far{i}.png", f"near{i}.png", f"w{i // 2}", dx, 50 if i < 2 else ""))
+    with (folder / "table.csv").open("w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    return folder
+
+
+OWN = (
+    "--config.data.corpora=('csv_folder:mine',)",
+    "--config.data.balance=label",
+    "--config.recipe.task=label",
+    "--config.recipe.num_classes=2",
+    "--config.recipe.images=('image','closeup')",
+    "--config.train.batch_size=16",
+    "--config.evals.protocols=('classify',)",
+)
+
+
+@pytest.mark.slow
+def test_a_fold_of_ones_own_folder_reports_the_step_that_was_best_in_validation(
+    own_folder, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(ROOT)
+    config, folder = train.resolve(
+        [
+            *SMALL,
+            *OWN,
+            f"--config.data.data_dir={tmp_path / 'prepared'}",
+            f"--config.data.manual_dir={own_folder}",
+            "--config.data.folds.count=3",
+            "--config.data.folds.index=1",
+            "--config.evals.split=test",
+            "--config.train.select=classify/label/accuracy",
+            f"--workdir={tmp_path / 'run'}",
+        ]
+    )
+    results = train.run(config, folder)
+    assert 0 <= results["classify/label/accuracy"]["value"] <= 1
+    for name in ("predictions.csv", "classifier.png", "attention.png"):
+        assert (folder / name).stat().st_size > 0, name
+    seen = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    values = {line["step"]: line.get("classify/label/accuracy") for line in seen}
+    position = json.loads(next(folder.glob("selected/checkpoints/*/position/metadata")).read_text())
+    assert position["step"] in (2, 4)
+    if position["step"] == 2:
+        assert position["value"] == values[2]
+    assert train.run(config, folder) == results
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("recipe.images=('image','near')", r"csv_folder has no image 'near'"),
+        ("train.select=classify/label/accuracy", "the one that evals.split reports"),
+        ("data.folds.count=2", "data.folds.count=2 must be 0, or at least 3"),
+        ("data.view.name=men", "data.view.name=men does not fit 'closeup', an image"),
+        ("data.table.encoding=words", r"data.table.encoding is 'words'"),
+    ],
+)
+def test_bad_input_about_ones_own_folder_is_one_sentence(
+    own_folder, tmp_path, monkeypatch, override, message
+):
+    monkeypatch.chdir(ROOT)
+    config, folder = train.resolve(
+        [
+            *SMALL,
+            *OWN,
+            f"--config.data.data_dir={own_folder / 'prepared'}",
+            f"--config.data.manual_dir={own_folder}",
+            f"--config.{override}",
+            f"--workdir={tmp_path / 'run'}",
+        ]
+    )
+    with pytest.raises(UserError, match=message):
+        train.run(config, folder)
+    assert not (folder / "config.json").exists()
+
+
+@pytest.mark.slow
+def test_volumes_of_three_sequences_run_to_their_end(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    config, folder = train.resolve(
+        [
+            "--config=configs/cfcml.py:men_phantom",
+            "--config.data.corpora=('men_phantom:tiny',)",
+            f"--config.data.data_dir={tmp_path / 'prepared'}",
+            "--config.data.size=32",
+            "--config.data.crop=32",
+            "--config.train.steps=2",
+            "--config.train.evaluate_every=0",
+            "--config.train.batch_size=24",
+            "--config.optim.warmup=1",
+            "--config.evals.split=test",
+            "--config.evals.resamples=20",
+            "--config.evals.controls=('regression',)",
+            f"--workdir={tmp_path / 'run'}",
+        ]
+    )
+    results = train.run(config, folder)
+    assert results["classify/grade/protocol"]["skipped"] == []
+    assert "regression/grade (table and pixels)/macro_auroc" in results
+    assert (folder / "attention.png").stat().st_size > 0

@@ -18,7 +18,7 @@ from medvlp_jax.convert import (
     swin,
     vit,
 )
-from medvlp_jax.convert.neutral import NEUTRAL
+from medvlp_jax.convert.neutral import NEUTRAL, OFF
 from medvlp_jax.convert.table import Table
 
 TABLES = (
@@ -83,15 +83,16 @@ def fields_of(
       UserError: listing every setting this implementation does not have.
     """
     config = table.flatten(config)
+    fixed = {**OFF, **table.former, **table.fixed}
     # A key that is absent has the default of the class in `transformers`.
     wrong = [
         f"{key} {config[key]!r} (only {value!r})"
-        for key, value in table.fixed.items()
+        for key, value in fixed.items()
         if config.get(key, value) != value
     ]
     if wrong:
         raise UserError(f"{folder}/config.json asks for what is not here: {', '.join(wrong)}.")
-    known = {*table.fields, *table.fixed, *NEUTRAL, *ignore}
+    known = {*table.fields, *fixed, *NEUTRAL, *ignore}
     if unknown := [f"{key} {config[key]!r}" for key in config if key not in known]:
         raise UserError(
             f"{folder}/config.json has settings that are not known here: {', '.join(unknown)}; "

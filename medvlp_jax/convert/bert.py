@@ -21,8 +21,6 @@ FIELDS = {
 
 FIXED = {
     "hidden_act": "gelu",
-    "is_decoder": False,
-    "add_cross_attention": False,
     "position_embedding_type": "absolute",
 }
 
@@ -102,6 +100,7 @@ TABLE = Table(
     },
     left_out=left_out,
     tied=lambda module: TIED if module.mlm_head else {},
+    untied="mlm_head=False",
     architecture=lambda module: (
         ("BertForMaskedLM", "bert.") if module.mlm_head else ("BertModel", "")
     ),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from medvlp_jax.config import UserError
@@ -210,10 +211,11 @@ def save(
     Raises:
       UserError: if the module is not one we can write, or the variables are not all its own.
     """
+    tensors = tensors_of(module, variables)
     write(
         Path(out_dir),
-        config_of(module),
-        tensors_of(module, variables),
+        {**config_of(module), "dtype": dtype_of(tensors)},
+        tensors,
         tokenizer=tokenizer,
         preprocessor=preprocessor,
         card=card,
@@ -222,15 +224,22 @@ def save(
 
 
 def config_of(module: Any) -> dict[str, Any]:
-    """Return what config.json says of an encoder."""
+    """Return what config.json says of an encoder, but for the type of its weights."""
     table = table_of_module(module)
     return {
         "architectures": [table.architecture(module)[0]],
         "model_type": table.model_types[0],
-        "dtype": "float32",
         **table.fixed,
         **{key: f.write(getattr(module, f.name)) for key, f in table.fields.items()},
     }
+
+
+def dtype_of(tensors: Mapping[str, Pending]) -> str:
+    """Return the type that holds every weight exactly, by the name config.json has for it."""
+    types = {
+        tensor.dtype for tensor in tensors.values() if jnp.issubdtype(tensor.dtype, jnp.floating)
+    }
+    return functools.reduce(jnp.promote_types, types).name
 
 
 def tensors_of(module: Any, variables: Mapping[str, Any]) -> dict[str, Pending]:

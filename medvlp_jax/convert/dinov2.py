@@ -104,6 +104,7 @@ TABLE_WITH_REGISTERS = TABLE._replace(
     model_types=("dinov2_with_registers",),
     prefix="dinov2_with_registers.",
     fields=WITH_REGISTERS,
+    former={"interpolate_antialias": True, "interpolate_offset": 0.0},
     added=lambda module: (
         {} if module.mask_token else {MASK: np.zeros((1, module.width), np.float32)}
     ),

@@ -121,7 +121,7 @@ def save_dual(
     config = {
         "architectures": ["VisionTextDualEncoderModel"],
         "model_type": "vision-text-dual-encoder",
-        "dtype": "float32",
+        "dtype": checkpoint.dtype_of(tensors),
         "projection_dim": int(np.shape(image.projection)[1]),
         "logit_scale_init_value": float(log_scale),
         "vision_config": checkpoint.config_of(image.module),

@@ -60,10 +60,23 @@ def flatten(config: Mapping[str, Any]) -> dict[str, Any]:
     flat = dict(config)
     ropes = {"full_attention": "global_rope_theta", "sliding_attention": "local_rope_theta"}
     nested = flat.pop("rope_parameters", None) or {}
+    scaling = flat.pop("rope_scaling", None) or {}
+    if others := sorted(set(nested) - set(ropes)):
+        raise UserError(
+            f"config.json has rope_parameters for {', '.join(others)}; here they are for "
+            f"{' and '.join(ropes)}."
+        )
     for kind, key in ropes.items():
         default = flat.get(key, FIELDS[key].default)
-        flat[key] = rope_base(nested.get(kind) or flat.get("rope_scaling"), default)
+        flat[key] = rope_base({**(nested.get(kind) or {}), **scaling}, default)
+    if half := flat.pop("sliding_window", None):  # another name of the same
+        flat["local_attention"] = 2 * half
     if layers := flat.pop("layer_types", None):
+        if others := sorted(set(layers) - set(ropes)):
+            raise UserError(
+                f"config.json asks for layers of {', '.join(others)}; only {' and '.join(ropes)} "
+                "are here."
+            )
         whole = [i for i, kind in enumerate(layers) if kind == "full_attention"]
         every = whole[1] if len(whole) > 1 else len(layers)
         if whole != list(range(0, len(layers), every)):
@@ -111,11 +124,13 @@ TABLE = Table(
     prefix="model.",
     fields=FIELDS,
     fixed=FIXED,
+    former={"layer_norm_eps": 1e-5, "position_embedding_type": "absolute"},
     example=lambda module: Tokens(jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), bool)),
     rules=rules,
     detect=lambda names: {"mlm_head": "decoder.bias" in names},
     left_out=left_out,
     tied=lambda module: TIED if module.mlm_head else {},
+    untied="mlm_head=False",
     architecture=lambda module: (
         ("ModernBertForMaskedLM", "model.") if module.mlm_head else ("ModernBertModel", "")
     ),

@@ -35,3 +35,6 @@ temperature tie_encoder_decoder top_k top_p typical_p
 """
 
 NEUTRAL = frozenset(_NAMES.split())
+
+# Settings that every config of some releases has, whatever the architecture: what they must be.
+OFF = {"is_decoder": False, "add_cross_attention": False}

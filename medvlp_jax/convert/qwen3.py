@@ -50,8 +50,10 @@ def flatten(config: Mapping[str, Any]) -> dict[str, Any]:
       UserError: for a rotary type or a kind of layer this implementation does not have.
     """
     flat = dict(config)
-    ropes = flat.pop("rope_parameters", None) or flat.pop("rope_scaling", None)
-    flat["rope_theta"] = rope_base(ropes, flat.get("rope_theta", FIELDS["rope_theta"].default))
+    # Where both are given, `transformers` takes the older one.
+    older, newer = flat.pop("rope_scaling", None), flat.pop("rope_parameters", None)
+    default = flat.get("rope_theta", FIELDS["rope_theta"].default)
+    flat["rope_theta"] = rope_base(older or newer, default)
     if flat.get("num_key_value_heads", 0) is None:
         del flat["num_key_value_heads"]
     flat.setdefault("num_key_value_heads", flat.get("num_attention_heads", 32))
@@ -100,6 +102,7 @@ TABLE = Table(
     detect=lambda names: {"lm_head": HEAD in names},
     left_out=lambda module: {} if _has_own_head(module) else {HEAD: "the language-model head"},
     tied=lambda module: {HEAD: "embed_tokens.weight"} if module.is_tied else {},
+    untied="is_tied=False",
     architecture=lambda module: (
         ("Qwen3ForCausalLM", "model.") if module.is_tied or module.lm_head else ("Qwen3Model", "")
     ),

@@ -2,11 +2,11 @@
 
 import jax.numpy as jnp
 
-from medvlp_jax.convert.table import Field, Rule, Table, conv, linear, norm
+from medvlp_jax.convert.table import Field, Rule, Table, conv, linear, norm, square
 from medvlp_jax.encoders.swin import Swin
 
 FIELDS = {
-    "patch_size": Field("patch_size", 4),
+    "patch_size": Field("patch_size", 4, square),
     "embed_dim": Field("embed_dim", 96),
     "depths": Field("depths", (2, 2, 6, 2), tuple, list),
     "num_heads": Field("num_heads", (3, 6, 12, 24), tuple, list),
@@ -98,6 +98,7 @@ TABLE = Table(
     prefix="swin.",
     fields=FIELDS,
     fixed=FIXED,
+    former={"path_norm": True},
     example=_example,
     rules=rules,
     left_out=left_out,

@@ -47,6 +47,7 @@ class Table(NamedTuple):
       prefix: of base-model tensors in files saved with a head on top.
       fields: config key -> Field.
       fixed: config key -> the only value this implementation has.
+      former: the same for keys of older files that no release of `transformers` writes any more.
       example: module -> the smallest input, for shapes.
       rules: module -> every Rule.
       architecture: module -> (class in `transformers` to name, prefix it puts before tensors).
@@ -54,6 +55,7 @@ class Table(NamedTuple):
       detect: names in a file -> fields that say which optional parameters exist.
       left_out: module -> {name: what it is} of tensors known and not read.
       tied: module -> {name: name} of tensors stored twice, which must be equal.
+      untied: the override that reads a file where they are not, such as "mlm_head=False".
       added: module -> tensors PyTorch has and we do not, to write.
       aliases: endings of old names -> today's.
       modules: regular expressions in names of modules in the file -> what `transformers` calls them
@@ -70,10 +72,12 @@ class Table(NamedTuple):
     example: Callable[[Any], Any]
     rules: Callable[[Any], list[Rule]]
     architecture: Callable[[Any], tuple[str, str]]
+    former: Mapping[str, Any] = {}
     heads: tuple[str, ...] = ()
     detect: Callable[[Iterable[str]], dict[str, Any]] = lambda names: {}
     left_out: Callable[[Any], Mapping[str, str]] = lambda module: {}
     tied: Callable[[Any], Mapping[str, str]] = lambda module: {}
+    untied: str = ""
     added: Callable[[Any], Mapping[str, np.ndarray]] = lambda module: {}
     aliases: Mapping[str, str] = {}
     modules: Mapping[str, Any] = {}
@@ -152,14 +156,23 @@ def one_of(key: str, *known: Any) -> Callable[[Any], Any]:
     return read
 
 
+ROPE_SETTINGS = ("rope_type", "type", "rope_theta")
+
+
 def rope_base(settings: Mapping[str, Any] | None, default: float) -> float:
     """Read the base of rotary positions from `rope_parameters` or the older `rope_scaling`.
 
     Raises:
-      UserError: for a type other than the plain one.
+      UserError: for a type other than the plain one, or a setting besides type and base.
     """
     settings = settings or {}
     kind = settings.get("rope_type", settings.get("type", "default"))
     if kind != "default":
         raise UserError(f"config.json asks for rope_type {kind!r}; only 'default' is here.")
+    others = [f"{key} {settings[key]!r}" for key in settings if key not in ROPE_SETTINGS]
+    if others:
+        raise UserError(
+            f"config.json asks for rotary positions with {', '.join(others)}; here are only "
+            f"{', '.join(ROPE_SETTINGS)}."
+        )
     return settings.get("rope_theta", default)

@@ -83,8 +83,8 @@ def to_variables(
     for copy, original in tied.items():
         if copy in tensors and not np.array_equal(tensors[copy][()], tensors[original][()]):
             raise UserError(
-                f"{source}: '{copy}' differs from '{original}', and {type(module).__name__} ties "
-                "them; leave that head out with mlm_head=False."
+                f"{source}: '{copy}' differs from '{original}', and this {type(module).__name__} "
+                f"ties them; {table.untied} reads the file without doing so."
             )
     arrays = {}
     for path, group in _groups(rules, is_scanned(module)).items():

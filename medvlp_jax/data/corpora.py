@@ -38,24 +38,30 @@ class Source:
       split: "train", "validation" or "test".
       metadata: what `records.metadata` stored: tasks, mask_bits, table, generated.
       folder: where the records lie.
+      serialised: the records as they are stored.
     """
 
     name: str
     split: str
     metadata: Mapping[str, Any]
     folder: Path
-    _serialised: Any = dataclasses.field(repr=False)
+    serialised: Any = dataclasses.field(repr=False)
 
     @property
     def tasks(self) -> Mapping[str, list[str]]:
         """Class names of every label task, in the order of the label vector."""
         return self.metadata["tasks"]
 
+    @property
+    def images(self) -> records.Images:
+        """The further images of a case, and what each is; see `records`."""
+        return self.metadata.get("images", {})
+
     def __len__(self) -> int:
-        return len(self._serialised)
+        return len(self.serialised)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return records.parse(self._serialised[int(index)], self.metadata)
+        return records.parse(self.serialised[int(index)], self.metadata)
 
     def texts(self) -> list[tuple[str, str]]:
         """Return (findings, impression) of every record in order; read once, no image decoded."""
@@ -70,6 +76,14 @@ class Source:
         if task not in self.tasks:
             raise UserError(f"{self.name} has no task '{task}'. {nearest(task, list(self.tasks))}")
         return np.stack([self[i]["labels"][task] for i in range(len(self))])
+
+    def tables(self) -> list[dict[str, float]]:
+        """Return the table values of every record in order; read once, no image decoded."""
+        return self._tables
+
+    @functools.cached_property
+    def _tables(self) -> list[dict[str, float]]:
+        return [self[i]["table"] for i in range(len(self))]
 
     @functools.cached_property
     def _texts(self) -> list[tuple[str, str]]:
@@ -87,6 +101,11 @@ def default_data_dir() -> Path:
     return Path(os.environ.get("MEDVLP_DATA_DIR") or "~/.cache/medvlp_jax/data").expanduser()
 
 
+def derived_dir(data_dir: str | Path = "") -> Path:
+    """Return where files made from prepared corpora lie, such as cached features."""
+    return Path(data_dir or default_data_dir()).expanduser() / "derived"
+
+
 def default_manual_dir(name: str) -> Path | None:
     """Return `$MEDVLP_TEST_DATA/<name>` where that folder exists."""
     root = os.environ.get("MEDVLP_TEST_DATA")
@@ -94,13 +113,17 @@ def default_manual_dir(name: str) -> Path | None:
     return folder if folder and folder.is_dir() else None
 
 
-def builder(name: str, *, data_dir: str | Path = "", builder_config: str = ""):
+def builder(
+    name: str, *, data_dir: str | Path = "", builder_config: str = "", source: Path | None = None
+):
     """Return the TFDS builder of a corpus.
 
     Args:
       name: one of `names()`.
       data_dir: where prepared corpora lie; "" for `default_data_dir()`.
       builder_config: a variant of the corpus; "" for its first.
+      source: the source's own files, for a builder that reads there what its records hold
+        (`SELF_DESCRIBED`, whose variants are names the user gives); None opens what is prepared.
 
     Raises:
       UserError: for an unknown name or variant.
@@ -108,6 +131,13 @@ def builder(name: str, *, data_dir: str | Path = "", builder_config: str = ""):
     if name not in names():
         raise UserError(f"No corpus '{name}'. {nearest(name, names())}")
     module = importlib.import_module(f"{datasets.__name__}.{name}.{name}_dataset_builder")
+    root = Path(data_dir or default_data_dir()).expanduser()
+    if getattr(module.Builder, "SELF_DESCRIBED", False):
+        variant = tfds.core.BuilderConfig(name=builder_config or "default")
+        with _quiet():
+            return module.Builder(
+                data_dir=root, config=variant, file_format="array_record", source=source
+            )
     known = [config.name for config in module.Builder.BUILDER_CONFIGS]
     if builder_config and builder_config not in known:
         raise UserError(
@@ -117,7 +147,7 @@ def builder(name: str, *, data_dir: str | Path = "", builder_config: str = ""):
         )
     with _quiet():
         return module.Builder(
-            data_dir=Path(data_dir or default_data_dir()).expanduser(),
+            data_dir=root,
             config=builder_config or None,
             file_format="array_record",
         )
@@ -143,6 +173,7 @@ def prepare(
     if _is_written(folder):
         return folder
     source = _source_folder(corpus, manual_dir)
+    corpus = builder(name, data_dir=data_dir, builder_config=builder_config, source=source)
     with _locked(folder):
         if folder.is_dir() and not _is_written(folder):
             raise _damaged(name, folder, "its description is missing")
@@ -163,13 +194,22 @@ def check(name: str, *, manual_dir: str | Path = "", builder_config: str = "") -
     """
     with tempfile.TemporaryDirectory() as scratch:
         corpus = builder(name, data_dir=scratch, builder_config=builder_config)
+        source = _source_folder(corpus, manual_dir)
+        corpus = builder(name, data_dir=scratch, builder_config=builder_config, source=source)
         manager = tfds.download.DownloadManager(
             download_dir=scratch,
-            manual_dir=_source_folder(corpus, manual_dir),
+            manual_dir=source,
             manual_dir_instructions=corpus.MANUAL_DOWNLOAD_INSTRUCTIONS or "none needed",
         )
         generators = corpus._split_generators(manager)
         return {split: _count(examples) for split, examples in generators.items()}
+
+
+def open_all(name: str, **where: str | Path) -> list[Source]:
+    """Open every split of a corpus; `where` as in `open_source`."""
+    prepare(name, **where)
+    splits = builder(name, **{k: v for k, v in where.items() if k != "manual_dir"}).info.splits
+    return [open_source(name, split, **where) for split in splits]
 
 
 def open_source(

@@ -4,6 +4,7 @@ Rows are counted as a spreadsheet shows them: the header is row 1.
 """
 
 import csv
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -105,6 +106,41 @@ def read_image(path: Path, row: Row, *, format: str = "JPEG") -> bytes:
     if found != format:
         raise row.error(f"image {path} is {found}; a {format} file is needed.")
     return path.read_bytes()
+
+
+def inside(folder: Path, row: Row, column: str) -> Path:
+    """Return the path in a cell, which must not lead out of the source folder.
+
+    Raises:
+      UserError: if it does.
+    """
+    path = (folder / row[column]).resolve()
+    if not path.is_relative_to(folder.resolve()):
+        raise row.error(f"{column} '{row[column]}' is outside {folder}.")
+    return path
+
+
+def check_groups(rows: Sequence[Row], *, group: str, split: str, accepted: Sequence[str]) -> None:
+    """Refuse a group (patient, lesion) that stands in two splits, or an unknown split.
+
+    Raises:
+      UserError: with both rows.
+    """
+    seen: dict[str, Row] = {}
+    for row in rows:
+        row.choice(split, accepted)
+        first = seen.setdefault(row[group], row)
+        if first[split] != row[split]:
+            raise row.error(
+                f"{group} {row[group]} is in {row[split]} here and in {first[split]} in row "
+                f"{first.number}; all rows of a {group} must be in one split."
+            )
+
+
+def split_of(group: str) -> str:
+    """Return "train", "validation" or "test": 80/10/10 by a hash of the group's id."""
+    bucket = int(hashlib.sha256(group.encode()).hexdigest(), 16) % 10
+    return ("train", "validation", "test")[max(0, bucket - 7)]
 
 
 def _list(names: Sequence[str]) -> str:

@@ -8,6 +8,7 @@ Axis letters: B global batch, b = B / P local batch, H, W pixels, C channels or 
 D feature width.
 """
 
+import copy
 import functools
 import sys
 import zlib
@@ -148,18 +149,20 @@ def record_transform(
     features: Mapping[str, np.ndarray] | None = None,
     table: Callable[[Mapping[str, float]], np.ndarray] | None = None,
     evidence: Evidence | None = None,
+    images: Mapping[str, Transform] | None = None,
     train: bool = True,
 ) -> Transform:
     """Return the function from a record to the example a recipe reads.
 
     Args:
       inputs: the batch keys that are wanted: "image", "image_2" (a second view; training only),
+        names of further images,
         "findings", "impression" and "report", both as one text (token ids), "<section>_feature"
         (cached features of frozen text encoders), "tabular", "label/<task>", "evidence" (token ids
         of N phrases) with "evidence_mask" (which of them exist), and of limited pairing "paired",
         "image_row" and "report_row". Keys made anyway:
         "text_id" and, for every section asked for, "<section>_valid" and "<section>_id" (equal for
-        equal texts); in evaluation also the labels of all tasks and "patient_id".
+        equal texts); in evaluation also the labels of all tasks, "image_id" and "patient_id".
       decode: encoded bytes -> uint8 [R, R, C], for example a partial of `transforms.decode`; wrap
         it in `functools.lru_cache` to decode a small corpus once.
       view: (image, rng) -> uint8 [H, W, C]; a random view in training.
@@ -168,15 +171,18 @@ def record_transform(
       features: feature [D] by text, for the feature keys; a missing section gets zeros.
       table: values by column -> [T, D], for "tabular".
       evidence: where the phrases come from, and how many of which length.
+      images: by name, (record, rng) -> view of a further image. All images of a case get the same
+        random draws: what is turned in one is turned in the others.
       train: two views where asked for, and no labels beyond `inputs`.
 
     Raises:
       UserError: where a wanted key cannot be made from what is given.
     """
-    lengths, features = lengths or {}, features or {}
+    lengths, features, images = lengths or {}, features or {}, images or {}
     tokenised = [key for key in SECTIONS if key in inputs]
     looked_up = [key for key in SECTIONS if f"{key}_feature" in inputs]
-    _check_inputs(inputs, tokenised, tokenizer, lengths, looked_up, features)
+    _check_inputs(inputs, images, tokenised, tokenizer, lengths, looked_up, features)
+    further = [name for name in images if name in inputs]
     if "tabular" in inputs and table is None:
         raise UserError("The recipe reads a table, and the corpus has none.")
     if "evidence" in inputs and (evidence is None or tokenizer is None):
@@ -185,6 +191,8 @@ def record_transform(
 
     def transform(record: Mapping[str, Any], rng: np.random.Generator | None) -> Example:
         example: Example = {"text_id": text_hash(record["text_id"])}
+        for name in further:
+            example[name] = images[name](record, copy.deepcopy(rng))
         if "image" in inputs:
             image = decode(record["image"])
             example["image"] = view(image, rng)
@@ -206,7 +214,8 @@ def record_transform(
             example[f"{key}_valid"] = np.asarray(bool(words))
             example[f"{key}_id"] = text_hash(words)
         if not train:
-            example["patient_id"] = np.asarray(record["patient_id"])
+            for key in ("image_id", "patient_id"):
+                example[key] = np.asarray(record[key])
         for task, label in record.get("labels", {}).items():
             if not train or f"label/{task}" in inputs:
                 example[f"label/{task}"] = np.asarray(label, np.int8)
@@ -244,9 +253,9 @@ def text_hash(text_id: str) -> np.ndarray:
     return np.asarray(zlib.crc32(text_id.encode()) & 0x7FFFFFFF, np.int32)
 
 
-def _check_inputs(inputs, tokenised, tokenizer, lengths, looked_up, features) -> None:
-    phrases = ("evidence", "evidence_mask")
-    known = ("image", "image_2", "tabular", "text_id", *phrases, *PAIRING, *SECTIONS)
+def _check_inputs(inputs, images, tokenised, tokenizer, lengths, looked_up, features) -> None:
+    known = ("image", "image_2", *images, "tabular", "text_id", *SECTIONS)
+    known = (*known, "evidence", "evidence_mask", *PAIRING)
     made = (*known, *(f"{s}_{kind}" for s in SECTIONS for kind in ("feature", "valid", "id")))
     for key in inputs:
         if key not in made and not key.startswith("label/"):

@@ -4,6 +4,10 @@ Image and mask stay encoded bytes (JPEG, PNG) from the source file to the traini
 decodes them grey and at reduced scale. Boxes are (ymin, xmin, ymax, xmax) as fractions of the
 image. A missing text section is "". A label is 1 present, 0 absent, -1 unknown. A missing table
 value is NaN. A set without masks stores a 1x1 zero PNG and names no mask bits.
+
+A case with several images names the further ones in its metadata, each with what it is:
+{} another encoded image, {"slices": S} a volume (see `encode_volume`), or {"channel": c} a channel
+of `image`, for which nothing more is stored.
 """
 
 import functools
@@ -23,9 +27,20 @@ TEXT_KEYS = ("image_id", "patient_id", "study_id", "text_id", "findings", "impre
 
 PRESENT, ABSENT, UNKNOWN = 1, 0, -1
 
+Images = Mapping[str, Mapping[str, int]]
+
+
+def stored(images: Images | None) -> list[str]:
+    """Return the names of the further images that a record holds as bytes of their own."""
+    return [name for name, spec in (images or {}).items() if "channel" not in spec]
+
 
 def features(
-    *, tasks: Mapping[str, Sequence[str]], table: Iterable[str] | None = None, channels: int = 1
+    *,
+    tasks: Mapping[str, Sequence[str]],
+    table: Iterable[str] | None = None,
+    channels: int = 1,
+    images: Images | None = None,
 ) -> tfds.features.FeaturesDict:
     """Return the features of a corpus.
 
@@ -33,6 +48,7 @@ def features(
       tasks: class names of every label task; no task leaves the key `labels` out.
       table: column names of the patient table; None or empty leaves the key `table` out.
       channels: of the image, 1 grey or 3.
+      images: further images of a case.
     """
     text = tfds.features.Text
     entries = {
@@ -48,6 +64,9 @@ def features(
         }
     if table:
         entries["table"] = {column: tfds.features.Scalar(np.float32) for column in table}
+    if names := stored(images):
+        # Plain bytes: a volume is a 16-bit PNG, another photograph a JPEG.
+        entries["images"] = {name: text() for name in names}
     return tfds.features.FeaturesDict(entries)
 
 
@@ -56,6 +75,7 @@ def metadata(
     tasks: Mapping[str, Sequence[str]],
     mask_bits: Mapping[str, int] | None = None,
     table: Mapping[str, Mapping[str, Any]] | None = None,
+    images: Images | None = None,
     generated: bool = False,
 ) -> tfds.core.MetadataDict:
     """Return what a reader has to know beyond the features; TFDS stores it beside the records.
@@ -64,12 +84,14 @@ def metadata(
       tasks: class names of every label task, in the order of the label vector.
       mask_bits: the bit (0..7) of each named region in the mask's uint8 bit field.
       table: per column {"unit": ...} or {"categories": [...]}.
+      images: further images of a case.
       generated: True where the corpus is synthesised, so that no source folder is needed.
     """
     return tfds.core.MetadataDict(
         tasks={task: list(classes) for task, classes in tasks.items()},
         mask_bits=dict(mask_bits or {}),
         table={column: dict(spec) for column, spec in (table or {}).items()},
+        images={name: dict(spec) for name, spec in (images or {}).items()},
         generated=generated,
         schema_version=SCHEMA_VERSION,
     )
@@ -102,6 +124,14 @@ def encode_mask(mask: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
+def encode_volume(volume: np.ndarray) -> bytes:
+    """Return a uint16 volume [H, W, S] as one 16-bit PNG, its slices one below the other."""
+    column = np.moveaxis(np.asarray(volume, np.uint16), -1, 0).reshape(-1, volume.shape[1])
+    buffer = io.BytesIO()
+    Image.fromarray(column).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
 @functools.cache
 def empty_mask() -> bytes:
     """Return the 1x1 zero PNG that stands for "no mask"."""
@@ -120,6 +150,7 @@ def record(
     boxes: Sequence[tuple[tuple[float, float, float, float], str]] = (),
     mask: bytes = b"",
     table: Mapping[str, float] | None = None,
+    images: Mapping[str, bytes] | None = None,
 ) -> dict[str, Any]:
     """Return one record as a TFDS builder yields it.
 
@@ -134,6 +165,7 @@ def record(
       boxes: ((ymin, xmin, ymax, xmax), phrase), fractions of the image in [0, 1].
       mask: encoded PNG bit field, see `encode_mask`; empty for none.
       table: float per column, NaN = missing; leave out where the corpus has no table.
+      images: encoded further images by name; leave out where the corpus has none.
     """
     entry = {
         # TFDS stores the bytes of a file object as they are and would re-encode an array.
@@ -154,6 +186,8 @@ def record(
         entry["labels"] = dict(labels)
     if table:
         entry["table"] = {column: np.float32(value) for column, value in table.items()}
+    if images:
+        entry["images"] = dict(images)
     return entry
 
 
@@ -169,7 +203,8 @@ def parse(serialised: bytes, info: Mapping[str, Any]) -> dict[str, Any]:
 
     Returns:
       image, mask: bytes; texts: str; boxes: {"bbox": float32 [n, 4], "phrase": n str};
-      labels: {task: int8 [C]} and table: {column: float} where the corpus has them.
+      labels: {task: int8 [C]}, table: {column: float} and images: {name: bytes} where the corpus
+      has them.
     """
     features = tf_example_pb2.Example.FromString(serialised).features.feature
     entry: dict[str, Any] = {key: features[key].bytes_list.value[0] for key in ("image", "mask")}
@@ -186,4 +221,7 @@ def parse(serialised: bytes, info: Mapping[str, Any]) -> dict[str, Any]:
         entry["table"] = {
             column: features[f"table/{column}"].float_list.value[0] for column in table
         }
+    # Corpora that were prepared before there were further images do not say that they have none.
+    if names := stored(info.get("images")):
+        entry["images"] = {name: features[f"images/{name}"].bytes_list.value[0] for name in names}
     return entry

@@ -9,6 +9,8 @@ A schema says what a column holds. It is a JSON object {column: entry}, kept wit
    "management": {"kind": "categorical", "categories": [...], "leakage": "decided knowing ..."}}
 
 `leakage` names why a column gives the answer away; such a column is left out unless asked for.
+`censored` of a number says that "-inf" and "inf" stand for values beyond what can be measured; they
+become the ends of its range.
 Records store a number as it is and a category by its index; a missing value is NaN, and models see
 that it is missing.
 
@@ -27,7 +29,7 @@ from medvlp_jax.config import UserError, nearest
 from medvlp_jax.data.files import Row
 
 KINDS = ("numeric", "categorical", "ordinal")
-FIELDS = ("kind", "unit", "range", "categories", "missing", "sentence", "leakage")
+FIELDS = ("kind", "unit", "range", "categories", "missing", "sentence", "leakage", "censored")
 
 Schema = Mapping[str, Mapping[str, Any]]
 
@@ -107,6 +109,8 @@ def _parse_cell(row: Row, column: str, entry: Mapping[str, Any]) -> float:
             )
         return float(entry["categories"].index(text))
     low, high = entry["range"]
+    if "censored" in entry and text in ("-inf", "inf"):
+        return float(low if text == "-inf" else high)
     try:
         number = float(text)
     except ValueError:

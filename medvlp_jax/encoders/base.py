@@ -1,11 +1,15 @@
 """What goes into an encoder and what comes out of it.
 
-Axis letters: B batch, N patches, T text tokens, D width, H, W feature-map pixels, C channels.
+Several texts can lie behind one another in a row, told apart by segment ids [B, T] in [0, G); equal
+ids are adjacent. What an encoder needs to know of them stands here.
+
+Axis letters: B batch, N patches, T text tokens, G texts in a row, D width, H, W feature-map pixels,
+C channels.
 """
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +28,7 @@ class Encoded(NamedTuple):
     """Output of every encoder; what an architecture does not have is None or empty.
 
     Attributes:
-      pooled: one feature per example [B, D].
+      pooled: one feature per example [B, D], or per packed text [B, G, D].
       tokens: patch or token features [B, N, D] or [B, T, D].
       mask: True where a token is real [B, T]; None when all are.
       levels: feature maps from fine to coarse, each [B, H, W, C].
@@ -34,6 +38,48 @@ class Encoded(NamedTuple):
     tokens: jax.Array | None = None
     mask: jax.Array | None = None
     levels: tuple[jax.Array, ...] = ()
+
+
+def positions_of(segments):
+    """Return the place [B, T] of each token in its own text."""
+    steps = jnp.arange(segments.shape[1])
+    begins = jnp.diff(segments, axis=1, prepend=segments[:, :1]) != 0
+    return steps - jax.lax.cummax(jnp.where(begins, steps, 0), axis=1)
+
+
+def pairs_of(mask, segments):
+    """Return which (query, key) [B, T, T] lie in one text, the key being real."""
+    return (segments[:, :, None] == segments[:, None, :]) & mask[:, None, :]
+
+
+def pool(x, mask, pooling: Literal["cls", "mean"], *, segments=None, num_segments: int = 0):
+    """Pool each text of a row: its first real token, or the mean of its real tokens in float32.
+
+    Args:
+      x: [B, T, D].
+      mask: [B, T], True = real.
+      pooling: which of the two.
+      segments: [B, T]; None where a row is one text.
+      num_segments: G, given with `segments`.
+
+    Returns:
+      [B, D], or [B, G, D] with segments; of a text without a real token, values without meaning.
+
+    Raises:
+      ValueError: if `segments` come without their number, or it without them.
+    """
+    if (segments is None) != (num_segments == 0):
+        raise ValueError(f"segments and num_segments come together, got {num_segments} of them.")
+    groups = jnp.zeros_like(mask, jnp.int32) if segments is None else segments
+    members = groups[..., None] == jnp.arange(max(num_segments, 1))  # [B, T, G]
+    members &= mask[..., None]
+    if pooling == "cls":
+        pooled = jnp.take_along_axis(x, members.argmax(1)[..., None], axis=1)  # [B, G, D]
+    else:
+        weight = members.astype(jnp.float32)
+        total = jnp.einsum("btg,btd->bgd", weight, x.astype(jnp.float32))
+        pooled = total / jnp.maximum(weight.sum(1)[..., None], 1.0)
+    return pooled[:, 0] if segments is None else pooled
 
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)

@@ -2,10 +2,12 @@
 
 * The arithmetic of Hugging Face's BertModel.
 * Learned positions, all tokens of type 0, LayerNorm after each residual, exact GELU.
+* Several texts can be packed into one row by segment ids: attention, positions and pooling then
+  keep to a segment.
 * Optional heads by field: the pooler, and the masked-language-model head whose decoder is the
   transposed word embedding.
 
-Axis letters: B batch, T tokens, D width, V vocabulary.
+Axis letters: B batch, T tokens, D width, V vocabulary, G texts in a row.
 """
 
 from typing import Any, Literal
@@ -13,7 +15,14 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax.numpy as jnp
 
-from medvlp_jax.encoders.base import Encoded, Tokens, from_variant
+from medvlp_jax.encoders.base import (
+    Encoded,
+    Tokens,
+    from_variant,
+    pairs_of,
+    pool,
+    positions_of,
+)
 from medvlp_jax.layers import Attention, LayerNorm, Linear, Lora, Mlp, Stack, gelu
 
 # base, large: Devlin et al. 2019, section 3. Vocabulary of "base" and "large": the cased one that
@@ -43,7 +52,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x, mask=None, *, train=False):
-        """Map [B, T, D] to [B, T, D]; mask [B, T], True = may be attended."""
+        """Map [B, T, D] to [B, T, D]; mask as Attention takes it."""
         drop = nn.Dropout(self.dropout, deterministic=not train)
         attend = Attention(
             self.num_heads,
@@ -119,30 +128,39 @@ class Bert(nn.Module):
             self.mlm_norm = LayerNorm(self.epsilon, self.dtype)
             self.mlm_bias = self.param("mlm_bias", nn.initializers.zeros, (self.vocab_size,))
 
-    def __call__(self, tokens: Tokens, *, train=False) -> Encoded:
+    def __call__(self, tokens: Tokens, *, train=False, segments=None, num_segments=0) -> Encoded:
         """Encode Tokens(ids [B, T], mask [B, T]).
 
+        Args:
+          tokens: one text a row, or several behind one another.
+          train: apply dropout.
+          segments: [B, T] in [0, G), which text of the row a token belongs to; equal ids adjacent.
+          num_segments: G, given with `segments`.
+
         Returns:
-          Encoded with pooled [B, D], tokens [B, T, D] and the mask [B, T]; tokens where the mask is
-          False hold values without meaning.
+          Encoded with pooled [B, D], tokens [B, T, D] and the mask [B, T]; with segments pooled is
+          [B, G, D]. Tokens where the mask is False, and pooled segments without a token, hold
+          values without meaning.
 
         Raises:
-          ValueError: if the text is longer than the position table, or `pooling` is not to be had.
+          ValueError: if the row is longer than the position table, `pooling` is not to be had, or
+            `segments` come without their number.
         """
-        x = self._encode(tokens, train)
-        weight = tokens.mask[..., None].astype(jnp.float32)  # [B, T, 1]
-        mean = (x * weight).sum(1) / jnp.maximum(weight.sum(1), 1.0)
-        pooled = {"cls": x[:, 0], "mean": mean.astype(self.dtype)}
-        if self.pooler:
-            pooled["pooler"] = nn.tanh(self.pooler_dense(x[:, 0]))
-        if self.pooling not in pooled:
+        known = ["cls", "mean", *(["pooler"] if self.pooler else [])]
+        if self.pooling not in known:
             raise ValueError(
-                f"No pooling {self.pooling!r} in this Bert, only {', '.join(pooled)}; "
+                f"No pooling {self.pooling!r} in this Bert, only {', '.join(known)}; "
                 "'pooler' needs pooler=True."
             )
-        return Encoded(pooled=pooled[self.pooling], tokens=x, mask=tokens.mask)
+        x = self._encode(tokens, train, segments)
+        packing = {"segments": segments, "num_segments": num_segments}
+        pooled = pool(x, tokens.mask, "mean" if self.pooling == "mean" else "cls", **packing)
+        pooled = pooled.astype(self.dtype)
+        if self.pooling == "pooler":
+            pooled = nn.tanh(self.pooler_dense(pooled))
+        return Encoded(pooled, x, tokens.mask)
 
-    def mlm_logits(self, tokens: Tokens, *, train=False):
+    def mlm_logits(self, tokens: Tokens, *, train=False, segments=None):
         """Return the logits [B, T, V] of the masked-language-model head, float32.
 
         Raises:
@@ -150,9 +168,9 @@ class Bert(nn.Module):
         """
         if not self.mlm_head:
             raise ValueError("This Bert has no masked-language-model head: set mlm_head=True.")
-        return self._decode(self._encode(tokens, train))
+        return self._decode(self._encode(tokens, train, segments))
 
-    def _encode(self, tokens, train):
+    def _encode(self, tokens, train, segments):
         length = tokens.ids.shape[1]
         if length > self.max_length:
             raise ValueError(
@@ -161,9 +179,14 @@ class Bert(nn.Module):
             )
         # `take` turns an id outside the vocabulary into NaN; indexing would clamp it in silence.
         x = jnp.take(self.word_embedding, tokens.ids, axis=0) + self.type_embedding[0]  # [B, T, D]
-        x = self.embedding_norm(x + self.position_embedding[:length])
+        if segments is None:
+            positions, mask = self.position_embedding[:length], tokens.mask
+        else:
+            positions = self.position_embedding[positions_of(segments)]  # [B, T, D]
+            mask = pairs_of(tokens.mask, segments)
+        x = self.embedding_norm(x + positions)
         x = self.embedding_dropout(x, deterministic=not train)
-        x = self.stack(x, tokens.mask, train=train)
+        x = self.stack(x, mask, train=train)
         if self.is_initializing():  # one `init` makes every parameter, whatever is called
             if self.pooler:
                 self.pooler_dense(x[:, 0])

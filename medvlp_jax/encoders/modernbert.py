@@ -19,7 +19,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from medvlp_jax.encoders.base import Encoded, Tokens, from_variant
+from medvlp_jax.encoders.base import (
+    Encoded,
+    Tokens,
+    from_variant,
+    pairs_of,
+    pool,
+    positions_of,
+)
 from medvlp_jax.layers import (
     Attention,
     GatedMlp,
@@ -179,22 +186,10 @@ class ModernBert(nn.Module):
         """
         if self.pooling not in ("cls", "mean"):
             raise ValueError(f"No pooling {self.pooling!r} in this ModernBert, only cls, mean.")
-        if (segments is None) != (num_segments == 0):
-            raise ValueError(
-                f"ModernBert takes segments and num_segments together, got {num_segments} of them."
-            )
         x = self._encode(tokens, train, segments)
-        groups = jnp.zeros_like(tokens.ids) if segments is None else segments
-        members = groups[..., None] == jnp.arange(max(num_segments, 1))  # [B, T, G]
-        members &= tokens.mask[..., None]
-        if self.pooling == "cls":
-            pooled = jnp.take_along_axis(x, members.argmax(1)[..., None], axis=1)  # [B, G, D]
-        else:
-            weight = members.astype(jnp.float32)
-            total = jnp.einsum("btg,btd->bgd", weight, x.astype(jnp.float32))
-            pooled = total / jnp.maximum(weight.sum(1)[..., None], 1.0)
-        pooled = pooled.astype(self.dtype)
-        return Encoded(pooled[:, 0] if segments is None else pooled, x, tokens.mask)
+        packing = {"segments": segments, "num_segments": num_segments}
+        pooled = pool(x, tokens.mask, self.pooling, **packing)
+        return Encoded(pooled.astype(self.dtype), x, tokens.mask)
 
     def mlm_logits(self, tokens: Tokens, *, train=False, segments=None):
         """Return the logits [B, T, V] of the masked-language-model head, float32.
@@ -232,9 +227,7 @@ class ModernBert(nn.Module):
         if segments is None:
             positions, pairs = steps, mask[:, None, :]  # [T], [B, 1, T]
         else:
-            begins = jnp.diff(segments, axis=1, prepend=segments[:, :1]) != 0
-            positions = steps - jax.lax.cummax(jnp.where(begins, steps, 0), axis=1)  # [B, T]
-            pairs = (segments[:, :, None] == segments[:, None, :]) & mask[:, None, :]  # [B, T, T]
+            positions, pairs = positions_of(segments), pairs_of(mask, segments)
         rope = functools.partial(rope_1d, positions, self.width // self.num_heads)
         return {
             "whole": View(pairs, rope(self.global_base)),

@@ -27,7 +27,15 @@ class Scored(NamedTuple):
 
 
 def run(
-    logits, labels, classes: Sequence[str], *, task: str, multi_label: bool, groups=None, **options
+    logits,
+    labels,
+    classes: Sequence[str],
+    *,
+    task: str,
+    multi_label: bool,
+    views: int = 1,
+    groups=None,
+    **options,
 ) -> Results:
     """Score a model's own class logits (supervised recipes).
 
@@ -37,12 +45,14 @@ def run(
       classes: C names.
       task: middle part of the keys.
       multi_label: one yes/no question a class, or one class a row.
+      views: flips and turns the logits are an average of; a setting that the hash covers.
       groups: [N] patient of each row.
       **options: resamples, seed, level of `statistics.bootstrap`; positive of `single_label`.
     """
     score = multi_label_scores if multi_label else single_label_scores
     scored = score(labels, logits, classes, groups=groups, **options)
     settings = {"classes": list(classes), "multi_label": multi_label, **options}
+    settings |= {"views": views} if views > 1 else {}
     return assemble(PROTOCOL, task, scored.numbers, settings=settings, notes=scored.notes)
 
 
@@ -142,9 +152,13 @@ def single_label_scores(
 ) -> Scored:
     """Argmax decisions (accuracy, balanced accuracy, F1, MCC, ...) and one-vs-rest ranking.
 
+    `hard_auprc` is the average precision of the decisions taken as scores of 0 and 1, as CFCML's
+    released code reports it: recall * precision + (1 - recall) * prevalence.
+
     Averages run over the classes that are present in the data. Chance is a uniform guess over all
     C classes (for F1 its large-sample value); the prevalence control always answers the most
-    frequent class. Rows without a known class are left out and counted.
+    frequent class. Rows without a known class are left out and counted; what cannot be computed,
+    such as AUROC where all rows are of one class, is listed as undefined.
 
     Args:
       labels: [N, C] int8, one 1 a row; rows without a 1 are left out.
@@ -178,6 +192,10 @@ def single_label_scores(
         name: number(*entry, n=len(truth), chance=chance)
         for (name, chance), entry in zip(chances.items(), zip(*found, strict=True), strict=True)
     }
+    # With one class in the data nothing can be ranked: said by name, not by a number.
+    if undefined := [name for name, entry in numbers.items() if not np.isfinite(entry["value"])]:
+        notes["undefined"] = undefined
+        numbers = {name: entry for name, entry in numbers.items() if name not in undefined}
     return Scored(numbers | _prevalence_control(share, len(truth)), notes)
 
 
@@ -199,12 +217,19 @@ def _decisions(truth, scores, classes, share, positive):
         sensitivity = recall[:, focus].mean(-1)
         specificity = metrics.specificity(table)[:, focus].mean(-1)
         order = ranking(one_hot[:, rankable], scores[:, present][:, rankable], weights)
+        f1 = metrics.f1(table)
+        rows, answers = table.sum(-1), table.sum(-2)  # [R, C]
+        precision = np.diagonal(table, axis1=-2, axis2=-1) / np.where(answers > 0, answers, 1)
+        prevalence = rows / rows.sum(-1, keepdims=True)
+        hard = recall * precision + (1 - recall) * prevalence
         # a plain mean, so that a resample that lost a class is NaN and is drawn again
         columns = [
             metrics.accuracy(table),
             recall[:, present].mean(-1),
-            metrics.f1(table)[:, present].mean(-1),
+            f1[:, present].mean(-1),
+            (f1 * prevalence)[:, present].sum(-1),
             *(order.mean(-1).T if rankable.any() else np.full((2, len(weights)), np.nan)),
+            hard[:, focus].mean(-1),
             metrics.mcc(table),
             sensitivity,
             specificity,
@@ -226,8 +251,10 @@ def _chances(classes, share, rankable_share, focus) -> Mapping[str, float]:
         "accuracy": guess,
         "balanced_accuracy": guess,
         "macro_f1": f1[share > 0].mean(),
+        "weighted_f1": (f1 * share)[share > 0].sum(),
         "macro_auroc": 0.5,
         "macro_auprc": rankable_share.mean() if len(rankable_share) else np.nan,
+        "hard_auprc": share[focus].mean(),
         "mcc": 0.0,
         "sensitivity": guess,
         "specificity": 1 - guess,

@@ -6,6 +6,7 @@ Axis letters: N examples, b batch rows, E joint width, K sections.
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
+import scipy.special
 from tqdm import tqdm
 
 from medvlp_jax import distributed
@@ -74,6 +75,33 @@ def extract(
     if not rows.any():
         raise UserError("No examples to evaluate: the split is empty.")
     return features
+
+
+def averaged(embed: Callable, batch: Mapping, images: Sequence[str], views: int) -> dict:
+    """Embed flips and quarter turns of the images; `logits` become the log of the mean probability.
+
+    The other features are those of the images as they are.
+
+    Args:
+      embed: batch -> features.
+      batch: images square, [b, H, H, ...].
+      images: which keys are images.
+      views: the first 4 (flips) or all 8 symmetries of a square.
+    """
+    found, chances = {}, []
+    for view in range(views):
+        turned = {key: _symmetry(batch[key], view) for key in images}
+        outputs = embed({**batch, **turned})
+        found = found or dict(outputs)
+        chances.append(scipy.special.softmax(np.asarray(outputs["logits"], np.float64), axis=-1))
+    return found | {"logits": np.log(np.maximum(np.mean(chances, axis=0), 1e-300))}
+
+
+def _symmetry(image, view: int):
+    """Return symmetry `view` of a square, [b, H, H, ...]: 0 to 3 flip, 4 to 7 transpose besides."""
+    image = np.swapaxes(image, 1, 2) if view & 4 else image
+    image = image[:, ::-1] if view & 2 else image
+    return np.ascontiguousarray(image[:, :, ::-1] if view & 1 else image)
 
 
 def _in_order(batches: np.ndarray, part: Part) -> np.ndarray:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import sklearn.metrics
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -249,6 +250,115 @@ def examples(
         picture = figure.add_subplot(grid[row, 2 * column])
         answers = figure.add_subplot(grid[row, 2 * column + 1])
         _draw_example(picture, answers, *example)
+    _save(figure, out_png)
+
+
+def classifier(truth, chances, classes: Sequence[str], out_png: str | Path) -> None:
+    """Draw a classifier's confusion matrix, its ROC curves and its calibration.
+
+    A class that the data lack, or that is all there is, has no ROC curve.
+
+    Args:
+      truth: [N] class of each row; rows of unknown class are left out before.
+      chances: [N, C] probabilities.
+      classes: C names.
+      out_png: where the picture goes.
+
+    Raises:
+      UserError: without a row.
+    """
+    truth, chances = np.asarray(truth), np.asarray(chances)
+    if not len(truth):
+        raise UserError("No case of a known class to draw: classifier.png needs at least one.")
+    side = 3.2 + 0.28 * len(classes)
+    figure = Figure(figsize=(3 * side, side), layout="constrained", facecolor="white")
+    left, middle, right = figure.subplots(1, 3)
+    _draw_confusion(left, truth, chances.argmax(1), classes)
+    _draw_roc(middle, truth, chances, classes)
+    _draw_calibration(right, chances.argmax(1) == truth, chances.max(1))
+    _save(figure, out_png)
+
+
+def _draw_confusion(ax: Axes, truth, predicted, classes) -> None:
+    """Counts, coloured by their share of the true class."""
+    table = np.zeros((len(classes), len(classes)), int)
+    np.add.at(table, (truth, predicted), 1)
+    share = table / np.maximum(table.sum(1, keepdims=True), 1)
+    ax.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    for (row, column), count in np.ndenumerate(table):
+        colour = "white" if share[row, column] > 0.5 else INK
+        ax.text(column, row, str(count), ha="center", va="center", fontsize=8, color=colour)
+    names = [textwrap.shorten(name, 22, placeholder="…") for name in classes]
+    ax.set_xticks(range(len(classes)), names, rotation=40, ha="right", fontsize=8)
+    ax.set_yticks(range(len(classes)), names, fontsize=8)
+    _style(ax, "confusion: true class (row), answer (column)")
+    ax.grid(False)
+
+
+def _draw_roc(ax: Axes, truth, chances, classes) -> None:
+    """One class against the rest, with its area."""
+    for c, name in enumerate(classes):
+        positive = truth == c
+        if not positive.any() or positive.all():
+            continue
+        false, true, _ = sklearn.metrics.roc_curve(positive, chances[:, c])
+        style = "-" if c < len(COLOURS) else "--"
+        label = f"{textwrap.shorten(name, 26, placeholder='…')}  {np.trapezoid(true, false):.2f}"
+        ax.plot(false, true, style, color=COLOURS[c % len(COLOURS)], lw=1.5, label=label)
+    ax.plot([0, 1], [0, 1], color=RULE, lw=1, zorder=0)
+    _style(ax, "ROC, each class against the rest; area")
+    ax.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect="equal")
+    ax.set_xlabel("1 - specificity", fontsize=8, color=MUTED)
+    ax.set_ylabel("sensitivity", fontsize=8, color=MUTED)
+    if ax.get_legend_handles_labels()[0]:
+        ax.legend(fontsize=7, frameon=False, labelcolor=INK, loc="lower right")
+
+
+def calibration_bins(right, confidence, count: int = 8) -> np.ndarray:
+    """Return (mean confidence, share right, rows) of bins of like size, [bins, 3]."""
+    order = np.argsort(confidence, kind="stable")
+    parts = [part for part in np.array_split(order, count) if len(part)]
+    return np.array([(confidence[p].mean(), right[p].mean(), len(p)) for p in parts])
+
+
+def _draw_calibration(ax: Axes, right, confidence) -> None:
+    bins = calibration_bins(right, confidence)
+    error = np.average(np.abs(bins[:, 0] - bins[:, 1]), weights=bins[:, 2])
+    ax.plot([0, 1], [0, 1], color=RULE, lw=1, zorder=0)
+    ax.plot(bins[:, 0], bins[:, 1], "o-", color=COLOURS[0], lw=1.5, ms=4)
+    _style(ax, f"calibration; expected error {error:.3f}")
+    ax.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect="equal")
+    ax.set_xlabel("probability of the answer", fontsize=8, color=MUTED)
+    ax.set_ylabel("share that is right", fontsize=8, color=MUTED)
+
+
+def attention(images, maps: Sequence[Sequence], titles: Sequence[str], out_png: str | Path) -> None:
+    """Draw images with one attention map a stage laid over each, fine to coarse.
+
+    Args:
+      images: n of [H, W, 1 or 3] uint8.
+      maps: n lists of S non-negative maps [h, w].
+      titles: n lines, such as the true class and the answer.
+      out_png: where the picture goes.
+    """
+    columns = 1 + max(map(len, maps))
+    size = (2.1 * columns, 2.35 * len(images))
+    figure = Figure(figsize=size, layout="constrained", facecolor="white")
+    axes = figure.subplots(len(images), columns, squeeze=False)
+    for row, image, stages, title in zip(axes, images, maps, titles, strict=True):
+        grey = np.asarray(image, float).mean(-1)
+        extent = (0, grey.shape[1], grey.shape[0], 0)
+        row[0].imshow(image if image.shape[-1] == 3 else grey, cmap="gray")
+        row[0].set_title(title, fontsize=7, color=INK, loc="left")
+        for s, (ax, found) in enumerate(zip(row[1:], stages, strict=True)):
+            ax.imshow(grey, cmap="gray", extent=extent)
+            ax.imshow(found, cmap="inferno", alpha=0.55, extent=extent, interpolation="bilinear")
+            # Evenly spread attention is 1 everywhere.
+            peak = found.max() / max(found.mean(), 1e-12)
+            note = f"stage {s + 1}: {found.sum():.2f}, peak {peak:.1f}x"
+            ax.set_title(note, fontsize=7, color=MUTED, loc="left")
+    for ax in axes.ravel():
+        ax.set_axis_off()
     _save(figure, out_png)
 
 

@@ -126,6 +126,38 @@ def choose_strength(features, labels, groups, *, multi_label: bool, seed: int) -
     return STRENGTHS[int(np.nanargmax(values))]
 
 
+def fit(
+    train_features,
+    train_labels,
+    test_features,
+    *,
+    multi_label: bool,
+    seed: int,
+    train_groups=None,
+    fraction: float = 1.0,
+) -> tuple[np.ndarray, dict]:
+    """Choose the strength, fit, and score the test features.
+
+    Args as in `run`.
+
+    Returns:
+      Scores [n, C], and what was fitted: strength, train_rows, converged.
+
+    Raises:
+      UserError: if there is too little to fit, or features are not finite.
+    """
+    train_features, test_features = np.asarray(train_features), np.asarray(test_features)
+    check_finite("training features", train_features)
+    check_finite("test features", test_features)
+    groups, _ = statistics.group_index(train_groups, len(train_features))
+    rows = take_patients(groups, fraction, seed=seed)
+    x, y, groups = train_features[rows], np.asarray(train_labels)[rows], groups[rows]
+    strength = choose_strength(x, y, groups, multi_label=multi_label, seed=seed)
+    path = _fit_path(x, y, test_features, multi_label=multi_label, strengths=(strength,))
+    scores, converged = next(path)
+    return scores, {"strength": strength, "train_rows": len(rows), "converged": converged}
+
+
 def run(
     train_features,
     train_labels,
@@ -163,18 +195,17 @@ def run(
     Raises:
       UserError: if there is too little to fit, or features are not finite.
     """
-    train_features, test_features = np.asarray(train_features), np.asarray(test_features)
-    check_finite("training features", train_features)
-    check_finite("test features", test_features)
-    groups, _ = statistics.group_index(train_groups, len(train_features))
-    rows = take_patients(groups, fraction, seed=seed)
-    x, y, groups = train_features[rows], np.asarray(train_labels)[rows], groups[rows]
-    strength = choose_strength(x, y, groups, multi_label=multi_label, seed=seed)
-    path = _fit_path(x, y, test_features, multi_label=multi_label, strengths=(strength,))
-    scores, converged = next(path)
+    scores, fitted = fit(
+        train_features,
+        train_labels,
+        test_features,
+        multi_label=multi_label,
+        seed=seed,
+        train_groups=train_groups,
+        fraction=fraction,
+    )
     score = classify.multi_label_scores if multi_label else classify.single_label_scores
     scored = score(test_labels, scores, classes, groups=test_groups, seed=seed, **bootstrap)
-    fitted = {"strength": strength, "train_rows": len(rows), "converged": converged}
     settings = {"classes": list(classes), "fraction": fraction, "strengths": STRENGTHS, **bootstrap}
     name = task if fraction == 1 else f"{task}_{100 * fraction:g}%"
     return assemble(PROTOCOL, name, scored.numbers, settings=settings, notes=scored.notes | fitted)

@@ -7,6 +7,7 @@ Axis letters: B batch (i anchors, j candidates), E joint width, D report-feature
   sigmoid           SigLIP, Zhai et al. 2023, https://arxiv.org/abs/2303.15343, Eq. 1
   clinical prior    IMITATE, Liu et al. 2023, https://arxiv.org/abs/2310.07355, released code
   row softmax       PRIMA, Wang et al. 2026, https://arxiv.org/abs/2602.23297, Eq. 6
+  two views         PRIMA, Eq. 2
 
 Targets are constants: no gradient flows into a prior.
 """
@@ -201,6 +202,71 @@ def sigmoid(
     sign = 2.0 * jnp.eye(len(x), dtype=logits.dtype) - 1.0
     loss = jnp.where(pairwise(valid, neutral), -jax.nn.log_sigmoid(sign * logits), 0.0)
     return loss.sum() / jnp.maximum(valid.sum(), 1)
+
+
+def view_consistency(
+    first: Float[Array, "B E"],
+    second: Float[Array, "B E"],
+    scale: float | Float[Array, ""],
+    *,
+    symmetric: bool = False,
+) -> Float[Array, ""]:
+    """PRIMA Eq. 2: the second view of an image among all second views and all other first ones.
+
+      -1/N sum_i log exp(l_ii) / sum_k [exp(l_ik) + 1[k != i] exp(scale <x_i, x_k>)]
+
+    with l_ik = scale <x_i, y_k>: 2 N - 1 terms.
+
+    Args:
+      first: unit-norm embeddings x [B, E] of one view of each image.
+      second: unit-norm embeddings y [B, E] of the other.
+      scale: multiplies the cosines, 1 / temperature.
+      symmetric: the mean over both views as anchors (SimCLR's NT-Xent); the paper has the first.
+
+    Returns:
+      Scalar, at least 0.
+    """
+    x, y = at_least_float32(first), at_least_float32(second)
+    across = scale * jnp.matmul(x, y.T, precision="highest")  # [B, B]
+    within = scale * jnp.matmul(x, x.T, precision="highest")
+    within = jnp.where(jnp.eye(len(x), dtype=bool), -jnp.inf, within)
+    total = jax.nn.logsumexp(jnp.concatenate([across, within], axis=1), axis=1)
+    loss = (total - jnp.diagonal(across)).mean()
+    if not symmetric:
+        return loss
+    return (loss + view_consistency(second, first, scale)) / 2
+
+
+def soft_semantic(
+    image: Float[Array, "B J E"],
+    text: Float[Array, "B E"],
+    y: Float[Array, "B D"],
+    *,
+    temperature: float | Float[Array, ""],
+    label_temperature: float | Float[Array, ""],
+    norm: Literal["mean", "paper"] = "mean",
+    loss: Callable[..., Array] = info_nce,
+) -> Float[Array, ""]:
+    """PRIMA Eq. 6: InfoNCE of every view and the text with RowSoftmax(y) as target, averaged.
+
+    Args:
+      image: unit-norm embeddings of J views.
+      text: unit-norm embeddings.
+      y: [B, D] metadata as numbers, for instance one-hot; not unit-norm.
+      temperature: of the cosines.
+      label_temperature: of the inner products of y; small makes the target one-hot.
+      norm: "mean" divides by N, as Eq. 3 does; "paper" by N^2 as printed, which weighs the loss by
+        1 / N although each row of the targets sums to 1.
+      loss: this info_nce, or tiled.info_nce.
+
+    Raises:
+      ValueError: for another `norm`.
+    """
+    if norm not in ("mean", "paper"):
+        raise ValueError(f"norm must be 'mean' or 'paper', got {norm!r}")
+    prior, views = RowSoftmax(y, label_temperature), image.shape[1]
+    total = sum(loss(image[:, j], text, 1 / temperature, prior=prior) for j in range(views))
+    return total / views / (1 if norm == "mean" else len(text))
 
 
 def grouped(

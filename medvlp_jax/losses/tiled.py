@@ -107,6 +107,35 @@ def sigmoid(
     return _sigmoid(tile, image, text, scale, bias, examples) / jnp.maximum(valid.sum(), 1)
 
 
+def view_consistency(
+    first: Float[Array, "B E"],
+    second: Float[Array, "B E"],
+    scale: float | Float[Array, ""],
+    *,
+    symmetric: bool = False,
+    tile: int = TILE,
+) -> Float[Array, ""]:
+    """contrastive.view_consistency in tiles.
+
+    Args:
+      first: see contrastive.view_consistency, as for all but `tile`.
+      second: [B, E].
+      scale: multiplies the cosines.
+      symmetric: the mean over both views as anchors.
+      tile: largest side of a tile.
+
+    Raises:
+      ValueError: where the devices of the mesh do not divide B, or tile is below 1.
+    """
+    everything = jnp.ones(len(first), bool)
+    examples = _examples(everything, everything, None, {})
+    scale = jnp.asarray(scale, at_least_float32(first).dtype)
+    anchored = lambda x, y: _views(tile, x, y, scale, examples) / len(x)
+    if not symmetric:
+        return anchored(first, second)
+    return (anchored(first, second) + anchored(second, first)) / 2
+
+
 # What is known of examples and pairs ---------------------------------------------------------
 
 
@@ -398,3 +427,56 @@ def _sigmoid_backward(tile, residuals, cotangent):
 
 
 _sigmoid.defvjp(_sigmoid_forward, _sigmoid_backward)
+
+
+def _view_logits(scale, rows, columns):
+    """Return which pairs are own, and the logits with the other and with the same view."""
+    (x, examples), (x_others, y, others) = rows, columns
+    pairs = _pairs(examples, others)
+    own = pairs.own & pairs.candidate
+    x, x_others, y = map(at_least_float32, (x, x_others, y))
+    across = jnp.where(pairs.candidate, scale * _matmul(x, y.T), -jnp.inf)
+    within = jnp.where(pairs.candidate & ~own, scale * _matmul(x, x_others.T), -jnp.inf)
+    return own, across, within
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _views(tile, x, y, scale, examples):
+    """Cross entropies of the anchors x, summed."""
+    return _views_forward(tile, x, y, scale, examples)[0]
+
+
+def _views_forward(tile, x, y, scale, examples):
+    def visit(scale, rows, columns, row_sums, _):
+        softmax, hit = row_sums
+        own, across, within = _view_logits(scale, rows, columns)
+        softmax = softmax.add(across, axis=1).add(within, axis=1)
+        return (softmax, hit + jnp.where(own, across, 0.0).sum(axis=1)), ()
+
+    empty = _empty_softmax(len(x), scale.dtype), jnp.zeros(len(x), scale.dtype)
+    (softmax, hit), _ = sweep(visit, (x, examples), (x, y, examples), empty, (), scale, tile=tile)
+    value = (softmax.peak + jnp.log(softmax.total) - hit).sum()
+    return value, (x, y, scale, examples, softmax)
+
+
+def _views_backward(tile, residuals, cotangent):
+    x, y, scale, examples, softmax = residuals
+
+    def visit(scale, rows, columns, dx, column_sums):
+        (x, examples, (peak, total)), (x_others, y, _), (dx_others, dy) = rows, columns, column_sums
+        own, across, within = _view_logits(scale, (x, examples), columns)
+        total = jnp.where(total > 0, total, 1.0)[:, None]  # the filled tail has seen nothing
+        share = lambda logits: jnp.exp(logits - peak[:, None]) / total
+        dx, dy = _through_product(share(across) - own, x, y, dx, dy)
+        dx, dx_others = _through_product(share(within), x, x_others, dx, dx_others)
+        return dx, (dx_others, dy)
+
+    zero = jnp.zeros(x.shape, scale.dtype)
+    rows, columns = (x, examples, softmax), (x, y, examples)
+    dx, (dx_others, dy) = sweep(visit, rows, columns, zero, (zero, zero), scale, tile=tile)
+    d_scale = cotangent * (at_least_float32(x) * dx).sum()
+    dx, dy = cotangent * scale * (dx + dx_others), cotangent * scale * dy
+    return dx.astype(x.dtype), dy.astype(y.dtype), d_scale, None
+
+
+_views.defvjp(_views_forward, _views_backward)

@@ -239,6 +239,17 @@ class Cfcml(nn.Module):
             "modalities": z.astype(jnp.float32),
         }
 
+    def levels(self, batch):
+        """Return {image: feature maps of the stages that are fused}, for maps of the attention."""
+        found = {}
+        for i, name in enumerate(self.images):
+            encoder = self.image if self.share_encoder else self.encoders[i]
+            encoded = encoder(self._prepare(batch[name]), train=False)
+            last = encoded.tokens.reshape(encoded.levels[-1].shape)
+            maps = [*encoded.levels[:-1], last]
+            found[name] = maps if self.multi_granularity else maps[-1:]
+        return found
+
     def _prepare(self, image):
         """Return what the encoder takes: one channel of a volume, three of an image."""
         if image.dtype != jnp.uint8:

@@ -49,14 +49,14 @@ def adaptive_pool_matrix(size: int, out: int = POOLED) -> np.ndarray:
 
 
 def pool_levels(levels, draws) -> jax.Array:
-    """Pool the drawn channels of every level to 16x16: one token a channel [B, T, G]."""
+    """Pool the drawn channels of every level, None for all, to 16x16: [B, G, T], a token each."""
     tokens = []
     for level, channels in zip(levels, draws, strict=True):
-        picked = jnp.take(level, channels, axis=-1)  # [B, H, W, c]
+        picked = level if channels is None else jnp.take(level, channels, axis=-1)  # [B, H, W, c]
         rows, columns = (adaptive_pool_matrix(n) for n in picked.shape[1:3])
-        pooled = jnp.einsum("ph,qw,bhwc->bcpq", rows, columns, picked)
-        tokens.append(rearrange(pooled, "b c p q -> b c (p q)"))
-    return jnp.concatenate(tokens, axis=1)
+        pooled = jnp.einsum("ph,qw,bhwc->bpqc", rows, columns, picked)
+        tokens.append(rearrange(pooled, "b p q c -> b (p q) c"))
+    return jnp.concatenate(tokens, axis=-1)
 
 
 class Head(nn.Module):
@@ -77,41 +77,48 @@ class ClassAttention(nn.Module):
     """Self-attention with residual of which only the class token, the last one, is evaluated.
 
     The class token does not depend on the image, so neither does its query q [A, S]: keys enter as
-    (W_k^T q)^T x and values as W_v (sum_t a_t x_t), and no token is ever projected. The result is
-    exactly row T of the full layer at T * G * A instead of T * T * G multiplications.
+    (W_k^T q)^T x and values as W_v (sum_t a_t x_t), and no token is ever projected. The sequence is
+    never built either: what an image adds to it is read where it lies, and positions, padding and
+    class token, the same for all images, enter apart. The result is exactly row N of the full layer
+    at T * G * A instead of N * N * G multiplications.
     """
 
     num_heads: int = 4
 
     @nn.compact
-    def __call__(self, tokens, mask=None):
-        """Return the class token's output [B, G] of tokens [B, T, G]; mask [T], True = attended."""
-        width = tokens.shape[-1]
+    def __call__(self, tokens, fixed, mask=None):
+        """Return the class token's output [B, G].
+
+        Args:
+          tokens: [B, G, T], added to the first T rows of `fixed`.
+          fixed: [N + 1, G], the class token last; rows beyond T are padding.
+          mask: [N + 1], True = attended.
+        """
+        width, drawn = tokens.shape[1:]
         heads = (self.num_heads, width // self.num_heads)
         # torch initialises the stacked [3 * width, width] projection as one Xavier matrix.
         bound = np.sqrt(6 / (4 * width))
         xavier = lambda key, shape: jax.random.uniform(key, shape, minval=-bound, maxval=bound)
         kernel = lambda name: self.param(f"{name}_kernel", xavier, (width, width))
         bias = lambda name: self.param(f"{name}_bias", nn.initializers.zeros, (width,))
-        project = lambda x, name: x @ kernel(name) + bias(name)
 
         tokens = tokens.astype(jnp.float32)
-        class_token = tokens[0, -1]  # [G], the same for every image
-        query = project(class_token, "query").reshape(heads)  # [A, S]
+        query = (fixed[-1] @ kernel("query") + bias("query")).reshape(heads)  # [A, S]
         # The key bias adds the same number to every logit of a head: it is kept, as torch has it,
         # and cancels in the softmax.
-        key_kernel = kernel("key").reshape(width, *heads)
-        key_bias = bias("key").reshape(heads)
-        logits = jnp.einsum("btg,ga->bat", tokens, jnp.einsum("gas,as->ga", key_kernel, query))
-        logits += jnp.einsum("as,as->a", key_bias, query)[:, None]
-        logits /= np.sqrt(heads[1])
+        keys = jnp.einsum("gas,as->ga", kernel("key").reshape(width, *heads), query)
+        shift = jnp.einsum("as,as->a", bias("key").reshape(heads), query)
+        logits = jnp.einsum("bgt,ga->bat", tokens, keys)
+        logits = jnp.pad(logits, ((0, 0), (0, 0), (0, len(fixed) - drawn)))
+        logits = (logits + (fixed @ keys + shift).T) / np.sqrt(heads[1])
         if mask is not None:
             logits = jnp.where(mask, logits, -jnp.inf)
-        context = jnp.einsum("bat,btg->bag", jax.nn.softmax(logits), tokens)
+        weights = jax.nn.softmax(logits)  # [B, A, N + 1]
+        context = jnp.einsum("bat,bgt->bag", weights[..., :drawn], tokens) + weights @ fixed
         value_kernel = kernel("value").reshape(width, *heads)
         values = jnp.einsum("bag,gas->bas", context, value_kernel) + bias("value").reshape(heads)
         out = Linear(width, kernel_init=torch_uniform(width), name="out")
-        return out(rearrange(values, "b a s -> b (a s)")) + tokens[:, -1]
+        return out(rearrange(values, "b a s -> b (a s)")) + fixed[-1]
 
 
 class ReadingHead(nn.Module):
@@ -123,17 +130,15 @@ class ReadingHead(nn.Module):
 
     @nn.compact
     def __call__(self, levels, draws, *, train):
-        """Map levels (each [B, H, W, C]) and channel draws (each [c]) to [B, dim]."""
-        tokens = pool_levels(levels, draws).astype(jnp.float32)  # [B, drawn, G]
-        batch, drawn, width = tokens.shape
+        """Map levels, each [B, H, W, C], and draws, each [c] or None for all, to [B, dim]."""
+        tokens = pool_levels(levels, draws)  # [B, G, drawn]
+        width, drawn = tokens.shape[1:]
         positions = self.param("positions", nn.initializers.zeros, (1, self.num_tokens + 1, width))
         class_token = self.param("class_token", nn.initializers.zeros, (1, 1, width))
-        tokens = jnp.pad(tokens, ((0, 0), (0, self.num_tokens - drawn), (0, 0)))
-        tokens = tokens + positions[:, 1:]  # padding tokens take positions too, as released
-        last = jnp.broadcast_to(class_token + positions[:, :1], (batch, 1, width))
-        tokens = jnp.concatenate([tokens, last], axis=1)  # [B, T + 1, G]
+        # The class token has position 0 and stands last; padding has positions too, as released.
+        fixed = jnp.concatenate([positions[0, 1:], class_token[0] + positions[0, :1]])
         real = np.r_[np.arange(self.num_tokens) < drawn, True] if self.mask_padding else None
-        pooled = ClassAttention(name="attention")(tokens, real)
+        pooled = ClassAttention(name="attention")(tokens, fixed, real)
         return Head(width, self.dim, name="head")(pooled, train=train)
 
 
@@ -213,12 +218,16 @@ class Imitate(nn.Module):
         """Run both halves."""
         return self.objective(self.encode(batch, train=train), batch, train=train)
 
-    def draw(self, key) -> list[jax.Array]:
-        """Draw channel indices of every level, with replacement, one draw for the whole batch."""
+    def draw(self, key) -> list[jax.Array | None]:
+        """Draw channel indices of every level, with replacement, one draw for the whole batch.
+
+        A share of 1 takes every channel once, in order (None): small encoders have few enough, and
+        a token that stands for the same channel in each step can be told by its position.
+        """
         keys = jax.random.split(key, len(self.keep))
         widths = self.image.level_widths
         return [
-            jax.random.randint(k, (int(ratio * width),), 0, width)
+            None if ratio == 1 else jax.random.randint(k, (int(ratio * width),), 0, width)
             for k, ratio, width in zip(keys, self.keep, widths, strict=True)
         ]
 
@@ -277,6 +286,10 @@ class Imitate(nn.Module):
             features[f"image_findings{suffix}"] = base.unit(read)
             again[suffix] = encoded
         for view, second, suffix in (("image", c, ""), ("image_2", d, "_2")):
+            whole = all(channels is None for channels in second)
+            if whole and not self.legacy_four_passes:  # nothing is drawn: the same reading
+                features[f"reading{suffix}"] = features[f"image_findings{suffix}"]
+                continue
             encoded = again[suffix]
             if self.legacy_four_passes:
                 encoded = self.image(normalise(batch[view]), train=train)
@@ -374,7 +387,7 @@ def make(
       text: encoder spec or module.
       weights: number or (step, value) knots for each of TERMS; beta weighs findings, view_reading.
       dim: joint width E.
-      keep: share of the channels drawn from each level.
+      keep: share of the channels drawn from each level; 1 takes all, in order (our choice).
       num_tokens: reading tokens after padding.
       mask_padding: keep padding tokens out of the attention (the release attends to them).
       eval_draws: fixed channel draws averaged in evaluation (our choice).

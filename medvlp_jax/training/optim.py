@@ -1,7 +1,9 @@
 """The optimiser of a run: one optax chain, learning rates and weight decay by parameter path."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import optax
 
@@ -27,6 +29,7 @@ def make(
     clip: float = 0.0,
     multipliers: Multipliers = (),
     no_decay: Sequence[str] = (),
+    average: float = 0.0,
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """Build the optimiser for the trainable parameters.
 
@@ -45,13 +48,17 @@ def make(
       clip: largest global gradient norm; 0 is no clipping.
       multipliers: (pattern, factor) pairs on the learning rate; the first match counts.
       no_decay: patterns of parameters without weight decay.
+      average: decay of a moving average of the parameters, which is what is evaluated; 0 keeps
+        none.
 
     Returns:
       The transformation, and the learning-rate schedule for logging.
 
     Raises:
-      UserError: for an unknown name, or a pattern that matches nothing.
+      UserError: for an unknown name, a pattern that matches nothing, or an average outside [0, 1).
     """
+    if not 0 <= average < 1:
+        raise UserError(f"optim.average={average} must be at least 0 and below 1.")
     scalers = {
         "adam": lambda: optax.scale_by_adam(b1, b2),
         "adamw": lambda: optax.scale_by_adam(b1, b2),
@@ -73,7 +80,52 @@ def make(
     parts += [*decay, scalers[name]()] if name == "adam" else [scalers[name](), *decay]
     parts += [optax.scale_by_trust_ratio()] if name == "lamb" else []
     parts += [scale_by_path(multipliers)] if multipliers else []
-    return optax.chain(*parts, optax.scale_by_learning_rate(rate)), rate
+    parts += [optax.scale_by_learning_rate(rate)]
+    parts += [track_average(average)] if average else []
+    return optax.chain(*parts), rate
+
+
+class Averaged(NamedTuple):
+    """State of `track_average`: updates seen, and the averaged parameters."""
+
+    seen: jax.Array
+    average: Any
+
+
+def track_average(decay: float) -> optax.GradientTransformation:
+    """Keep a moving average of the parameters; last in a chain, changes no update.
+
+    The decay of update t is min(decay, (1 + t) / (10 + t)), so that a short run forgets its initial
+    values too.
+    """
+
+    def update(updates, state, params):
+        kept = jnp.minimum(decay, (1 + state.seen) / (10 + state.seen))
+        after = optax.apply_updates(params, updates)
+        average = jax.tree.map(
+            lambda a, p: (kept * a + (1 - kept) * p).astype(p.dtype), state.average, after
+        )
+        return updates, Averaged(state.seen + 1, average)
+
+    # A copy: the state is donated, and an array cannot be given away twice.
+    return optax.GradientTransformation(
+        lambda params: Averaged(jnp.int32(0), jax.tree.map(jnp.array, params)), update
+    )
+
+
+def find_average(optimizer) -> Any | None:
+    """Return the averaged parameters in an optimiser state, live or as a checkpoint gives it back.
+
+    None where the run keeps no average.
+    """
+    if isinstance(optimizer, Mapping) or hasattr(optimizer, "_asdict"):
+        fields = optimizer if isinstance(optimizer, Mapping) else optimizer._asdict()
+        if {"seen", "average"} == {*fields}:
+            return fields["average"]
+        optimizer = fields.values()
+    elif not isinstance(optimizer, list | tuple):
+        return None
+    return next((a for a in map(find_average, optimizer) if a is not None), None)
 
 
 def scale_by_path(multipliers: Multipliers) -> optax.GradientTransformation:

@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from medvlp_jax import schedules, sharding
 from medvlp_jax.config import UserError
+from medvlp_jax.training import optim
 from medvlp_jax.training import params as paths
 
 RNGS = ("dropout", "draws")
@@ -40,6 +41,13 @@ class TrainState(NamedTuple):
     def variables(self) -> dict:
         """What Linen's `apply` takes."""
         return {"params": paths.merge(self.params, self.frozen), **self.collections}
+
+    @property
+    def evaluated(self) -> dict:
+        """The same with the averaged parameters, where the optimiser keeps an average."""
+        average = optim.find_average(self.optimizer)
+        params = self.params if average is None else average
+        return {"params": paths.merge(params, self.frozen), **self.collections}
 
 
 def check_batch(recipe, batch: Mapping) -> None:
@@ -225,10 +233,17 @@ def moving_state(recipe, variables: Mapping, batch: Mapping, rngs: Mapping) -> l
     return moving
 
 
-def make_embed(recipe, mesh) -> Callable[[Mapping, Mapping], dict]:
-    """Return (variables, this process's rows) -> features of these rows, in evaluation mode."""
+def make_embed(recipe, mesh, method: str = "encode") -> Callable[[Mapping, Mapping], dict]:
+    """Return (variables, this process's rows) -> features of these rows, in evaluation mode.
+
+    Args:
+      recipe: the method.
+      mesh: batches are split over it.
+      method: "encode", or another of the recipe that takes a batch alone.
+    """
+    mode = {"train": False} if method == "encode" else {}
     encode = jax.jit(
-        lambda variables, batch: recipe.apply(variables, batch, train=False, method="encode"),
+        lambda variables, batch: recipe.apply(variables, batch, **mode, method=method),
         out_shardings=NamedSharding(mesh, sharding.BATCH),
     )
 

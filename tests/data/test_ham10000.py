@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from medvlp_jax.config import UserError
-from medvlp_jax.data import corpora
+from medvlp_jax.data import corpora, files
 from medvlp_jax.data.datasets.ham10000 import ham10000_dataset_builder as ham10000
 
 HEADER = ("lesion_id", "image_id", "dx", "dx_type", "age", "sex", "localization")
@@ -71,9 +71,9 @@ def sample(tmp_path):
 def test_official_layout_splits_by_lesion(official, tmp_path):
     counts = corpora.check("ham10000", manual_dir=official)
     assert sum(split["records"] for split in counts.values()) == 8
-    split = {r["image_id"]: ham10000.SPLITS[r["split"]] for r in ham10000.read_table(official)}
+    split = {r["image_id"]: r["split"] for r in ham10000.read_table(official)}
     assert split["ISIC_0000"] == split["ISIC_0001"]
-    shares = [ham10000.split_of(f"HAM_{i:07}") for i in range(5000)]
+    shares = [files.split_of(f"HAM_{i:07}") for i in range(5000)]
     assert 0.78 < shares.count("train") / 5000 < 0.82
     assert 0.09 < shares.count("test") / 5000 < 0.11
 
@@ -100,7 +100,7 @@ def test_records_hold_label_table_and_lesion(sample, tmp_path):
         (2, {"dx": "scc"}, "row 4: dx is 'scc'; accepted are akiec, bcc"),
         (2, {"age": "200"}, "row 4: age is 200; accepted are 0 to 120"),
         (2, {"localization": "moon"}, "row 4: localization is 'moon'; accepted are abdomen"),
-        (1, {"split": "val"}, "row 3: lesion HAM_0001 is in val here and in train in row 2"),
+        (1, {"split": "val"}, "row 3: lesion_id HAM_0001 is in val here and in train in row 2"),
         (2, {"file": "../elsewhere.jpg"}, "row 4: file '../elsewhere.jpg' is outside"),
         (2, {"file": "images/none.jpg"}, r"row 4: image .*none.jpg is missing"),
     ],

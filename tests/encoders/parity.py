@@ -43,6 +43,46 @@ def random_tokens(lengths, total, vocab, *, side="right"):
     return Tokens(np.where(mask, ids, 0).astype(np.int32), mask)
 
 
+def packed(padded, rows):
+    """Lay texts, padded on the right, behind one another.
+
+    Args:
+      padded: Tokens [B, T].
+      rows: for each row which texts lie in it.
+
+    Returns:
+      (Tokens [rows, T], segment ids [rows, T], -1 behind the last text).
+    """
+    ids = np.zeros((len(rows), padded.ids.shape[1]), np.int32)
+    segments = np.full_like(ids, -1)
+    for row, texts in enumerate(rows):
+        parts = [padded.ids[text][padded.mask[text]] for text in texts]
+        lengths = [len(part) for part in parts]
+        ids[row, : sum(lengths)] = np.concatenate(parts)
+        segments[row, : sum(lengths)] = np.repeat(np.arange(len(texts)), lengths)
+    return Tokens(ids, segments >= 0), segments
+
+
+def assert_packed_equals_padded(module, variables, padded, rows):
+    """Hold pooled, tokens and mlm_logits of packed texts equal to those of padded ones."""
+    expected = jax.jit(module.apply)(variables, padded)
+    logits = jax.jit(lambda v: module.apply(v, padded, method="mlm_logits"))(variables)
+    tokens, segments = packed(padded, rows)
+    packing = {"segments": segments, "num_segments": max(map(len, rows))}
+    ours = jax.jit(lambda v: module.apply(v, tokens, **packing))(variables)
+    ours_logits = jax.jit(
+        lambda v: module.apply(v, tokens, segments=segments, method="mlm_logits")
+    )(variables)
+    for row, texts in enumerate(rows):
+        for segment, text in enumerate(texts):
+            here, there = segments[row] == segment, padded.mask[text]
+            assert_close(ours.pooled[row, segment], expected.pooled[text])
+            assert_close(ours.tokens[row][here], expected.tokens[text][there])
+            assert_close(ours_logits[row][here], logits[text][there])
+    assert ours.pooled.shape == (len(rows), max(map(len, rows)), module.width)
+    assert np.isfinite(ours.pooled).all()
+
+
 def as_torch(tokens):
     """Return the keywords of a `transformers` model."""
     import torch

@@ -5,10 +5,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from parity import assert_packed_equals_padded
 from twins import (
     RNG,
     assert_close,
     assert_gradients_and_step,
+    assert_round_trip,
+    error,
     gradients_and_step,
     make_theirs,
     run,
@@ -96,6 +99,47 @@ def test_every_gradient_and_a_step_of_adamw_equal_torch(pair, tmp_path, layout, 
     assert_gradients_and_step(*gradients_and_step(theirs, module, variables, tmp_path, outputs))
 
 
+@pytest.mark.hf
+@pytest.mark.parametrize("layout", ["unrolled", "scan"])
+@pytest.mark.parametrize("architecture", ["BertModel", "BertForMaskedLM"])
+def test_weights_go_in_and_out_bit_for_bit(tmp_path, architecture, layout):
+    make_theirs(architecture, tmp_path / "theirs", **SMALL)
+    module, _ = assert_round_trip(tmp_path / "theirs", tmp_path, layout=layout)
+    assert (module.mlm_head, module.pooler) == ((False, True), (True, False))["LM" in architecture]
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_long_texts_and_one_without_a_real_token_are_near_and_finite(variables_of, dtype):
+    """In bfloat16 too, with the gradients of both."""
+    fields = {"vocab_size": 90, "depth": 2, "max_length": 640, "pooling": "mean"}
+    module = bert.make("tiny", dropout=0.0, attention_dropout=0.0, **fields)
+    tokens = tokens_of([640, 300, 0], 640)
+    variables = variables_of(module, tokens)
+    exact = run(module, variables, tokens)
+
+    def loss(v):
+        out = module.clone(dtype=dtype).apply(v, tokens)
+        return jnp.square(out.tokens.astype(jnp.float32)).sum(), out
+
+    gradient, ours = jax.jit(jax.grad(loss, has_aux=True))(variables)
+    assert ours.pooled.dtype == dtype
+    for leaf in jax.tree.leaves((gradient, ours.pooled, ours.tokens)):
+        assert np.isfinite(np.asarray(leaf, np.float32)).all()
+    assert error(ours.tokens[tokens.mask], exact.tokens[tokens.mask]) < 0.02
+    assert error(ours.pooled[:2], exact.pooled[:2]) < 0.02
+
+
+@pytest.mark.parametrize(
+    ("pooling", "layout"), [("cls", "unrolled"), ("mean", "scan"), ("pooler", "scan")]
+)
+def test_texts_packed_into_rows_equal_padded_texts(variables_of, pooling, layout):
+    heads = {"pooling": pooling, "pooler": pooling == "pooler", "mlm_head": True}
+    module = bert.make("tiny", vocab_size=90, depth=2, max_length=32, layout=layout, **heads)
+    padded = tokens_of([9, 30, 17, 1, 5], 32)
+    rows = [[0, 2, 4], [1, 3]]  # 31 of 32 tokens each
+    assert_packed_equals_padded(module, variables_of(module, padded), padded, rows)
+
+
 def test_what_stands_in_the_padding_does_not_matter(variables_of):
     module = bert.make("tiny", vocab_size=90, depth=2, pooling="mean")
     tokens = tokens_of([9, 4], 9)
@@ -106,17 +150,6 @@ def test_what_stands_in_the_padding_does_not_matter(variables_of):
     assert_close(ours.tokens[tokens.mask], same.tokens[tokens.mask], 1e-6)
     short = Tokens(tokens.ids[1:, :4], tokens.mask[1:, :4])
     assert_close(module.apply(variables, short).pooled, ours.pooled[1:])
-
-
-def test_a_text_without_a_real_token_gives_finite_features_and_gradients(variables_of):
-    module = bert.make("tiny", vocab_size=90, depth=2, pooling="mean")
-    tokens = tokens_of([3, 0], 4)
-    variables = variables_of(module, tokens)
-    value, gradient = jax.jit(
-        jax.value_and_grad(lambda v: jnp.square(module.apply(v, tokens).pooled).sum())
-    )(variables)
-    assert np.isfinite(value)
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
 
 
 @pytest.mark.hf
@@ -200,6 +233,8 @@ def test_bad_input_is_refused_or_shows(variables_of):
         module.apply(variables, tokens, method="mlm_logits")
     with pytest.raises(ValueError, match="No pooling 'max' in this Bert, only cls, mean"):
         jax.jit(module.clone(pooling="max").apply)(variables, tokens)
+    with pytest.raises(ValueError, match="segments and num_segments come together"):
+        module.apply(variables, tokens, segments=np.zeros((1, 16), int))
     beyond = Tokens(np.full((1, 2), 90, np.int32), np.ones((1, 2), bool))
     assert np.isnan(jax.jit(module.apply)(variables, beyond).pooled).all()
     with pytest.raises(UserError, match="Did you mean base"):

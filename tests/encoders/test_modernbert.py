@@ -1,14 +1,21 @@
 """ModernBERT against transformers with random weights, packed rows, and its published sizes."""
 
 import copy
-import functools
 import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from parity import as_torch, assert_close, error, gradients_and_step, random_tokens, shake
+from parity import (
+    as_torch,
+    assert_close,
+    assert_packed_equals_padded,
+    error,
+    gradients_and_step,
+    random_tokens,
+    shake,
+)
 from safetensors.numpy import load_file
 
 from medvlp_jax import convert
@@ -148,33 +155,9 @@ def small(**fields):
 @pytest.mark.parametrize("layout", ["unrolled", "scan"])
 def test_texts_packed_into_rows_equal_padded_texts(variables_of, pooling, layout):
     module = small(pooling=pooling, layout=layout)
-    lengths, total = [9, 30, 17, 1, 5], 32
-    padded = random_tokens(lengths, total, VOCAB)
-    variables = variables_of(module, padded)
-    expected = jax.jit(module.apply)(variables, padded)
-    logits = jax.jit(lambda v: module.apply(v, padded, method="mlm_logits"))(variables)
+    padded = random_tokens([9, 30, 17, 1, 5], 32, VOCAB)
     rows = [[0, 2, 4], [1, 3]]  # 31 of 32 tokens each
-    ids, segments = np.zeros((2, total), np.int32), np.full((2, total), -1)
-    for row, texts in enumerate(rows):
-        at = 0
-        for segment, text in enumerate(texts):
-            part = slice(at, at + lengths[text])
-            ids[row, part] = padded.ids[text, : lengths[text]]
-            segments[row, part] = segment
-            at += lengths[text]
-    packed = Tokens(ids, segments >= 0)
-    run = jax.jit(module.apply, static_argnames="num_segments")
-    ours = run(variables, packed, segments=segments, num_segments=3)
-    run = jax.jit(functools.partial(module.apply, method="mlm_logits"))
-    packed_logits = run(variables, packed, segments=segments)
-    for row, texts in enumerate(rows):
-        for segment, text in enumerate(texts):
-            here, there = segments[row] == segment, padded.mask[text]
-            assert_close(ours.pooled[row, segment], expected.pooled[text])
-            assert_close(ours.tokens[row][here], expected.tokens[text][there])
-            assert_close(packed_logits[row][here], logits[text][there])
-    assert ours.pooled.shape == (2, 3, 32)
-    assert np.isfinite(ours.pooled).all()
+    assert_packed_equals_padded(module, variables_of(module, padded), padded, rows)
 
 
 def test_what_stands_in_the_padding_does_not_matter(variables_of):
@@ -330,7 +313,7 @@ def test_bad_input_is_refused_or_shows(variables_of):
         module.clone(pooling="max").apply(variables, tokens)
     with pytest.raises(ValueError, match="depth of at least 2, got 1"):
         module.clone(depth=1).apply(variables, tokens)
-    with pytest.raises(ValueError, match="segments and num_segments together"):
+    with pytest.raises(ValueError, match="segments and num_segments come together"):
         module.apply(variables, tokens, segments=np.zeros((1, 16), int))
     beyond = Tokens(np.full((1, 2), VOCAB, np.int32), np.ones((1, 2), bool))
     assert np.isnan(jax.jit(module.apply)(variables, beyond).pooled).all()

@@ -11,6 +11,7 @@ from twins import (
     as_torch,
     assert_close,
     assert_gradients_and_step,
+    assert_round_trip,
     draw_images,
     gradients_and_step,
     make_theirs,
@@ -81,6 +82,12 @@ def test_training_outputs_and_every_running_average_equal_torch(pair, tmp_path):
     out, moved = run(module, variables, images, train=True, mutable=["batch_stats"])
     assert_close(out.pooled, pooled)
     jax.tree.map(assert_close, moved["batch_stats"], expected["batch_stats"])
+
+
+@pytest.mark.hf
+def test_weights_go_in_and_out_bit_for_bit(tmp_path):
+    make_theirs("ResNetModel", tmp_path / "theirs", **SMALL)
+    assert_round_trip(tmp_path / "theirs", tmp_path)
 
 
 @pytest.mark.parametrize(("height", "width"), [(8, 8), (9, 12), (7, 7), (1, 2)])

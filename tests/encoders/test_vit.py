@@ -9,7 +9,10 @@ from twins import (
     as_torch,
     assert_close,
     assert_gradients_and_step,
+    assert_round_trip,
     draw_images,
+    edit_config,
+    error,
     gradients_and_step,
     make_theirs,
     run,
@@ -74,6 +77,34 @@ def test_every_gradient_and_a_step_of_adamw_equal_torch(pair, tmp_path, layout, 
         return out.pooled, out.tokens
 
     assert_gradients_and_step(*gradients_and_step(theirs, module, variables, tmp_path, outputs))
+
+
+@pytest.mark.hf
+@pytest.mark.parametrize("layout", ["unrolled", "scan"])
+def test_weights_go_in_and_out_bit_for_bit(pair, tmp_path, layout):
+    module, _ = assert_round_trip(pair[1], tmp_path, layout=layout)
+    assert module.pooler
+
+
+@pytest.mark.hf
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("hidden_act", "relu"), ("qkv_bias", False), ("attention_probs_dropout_prob", 0.1)],
+)
+def test_settings_that_are_not_here_are_refused_by_name(pair, tmp_path, key, value):
+    with pytest.raises(UserError, match=key):
+        convert.load(edit_config(pair[1], tmp_path / "edited", **{key: value}))
+
+
+def test_compute_in_bfloat16_stays_near(variables_of):
+    images = draw_images(224, 256)
+    module = vit.make("tiny")
+    variables = variables_of(module, images)
+    exact = run(module, variables, images)
+    half = run(module.clone(dtype=jnp.bfloat16), variables, images)
+    assert half.pooled.dtype == jnp.bfloat16
+    assert error(half.pooled, exact.pooled) < 0.02
+    assert error(half.tokens, exact.tokens) < 0.02
 
 
 @pytest.mark.hf

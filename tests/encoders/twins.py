@@ -151,7 +151,9 @@ def assert_round_trip(source, folder, **options):
     for name, tensor in before.items():
         assert (tensor.dtype, tensor.shape) == (after[name].dtype, after[name].shape)
         np.testing.assert_array_equal(tensor, after[name])
-    config = json.loads((folder / "ours/config.json").read_text())
+    old, config = (json.loads((f / "config.json").read_text()) for f in (source, folder / "ours"))
+    assert {key: old.get(key, value) for key, value in config.items()} == config
+    assert not [file.name for file in (folder / "ours").iterdir() if file.name[0] == "."]
     theirs, report = getattr(transformers, config["architectures"][0]).from_pretrained(
         folder / "ours", output_loading_info=True
     )

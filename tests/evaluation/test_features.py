@@ -99,3 +99,25 @@ def test_joint_row_without_sections_is_zero():
 def test_joint_names_a_missing_key():
     with pytest.raises(UserError, match="No feature 'txt'"):
         features.joint({"text": np.ones((2, 3))}, "txt")
+
+
+def test_the_eight_views_are_the_symmetries_of_a_square_and_probabilities_are_averaged():
+    image = np.random.default_rng(0).integers(0, 256, (2, 5, 5, 3), dtype=np.uint8)
+    seen = []
+
+    def embed(batch):
+        seen.append(batch["image"])
+        logits = np.array([[len(seen), 0.0], [0.0, 1.0]])
+        return {"logits": logits, "pooled": batch["image"].reshape(2, -1)}
+
+    out = features.averaged(embed, {"image": image}, ("image",), 8)
+    expected = [np.rot90(x, k, (1, 2)) for x in (image, image[:, :, ::-1]) for k in range(4)]
+    assert {x.tobytes() for x in seen} == {np.ascontiguousarray(x).tobytes() for x in expected}
+    chance = np.mean([1 / (1 + np.exp(-k)) for k in range(1, 9)])
+    np.testing.assert_allclose(np.exp(out["logits"][0]), [chance, 1 - chance], rtol=1e-6)
+    np.testing.assert_array_equal(out["pooled"], image.reshape(2, -1))
+    flips = []
+    features.averaged(
+        lambda b: embed(b) | {"seen": flips.append(b["image"])}, {"image": image}, ("image",), 4
+    )
+    np.testing.assert_array_equal(flips[3], image[:, ::-1, ::-1])

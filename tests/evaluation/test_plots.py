@@ -82,3 +82,33 @@ def test_examples_needs_an_image(tmp_path):
 def test_pyplot_is_never_imported():
     code = "import sys, medvlp_jax.evaluation.plots; sys.exit('matplotlib.pyplot' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_calibration_bins_hold_all_rows_and_their_means():
+    confidence = np.linspace(0.2, 1, 21)
+    right = np.arange(21) % 2 == 0
+    bins = plots.calibration_bins(right, confidence, count=4)
+    assert bins[:, 2].sum() == 21
+    np.testing.assert_allclose(bins[0], [confidence[:6].mean(), 0.5, 6])
+
+
+@pytest.mark.parametrize("classes", [2, 8])
+def test_a_classifier_is_drawn_with_classes_that_do_not_occur(tmp_path, classes):
+    rng = np.random.default_rng(0)
+    truth = rng.integers(0, classes - 1, 40)
+    names = [f"a rather long name of class {c}" for c in range(classes)]
+    out = tmp_path / "classifier.png"
+    plots.classifier(truth, rng.dirichlet(np.ones(classes), 40), names, out)
+    with Image.open(out) as picture:
+        assert picture.width > 2 * picture.height
+    with pytest.raises(UserError, match="needs at least one"):
+        plots.classifier(truth[:0], np.zeros((0, classes)), names, out)
+
+
+def test_attention_is_drawn_for_images_and_layers(tmp_path):
+    rng = np.random.default_rng(0)
+    images = [rng.integers(0, 256, (32, 32, c), dtype=np.uint8) for c in (3, 1)]
+    maps = [[rng.random((8, 8)), rng.random((4, 4))]] * 2
+    plots.attention(images, maps, ["a", "b"], tmp_path / "attention.png")
+    with Image.open(tmp_path / "attention.png") as picture:
+        assert picture.width > picture.height

@@ -96,10 +96,11 @@ def test_adaptive_pooling_equals_torch(size):
 def test_class_attention_equals_the_last_row_of_torch_s_multi_head_attention():
     import torch
 
-    tokens = np.random.default_rng(0).normal(size=(3, 21, 32)).astype(np.float32)
-    tokens[:, -1] = tokens[0, -1]
+    rng = np.random.default_rng(0)
+    tokens = rng.normal(size=(3, 32, 17)).astype(np.float32)
+    fixed = rng.normal(size=(21, 32)).astype(np.float32)  # three rows of padding, the class token
     layer = imitate.ClassAttention(num_heads=4)
-    variables = layer.init(jax.random.key(0), tokens)
+    variables = layer.init(jax.random.key(0), tokens, fixed)
     variables = jax.tree.map(
         lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), variables
     )
@@ -113,9 +114,10 @@ def test_class_attention_equals_the_last_row_of_torch_s_multi_head_attention():
         reference.in_proj_bias.copy_(torch.tensor(stacked("bias", 0)))
         reference.out_proj.weight.copy_(torch.tensor(np.asarray(p["out"]["kernel"]).T))
         reference.out_proj.bias.copy_(torch.tensor(np.asarray(p["out"]["bias"])))
-        x = torch.tensor(tokens)
+        x = torch.tensor(fixed + np.pad(tokens, ((0, 0), (0, 0), (0, 4))).swapaxes(1, 2))
         expected = reference(x, x, x, need_weights=False)[0][:, -1] + x[:, -1]
-    np.testing.assert_allclose(layer.apply(variables, tokens), expected, rtol=1e-5, atol=1e-6)
+    ours = layer.apply(variables, tokens, fixed)
+    np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_published_size_has_the_specified_tokens_shapes_and_30_66_million_trainable_parameters():
@@ -299,6 +301,18 @@ def test_channel_draws_repeat_with_the_seed_and_keep_the_specified_counts(small)
         np.testing.assert_array_equal(a, b)
         assert 0 <= a.min() <= a.max() < width
     assert any((a != b).any() for a, b in zip(draw(0), draw(1), strict=True))
+
+
+def test_a_share_of_one_takes_every_channel_once_in_order(small):
+    recipe, variables = small
+    whole = recipe.clone(keep=(1.0, 0.15, 1.0, 0.10))
+    draws = whole.apply(variables, jax.random.key(0), method="draw")
+    assert [d is None for d in draws] == [True, False, True, False]
+    levels = [np.random.default_rng(k).normal(size=(2, 8, 8, 3)) for k in range(2)]
+    order = np.arange(3)
+    np.testing.assert_array_equal(
+        imitate.pool_levels(levels, [None, None]), imitate.pool_levels(levels, [order, order])
+    )
 
 
 def test_contrast_groups_of_the_whole_batch_equal_the_global_batch(small):

@@ -169,6 +169,29 @@ def test_adamw_without_extras_equals_optax_adamw():
     np.testing.assert_allclose(a["a"]["kernel"], b["a"]["kernel"], rtol=1e-6)
 
 
+def test_the_average_follows_its_formula_changes_no_update_and_is_what_is_evaluated():
+    params = {"a": {"kernel": jnp.linspace(-1, 1, 7)}}
+    settings = {"name": "adam", "lr": 0.1, "steps": 40, "schedule": "constant"}
+    plain, _ = optim.make(params, **settings)
+    tracked, _ = optim.make(params, **settings, average=0.6)
+    state = training.make_state({"params": params}, tracked, ())
+    plain_state, now = plain.init(params), params
+    expected = np.float64(params["a"]["kernel"])
+    for t in range(20):
+        grads = {"a": {"kernel": jnp.cos(jnp.arange(7.0) + t)}}
+        updates, plain_state = plain.update(grads, plain_state, now)
+        same, optimizer = tracked.update(grads, state.optimizer, now)
+        np.testing.assert_array_equal(same["a"]["kernel"], updates["a"]["kernel"])
+        now = optax.apply_updates(now, updates)
+        state = state._replace(params=now, optimizer=optimizer)
+        decay = min(0.6, (1 + t) / (10 + t))
+        expected = decay * expected + (1 - decay) * np.float64(now["a"]["kernel"])
+    found = state.evaluated["params"]["a"]["kernel"]
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    assert np.abs(found - now["a"]["kernel"]).max() > 1e-3
+    assert optim.find_average(plain_state) is None
+
+
 @pytest.mark.hf
 def test_three_steps_of_adam_with_decay_equal_torch():
     torch = pytest.importorskip("torch")
@@ -197,6 +220,7 @@ def test_three_steps_of_adam_with_decay_equal_torch():
             {"multipliers": (("imgae", 0.1),)},
             "optim.multipliers pattern 'imgae' matches no parameter",
         ),
+        ({"average": 1.0}, "optim.average=1.0 must be at least 0 and below 1"),
         ({"warmup": 9, "steps": 9}, "warmup must be at least 0 and below steps=9, got 9"),
     ],
 )

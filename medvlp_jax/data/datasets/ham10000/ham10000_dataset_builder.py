@@ -7,13 +7,11 @@ Source folder, either of
 * `tabular.csv`, the same columns with `file` (path of the image) and `split` (train, val, test).
 """
 
-import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import tensorflow_datasets as tfds
 
-from medvlp_jax.config import UserError
 from medvlp_jax.data import files, records, tabular
 
 DIAGNOSES = {  # Tschandl et al. 2018, https://doi.org/10.1038/sdata.2018.161, Table 2
@@ -54,7 +52,7 @@ class Builder(tfds.core.GeneratorBasedBuilder):
         rows = read_table(folder)
         splits: dict[str, list[files.Row]] = {}
         for row in rows:
-            splits.setdefault(SPLITS[row["split"]], []).append(row)
+            splits.setdefault(row["split"], []).append(row)
         return {
             split: self._generate_examples(folder, splits[split])
             for split in SPLITS.values()
@@ -67,7 +65,7 @@ class Builder(tfds.core.GeneratorBasedBuilder):
 
 
 def read_table(folder: Path) -> list[files.Row]:
-    """Return the rows of either layout, each with `file` and `split`.
+    """Return the rows of either layout, each with `file` and the name of its `split` here.
 
     Raises:
       UserError: for a defect of the table, or a lesion in two splits.
@@ -82,32 +80,16 @@ def read_table(folder: Path) -> list[files.Row]:
             filled=(*needed, "file", "split"),
             unique="image_id",
         )
-        _check_lesions(rows)
+        files.check_groups(rows, group="lesion_id", split="split", accepted=tuple(SPLITS))
+        for row in rows:
+            row.cells["split"] = SPLITS[row["split"]]
         return rows
     rows = files.read_rows(found[0], columns=COLUMNS, filled=needed, unique="image_id")
     for row in rows:
         name = f"{row['image_id']}.jpg"
         where = next((f for f in FOLDERS if (folder / f / name).is_file()), FOLDERS[0])
-        row.cells.update(file=f"{where}/{name}", split=split_of(row["lesion_id"]))
+        row.cells.update(file=f"{where}/{name}", split=files.split_of(row["lesion_id"]))
     return rows
-
-
-def split_of(lesion_id: str) -> str:
-    """Return the split of a lesion: 80/10/10 by a hash of its id."""
-    bucket = int(hashlib.sha256(lesion_id.encode()).hexdigest(), 16) % 10
-    return tuple(SPLITS)[max(0, bucket - 7)]
-
-
-def _check_lesions(rows: list[files.Row]) -> None:
-    seen: dict[str, files.Row] = {}
-    for row in rows:
-        row.choice("split", tuple(SPLITS))
-        first = seen.setdefault(row["lesion_id"], row)
-        if first["split"] != row["split"]:
-            raise row.error(
-                f"lesion {row['lesion_id']} is in {row['split']} here and in {first['split']} in "
-                f"row {first.number}; all images of a lesion must be in one split."
-            )
 
 
 def to_record(folder: Path, row: files.Row) -> dict:
@@ -117,11 +99,8 @@ def to_record(folder: Path, row: files.Row) -> dict:
       UserError: for an unknown diagnosis, a table cell that does not fit, or a damaged image.
     """
     dx = row.choice("dx", tuple(DIAGNOSES))
-    path = (folder / row["file"]).resolve()
-    if not path.is_relative_to(folder.resolve()):
-        raise UserError(f"{row.path} row {row.number}: file '{row['file']}' is outside {folder}.")
     return records.record(
-        image=files.read_image(path, row),
+        image=files.read_image(files.inside(folder, row, "file"), row),
         image_id=row["image_id"],
         patient_id=row["lesion_id"],
         study_id=row["lesion_id"],

@@ -1,0 +1,154 @@
+"""What a run shows case by case: examples.png; of a classifier predictions.csv and two pictures.
+
+predictions.csv has one row a case: ids, the true class (empty where unknown), and the probability
+of each class. Two runs on the same split are compared case by case with it. classifier.png has the
+confusion matrix, ROC curves and calibration; attention.png, for CFCML with a table, where in the
+image the table's attention goes.
+"""
+
+import csv
+import os
+import pathlib
+from collections.abc import Mapping
+
+import numpy as np
+import scipy.special
+
+from medvlp_jax import assemble, distributed, tables
+from medvlp_jax.evaluate import Evaluator
+from medvlp_jax.evaluation import attention, classify, plots, retrieval
+from medvlp_jax.training.step import make_embed
+
+EXAMPLES, ATTENDED = 8, 4
+
+
+def show(evaluator: Evaluator, variables: Mapping, folder: pathlib.Path) -> None:
+    """Write the files above into a run folder; every process computes, one writes.
+
+    Args:
+      evaluator: of the run.
+      variables: trained.
+      folder: of the run.
+    """
+    settings = evaluator.settings
+    found = evaluator.features(
+        variables, evaluator.source, limit=settings["limit"], views=settings["views"]
+    )
+    maps = _attended(evaluator, variables)
+    if not distributed.is_writer():
+        return
+    classifies = hasattr(evaluator.parts.recipe, "task")
+    drawn, caption = (
+        (_classified, plots.CLASSIFIED) if classifies else (_retrieved, plots.RETRIEVED)
+    )
+    picked, texts, scores, truth = drawn(evaluator, found, np.random.default_rng(0))
+    transform = assemble.record_transform(evaluator.parts, ("image",), train=False)
+    images = [transform(evaluator.source[i], None)["image"] for i in picked]
+    if images:  # none where no case has a known class
+        plots.examples(images, texts, scores, truth, folder / "examples.png", caption=caption)
+    if classifies:
+        write_predictions(evaluator, found, folder / "predictions.csv")
+        _draw_classifier(evaluator, found, folder / "classifier.png")
+    if maps:
+        _draw_attention(evaluator, found, maps, folder / "attention.png")
+
+
+def _retrieved(evaluator, found, rng):
+    """Return rows, the best three texts of each with their cosines, and its own text."""
+    image, text = evaluator.joint(found)
+    picked = rng.permutation(np.flatnonzero(text.any(1)))[:EXAMPLES]
+    rows, scores = retrieval.top_texts(image[picked], text, found["text_id"], 3)
+    texts = [" ".join(filter(None, pair)) for pair in evaluator.source.texts()]
+    return picked, [[texts[j] for j in row] for row in rows], scores, [texts[i] for i in picked]
+
+
+def _classified(evaluator, found, rng):
+    """Return rows, the best three classes of each with their probabilities, and its own."""
+    task = evaluator.parts.recipe.task
+    names, labels = np.array(evaluator.source.tasks[task]), found[f"label/{task}"]
+    picked = rng.permutation(np.flatnonzero((labels == 1).any(1)))[:EXAMPLES]
+    chances = scipy.special.softmax(found["logits"][picked], axis=1)
+    best = np.argsort(-chances, axis=1)[:, :3]
+    scores = np.take_along_axis(chances, best, axis=1)
+    return picked, names[best].tolist(), scores, names[labels[picked].argmax(1)].tolist()
+
+
+def write_predictions(evaluator: Evaluator, found: Mapping, out: pathlib.Path) -> None:
+    """Write predictions.csv under a temporary name, then rename."""
+    task = evaluator.parts.recipe.task
+    names, labels = evaluator.source.tasks[task], found[f"label/{task}"]
+    chances = scipy.special.softmax(found["logits"].astype(np.float64), axis=1)
+    scratch = out.with_suffix(".tmp")
+    with scratch.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("image_id", "patient_id", "truth", *names))
+        for image, patient, label, chance in zip(
+            found["image_id"], found["patient_id"], labels, chances, strict=True
+        ):
+            truth = names[label.argmax()] if (label == 1).any() else ""
+            writer.writerow((image, patient, truth, *(f"{p:.6g}" for p in chance)))
+    os.replace(scratch, out)
+
+
+def _draw_classifier(evaluator, found, out_png) -> None:
+    task = evaluator.parts.recipe.task
+    truth = classify.class_index(found[f"label/{task}"])
+    chances = scipy.special.softmax(found["logits"].astype(np.float64), axis=1)
+    known = truth >= 0
+    if known.any():
+        plots.classifier(truth[known], chances[known], evaluator.source.tasks[task], out_png)
+
+
+def _attended(evaluator, variables) -> dict[str, list[np.ndarray]]:
+    """Return the first cases' maps of the table's attention, see evaluation/attention.py.
+
+    Empty for recipes without one, and with several processes: a picture of few cases is not worth
+    a collective program.
+    """
+    parts, recipe = evaluator.parts, evaluator.parts.recipe
+    fuses = getattr(recipe, "enhance", "") == "multi_head" and recipe.table and recipe.images
+    if not fuses or parts.part.count > 1:
+        return {}
+    source = evaluator.source
+    transform = assemble.record_transform(
+        parts,
+        recipe.modalities,
+        train=False,
+        table=tables.rows_of(parts.config["data"], [source]),
+        images=source.images,
+    )
+    count = evaluator.multiple_of_devices(min(ATTENDED, len(source)))
+    rows = [transform(source[min(i, len(source) - 1)], None) for i in range(count)]
+    batch = {key: np.stack([row[key] for row in rows]) for key in recipe.modalities}
+    images = {key: batch[key] for key in recipe.images}
+    levels = make_embed(recipe, parts.mesh, "levels")(assemble.place(variables, parts), images)
+    return attention.table_maps(
+        distributed.fetch(variables)["params"]["fusion"],
+        levels,
+        batch["tabular"],
+        num_heads=recipe.num_heads,
+    )
+
+
+def _draw_attention(evaluator, found, maps, out_png) -> None:
+    """Draw the cases of `_attended`, one row an image; of a volume the mean over its slices."""
+    task, source = evaluator.parts.recipe.task, evaluator.source
+    names, labels = source.tasks[task], found[f"label/{task}"]
+    transform = assemble.record_transform(
+        evaluator.parts, tuple(maps), train=False, images=source.images
+    )
+    images, drawn, titles = [], [], []
+    for i in range(min(ATTENDED, len(source), len(labels))):
+        seen = transform(source[i], None)
+        answer = names[found["logits"][i].argmax()]
+        truth = names[labels[i].argmax()] if (labels[i] == 1).any() else "unknown"
+        for name, stages in maps.items():
+            image = seen[name]
+            if image.dtype != np.uint8:
+                layer = image[..., image.shape[-1] // 2]
+                scaled = (layer - layer.min()) / max(np.ptp(layer), 1e-6) * 255
+                image = scaled.astype(np.uint8)[..., None]
+            images.append(image)
+            drawn.append([s[i] if s[i].ndim == 2 else s[i].sum(-1) for s in stages])
+            titles.append(f"{name}: {truth}\nanswer: {answer}")
+    plots.attention(images, drawn, titles, out_png)

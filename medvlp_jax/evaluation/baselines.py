@@ -1,0 +1,129 @@
+"""What a regression on the raw input scores: the floor that a trained classifier has to beat.
+
+Logistic regression as in `probe`, on the table, on the pixels (a histogram of each channel and a
+thumbnail), and on both. Deep networks on a thousand images often do not reach the third.
+
+Axis letters: N rows, b rows of a batch, H, W pixels, C channels, S slices, T attributes, D numbers.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from medvlp_jax.evaluation import classify, probe
+from medvlp_jax.evaluation.results import Results, assemble
+
+PROTOCOL = "regression@clean-v1"
+BINS, SIDE, LAYERS = 16, 8, 4
+TABLE, PIXELS, BOTH = "table", "pixels", "table and pixels"
+SPREAD = 4.0  # standard deviations either side that a volume's histogram covers
+
+
+class Scores(NamedTuple):
+    """Class scores [n, C] of the test rows, and what was fitted for them."""
+
+    scores: np.ndarray
+    fitted: dict
+
+
+def raw_features(batch: Mapping, images: Sequence[str]) -> dict[str, np.ndarray]:
+    """Return what the regressions see of a batch: `pixels` [b, D] and `table` [b, T * D].
+
+    Args:
+      batch: images uint8 [b, H, W, C] or float volumes [b, H, W, S], `tabular` [b, T, D].
+      images: which keys are images.
+    """
+    found = {}
+    if images:
+        found[PIXELS] = np.concatenate([_pixels(np.asarray(batch[key])) for key in images], axis=1)
+    if "tabular" in batch:
+        found[TABLE] = np.asarray(batch["tabular"]).reshape(len(batch["tabular"]), -1)
+    return found
+
+
+def _pixels(image: np.ndarray) -> np.ndarray:
+    """Histogram of each channel, as fractions, and block means; a volume is one channel."""
+    if image.dtype == np.uint8:
+        channels = np.moveaxis(image, -1, 1)  # [b, C, H, W]
+        bins, grid = channels.astype(int) * BINS // 256, (SIDE, SIDE)
+    else:
+        channels = np.moveaxis(image, -1, 1)[:, None]  # [b, 1, S, H, W]
+        scaled = (channels + SPREAD) / (2 * SPREAD) * BINS
+        bins, grid = np.clip(scaled, 0, BINS - 1).astype(int), (LAYERS, SIDE, SIDE)
+    flat = bins.reshape(-1, bins[0, 0].size)  # [b * C, pixels]
+    counts = np.stack([np.bincount(row, minlength=BINS) for row in flat]) / flat.shape[1]
+    blocks = channels.astype(np.float32)
+    for axis, parts in zip(range(-len(grid), 0), grid, strict=True):
+        edges = np.linspace(0, blocks.shape[axis], parts, endpoint=False).astype(int)
+        sizes = np.diff([*edges, blocks.shape[axis]])
+        shape = [-1 if a == len(grid) + axis else 1 for a in range(len(grid))]
+        blocks = np.add.reduceat(blocks, edges, axis=axis) / sizes.reshape(shape)
+    return np.concatenate([counts.reshape(len(image), -1), blocks.reshape(len(image), -1)], axis=1)
+
+
+def scores(train: Mapping, test: Mapping, *, task: str, seed: int = 0) -> dict[str, Scores]:
+    """Fit every regression there is input for.
+
+    Args:
+      train: what `raw_features` returns, of all rows, with `label/<task>` [N, C] and `patient_id`.
+      test: likewise.
+      task: label task.
+      seed: of the split that chooses the regularisation.
+
+    Returns:
+      By name: "table", "pixels", "table and pixels".
+
+    Raises:
+      UserError: if there is too little to fit.
+    """
+    kinds = {name: (name,) for name in (TABLE, PIXELS) if name in train}
+    if len(kinds) == 2:
+        kinds[BOTH] = (TABLE, PIXELS)
+    side_by_side = lambda found, names: np.concatenate([found[name] for name in names], axis=1)
+    return {
+        kind: Scores(
+            *probe.fit(
+                side_by_side(train, names),
+                train[f"label/{task}"],
+                side_by_side(test, names),
+                multi_label=False,
+                seed=seed,
+                train_groups=train["patient_id"],
+            )
+        )
+        for kind, names in kinds.items()
+    }
+
+
+def results(
+    found: Mapping[str, Scores],
+    test: Mapping,
+    *,
+    task: str,
+    classes: Sequence[str],
+    **bootstrap,
+) -> Results:
+    """Score what `scores` returned; keys are regression/<task> (<input>)/<metric>.
+
+    Args:
+      found: by name.
+      test: the rows they belong to, see `scores`.
+      task: label task.
+      classes: C names.
+      **bootstrap: resamples, seed, level.
+    """
+    numbers: Results = {}
+    for kind, (logits, fitted) in found.items():
+        scored = classify.single_label_scores(
+            test[f"label/{task}"], logits, classes, groups=test["patient_id"], **bootstrap
+        )
+        settings = {"classes": list(classes), "input": kind, "bins": BINS, "side": SIDE}
+        numbers |= assemble(
+            PROTOCOL,
+            f"{task} ({kind})",
+            scored.numbers,
+            settings=settings | bootstrap,
+            notes=scored.notes | fitted,
+        )
+    return numbers

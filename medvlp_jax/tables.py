@@ -1,0 +1,130 @@
+"""From a config and a corpus to the rows [T, D] a model sees of a table: numbers, or sentences.
+
+data.table.encoding "vectors" writes each attribute as numbers (data/tabular.py). "sentences" writes
+one English sentence an attribute and encodes it with a frozen text encoder, as CFCML does with that
+of CLIP ViT-B/32; the features are made once and found again by a hash of all they depend on.
+"""
+
+import functools
+import hashlib
+import os
+import pathlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from medvlp_jax import config as configs
+from medvlp_jax import convert, distributed
+from medvlp_jax.config import UserError
+from medvlp_jax.data import corpora, tabular
+from medvlp_jax.data import text as tokenisation
+from medvlp_jax.training import text as text_stage
+
+ENCODINGS = ("vectors", "sentences")
+
+Rows = Callable[[Mapping[str, float]], np.ndarray]
+
+
+def rows_of(data: Mapping[str, Any], sources: Sequence[corpora.Source]) -> Rows | None:
+    """Return the function from a record's table to [T, D]; None where the corpora have no table.
+
+    Args:
+      data: config.data.
+      sources: corpora of one schema; every sentence in them is encoded here.
+
+    Raises:
+      UserError: for corpora whose tables differ, columns that do not exist, or a text encoder that
+        cannot be read.
+    """
+    schema = sources[0].metadata["table"]
+    if any(source.metadata["table"] != schema for source in sources):
+        names = ", ".join(source.name for source in sources)
+        raise UserError(f"The tables of {names} differ; accepted are corpora of one schema.")
+    if not schema:
+        return None
+    return _rows(data, schema, (values for source in sources for values in source.tables()))
+
+
+def empty_table(data: Mapping[str, Any]) -> np.ndarray:
+    """Return rows [T, D] of missing values, as the first corpus has them.
+
+    Raises:
+      UserError: if it has no table.
+    """
+    name, _, variant = data["corpora"][0].partition(":")
+    corpus = corpora.builder(name, data_dir=data["data_dir"], builder_config=variant)
+    schema = corpus.info.metadata["table"]
+    if not schema:
+        raise UserError(f"The recipe reads a table, and corpus {name} has none.")
+    missing = dict.fromkeys(schema, np.nan)
+    return _rows(data, schema, [missing])(missing)
+
+
+def _rows(data, schema: tabular.Schema, tables: Iterable[Mapping[str, float]]) -> Rows:
+    settings = data["table"]
+    names = tabular.columns(schema, exclude=settings["exclude"], leakage=settings["leakage"])
+    if settings["encoding"] not in ENCODINGS:
+        raise UserError(
+            f"data.table.encoding is '{settings['encoding']}'. "
+            f"{configs.nearest(settings['encoding'], ENCODINGS)}"
+        )
+    if settings["encoding"] == "vectors":
+        return functools.partial(tabular.rows, schema=schema, names=names)
+    write = functools.partial(tabular.sentences, schema=schema, names=names)
+    features = sentence_features(data, {said for values in tables for said in write(values)})
+    return lambda values: np.stack([features[said] for said in write(values)])
+
+
+def sentence_features(data: Mapping[str, Any], sentences: Iterable[str]) -> dict[str, np.ndarray]:
+    """Encode sentences with the frozen text encoder data.table.text, or find them encoded.
+
+    Args:
+      data: config.data.
+      sentences: different ones.
+
+    Returns:
+      {sentence: float32 [D]}.
+
+    Raises:
+      UserError: without a text encoder, or for one that cannot be read.
+    """
+    settings = data["table"]
+    if not settings["text"]:
+        raise UserError(
+            "data.table.encoding=sentences needs data.table.text: the folder or hub id of a frozen "
+            "text encoder, such as openai/clip-vit-base-patch32."
+        )
+    source = convert.fetch(settings["text"])
+    tokenizer = tokenisation.load_tokenizer(source)
+    ordered = sorted(sentences)
+    how = [settings[key] for key in ("tower", "pooling", "length")]
+    name = text_stage.fingerprint(_digest(source), tokenizer.to_str(), how, ordered)
+    file = corpora.derived_dir(data["data_dir"]) / "table_features" / f"{name}.npy"
+    if distributed.writer_decides(file.is_file()):
+        return dict(zip(ordered, np.load(file), strict=True))
+    extra = {"pooling": settings["pooling"]} if settings["pooling"] else {}
+    module, variables = convert.load(source, tower=settings["tower"], **extra)
+    encode = jax.jit(lambda tokens: module.apply(variables, tokens).pooled)
+    found = text_stage.cache_features(
+        ordered, encode, tokenizer=tokenizer, length=settings["length"]
+    )
+    if distributed.is_writer():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        scratch = file.with_name(f".{file.name}.{os.getpid()}")
+        with scratch.open("wb") as stream:
+            np.save(stream, np.stack([found[said] for said in ordered]))
+        os.replace(scratch, file)
+    distributed.barrier("table features")
+    return found
+
+
+def _digest(folder: pathlib.Path) -> list[str]:
+    """Return a hash of each weight file."""
+    files = sorted(pathlib.Path(folder).glob("*.safetensors"))
+    digests = []
+    for file in files:
+        with file.open("rb") as stream:
+            digests.append(hashlib.file_digest(stream, "sha256").hexdigest())
+    return digests

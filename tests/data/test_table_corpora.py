@@ -1,0 +1,239 @@
+"""Corpora of images and a table: the real headers are read, defects named, leakage left out."""
+
+import csv
+import io
+import json
+import math
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from medvlp_jax.config import UserError
+from medvlp_jax.data import corpora, records, tabular, volumes
+from medvlp_jax.data.datasets.derm7pt import derm7pt_dataset_builder as derm7pt
+from medvlp_jax.data.datasets.men_phantom import generate
+from medvlp_jax.data.datasets.pad_ufes_20 import pad_ufes_20_dataset_builder as pad
+
+
+def encoded(seed, format="JPEG"):
+    pixels = np.random.default_rng(seed).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format)
+    return buffer.getvalue()
+
+
+def write(path, header, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([header, *rows])
+
+
+def entries(name, split, folder, tmp_path, variant=""):
+    source = corpora.open_source(
+        name, split, data_dir=tmp_path / "data", manual_dir=folder, builder_config=variant
+    )
+    return source, [source[i] for i in range(len(source))]
+
+
+DIAGNOSES = (
+    "clark nevus",
+    "melanoma (less than 0.76 mm)",
+    "seborrheic keratosis",
+    "reed or spitz nevus",
+    "melanoma metastasis",
+    "basal cell carcinoma",
+)
+
+
+@pytest.fixture
+def derm7pt_folder(tmp_path):
+    folder = tmp_path / "release_v0"
+    rows = []
+    for i, diagnosis in enumerate(DIAGNOSES):
+        rest = ["1", *["absent"] * 7, "medium", "flat", "head neck", "male", "excision"]
+        row = [str(i + 1), diagnosis, *rest, f"NEL/Nel{i}.jpg", f"NEL/Ndl{i}.jpg", f"c{i}", ""]
+        rows.append(row)
+        for j, name in enumerate(row[15:17]):
+            (folder / "images/NEL").mkdir(parents=True, exist_ok=True)
+            (folder / "images" / name).write_bytes(encoded(10 * i + j))
+    write(folder / "meta/meta.csv", derm7pt.HEADER, rows)
+    for name, indexes in (("train", (0, 1, 2)), ("valid", (3,)), ("test", (4, 5))):
+        write(folder / f"meta/{name}_indexes.csv", ["indexes"], [[i] for i in indexes])
+    return folder
+
+
+def test_derm7pt_keeps_nevi_and_melanomas_with_both_images(derm7pt_folder, tmp_path):
+    source, found = entries("derm7pt", "train", derm7pt_folder, tmp_path)
+    assert source.tasks["diagnosis"] == ["melanocytic nevus", "melanoma"]
+    by_id = {entry["image_id"]: entry for entry in found}
+    assert {k: v["labels"]["diagnosis"].tolist() for k, v in by_id.items()} == {
+        "1": [1, 0],
+        "2": [0, 1],
+    }
+    assert by_id["2"]["image"] == encoded(10)
+    assert by_id["2"]["images"] == {"dermoscopy": encoded(11)}
+    assert source.images == {"dermoscopy": {}}
+    assert by_id["1"]["table"]["level_of_diagnostic_difficulty"] == 1
+    seen = tabular.columns(source.metadata["table"])
+    assert seen == ("level_of_diagnostic_difficulty", "elevation", "location", "sex")
+
+
+def test_derm7pt_has_all_cases_in_five_groups(derm7pt_folder, tmp_path):
+    counts = corpora.check("derm7pt", manual_dir=derm7pt_folder, builder_config="five")
+    assert {k: v["records"] for k, v in counts.items()} == {"train": 3, "validation": 1, "test": 2}
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "message"),
+    [
+        ("meta/meta.csv", "clark nevus", "wart", "row 2: diagnosis is 'wart'; accepted are"),
+        ("meta/meta.csv", "Ndl1", "Ndl9", r"row 3: image .*Ndl9.jpg is missing"),
+        ("meta/meta.csv", "blue_whitish_veil", "veil", "row 1: no column blue_whitish_veil"),
+        ("meta/valid_indexes.csv", "3", "6", "row 2: indexes is '6'; accepted are 0 to 5"),
+        ("meta/valid_indexes.csv", "3", "0", "row 2: case 0 is in train too"),
+    ],
+)
+def test_a_defect_of_derm7pt_is_named(derm7pt_folder, file, old, new, message):
+    path = derm7pt_folder / file
+    path.write_text(path.read_text().replace(old, new, 1))
+    with pytest.raises(UserError, match=message):
+        corpora.check("derm7pt", manual_dir=derm7pt_folder)
+
+
+@pytest.fixture
+def pad_folder(tmp_path):
+    folder = tmp_path / "pad"
+    (folder / "images/imgs_part_2").mkdir(parents=True)
+    rows = []
+    for i in range(20):
+        row = dict.fromkeys(pad.HEADER, "")
+        row |= {"patient_id": f"PAT_{i // 2}", "lesion_id": str(i), "img_id": f"PAT_{i}.png"}
+        row |= {"diagnostic": list(pad.DIAGNOSES)[i % 6], "age": "60", "itch": "UNK"}
+        row |= {"grew": "True", "region": "NOSE", "biopsed": "True", "fitspatrick": "2.0"}
+        rows.append([row[column] for column in pad.HEADER])
+        (folder / f"images/imgs_part_2/PAT_{i}.png").write_bytes(encoded(i, "PNG"))
+    write(folder / "metadata.csv", pad.HEADER, rows)
+    return folder
+
+
+def test_pad_ufes_20_splits_by_patient_and_says_what_is_missing(pad_folder, tmp_path):
+    source, found = entries("pad_ufes_20", "train", pad_folder, tmp_path)
+    held = {e["patient_id"] for e in found}
+    assert 0 < len(held) < 10
+    assert len(found) == 2 * len(held)
+    table = found[0]["table"]
+    assert math.isnan(table["itch"])
+    assert math.isnan(table["smoke"])
+    assert (table["grew"], table["fitspatrick"], table["region"]) == (1.0, 1.0, 13.0)
+    assert "biopsed" not in tabular.columns(source.metadata["table"])
+
+
+def test_a_number_out_of_range_is_named(pad_folder):
+    path = pad_folder / "metadata.csv"
+    path.write_text(path.read_text().replace(",60,", ",600,", 1))
+    with pytest.raises(UserError, match="row 2: age is 600; accepted are 0 to 120"):
+        corpora.check("pad_ufes_20", manual_dir=pad_folder)
+
+
+@pytest.fixture
+def own_folder(tmp_path):
+    folder = tmp_path / "own"
+    (folder / "pictures").mkdir(parents=True)
+    description = {
+        "classes": ["benign", "malignant"],
+        "columns": {"image": "file", "label": "dx", "group": "who", "id": "", "split": ""},
+        "images": {"closeup": "near"},
+    }
+    (folder / "corpus.json").write_text(json.dumps(description))
+    schema = {"age": {"kind": "numeric", "range": [0, 120]}}
+    (folder / "table.json").write_text(json.dumps(schema))
+    rows = []
+    for i in range(30):
+        for name, format in ((f"pictures/{i}.png", "PNG"), (f"pictures/{i}.jpg", "JPEG")):
+            (folder / name).write_bytes(encoded(i, format))
+        dx = "" if i == 29 else description["classes"][i % 2]
+        rows.append([f"pictures/{i}.png", f"pictures/{i}.jpg", f"w{i // 3}", dx, 20 + i])
+    write(folder / "table.csv", ["file", "near", "who", "dx", "age"], rows)
+    return folder
+
+
+def test_a_folder_of_ones_own_is_prepared_under_a_name_and_opened_without_its_source(
+    own_folder, tmp_path
+):
+    source, found = entries("csv_folder", "train", own_folder, tmp_path, "lesions")
+    assert source.tasks == {"label": ["benign", "malignant"]}
+    assert source.folder.parts[-3:] == ("csv_folder", "lesions", "1.0.0")
+    entry = next(e for e in found if e["image_id"] == "pictures/4.png")
+    assert entry["image"] == encoded(4, "PNG")
+    assert entry["images"]["closeup"] == encoded(4)
+    assert entry["labels"]["label"].tolist() == [1, 0]
+    again = corpora.open_source("csv_folder", "train", data_dir=tmp_path / "data",
+                                builder_config="lesions")  # fmt: skip
+    assert again.metadata == source.metadata
+    assert again[0]["image_id"] == source[0]["image_id"]
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "message"),
+    [
+        ("corpus.json", '"group"', '"grup"', "columns has no field 'grup'. Did you mean group"),
+        ("corpus.json", ', "malignant"', "", "two or more different are needed"),
+        ("corpus.json", '"closeup"', '"tabular"', "cannot be called 'tabular'"),
+        ("table.csv", "benign", "bening", "row 2: dx is 'bening'; accepted are benign, malignant"),
+        ("table.csv", "pictures/3.jpg", "../3.jpg", "row 5: near '../3.jpg' is outside"),
+        ("table.csv", "pictures/3.jpg", "3.jpg", r"row 5: image .*3.jpg is missing"),
+        ("table.json", "numeric", "number", "column 'age' has kind 'number'"),
+    ],
+)
+def test_a_defect_of_ones_own_folder_is_named(own_folder, file, old, new, message):
+    path = own_folder / file
+    path.write_text(path.read_text().replace(old, new, 1))
+    with pytest.raises(UserError, match=message):
+        corpora.check("csv_folder", manual_dir=own_folder)
+
+
+def test_the_phantoms_label_follows_from_rim_and_oedema_of_the_named_mass_alone():
+    for number in range(9):
+        found = generate.case(0, number)
+        t1 = found.volumes["t1"].astype(float)
+        assert t1.shape == (128, 128, 24)
+        named = np.array(generate.PLACES[int(found.table["location"])])
+        y, x, s = (named * (128, 128, 24)).astype(int)
+        brightest = t1[y - 16 : y + 17, x - 16 : x + 17, s - 4 : s + 5]
+        rim = (brightest > generate.MASS["t1"] + 0.6 * generate.RIM).mean() > 0.02
+        large = found.table["oedema_area"] > 850
+        assert generate.CLASSES[found.label] == (
+            "grade 1" if not rim else f"grade 2, {'' if large else 'no '}brain invasion"
+        )
+
+
+def test_the_phantom_is_prepared_as_three_volumes(tmp_path):
+    source = corpora.open_source("men_phantom", "train", data_dir=tmp_path, builder_config="tiny")
+    assert source.images == {name: {"slices": 24} for name in ("t1", "t2", "adc")}
+    entry = next(source[i] for i in range(6) if source[i]["image_id"] == "train2")
+    expected = generate.case(0, 2)
+    for name, volume in expected.volumes.items():
+        found = volumes.decode(entry["images"][name], slices=24, size=128)
+        np.testing.assert_array_equal(found, volume)
+    assert entry["labels"]["grade"].tolist() == [0, 0, 1]
+    assert entry["table"] == pytest.approx(expected.table)
+
+
+def test_the_real_hannover_sample_is_read_whole(test_data):
+    counts = corpora.check("cxr_tabular", manual_dir=test_data / "cxr_tabular")
+    assert {k: v["records"] for k, v in counts.items()} == {"train": 154, "validation": 32}
+
+
+def test_the_real_glioma_sample_is_read_whole(test_data):
+    folder = test_data / "brain_mr_tabular"
+    counts = corpora.check("brain_mr_tabular", manual_dir=folder, builder_config="all")
+    assert {k: v["records"] for k, v in counts.items()} == {"train": 397, "validation": 96}
+
+
+def test_a_censored_value_becomes_the_end_of_the_range():
+    schema = {"crp": {"kind": "numeric", "range": [0, 600], "censored": True}}
+    row = lambda text: {"crp": text}
+    assert tabular.parse_row(row("-inf"), schema) == {"crp": 0.0}
+    assert tabular.parse_row(row("inf"), schema) == {"crp": 600.0}
+    assert records.stored({"a": {}, "b": {"channel": 1}, "c": {"slices": 3}}) == ["a", "c"]

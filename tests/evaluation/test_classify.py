@@ -1,0 +1,66 @@
+"""Folds that lack classes: a clear outcome, by name."""
+
+import json
+
+import numpy as np
+import pytest
+from sklearn import metrics as reference
+
+from medvlp_jax.evaluation import classify, results
+
+CLASSES = ("a", "b", "c")
+
+
+def run(truth, scores=None):
+    rng = np.random.default_rng(0)
+    scores = rng.normal(size=(len(truth), 3)) if scores is None else scores
+    labels = np.eye(3, dtype=np.int8)[truth]
+    return classify.run(
+        scores, labels, CLASSES, task="d", multi_label=False, groups=None, resamples=30
+    )
+
+
+def test_a_class_without_a_case_is_named_and_takes_no_part():
+    found = run([0, 1, 0, 1, 1, 0])
+    assert found["classify/d/protocol"]["skipped"] == ["c"]
+    assert "undefined" not in found["classify/d/protocol"]
+    assert 0 <= found["classify/d/macro_auroc"]["value"] <= 1
+    assert "classify/d/recall/c" not in found
+
+
+def test_where_all_are_of_one_class_what_needs_two_is_listed_and_the_rest_stands():
+    found = run([1, 1, 1, 1])
+    note = found["classify/d/protocol"]
+    assert note["skipped"] == ["a", "c"]
+    assert {"macro_auroc", "macro_auprc"} <= {*note["undefined"]}
+    assert 0 <= found["classify/d/accuracy"]["value"] <= 1
+    assert "classify/d/macro_auroc" not in found
+    assert "NaN" not in json.dumps(found, allow_nan=False)
+    assert "undefined" in results.results_table(found)
+
+
+@pytest.mark.parametrize("positive", ["", "b"])
+def test_weighted_f1_and_the_auprc_of_decisions_are_scikit_learns(positive):
+    rng = np.random.default_rng(1)
+    truth = rng.choice(3, 200, p=(0.6, 0.3, 0.1))
+    scores = rng.normal(size=(200, 3)) + 1.5 * np.eye(3)[truth]
+    answers = scores.argmax(1)
+    found = classify.single_label_scores(
+        np.eye(3, dtype=np.int8)[truth], scores, CLASSES, positive=positive, resamples=0
+    ).numbers
+    weighted = reference.f1_score(truth, answers, average="weighted")
+    assert found["weighted_f1"]["value"] == pytest.approx(weighted)
+    focus = [CLASSES.index(positive)] if positive else range(3)
+    hard = [reference.average_precision_score(truth == c, answers == c) for c in focus]
+    assert found["hard_auprc"]["value"] == pytest.approx(np.mean(hard))
+    assert found["hard_auprc"]["chance"] == pytest.approx(
+        np.mean([(truth == c).mean() for c in focus])
+    )
+
+
+def test_views_are_part_of_what_makes_numbers_comparable():
+    labels, scores = np.eye(3, dtype=np.int8), np.eye(3)
+    fields = {"task": "d", "multi_label": False, "resamples": 0}
+    one, eight = (classify.run(scores, labels, CLASSES, views=v, **fields) for v in (1, 8))
+    assert one["classify/d/protocol"]["hash"] != eight["classify/d/protocol"]["hash"]
+    assert one["classify/d/accuracy"]["value"] == eight["classify/d/accuracy"]["value"]

@@ -1,0 +1,90 @@
+"""The benchmarks run where there is no accelerator, and count what the programs really do."""
+
+import itertools
+import math
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks import step_model, train_step
+from medvlp_jax import sharding
+from medvlp_jax.losses import tiled
+from medvlp_jax.training import flops
+
+ROOT = pathlib.Path(__file__).parents[1]
+BATCH, WIDTH, DEVICES, TILE = 256, 128, 8, 16
+
+
+@pytest.fixture(autouse=True)
+def _home(monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("MEDVLP_DATA_DIR", str(tmp_path / "data"))
+
+
+def traced_softmax(width=WIDTH):
+    mesh = sharding.make_mesh(devices=jax.devices()[:DEVICES])
+    shape = jax.ShapeDtypeStruct((BATCH, width), jnp.float32)
+    loss = lambda x, y, scale: tiled.info_nce(x, y, scale, tile=TILE)
+    with jax.set_mesh(mesh):
+        return jax.jit(jax.value_and_grad(loss, (0, 1, 2))).trace(shape, shape, 10.0).jaxpr
+
+
+def bytes_sent(jaxpr, times=1):
+    """Add up what `ppermute` sends from each device, loops unfolded."""
+    total = 0
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "ppermute":
+            total += times * sum(v.aval.size * v.aval.dtype.itemsize for v in eqn.invars)
+        repeats = eqn.params["length"] if eqn.primitive.name == "scan" else 1
+        for inner in flops._inner(eqn.params):
+            total += bytes_sent(inner, times * repeats)
+    return total
+
+
+def test_the_ring_sends_as_many_bytes_as_the_model_says():
+    sent = bytes_sent(traced_softmax().jaxpr)
+    assert sent == step_model.ring_bytes(BATCH, WIDTH)
+
+
+def test_the_softmax_takes_as_many_flops_as_the_model_says():
+    """Of what grows with the width; exponentials and sums over pairs do not, and are left out."""
+    narrow, wide = (
+        flops.by_part(traced_softmax(width), lambda name: "all")[0]["all"]
+        for width in (WIDTH, 2 * WIDTH)
+    )
+    # A tile's products are added to the sums of its rows and columns; four more scale them.
+    additions = (2 * BATCH // TILE + 4) * BATCH * WIDTH
+    assert wide - narrow == step_model.softmax_flops(BATCH, WIDTH) + additions
+
+
+def test_a_step_on_more_chips_takes_longer_but_makes_more_pairs():
+    method = step_model.Method(1.7e11, 200_000_000, 512, 2e8)
+    chip = step_model.CHIPS["H100, 8 a host"]
+    steps = [step_model.step(method, chip, n, 64, fsdp=True) for n in step_model.COUNTS]
+    for few, many in itertools.pairwise(steps):
+        assert few["seconds"] < many["seconds"]
+        assert few["pairs_per_second"] < many["pairs_per_second"]
+        assert few["bytes"] > many["bytes"]
+    for row in steps:
+        parts = row["towers"] + row["loss"] + row["ring"] + row["gradients_exposed"]
+        assert math.isclose(parts, row["seconds"])
+
+
+def test_a_step_is_measured_with_every_number(tmp_path):
+    out = tmp_path / "step.json"
+    small = ["--config=configs/clip.py:demo", "--config.train.batch_size=16"]
+    small += ["--config.data.crop=32", "--config.data.text_length=16"]
+    (row,) = train_step.main([*small, "--devices=1", "--rounds=1", "--steps=1", f"--out={out}"])
+    assert out.is_file()
+    assert row["finite_loss"]
+    for key, value in row.items():
+        if isinstance(value, float):
+            assert np.isfinite(value), key
+    assert row["pairs_per_second"] == pytest.approx(16 / row["step_seconds"])
+    assert 0.25 * 16 * 16 <= row["tokens_per_second"] * row["step_seconds"] <= 16 * 16
+    assert row["model_flops"] > 0
+    assert row["seconds_of"]["encode forward"] > 0
+    assert row["mfu_of_data_sheet"] is None  # no data sheet of a CPU

@@ -1,0 +1,75 @@
+"""The comparison with PyTorch runs, and its ratios say what they claim; times are not tested."""
+
+import json
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+
+from benchmarks import encoder_parts, encoders
+
+pytestmark = pytest.mark.hf
+
+
+@pytest.fixture(autouse=True)
+def no_rest(monkeypatch):
+    monkeypatch.setattr(encoders, "REST", 0)
+
+
+def test_runs_alternate_and_the_ratio_is_their_time_over_ours(monkeypatch):
+    calls = []
+    monkeypatch.setattr(encoders, "seconds", lambda work: calls.append(work) or work)
+    times = encoders.by_turns(2.0, 6.0, 3)
+    assert calls == [6.0, 2.0, 2.0, 6.0, 6.0, 2.0]
+    assert times == ([2.0] * 3, [6.0] * 3)
+    found = encoders.summary(*times)
+    assert found["ours_seconds"] == 2.0
+    assert found["quartiles"] == [3.0, 3.0, 3.0]
+
+
+@pytest.mark.slow
+def test_every_case_runs_small_and_computes_what_torch_computes(tmp_path, capsys):
+    out = tmp_path / "encoders.json"
+    main = lambda *models: encoders.main(
+        ["--tiny", "--pairs", "2", "--out", str(out), "--models", *models]
+    )
+    main("vit", "resnet")
+    main("modernbert", "qwen3")  # joins what is there
+    found = json.loads(out.read_text())["cpu"]
+    assert list(found["models"]) == list(encoders.MODELS)
+    assert found["versions"].keys() == {"python", "jax", "torch", "transformers"}
+    for model in found["models"].values():
+        assert model["error"] < 1e-5
+        for part in ("forward", "backward"):
+            assert len(model[part]["ratios"]) == 2
+            assert model[part]["torch_seconds"] > 0
+    table = capsys.readouterr().out.splitlines()[-6:]
+    assert [line.count("|") for line in table] == [7] * 6
+    assert table[-1].startswith("| Qwen3-0.6B, tiny | 2 x 9 |")
+    out.write_text(json.dumps({"cpu": {**found, "threads": 0}}))
+    main("resnet")  # with other threads the models before do not belong beside it
+    assert list(json.loads(out.read_text())["cpu"]["models"]) == ["resnet"]
+
+
+def test_a_tiny_run_does_not_replace_the_results(capsys):
+    with pytest.raises(SystemExit):
+        encoders.main(["--tiny"])
+    assert "--out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", encoder_parts.PARTS)
+def test_a_part_is_the_same_layer_here_and_in_torch(name):
+    import torch
+
+    part = encoder_parts.PARTS[name]
+    shape = (1, *part.shape[1:])
+    theirs = part.theirs(torch)
+    x = torch.zeros((shape[0], shape[3], *shape[1:3]) if len(shape) == 4 else shape)
+    parameters, call = 0, part.ours
+    if isinstance(part.ours, nn.Module):
+        shapes = jax.eval_shape(part.ours.init, jax.random.key(0), jnp.zeros(shape))
+        parameters = sum(leaf.size for leaf in jax.tree.leaves(shapes["params"]))
+        call = lambda x: part.ours.apply(jax.tree.map(jnp.zeros_like, shapes), x)
+    assert parameters == sum(parameter.numel() for parameter in theirs.parameters())
+    assert jax.eval_shape(call, jnp.zeros(shape)).size == theirs(x).numel()

@@ -1,0 +1,99 @@
+"""The benchmark of CFCML: rows differ in the recipe alone, finished ones are kept."""
+
+import argparse
+import csv
+import importlib.util
+import json
+import pathlib
+
+import numpy as np
+import pytest
+
+from medvlp_jax.config import UserError
+from medvlp_jax.config import flatten as leaves
+
+ROOT = pathlib.Path(__file__).parents[1]
+SPEC = importlib.util.spec_from_file_location("methods_cfcml", ROOT / "benchmarks/methods_cfcml.py")
+bench = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(bench)
+
+
+def write_predictions(file, seed, signal):
+    """Sixty cases of two rows a patient; class 2 never occurs."""
+    rng = np.random.default_rng(0)
+    truth = rng.integers(0, 2, 120)
+    noise = np.random.default_rng(seed).normal(size=(120, 3))
+    score = np.exp(noise + signal * np.eye(3)[truth])
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(("image_id", "patient_id", "truth", "a", "b", "c"))
+        for i in range(120):
+            writer.writerow((f"i{i}", f"p{i // 2}", "ab"[truth[i]], *(score[i] / score[i].sum())))
+
+
+def test_rows_differ_from_one_another_in_the_recipe_alone(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    arguments = argparse.Namespace(config="configs/cfcml.py:derm", steps=5, folds=0)
+    full, *others = (dict(leaves(bench.row_config(r, arguments, [], 3))) for r in bench.ROWS)
+    assert full["seed"] == 3
+    assert full["data.folds.count"] == 0
+    assert full["train.steps"] == 5
+    for other in others:
+        changed = {key for key in full if full[key] != other[key]}
+        assert changed
+        assert {key.split(".")[0] for key in changed} == {"recipe"}
+
+
+def test_a_difference_is_paired_and_averaged_over_seeds(tmp_path):
+    for row, signal in (("full", 2.0), ("late", 0.5)):
+        for seed in (0, 1):
+            write_predictions(tmp_path / f"{row}-{seed}.0/predictions.csv", seed, signal)
+    write_predictions(tmp_path / "regression-0.0/predictions-table-and-pixels.csv", 7, 0.0)
+    runs = {"0.0": {}, "1.0": {}}
+    rows = {"full": runs, "late": runs, "regression: table and pixels": {"0.0": {}}}
+    found = bench.differences(rows, tmp_path, 200)
+    assert list(found) == ["late", "regression: table and pixels"]
+    late = found["late"]
+    assert late["low"] <= late["difference"] <= late["high"]
+    assert late["low"] > 0
+    values = [
+        bench.macro_auroc(
+            [bench.read_predictions(tmp_path / f"{row}-{seed}.0/predictions.csv")],
+            np.ones((1, 120)),
+        )
+        for row in ("full", "late")
+        for seed in (0, 1)
+    ]
+    expected = np.mean(values[:2]) - np.mean(values[2:])
+    assert late["difference"] == pytest.approx(expected)
+
+
+def test_predictions_of_other_cases_are_refused(tmp_path):
+    for name in ("a", "b"):
+        write_predictions(tmp_path / f"{name}.csv", 0, 1.0)
+    text = (tmp_path / "b.csv").read_text().replace("p3,", "p4,")
+    (tmp_path / "b.csv").write_text(text)
+    with pytest.raises(UserError, match="predictions of other cases"):
+        bench.compare([tmp_path / "a.csv"], [tmp_path / "b.csv"], 10)
+
+
+def test_rows_of_other_settings_are_not_mixed(tmp_path):
+    out = tmp_path / "rows.json"
+    assert bench.read_finished(out, {"steps": 5})["rows"] == {}
+    saved = {"settings": {"steps": 5}, "rows": {"full": {"0.0": 1}}, "differences": {}}
+    out.write_text(json.dumps(saved))
+    assert bench.read_finished(out, {"steps": 5}) == saved
+    with pytest.raises(UserError, match="holds rows of settings"):
+        bench.read_finished(out, {"steps": 6})
+
+
+def test_the_table_has_a_line_a_row_and_the_difference():
+    entry = {"value": 0.5, "low": 0.4, "high": 0.6}
+    results = {f"classify/d/{metric}": entry for metric in bench.METRICS}
+    rows = {name: {"0.0": {"results": results, "minutes": 2.0}} for name in ("full", "late")}
+    compared = {"late": {"difference": 0.1, "low": -0.05, "high": 0.2, "p": 0.3}}
+    lines = bench.table(rows, compared, "d").splitlines()
+    assert lines[2].startswith("| late concatenation | 0.500 [0.400, 0.600] |")
+    assert lines[2].endswith("| +0.100 [-0.050, +0.200] | 2.0 |")
+    assert lines[3].startswith("| CFCML | ")
