@@ -47,18 +47,19 @@ def batch_of(size=6, seed=0):
     }
 
 
+RECIPE = make()
+# One program instead of hundreds of small ones.
+ENCODE = jax.jit(lambda variables, batch: RECIPE.apply(variables, batch, method="encode"))
+
+
 @pytest.fixture(scope="module")
 def model():
-    recipe, batch = make(), batch_of()
+    recipe, batch = RECIPE, batch_of()
     variables = training.init_variables(recipe, batch, 0)
     none = recipe.no_relations(IMAGES)
-    features = ENCODE(recipe, variables, batch)
+    features = ENCODE(variables, batch)
     judge = jax.jit(lambda v, f, b: recipe.apply(v, f, b, method="objective"))
     return recipe, batch, variables, none, features, judge
-
-
-# One program instead of hundreds of small ones.
-ENCODE = jax.jit(lambda recipe, v, b: recipe.apply(v, b, method="encode"), static_argnums=0)
 
 
 def related(none, batch):
@@ -76,7 +77,7 @@ def related(none, batch):
 
 @pytest.mark.slow
 def test_features_are_those_of_the_modalities_in_the_batch(model):
-    recipe, batch, variables, _, whole, _ = model
+    _, batch, variables, _, whole, _ = model
     image = {"image", "image_pooled", "lesions", "image_evidence"}
     report = {"phrases", "report_evidence"}
     assert set(whole) == image | report | {"text"}
@@ -85,16 +86,16 @@ def test_features_are_those_of_the_modalities_in_the_batch(model):
         (("report",), {"text"}),
         (("evidence", "evidence_mask"), report),
     ):
-        part = ENCODE(recipe, variables, {key: batch[key] for key in keys})
+        part = ENCODE(variables, {key: batch[key] for key in keys})
         assert set(part) == expected
         for name, value in part.items():
             np.testing.assert_allclose(value, whole[name], rtol=1e-4, atol=1e-5)
 
 
 def test_rows_are_encoded_independently(model):
-    recipe, batch, variables, _, whole, _ = model
+    _, batch, variables, _, whole, _ = model
     some = jax.tree.map(lambda x: x[2:5], batch)
-    part = ENCODE(recipe, variables, some)
+    part = ENCODE(variables, some)
     for name, value in part.items():
         np.testing.assert_allclose(value, whole[name][2:5], rtol=1e-4, atol=1e-5)
 
