@@ -123,6 +123,8 @@ def test_evaluations_stand_beside_their_step(tmp_path):
 
 def test_the_corpus_is_looked_at_between_steps_and_again_by_a_run_that_stopped_there(tmp_path):
     seen = []
+    for name in "ab":
+        (tmp_path / name).mkdir()
 
     def refresh(state):
         seen.append(int(state.step))
@@ -135,7 +137,12 @@ def test_the_corpus_is_looked_at_between_steps_and_again_by_a_run_that_stopped_t
     assert seen == [4, 8]  # every=0: never
     restored = checkpointer.restore(4, state_of())
     rest = fit(
-        tmp_path / "b", 9, state=restored.state, batches=batches, refresh=refresh, refresh_every=4
+        tmp_path / "b",
+        9,
+        state=jax.device_get(restored.state),
+        batches=batches,
+        refresh=refresh,
+        refresh_every=4,
     )
     assert seen == [4, 8, 4, 8]
     assert rest.params["w"] == whole.params["w"]
