@@ -56,6 +56,7 @@ def recipe() -> ConfigDict:
             "alpha": 0.8,
             "related": 10,
             "kept": 50,
+            "confidence": "evidence",  # "link", the specification's, trusts no unpaired image
             "least_confidence": 0.2,
             "loss_tile": 512,
         }

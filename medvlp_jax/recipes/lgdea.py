@@ -32,6 +32,7 @@ from medvlp_jax.recipes import base
 from medvlp_jax.schedules import Knots
 
 TERMS = ("reconstruction", "paired", "unpaired", "alignment", "global", "usage")
+CONFIDENCES = ("evidence", "link")
 SECTION = "report"
 RELATIONS = "relations"  # the collection that `refresh` fills
 
@@ -79,6 +80,7 @@ class Lgdea(nn.Module):
     alpha: float
     related: int
     kept: int
+    confidence: str
     least_confidence: float
     loss_tile: int
     weights: Mapping[str, float | Knots]
@@ -232,8 +234,15 @@ class Lgdea(nn.Module):
         spread = relations.propagate(
             start, *graphs, reports=len(report_evidence), alpha=self.alpha, hops=self.hops
         )
-        found = relations.relations(spread, row, top=self.related, least=self.least_confidence)
-        said = relations.pseudo(found, jnp.asarray(report_evidence, jnp.float32))
+        told = jnp.asarray(report_evidence, jnp.float32)
+        found = relations.relations(
+            spread,
+            row,
+            top=self.related,
+            least=self.least_confidence,
+            reports=told if self.confidence == "evidence" else None,
+        )
+        said = relations.pseudo(found, told)
         return {**found._asdict(), "pseudo": said}
 
 
@@ -276,6 +285,7 @@ def make(
     alpha: float = 0.8,
     related: int = 10,
     kept: int = 50,
+    confidence: str = "evidence",
     least_confidence: float = 0.2,
     loss_tile: int = tiled.TILE,
 ) -> Lgdea:
@@ -300,6 +310,8 @@ def make(
       alpha: share of the neighbours in a hop, in [0, 1).
       related: reports an image is related to.
       kept: entries of a row during the propagation.
+      confidence: "evidence", do the related reports say the same; "link", is it one report: the
+        specification's, which trusts no unpaired image (docs/lgdea.md).
       least_confidence: below it a relation does not count.
       loss_tile: side of the tiles of the global InfoNCE; 0 keeps the whole logits.
 
@@ -320,6 +332,9 @@ def make(
         raise UserError(f"recipe.alpha must be in [0, 1), got {alpha}.")
     if not 2 <= related <= kept:
         raise UserError(f"recipe.related must be in 2 .. recipe.kept={kept}, got {related}.")
+    if confidence not in CONFIDENCES:
+        known = " or ".join(CONFIDENCES)
+        raise UserError(f"recipe.confidence must be {known}, got '{confidence}'.")
     image, text = base.encoder(image), base.encoder(text)
     if image.width % num_heads:
         raise UserError(
@@ -343,6 +358,7 @@ def make(
         alpha,
         related,
         kept,
+        confidence,
         least_confidence,
         loss_tile,
         weights=weights,

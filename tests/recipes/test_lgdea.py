@@ -195,6 +195,7 @@ def test_refresh_relates_images_to_reports_of_their_pattern():
     assert reached[9:].mean() > 0.5
     best = made["column"][np.arange(60), made["weight"].argmax(1)]
     assert (label[best] == label)[reached].mean() > 0.95
+    assert (made["confidence"][9:] > 0).mean() > 0.3
     mixed = np.einsum("im,imk->ik", made["weight"], q[1][made["column"]])
     np.testing.assert_allclose(made["pseudo"], mixed, rtol=1e-4, atol=1e-6)
 
@@ -217,6 +218,7 @@ def test_prototypes_start_at_the_centres_of_the_phrases():
         ({"temperature": 0.0}, "recipe.temperature must be above 0"),
         ({"alpha": 1.0}, r"recipe.alpha must be in \[0, 1\)"),
         ({"related": 7}, "recipe.related must be in 2 .. recipe.kept=6"),
+        ({"confidence": "both"}, "recipe.confidence must be evidence or link, got 'both'"),
         ({"num_heads": 3}, "does not divide the image encoder's 16"),
         ({"loss_tile": -1}, "loss_tile"),
     ],
