@@ -15,7 +15,7 @@ import numpy as np
 from medvlp_jax.config import UserError
 
 VARIANTS = ("disjoint", "shuffled")
-ROUNDS = 64  # meetings of each unpaired image with another report before they repeat
+ROUNDS = 16  # meetings of each unpaired image with another report before they repeat
 
 
 @dataclasses.dataclass(frozen=True)

@@ -99,7 +99,7 @@ def test_other_rows_are_images_and_reports_of_their_pools(variant):
         met.setdefault(row["image"], set()).add(row["findings"])
     assert set(met) == set(found.images[count:])
     # Every image meets many reports: what a row joins is no pair.
-    assert min(map(len, met.values())) > 10
+    assert min(map(len, met.values())) > 5
     assert source[5] == pairing.Unpaired(Corpus(), found, 0)[5]
 
 
