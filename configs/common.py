@@ -44,6 +44,10 @@ def data(**fields) -> ConfigDict:
             # `count` folds by patient (0 = the corpus' own splits), `index` is the test split;
             # classes of `task` are shared out evenly, "" = that of `balance`.
             "folds": {"count": 0, "index": 0, "task": "", "seed": 0},
+            # For recipes that read rows which are no pairs; LGDEA.
+            "pairing": {"ratio": 1.0, "variant": "disjoint", "share": 0.5},
+            # "" reads reports by rules; else a folder of `medvlp evidence extract`. N phrases of T.
+            "evidence": {"folder": "", "phrases": 12, "length": 24},
             "decode_cache": 0,  # decoded images kept in memory, size^2 bytes each
             "threads": 2,
             "prefetch": 4,
@@ -85,6 +89,7 @@ def train(**fields) -> ConfigDict:
             "checkpoint_every": 500,
             "keep": 2,  # newest checkpoints kept
             "keep_every": 0,  # steps whose checkpoints are kept for good; 0 = none
+            "refresh_every": 0,  # steps between two looks at the whole corpus; 0 = never
             "evaluate_every": 500,
             "evaluate_limit": 1000,  # examples of an evaluation during training
             # The step that is evaluated and exported: where this result is highest, such as

@@ -17,6 +17,8 @@ from medvlp_jax import convert, distributed, sharding, tables
 from medvlp_jax.config import UserError
 from medvlp_jax.data import corpora, folds, pipeline, records, transforms, volumes
 from medvlp_jax.data import text as tokenisation
+from medvlp_jax.encoders.base import Tokens
+from medvlp_jax.evidence import phrases
 from medvlp_jax.training import optim, selection
 from medvlp_jax.training import params as paths
 from medvlp_jax.training import text as text_stage
@@ -217,8 +219,16 @@ def record_transform(
         features=features,
         table=table,
         images=further,
+        evidence=evidence_of(data) if "evidence" in inputs else None,
         train=train,
     )
+
+
+def evidence_of(data: Mapping[str, Any]) -> pipeline.Evidence:
+    """Return where the phrases of a report come from, as data.evidence says."""
+    settings = data["evidence"]
+    read = phrases.reader(settings["folder"])
+    return pipeline.Evidence(read, settings["phrases"], settings["length"])
 
 
 def _further_image(name, spec, decode, view, data, *, train) -> pipeline.Transform:
@@ -292,8 +302,24 @@ def random_view(data: Mapping[str, Any]) -> Callable:
     return functools.partial(views[name], size=data["crop"], **settings)
 
 
-def train_batches(parts: Parts, sources, features=None):
-    """Return the iterator of this process's training batches."""
+def empty_evidence(tokenizer, data: Mapping[str, Any], size: int) -> dict[str, Any]:
+    """Return the phrases of `size` reports in which nothing is said."""
+    count, length = data["evidence"]["phrases"], data["evidence"]["length"]
+    ids, mask = tokenisation.tokenize(tokenizer, [""] * size * count, length)
+    shape = (size, count, length)
+    tokens = Tokens(ids.reshape(shape), mask.reshape(shape))
+    return {"evidence": tokens, "evidence_mask": np.ones((size, count), bool)}
+
+
+def train_batches(parts: Parts, sources, features=None, *, shares=None):
+    """Return the iterator of this process's training batches.
+
+    Args:
+      parts: of the run.
+      sources: of rows.
+      features: cached text features by text.
+      shares: of each source in a batch; None takes data.shares.
+    """
     data = parts.config["data"]
     reads_table = "tabular" in parts.recipe.inputs
     return iter(
@@ -309,7 +335,7 @@ def train_batches(parts: Parts, sources, features=None):
             ),
             batch_size=parts.config["train"]["batch_size"],
             seed=parts.config["seed"],
-            weights=data["shares"] or None,
+            weights=shares or data["shares"] or None,
             balance=data["balance"],
             process_index=parts.part.index,
             process_count=parts.part.count,
@@ -333,6 +359,8 @@ def initial_variables(parts: Parts) -> dict:
     if parts.tokenizer:
         tokens = tokenisation.tokenize(parts.tokenizer, ["a", "b"], data["text_length"])
         batch |= dict.fromkeys(("findings", "impression", "report"), tokens)
+    if "evidence" in parts.recipe.inputs:
+        batch |= empty_evidence(parts.tokenizer, data, 2)
     if "tabular" in parts.recipe.inputs:
         batch["tabular"] = np.stack([tables.empty_table(data)] * 2)
     try:

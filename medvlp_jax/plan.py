@@ -110,6 +110,7 @@ def blueprint(config: Mapping[str, Any], devices: Sequence[jax.Device] | None = 
     recipe, notes = _recipe(config)
     everything = _batch(recipe, config["data"], 2)
     keys = ("image", "image_2", *getattr(recipe, "images", ()), "tabular", *SECTIONS)
+    keys += ("evidence", "evidence_mask")
     try:
         variables = jax.eval_shape(
             lambda batch: training.init_variables(recipe, batch, 0),
@@ -123,6 +124,9 @@ def blueprint(config: Mapping[str, Any], devices: Sequence[jax.Device] | None = 
     fields = {k: v for k, v in config["optim"].items() if k != "freeze"}
     trainable, _ = paths.split(variables["params"], frozen)
     tx, rate = optim.make(trainable, steps=settings["steps"], **fields)
+    if hasattr(recipe, "no_relations"):
+        # Their size is the corpus', which is not read here: a thousand images stand for it.
+        variables = {**variables, "relations": jax.eval_shape(lambda: recipe.no_relations(1000))}
     state = jax.eval_shape(lambda v: training.make_state(v, tx, frozen), variables)
     batch = _batch(recipe, config["data"], settings["batch_size"])
     training.check_batch(recipe, batch)
@@ -280,6 +284,14 @@ def _batch(recipe, data, size: int) -> dict[str, Any]:
         batch[f"{section}_valid"] = shape((size,), np.bool_)
         batch[f"{section}_id"] = shape((size,), np.int32)
         batch[f"{section}_feature"] = shape((size, recipe.text.width), np.float32)
+    if "evidence" in recipe.inputs:
+        phrases = (size, data["evidence"]["phrases"])
+        words = (*phrases, data["evidence"]["length"])
+        batch["evidence"] = Tokens(shape(words, np.int32), shape(words, np.bool_))
+        batch["evidence_mask"] = shape(phrases, np.bool_)
+    if "paired" in recipe.inputs:
+        batch["paired"] = shape((size,), np.bool_)
+        batch["image_row"] = batch["report_row"] = shape((size,), np.int32)
     return batch
 
 

@@ -23,7 +23,17 @@ import jax
 from absl import flags, logging
 from ml_collections import config_flags
 
-from medvlp_jax import assemble, cases, cli, distributed, evaluate, export, plan, sharding
+from medvlp_jax import (
+    assemble,
+    cases,
+    cli,
+    distributed,
+    evaluate,
+    export,
+    plan,
+    sharding,
+    unpaired,
+)
 from medvlp_jax import config as configs
 from medvlp_jax.config import UserError
 from medvlp_jax.evaluation import plots
@@ -51,6 +61,7 @@ class _Job(NamedTuple):
     batches: Iterator
     checkpointer: Checkpointer
     untrained: Mapping
+    refresh: Callable | None
 
 
 def run(config: dict, workdir: pathlib.Path, stop: Signals | None = None) -> dict:
@@ -101,9 +112,14 @@ def _prepare(config, workdir, stop) -> _Job:
     fields = {k: v for k, v in config["optim"].items() if k != "freeze"}
     trainable, fixed = paths.split(variables["params"], frozen)
     tx, rate = optim.make(trainable, steps=settings["steps"], **fields)
+    rows, shares, refresh = sources, None, None
+    if (pools := unpaired.pools(parts, sources)) is not None:
+        variables = unpaired.begin(parts, variables, sources[0], pools)
+        rows, shares = unpaired.streams(parts, sources[0], pools)
+        refresh = unpaired.refresher(parts, sources[0], pools)
     state = assemble.place(training.make_state(variables, tx, frozen), parts)
     features = assemble.cached_text(parts, variables, sources)
-    batches = assemble.train_batches(parts, sources, features)
+    batches = assemble.train_batches(parts, rows, features, shares=shares)
 
     checkpointer = Checkpointer(
         workdir / "checkpoints", keep=settings["keep"], keep_every=settings["keep_every"]
@@ -132,7 +148,16 @@ def _prepare(config, workdir, stop) -> _Job:
         rules=config["mesh"]["rules"],
     )
     return _Job(
-        parts, evaluator, validator, selection, state, step_fn, batches, checkpointer, untrained
+        parts,
+        evaluator,
+        validator,
+        selection,
+        state,
+        step_fn,
+        batches,
+        checkpointer,
+        untrained,
+        refresh,
     )
 
 
@@ -174,6 +199,8 @@ def _fit(job, workdir, stop):
         config=config,
         evaluate=validate,
         evaluate_every=settings["evaluate_every"],
+        refresh=job.refresh,
+        refresh_every=settings["refresh_every"],
         stop=stop,
     )
     job.checkpointer.close()

@@ -13,7 +13,7 @@ import functools
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import grain
 import jax
@@ -39,9 +39,18 @@ __all__ = [
 ]
 
 SECTIONS = ("findings", "impression", "report")  # report: both sections as one text
+PAIRING = ("paired", "image_row", "report_row")  # see `pairing`
 
 Example = dict[str, Any]
 Transform = Callable[[Any, np.random.Generator | None], Example]
+
+
+class Evidence(NamedTuple):
+    """Phrases [N, T] of a record: the function that names them, N, and T tokens each."""
+
+    read: Callable[[Mapping], Sequence[str]]
+    phrases: int
+    length: int
 
 
 def train_dataset(
@@ -139,6 +148,7 @@ def record_transform(
     lengths: Mapping[str, int] | None = None,
     features: Mapping[str, np.ndarray] | None = None,
     table: Callable[[Mapping[str, float]], np.ndarray] | None = None,
+    evidence: Evidence | None = None,
     images: Mapping[str, Transform] | None = None,
     train: bool = True,
 ) -> Transform:
@@ -148,7 +158,9 @@ def record_transform(
       inputs: the batch keys that are wanted: "image", "image_2" (a second view; training only),
         names of further images,
         "findings", "impression" and "report", both as one text (token ids), "<section>_feature"
-        (cached features of frozen text encoders), "tabular", "label/<task>". Keys made anyway:
+        (cached features of frozen text encoders), "tabular", "label/<task>", "evidence" (token ids
+        of N phrases) with "evidence_mask" (which of them exist), and of limited pairing "paired",
+        "image_row" and "report_row". Keys made anyway:
         "text_id" and, for every section asked for, "<section>_valid" and "<section>_id" (equal for
         equal texts); in evaluation also the labels of all tasks, "image_id" and "patient_id".
       decode: encoded bytes -> uint8 [R, R, C], for example a partial of `transforms.decode`; wrap
@@ -158,6 +170,7 @@ def record_transform(
       lengths: T of every section that is tokenised.
       features: feature [D] by text, for the feature keys; a missing section gets zeros.
       table: values by column -> [T, D], for "tabular".
+      evidence: where the phrases come from, and how many of which length.
       images: by name, (record, rng) -> view of a further image. All images of a case get the same
         random draws: what is turned in one is turned in the others.
       train: two views where asked for, and no labels beyond `inputs`.
@@ -172,6 +185,8 @@ def record_transform(
     further = [name for name in images if name in inputs]
     if "tabular" in inputs and table is None:
         raise UserError("The recipe reads a table, and the corpus has none.")
+    if "evidence" in inputs and (evidence is None or tokenizer is None):
+        raise UserError("Evidence phrases need a reader and a tokenizer.")
     tokens = functools.lru_cache(maxsize=1 << 16)(functools.partial(_tokens, tokenizer))
 
     def transform(record: Mapping[str, Any], rng: np.random.Generator | None) -> Example:
@@ -185,6 +200,11 @@ def record_transform(
                 example["image_2"] = view(image, rng)
         if "tabular" in inputs:
             example["tabular"] = table(record["table"])
+        if "evidence" in inputs:
+            example |= _phrases(tokens, evidence, record)
+        for key in PAIRING:
+            if key in inputs:
+                example[key] = np.asarray(record[key], bool if key == "paired" else np.int32)
         for key in {*tokenised, *looked_up}:
             words = section_text(record, key)
             if key in tokenised:
@@ -235,6 +255,7 @@ def text_hash(text_id: str) -> np.ndarray:
 
 def _check_inputs(inputs, images, tokenised, tokenizer, lengths, looked_up, features) -> None:
     known = ("image", "image_2", *images, "tabular", "text_id", *SECTIONS)
+    known = (*known, "evidence", "evidence_mask", *PAIRING)
     made = (*known, *(f"{s}_{kind}" for s in SECTIONS for kind in ("feature", "valid", "id")))
     for key in inputs:
         if key not in made and not key.startswith("label/"):
@@ -250,6 +271,14 @@ def _check_inputs(inputs, images, tokenised, tokenizer, lengths, looked_up, feat
 def _tokens(tokenizer: tokenizers.Tokenizer, words: str, length: int) -> Tokens:
     ids, mask = text.tokenize(tokenizer, [words], length)
     return Tokens(ids[0], mask[0])
+
+
+def _phrases(tokens: Callable, evidence: Evidence, record: Mapping) -> Example:
+    """Tokenise the first N phrases of a record; places beyond hold an empty text."""
+    found = list(evidence.read(record))[: evidence.phrases]
+    rows = [tokens(words, evidence.length) for words in found + [""] * evidence.phrases]
+    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *rows[: evidence.phrases])
+    return {"evidence": stacked, "evidence_mask": np.arange(evidence.phrases) < len(found)}
 
 
 def _feature(features: Mapping[str, np.ndarray], words: str) -> np.ndarray:

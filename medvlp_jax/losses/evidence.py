@@ -167,8 +167,8 @@ def spherical_kmeans(
 ) -> tuple[Float[Array, "K E"], Int[Array, " N"]]:
     """Return unit-norm centres and the centre of each vector: where the prototypes start.
 
-    Starts are drawn as in k-means++ with 1 - cosine as the distance; a centre that loses all its
-    vectors stays where it is.
+    Starts are drawn as in greedy k-means++ (the best of 2 + ln K draws), with 1 - cosine as the
+    squared distance; a centre that loses all its vectors stays where it is.
 
     Args:
       z: unit norm; at least `count` rows.
@@ -178,15 +178,16 @@ def spherical_kmeans(
     """
     z = at_least_float32(jnp.asarray(z))
     cosine = lambda centre: jnp.einsum("ne,...e->...n", z, centre, precision="highest")
-    keys = jax.random.split(key, count)
+    keys, tries = jax.random.split(key, count), 2 + int(math.log(count))
     centres = jnp.zeros((count, z.shape[1]), z.dtype)
     centres = centres.at[0].set(z[jax.random.randint(keys[0], (), 0, len(z))])
 
     def start(k, carry):
         centres, distance = carry
-        row = jax.random.categorical(keys[k], jnp.log(distance + 1e-12))
-        distance = jnp.minimum(distance, jnp.maximum(1 - cosine(z[row]), 0))
-        return centres.at[k].set(z[row]), distance
+        rows = jax.random.categorical(keys[k], jnp.log(distance + 1e-12), shape=(tries,))
+        left = jnp.minimum(distance, jnp.maximum(1 - cosine(z[rows]), 0))  # [tries, N]
+        best = left.sum(1).argmin()
+        return centres.at[k].set(z[rows[best]]), left[best]
 
     first = jnp.maximum(1 - cosine(centres[0]), 0)
     centres, _ = jax.lax.fori_loop(1, count, start, (centres, first))

@@ -212,18 +212,32 @@ def propagate(
 
 
 def relations(
-    spread: Sparse, paired: np.ndarray, *, top: int = 10, least: float = 0.2
+    spread: Sparse,
+    paired: np.ndarray,
+    *,
+    top: int = 10,
+    least: float = 0.2,
+    reports: Float[Array, "R K"] | None = None,
 ) -> Relations:
     """Keep the strongest relations of each image, and say how far to trust them.
 
-      T_ir = A_ir / sum_r A_ir over the `top` largest
-      c_i = min(1, sum_r A_ir / median of that sum over the paired) * (1 - H(T_i) / ln top)
+      T_ir = A_ir / s_i,  s_i = sum_r A_ir over the `top` largest
+
+    Without `reports` the confidence is that of the specification, which asks for one report:
+
+      c_i = min(1, s_i / median of s over the paired) * (1 - H(T_i) / ln top)
+
+    With them it asks whether the related reports, many or few, say the same (docs/lgdea.md):
+
+      c_i = min(1, s_i / median of s over the other images that are reached)
+            * sum_r T_ir BC(Qbar_R(r), Qtil_i),   Qtil_i = sum_r T_ir Qbar_R(r)
 
     Args:
       spread: A, from `propagate`.
       paired: [P], images that have a pair.
       top: m, at least 2.
       least: a confidence below it counts 0.
+      reports: Qbar_R [R, K] of all reports, or None.
     """
     if top < 2 or len(paired) == 0:
         raise ValueError(f"relations needs top >= 2 and a paired image, got {top}, {len(paired)}.")
@@ -231,9 +245,17 @@ def relations(
     column = jnp.take_along_axis(jnp.asarray(spread.column), place, 1)
     total = value.sum(1)
     weight = jnp.where(total[:, None] > 0, value / jnp.where(total > 0, total, 1)[:, None], 0)
-    entropy = -(weight * jnp.log(jnp.where(weight > 0, weight, 1))).sum(1)
-    strength = jnp.minimum(1, total / jnp.median(total[jnp.asarray(paired)]))
-    confidence = strength * (1 - entropy / np.log(top))
+    if reports is None:
+        entropy = -(weight * jnp.log(jnp.where(weight > 0, weight, 1))).sum(1)
+        usual, trust = jnp.median(total[jnp.asarray(paired)]), 1 - entropy / np.log(top)
+    else:
+        reached = total.at[jnp.asarray(paired)].set(0) > 0
+        usual = jnp.nanmedian(jnp.where(reached, total, jnp.nan))
+        said = reports[column]  # [I, m, K]
+        mean = jnp.einsum("im,imk->ik", weight, said, precision="highest")
+        trust = (weight[..., None] * jnp.sqrt(said * mean[:, None])).sum((1, 2))
+    # No image but the paired ones may be reached, and then there is nothing to compare with.
+    confidence = jnp.nan_to_num(jnp.minimum(1, total / usual)) * trust
     return Relations(column, weight, jnp.where(confidence >= least, confidence, 0))
 
 

@@ -27,6 +27,8 @@ def fit(
     config: Mapping | None = None,
     evaluate: Callable[[int, TrainState], Mapping[str, float]] | None = None,
     evaluate_every: int = 0,
+    refresh: Callable[[TrainState], TrainState] | None = None,
+    refresh_every: int = 0,
     stop: Signals | None = None,
 ) -> TrainState:
     """Train from `state.step` to `steps`.
@@ -51,6 +53,8 @@ def fit(
       config: resolved config, kept in each checkpoint.
       evaluate: (step, state) -> metrics; with several processes it raises Stopped in all or none.
       evaluate_every: steps between evaluations; 0 is never.
+      refresh: state -> state, what a method reads from the whole corpus between steps.
+      refresh_every: steps between two of these; 0 is never.
       stop: notices signals.
 
     Returns:
@@ -67,6 +71,10 @@ def fit(
     pending = None
     try:
         for step in range(first + 1, steps + 1):
+            # Before a step and not after one: a run that saved and stopped in between does it too.
+            if refresh and refresh_every and step > 1 and (step - 1) % refresh_every == 0:
+                pending = _flush(reporter, pending)
+                state = refresh(state)
             began = time.perf_counter()
             with breakable():
                 rows = next(batches)

@@ -102,14 +102,14 @@ def plans(seed, count):
 
 
 def test_the_phantoms_findings_are_recovered_exactly_from_each_section():
-    for plan in plans(101, 1200):
+    for plan in plans(101, 700):
         truth = {f.name for f in plan.found}
         for section in filter(None, plan.report[:2]):
             assert agreement.phantom_findings(rules.extract(section)) == truth, section
 
 
 def test_the_phantoms_sides_are_recovered_exactly():
-    for plan in plans(102, 600):
+    for plan in plans(102, 300):
         for section in filter(None, plan.report[:2]):
             items = rules.extract(section)
             for f in plan.found:

@@ -162,6 +162,34 @@ def test_relations_are_the_normalised_largest_and_their_confidence():
         np.testing.assert_allclose(found.confidence[i], c if c >= 0.2 else 0, rtol=1e-4)
 
 
+def test_confidence_in_what_is_said_is_the_agreement_of_the_related_reports():
+    rng = np.random.default_rng(8)
+    a, q = rng.random((12, 20)) ** 4, simplex(9, 20)
+    a[4] = 0
+    spread = relations.Sparse(np.tile(np.arange(20, dtype=np.int32), (12, 1)), a.astype(np.float32))
+    found = relations.relations(spread, np.array([0, 1]), top=6, least=0.3, reports=q)
+    kept = np.argsort(-a, 1)[:, :6]
+    strength = [a[i, kept[i]].sum() for i in range(12)]
+    usual = np.median([strength[i] for i in range(2, 12) if strength[i] > 0])
+    for i in range(12):
+        if i == 4:
+            assert found.confidence[i] == 0
+            continue
+        t = a[i, kept[i]] / strength[i]
+        mean = sum(t[n] * q[r] for n, r in enumerate(kept[i]))
+        agree = sum(t[n] * sum(np.sqrt(q[r] * mean)) for n, r in enumerate(kept[i]))
+        c = min(1, strength[i] / usual) * agree
+        np.testing.assert_allclose(found.confidence[i], c if c >= 0.3 else 0, rtol=1e-4)
+    # Where the pairs are all that is reached, no other image is trusted.
+    alone = relations.relations(
+        relations.Sparse(spread.column, spread.value * (np.arange(12) < 2)[:, None]),
+        np.array([0, 1]),
+        top=6,
+        reports=q,
+    )
+    assert not np.asarray(alone.confidence).any()
+
+
 def test_pseudo_distributions_and_the_targets_of_a_batch():
     column = np.array([[4, 1, 0], [2, 0, 0]])
     weight = np.array([[0.5, 0.3, 0.2], [1.0, 0.0, 0.0]], np.float32)
@@ -211,6 +239,14 @@ def test_more_hops_reach_more_images_and_still_the_right_reports():
             there = np.asarray(spread.value[20:, 0]) > 0
             reached[hops].append(there.mean())
             right[hops].append((report[best] == image[20:])[there].mean())
+        # The specification's confidence asks for one report and trusts none of these, although
+        # nearly all links are right; that of what the reports say trusts most.
+        link, said = (
+            np.asarray(relations.relations(spread, pairs, reports=r).confidence[20:])
+            for r in (None, qr)
+        )
+        assert not link.any()
+        assert (said > 0).mean() > 0.6
     # The specification reports about 46 % and 89 %, and at least 95 % right links.
     assert 0.40 < np.mean(reached[1]) < 0.55
     assert 0.82 < np.mean(reached[3]) < 0.95

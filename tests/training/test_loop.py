@@ -119,3 +119,30 @@ def test_evaluations_stand_beside_their_step(tmp_path):
     )
     found = {line["step"]: line["eval/w"] for line in lines(tmp_path) if "eval/w" in line}
     assert found == {2: 4.0, 4: 11.0}  # the end of a run is evaluated in full, elsewhere
+
+
+def test_the_corpus_is_looked_at_between_steps_and_again_by_a_run_that_stopped_there(tmp_path):
+    seen = []
+    for name in "ab":
+        (tmp_path / name).mkdir()
+
+    def refresh(state):
+        seen.append(int(state.step))
+        return state._replace(params={"w": 10 * state.params["w"]})
+
+    whole = fit(tmp_path / "a", 9, refresh=refresh, refresh_every=4)
+    assert seen == [4, 8]
+    batches, checkpointer = Batches(), Checkpointer(tmp_path / "c", keep=9)
+    fit(tmp_path / "b", 4, batches=batches, checkpointer=checkpointer, refresh=refresh)
+    assert seen == [4, 8]  # every=0: never
+    restored = checkpointer.restore(4, state_of())
+    rest = fit(
+        tmp_path / "b",
+        9,
+        state=jax.device_get(restored.state),
+        batches=batches,
+        refresh=refresh,
+        refresh_every=4,
+    )
+    assert seen == [4, 8, 4, 8]
+    assert rest.params["w"] == whole.params["w"]

@@ -1,0 +1,104 @@
+"""LGDEA, images and reports that are mostly no pairs. Variants: "" (ViT-B/16), demo, smoke."""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+VARIANTS = ("", "demo", "smoke")
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    """Return the resolved config of a variant."""
+    if variant not in VARIANTS:
+        known = ", ".join(VARIANTS[1:])
+        raise ValueError(f"No variant '{variant}' of configs/lgdea.py. Known: {known}.")
+    config = ConfigDict(
+        {
+            "recipe": recipe(),
+            "data": common.data(channels=3, text_length=128),
+            # Learning rates and decay: a sibling paper of the same authors.
+            "optim": common.optim(
+                lr=1e-4, weight_decay=1e-6, multipliers=(("^(image|text)/", 0.1),)
+            ),
+            "train": common.train(steps=20_000, batch_size=64, refresh_every=2500),
+            "evals": common.evals(),
+            **common.rest(init={"text": "emilyalsentzer/Bio_ClinicalBERT"}),
+        }
+    )
+    config.data.pairing.ratio = 0.1  # our choice; half of a batch are pairs
+    if variant:
+        small(config)
+        globals()[variant](config)
+    return config
+
+
+def recipe() -> ConfigDict:
+    """Every field is explained in recipes/lgdea.py; none is published, all are our choice."""
+    names = ("reconstruction", "paired", "unpaired", "alignment", "global", "usage")
+    return ConfigDict(
+        {
+            "name": "lgdea",
+            "image": {"name": "vit", "variant": "B/16", "dtype": "float32"},
+            "text": {"name": "bert", "variant": "base", "pooling": "cls", "dtype": "float32"},
+            "weights": dict(zip(names, (1.0, 1.0, 0.5, 1.0, 1.0, 0.0), strict=True)),
+            "dim": 256,
+            "prototypes": 64,
+            "lesions": 8,
+            "depth": 2,
+            "num_heads": 12,
+            "temperature": 0.1,
+            "image_temperature": 0.1,
+            "alignment_temperature": 0.07,
+            "global_temperature": 0.07,
+            "shrinkage": 0.01,
+            "neighbours": 10,
+            "hops": 5,
+            "alpha": 0.8,
+            "related": 10,
+            "kept": 50,
+            "confidence": "evidence",  # "link", the specification's, trusts no unpaired image
+            "least_confidence": 0.2,
+            "loss_tile": 512,
+        }
+    )
+
+
+def small(config):
+    """Sizes for two CPU cores."""
+    block = {"depth": 4, "width": 96, "num_heads": 4, "mlp_dim": 192, "dtype": "float32"}
+    config.recipe.image = ConfigDict({"name": "vit", "variant": "tiny", **block, "patch_size": 8})
+    config.recipe.text = ConfigDict({"name": "bert", "variant": "tiny", "pooling": "mean"})
+    config.recipe.text.update({"dropout": 0.0, "attention_dropout": 0.0, "dtype": "float32"})
+    config.recipe.update({"dim": 64, "prototypes": 32, "num_heads": 4})
+    config.init.text = "mlm"
+    config.data.update({"tokenizer": "cxr_phantom", "text_length": 64, "size": 106, "crop": 96})
+    config.data.evidence.update({"phrases": 6, "length": 16})
+    config.data.view.update({"flip_horizontal": 0.0, "flip_vertical": 0.0, "rotation": 10.0})
+    config.data.decode_cache = 8192
+    config.optim.update({"lr": 2e-3, "warmup": 40, "multipliers": ()})
+
+
+def demo(config):
+    """Generated radiographs, a tenth of them with their report; not yet measured."""
+    config.data.corpora = ("cxr_phantom:demo",)
+    config.train.update({"steps": 800, "refresh_every": 100, "checkpoint_every": 200})
+    config.train.update({"evaluate_every": 200, "evaluate_limit": 256})
+
+
+def smoke(config):
+    """The same code in a few minutes, on the 169 generated radiographs of "tiny"; means nothing."""
+    block = {"depth": 1, "width": 32, "num_heads": 2, "mlp_dim": 64}
+    config.recipe.image.update({**block, "patch_size": 16})
+    config.recipe.text.update(block)
+    config.recipe.update({"dim": 16, "prototypes": 8, "depth": 1, "num_heads": 2, "hops": 2})
+    config.recipe.update({"neighbours": 4, "lesions": 3})
+    config.mlm.update({"steps": 5, "batch_size": 16, "warmup": 1})
+    config.data.update({"corpora": ("cxr_phantom:tiny",), "size": 70, "crop": 64})
+    config.data.update({"text_length": 24})
+    config.data.evidence.update({"phrases": 3, "length": 12})
+    config.data.pairing.ratio = 0.3
+    config.train.update({"steps": 8, "batch_size": 16, "refresh_every": 4, "checkpoint_every": 4})
+    config.train.update({"log_every": 1, "evaluate_every": 0, "export": False})
+    config.optim.warmup = 2
+    config.evals.update({"protocols": ("retrieval",), "limit": 32, "resamples": 5, "controls": ()})
+    config.evals.batch_size = 16

@@ -1,0 +1,365 @@
+"""LGDEA: lesions of an image and phrases of a report meet in prototypes of diagnostic evidence.
+
+Yan, Bai, Yang, Chen, https://arxiv.org/abs/2602.07540. Equations 4-9 are the authors', the rest is
+our reconstruction (docs/lgdea.md). A row of a batch is an image and a report; in some rows they
+are a pair, in the others each comes from its own pool.
+
+  lesions   M learned queries over the patches -> v [B, M, D] -> phi(v) [B, M, E], unit norm
+  phrases   evidence of the report, encoded one by one -> z [B, N, E], unit norm
+  evidence  means over lesions and phrases of softmax(. mu / tau) -> Qbar_I, Qbar_R [B, K]
+
+  L = L_rec + L_evid^p + w L_evid^u + w L_evi-align + w L_glob + w usage
+
+usage = 1 - entropy of the mean assignment / ln K is logged always and off by default; above 0.5
+the prototypes have collapsed.
+
+Axis letters: B batch, P patches, M lesions, N phrases, T tokens, D width, E evidence width,
+K prototypes, I images and R reports of the corpus, m related reports of an image.
+"""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from medvlp_jax.config import UserError
+from medvlp_jax.encoders.base import Tokens, normalise
+from medvlp_jax.layers import Attention, LayerNorm, Linear, Mlp
+from medvlp_jax.losses import evidence, relations, tiled
+from medvlp_jax.recipes import base
+from medvlp_jax.schedules import Knots
+
+TERMS = ("reconstruction", "paired", "unpaired", "alignment", "global", "usage")
+CONFIDENCES = ("evidence", "link")
+SECTION = "report"
+RELATIONS = "relations"  # the collection that `refresh` fills
+
+
+class Lesions(nn.Module):
+    """Learned queries that look at the patches: self-attention, cross-attention, MLP; pre-norm."""
+
+    count: int
+    depth: int
+    num_heads: int
+
+    @nn.compact
+    def __call__(self, patches, *, train):
+        """Map patches [B, P, D] to lesions [B, M, D]."""
+        batch, _, width = patches.shape
+        queries = self.param("queries", nn.initializers.normal(0.02), (self.count, width))
+        x = jnp.broadcast_to(queries, (batch, *queries.shape)).astype(patches.dtype)
+        context = LayerNorm(name="patch_norm")(patches)
+        for i in range(self.depth):
+            norm = lambda name, i=i: LayerNorm(name=f"{name}_norm_{i}")
+            attend = lambda name, i=i: Attention(self.num_heads, name=f"{name}_{i}")
+            x += attend("self")(norm("self")(x), train=train)
+            x += attend("cross")(norm("cross")(x), train=train, context=context)
+            x += Mlp(4 * width, name=f"mlp_{i}")(norm("mlp")(x), train=train)
+        return LayerNorm(name="norm")(x)
+
+
+class Lgdea(nn.Module):
+    """Two encoders, lesions, prototypes, and a global embedding of each side."""
+
+    image: nn.Module
+    text: nn.Module
+    dim: int
+    prototypes: int
+    lesions: int
+    depth: int
+    num_heads: int
+    temperature: float
+    image_temperature: float
+    alignment_temperature: float
+    global_temperature: float
+    shrinkage: float
+    neighbours: int
+    hops: int
+    alpha: float
+    related: int
+    kept: int
+    confidence: str
+    least_confidence: float
+    loss_tile: int
+    weights: Mapping[str, float | Knots]
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Batch keys read in training."""
+        rows = ("paired", "image_row", "report_row")
+        return ("image", SECTION, f"{SECTION}_valid", "evidence", "evidence_mask", *rows)
+
+    frozen = ()
+    spaces = {SECTION: ("image", "text")}  # noqa: RUF012 (a Linen class attribute without a type)
+
+    def setup(self):
+        """Name the heads and the prototypes."""
+        self.lesion_decoder = Lesions(self.lesions, self.depth, self.num_heads)
+        self.lesion_hidden = Linear(self.image.width)
+        self.lesion_projection = Linear(self.dim)
+        self.phrase_projection = Linear(self.dim)
+        self.image_projection = Linear(self.dim)
+        self.text_projection = Linear(self.dim)
+        # Unit directions: with small values all phrases would begin at all prototypes alike.
+        self.mu = self.param("prototypes", _directions, (self.prototypes, self.dim))
+
+    def __call__(self, batch, *, train=False):
+        """Run both halves."""
+        return self.objective(self.encode(batch, train=train), batch, train=train)
+
+    def encode(self, batch, *, train=False):
+        """Return the features of the modalities in the batch.
+
+        image, text [B, E] unit norm; image_pooled [B, D]; lesions [B, M, E] unit norm; phrases
+        [B, N, E] unit norm, zero where there is none; image_evidence, report_evidence [B, K].
+        """
+        features = {}
+        if "image" in batch:
+            encoded = self.image(normalise(batch["image"]), train=train)
+            found = self.lesion_decoder(encoded.tokens, train=train)
+            found = self.lesion_projection(nn.gelu(self.lesion_hidden(found)))
+            features["image_pooled"] = encoded.pooled
+            features["image"] = base.unit(self.image_projection(encoded.pooled))
+            features["lesions"] = base.unit(found)
+            shares = evidence.assignments(
+                features["lesions"], self.mu, temperature=self.image_temperature
+            )
+            features["image_evidence"] = evidence.distribution(shares)
+        if SECTION in batch:
+            pooled = self.text(batch[SECTION], train=train).pooled
+            features["text"] = base.unit(self.text_projection(pooled))
+        if "evidence" in batch:
+            ids, mask = batch["evidence"]  # [B, N, T]
+            flat = Tokens(ids.reshape(-1, ids.shape[-1]), mask.reshape(-1, ids.shape[-1]))
+            z = self.phrase_projection(self.text(flat, train=train).pooled)
+            z = base.unit(z).reshape(*ids.shape[:2], -1)
+            z = jnp.where(batch["evidence_mask"][..., None], z, 0)
+            features["phrases"] = z
+            shares = evidence.assignments(z, self.mu, temperature=self.temperature)
+            features["report_evidence"] = evidence.distribution(shares, batch["evidence_mask"])
+        return features
+
+    def objective(self, features, batch, *, train=False):
+        """Return the terms over the global batch."""
+        mask, paired = batch["evidence_mask"], batch["paired"]
+        told = mask.any(1)
+        pair = paired & told
+        image, report = features["image_evidence"], features["report_evidence"]
+        row = batch["image_row"]
+        known = {name: self.get_variable(RELATIONS, name)[row] for name in _shapes(1, 1, 1)}
+        confidence = jnp.where(paired, 0, known["confidence"])
+        target = relations.in_batch(known["column"], known["weight"], batch["report_row"])
+        target = jnp.where(told, target * (confidence > 0)[:, None], 0)
+        target = jnp.where(paired[:, None], jnp.diag(pair.astype(target.dtype)), target)  # [B, B]
+        trust = jnp.where(pair, 1, confidence)
+        return {
+            "reconstruction": evidence.reconstruction(
+                features["phrases"],
+                mask,
+                self.mu,
+                temperature=self.temperature,
+                shrinkage=self.shrinkage,
+            ),
+            "paired": evidence.paired_divergence(report, image, valid=pair),
+            "unpaired": evidence.unpaired_divergence(known["pseudo"], image, confidence),
+            "alignment": evidence.alignment(
+                evidence.mean_direction(features["lesions"]),
+                evidence.mean_direction(features["phrases"], mask),
+                target,
+                image_confidence=trust,
+                report_confidence=_mean_trust(target, trust),
+                temperature=self.alignment_temperature,
+            ),
+            "global": base.contrastive_loss("info_nce", self.loss_tile)(
+                features["image"],
+                features["text"],
+                jnp.float32(1 / self.global_temperature),
+                valid=paired & batch[f"{SECTION}_valid"],
+            ),
+            "usage": 1
+            - evidence.usage_entropy(jnp.where(told[:, None], (image + report) / 2, image)),
+        }
+
+    def start(self, phrases, seed: int) -> jax.Array:
+        """Return the prototypes [K, E] to begin with: centres of the phrases of a first pass.
+
+        Args:
+          phrases: z [R, N, E] of reports, zero where there is none.
+          seed: of the first centres.
+
+        Raises:
+          UserError: where there are fewer phrases than prototypes.
+        """
+        z = phrases.reshape(-1, phrases.shape[-1])
+        z = z[np.linalg.norm(z, axis=1) > 0.5]
+        if len(z) < self.prototypes:
+            raise UserError(
+                f"recipe.prototypes={self.prototypes} needs more than {len(z)} phrases."
+            )
+        key = jax.random.key(seed)
+        return evidence.spherical_kmeans(jnp.asarray(z), self.prototypes, key=key)[0]
+
+    def no_relations(self, images: int) -> dict[str, np.ndarray]:
+        """Return the collection before the first `refresh`: nothing is related to anything."""
+        shapes = _shapes(images, self.related, self.prototypes)
+        return {name: np.zeros(*shape) for name, shape in shapes.items()}
+
+    def refresh(self, image_evidence, report_evidence, pairs: int) -> dict[str, jax.Array]:
+        """Relate the images of the corpus to its reports, from their evidence distributions.
+
+        Args:
+          image_evidence: Qbar_I [I, K].
+          report_evidence: Qbar_R [R, K].
+          pairs: the first ones of both are pairs.
+
+        Returns:
+          The collection that `objective` reads.
+
+        Raises:
+          UserError: where there are fewer images or reports than neighbours.
+        """
+        smallest = min(len(image_evidence), len(report_evidence))
+        if smallest <= self.neighbours:
+            raise UserError(
+                f"recipe.neighbours={self.neighbours} needs more than {smallest} images or reports."
+            )
+        graphs = [
+            relations.graph(relations.nearest(q, k=self.neighbours))
+            for q in (image_evidence, report_evidence)
+        ]
+        row = np.arange(pairs)
+        start = relations.seeds(row, row, images=len(image_evidence), top=self.kept)
+        spread = relations.propagate(
+            start, *graphs, reports=len(report_evidence), alpha=self.alpha, hops=self.hops
+        )
+        told = jnp.asarray(report_evidence, jnp.float32)
+        found = relations.relations(
+            spread,
+            row,
+            top=self.related,
+            least=self.least_confidence,
+            reports=told if self.confidence == "evidence" else None,
+        )
+        said = relations.pseudo(found, told)
+        return {**found._asdict(), "pseudo": said}
+
+
+def _shapes(images: int, related: int, prototypes: int) -> dict[str, tuple]:
+    return {
+        "column": ((images, related), np.int32),
+        "weight": ((images, related), np.float32),
+        "confidence": ((images,), np.float32),
+        "pseudo": ((images, prototypes), np.float32),
+    }
+
+
+def _mean_trust(target, trust):
+    """Return c_r, the mean confidence of the images a report is related to in the batch."""
+    total = target.sum(0)
+    return jnp.where(total > 0, trust @ target / jnp.where(total > 0, total, 1), 0)
+
+
+def _directions(key, shape, dtype=jnp.float32):
+    return base.unit(jax.random.normal(key, shape, dtype))
+
+
+def make(
+    *,
+    image: Mapping | nn.Module,
+    text: Mapping | nn.Module,
+    weights: Mapping[str, float | Knots],
+    dim: int = 256,
+    prototypes: int = 64,
+    lesions: int = 8,
+    depth: int = 2,
+    num_heads: int = 12,
+    temperature: float = 0.1,
+    image_temperature: float = 0.1,
+    alignment_temperature: float = 0.07,
+    global_temperature: float = 0.07,
+    shrinkage: float = 0.01,
+    neighbours: int = 10,
+    hops: int = 5,
+    alpha: float = 0.8,
+    related: int = 10,
+    kept: int = 50,
+    confidence: str = "evidence",
+    least_confidence: float = 0.2,
+    loss_tile: int = tiled.TILE,
+) -> Lgdea:
+    """Build the recipe; all defaults are our choice, none is published.
+
+    Args:
+      image: encoder spec {"name", "variant", ...} or a module, with patch tokens (a ViT).
+      text: likewise.
+      weights: one for each of TERMS.
+      dim: E, of the evidence space and the global embeddings.
+      prototypes: K.
+      lesions: M.
+      depth: layers of the lesion decoder.
+      num_heads: of its attention; divides the image encoder's width.
+      temperature: tau_t of Eq. 4.
+      image_temperature: tau_p of Eq. 6.
+      alignment_temperature: tau_a.
+      global_temperature: of the global InfoNCE.
+      shrinkage: lambda_mu of Eq. 5.
+      neighbours: k of the neighbour graphs.
+      hops: T of the propagation.
+      alpha: share of the neighbours in a hop, in [0, 1).
+      related: reports an image is related to.
+      kept: entries of a row during the propagation.
+      confidence: "evidence", do the related reports say the same; "link", is it one report: the
+        specification's, which trusts no unpaired image (docs/lgdea.md).
+      least_confidence: below it a relation does not count.
+      loss_tile: side of the tiles of the global InfoNCE; 0 keeps the whole logits.
+
+    Raises:
+      UserError: for a value outside these.
+    """
+    base.check_weights(weights, TERMS)
+    base.check_tile(loss_tile)
+    for name, value in {
+        "temperature": temperature,
+        "image_temperature": image_temperature,
+        "alignment_temperature": alignment_temperature,
+        "global_temperature": global_temperature,
+    }.items():
+        if value <= 0:
+            raise UserError(f"recipe.{name} must be above 0, got {value}.")
+    if not 0 <= alpha < 1:
+        raise UserError(f"recipe.alpha must be in [0, 1), got {alpha}.")
+    if not 2 <= related <= kept:
+        raise UserError(f"recipe.related must be in 2 .. recipe.kept={kept}, got {related}.")
+    if confidence not in CONFIDENCES:
+        known = " or ".join(CONFIDENCES)
+        raise UserError(f"recipe.confidence must be {known}, got '{confidence}'.")
+    image, text = base.encoder(image), base.encoder(text)
+    if image.width % num_heads:
+        raise UserError(
+            f"recipe.num_heads={num_heads} does not divide the image encoder's {image.width}."
+        )
+    return Lgdea(
+        image,
+        text,
+        dim,
+        prototypes,
+        lesions,
+        depth,
+        num_heads,
+        temperature,
+        image_temperature,
+        alignment_temperature,
+        global_temperature,
+        shrinkage,
+        neighbours,
+        hops,
+        alpha,
+        related,
+        kept,
+        confidence,
+        least_confidence,
+        loss_tile,
+        weights=weights,
+    )

@@ -1,0 +1,108 @@
+"""Rows that are no pairs, and what a method learns about them from the whole corpus.
+
+For recipes that read "paired": `streams` makes their rows, `begin` their prototypes, `refresher`
+what the loop calls between steps. All are functions of config, seed and state alone, so that a
+resumed run repeats them.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from medvlp_jax import assemble
+from medvlp_jax.config import UserError
+from medvlp_jax.data import pairing, pipeline
+from medvlp_jax.evaluation import features
+from medvlp_jax.training import step as training
+
+RELATIONS = "relations"  # the collection of the state that holds them
+TOLD = ("evidence", "evidence_mask")
+FIRST_PASS = 4096  # reports whose phrases the prototypes start from
+
+
+def pools(parts: assemble.Parts, sources) -> pairing.Pools | None:
+    """Part the studies as data.pairing says; None where the recipe reads pairs alone.
+
+    Raises:
+      UserError: for several corpora, balanced classes, or settings out of their range.
+    """
+    if "paired" not in parts.recipe.inputs:
+        return None
+    data = parts.config["data"]
+    if len(sources) != 1:
+        raise UserError(f"data.pairing takes one corpus, got {len(sources)}.")
+    if data["balance"]:
+        raise UserError(f"data.balance={data['balance']} does not go with data.pairing.")
+    share = data["pairing"]["share"]
+    if not 0 < share <= 1:
+        raise UserError(f"data.pairing.share must be above 0 and at most 1, got {share}.")
+    patients = [sources[0][i]["patient_id"] for i in range(len(sources[0]))]
+    return pairing.split(
+        patients,
+        ratio=data["pairing"]["ratio"],
+        variant=data["pairing"]["variant"],
+        seed=parts.config["seed"],
+    )
+
+
+def streams(parts: assemble.Parts, source, found: pairing.Pools) -> tuple[list, tuple[float, ...]]:
+    """Return the sources of rows, pairs and others, and the share of each in a batch."""
+    pairs = pairing.Pairs(source, found)
+    apart = pairing.Unpaired(source, found, parts.config["seed"])
+    share = parts.config["data"]["pairing"]["share"]
+    if share == 1 or len(apart) == 0:
+        return [pairs], (1.0,)
+    return [pairs, apart], (share, 1 - share)
+
+
+def begin(parts: assemble.Parts, variables: dict, source, found: pairing.Pools) -> dict:
+    """Return the variables with prototypes from a first pass over reports, and empty relations.
+
+    The relations are of the corpus and not of the model: no evaluation loads them. A run that
+    starts from another one's parameters keeps its prototypes.
+    """
+    empty = parts.recipe.no_relations(len(found.images))
+    if not parts.config["init"]["params"]:
+        rows = found.reports[:FIRST_PASS]
+        phrases = _encoder(parts, source)(variables, rows, TOLD, "phrases")
+        start = jax.device_get(parts.recipe.start(phrases, parts.config["seed"]))
+        variables = {**variables, "params": {**variables["params"], "prototypes": start}}
+    return {**variables, RELATIONS: empty}
+
+
+def refresher(parts: assemble.Parts, source, found: pairing.Pools) -> Callable[[Any], Any]:
+    """Return state -> state with the relations as its own model sees the corpus."""
+    encode = _encoder(parts, source)
+
+    def refresh(state):
+        variables = {k: v for k, v in state.variables.items() if k != RELATIONS}
+        images = encode(variables, found.images, ("image",), "image_evidence")
+        reports = encode(variables, found.reports, TOLD, "report_evidence")
+        made = jax.tree.map(np.asarray, parts.recipe.refresh(images, reports, len(found.pairs)))
+        kept = state.collections[RELATIONS]
+        # Where the state's own lie, so that the step is the same program.
+        made = {name: jax.device_put(made[name], kept[name].sharding) for name in kept}
+        return state._replace(collections={**state.collections, RELATIONS: made})
+
+    return refresh
+
+
+def _encoder(parts: assemble.Parts, source) -> Callable:
+    """Return (variables, rows of the source, batch keys, feature) -> the feature of each row."""
+    embed = training.make_embed(parts.recipe, parts.mesh)
+
+    def encode(variables, rows, inputs, key):
+        batches = pipeline.eval_batches(
+            pairing.Nodes(source, rows),
+            transform=assemble.record_transform(parts, inputs, train=False),
+            batch_size=parts.config["evals"]["batch_size"],
+            process_index=parts.part.index,
+            process_count=parts.part.count,
+            threads=parts.config["data"]["threads"],
+        )
+        read = lambda batch: embed(variables, {name: batch[name] for name in inputs})
+        return features.extract(read, batches, keys=(key,), part=parts.part)[key]
+
+    return encode

@@ -1,0 +1,233 @@
+"""LGDEA: what each term sees, what relations change, and that everything trains."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from medvlp_jax.config import UserError
+from medvlp_jax.encoders.base import Tokens
+from medvlp_jax.losses import contrastive, evidence
+from medvlp_jax.recipes import lgdea
+from medvlp_jax.training import params as paths
+from medvlp_jax.training import step as training
+
+WEIGHTS = dict.fromkeys(lgdea.TERMS, 1.0)
+BLOCK = {"depth": 1, "width": 16, "num_heads": 2, "mlp_dim": 16}
+VIT = {"name": "vit", "variant": "tiny", **BLOCK, "patch_size": 16, "image_size": 32}
+BERT = {"name": "bert", "variant": "tiny", "vocab_size": 30, **BLOCK, "pooling": "mean"}
+BERT |= {"dropout": 0.0, "attention_dropout": 0.0}
+IMAGES = 9
+
+
+def make(**fields):
+    small = {"dim": 8, "prototypes": 5, "lesions": 3, "depth": 1, "num_heads": 2, "loss_tile": 0}
+    small |= {"related": 4, "kept": 6, "neighbours": 2}
+    return lgdea.make(image=VIT, text=BERT, weights=WEIGHTS, **{**small, **fields})
+
+
+def batch_of(size=6, seed=0):
+    rng = np.random.default_rng(seed)
+
+    def tokens(*shape):
+        length = rng.integers(2, 6, (*shape, 1))
+        return Tokens(rng.integers(4, 30, (*shape, 6)), np.arange(6) < length)
+
+    told = rng.integers(0, 4, size)
+    told[0] = 0
+    return {
+        "image": rng.integers(0, 256, (size, 32, 32, 3), dtype=np.uint8),
+        "report": tokens(size),
+        "report_valid": np.arange(size) != 1,
+        "evidence": tokens(size, 3),
+        "evidence_mask": np.arange(3) < told[:, None],
+        "paired": np.arange(size) < 3,
+        "image_row": np.arange(size) + 1,
+        "report_row": np.arange(size) + 2,
+    }
+
+
+RECIPE = make()
+# One program instead of hundreds of small ones.
+ENCODE = jax.jit(lambda variables, batch: RECIPE.apply(variables, batch, method="encode"))
+
+
+@pytest.fixture(scope="module")
+def model():
+    recipe, batch = RECIPE, batch_of()
+    variables = training.init_variables(recipe, batch, 0)
+    none = recipe.no_relations(IMAGES)
+    features = ENCODE(variables, batch)
+    judge = jax.jit(lambda v, f, b: recipe.apply(v, f, b, method="objective"))
+    return recipe, batch, variables, none, features, judge
+
+
+def related(none, batch):
+    """Return relations of two of the batch's unpaired images with two of its reports."""
+    made = {name: array.copy() for name, array in none.items()}
+    rng = np.random.default_rng(1)
+    made["pseudo"] = rng.dirichlet(np.ones(5), IMAGES).astype(np.float32)
+    for row, confidence in ((4, 0.9), (5, 0.6)):
+        image = batch["image_row"][row]
+        made["confidence"][image] = confidence
+        made["column"][image, :2] = batch["report_row"][[3, 5]]
+        made["weight"][image, :2] = 0.75, 0.25
+    return made
+
+
+@pytest.mark.slow
+def test_features_are_those_of_the_modalities_in_the_batch(model):
+    _, batch, variables, _, whole, _ = model
+    image = {"image", "image_pooled", "lesions", "image_evidence"}
+    report = {"phrases", "report_evidence"}
+    assert set(whole) == image | report | {"text"}
+    for keys, expected in (
+        (("image",), image),
+        (("report",), {"text"}),
+        (("evidence", "evidence_mask"), report),
+    ):
+        part = ENCODE(variables, {key: batch[key] for key in keys})
+        assert set(part) == expected
+        for name, value in part.items():
+            np.testing.assert_allclose(value, whole[name], rtol=1e-4, atol=1e-5)
+
+
+def test_rows_are_encoded_independently(model):
+    _, batch, variables, _, whole, _ = model
+    some = jax.tree.map(lambda x: x[2:5], batch)
+    part = ENCODE(variables, some)
+    for name, value in part.items():
+        np.testing.assert_allclose(value, whole[name][2:5], rtol=1e-4, atol=1e-5)
+
+
+def test_without_relations_only_pairs_and_phrases_count(model):
+    _, batch, variables, none, f, judge = model
+    terms = judge({**variables, "relations": none}, f, batch)
+    assert set(terms) == set(lgdea.TERMS)
+    assert terms["unpaired"] == 0
+    pair = batch["paired"] & batch["evidence_mask"].any(1)
+    mu = variables["params"]["prototypes"]
+    np.testing.assert_allclose(
+        terms["paired"],
+        evidence.paired_divergence(f["report_evidence"], f["image_evidence"], valid=pair),
+        rtol=1e-5,
+    )
+    rebuilt = evidence.reconstruction(
+        f["phrases"], batch["evidence_mask"], mu, temperature=0.1, shrinkage=0.01
+    )
+    np.testing.assert_allclose(terms["reconstruction"], rebuilt, rtol=1e-5)
+    valid = batch["paired"] & batch["report_valid"]
+    expected = contrastive.info_nce(f["image"], f["text"], 1 / 0.07, valid=valid)
+    np.testing.assert_allclose(terms["global"], expected, rtol=1e-5)
+    report, image = (np.asarray(f[f"{side}_evidence"]) for side in ("report", "image"))
+    told = batch["evidence_mask"].any(1)
+    share = np.mean([(image[i] + report[i]) / 2 if told[i] else image[i] for i in range(6)], 0)
+    usage = 1 + (share * np.log(share)).sum() / np.log(5)
+    np.testing.assert_allclose(terms["usage"], usage, rtol=1e-4)
+    # Alignment: each pair's own report is its positive, all six are candidates.
+    a = evidence.mean_direction(f["lesions"])
+    b = evidence.mean_direction(f["phrases"], batch["evidence_mask"])
+    s = np.asarray(a @ b.T, np.float64) / 0.07
+    rows = s - np.log(np.exp(s).sum(1, keepdims=True))
+    columns = s - np.log(np.exp(s).sum(0, keepdims=True))
+    loss = -sum(rows[i, i] + columns[i, i] for i in np.flatnonzero(pair)) / 2 / 6
+    np.testing.assert_allclose(terms["alignment"], loss, rtol=1e-4)
+
+
+def test_relations_teach_the_unpaired_images_they_trust(model):
+    _, batch, variables, none, f, judge = model
+    made = related(none, batch)
+    before = judge({**variables, "relations": none}, f, batch)
+    after = judge({**variables, "relations": made}, f, batch)
+    row = batch["image_row"]
+    confidence = np.where(batch["paired"], 0, made["confidence"][row])
+    expected = evidence.unpaired_divergence(made["pseudo"][row], f["image_evidence"], confidence)
+    np.testing.assert_allclose(after["unpaired"], expected, rtol=1e-5)
+    assert after["unpaired"] > 0
+    for name in ("reconstruction", "paired", "global", "usage"):
+        np.testing.assert_array_equal(after[name], before[name])
+    told = batch["evidence_mask"].any(1)
+    assert told[[3, 5]].any()
+    assert abs(after["alignment"] - before["alignment"]) > 1e-3
+
+
+def test_permuting_the_batch_changes_no_term(model):
+    _, batch, variables, none, f, judge = model
+    state = {**variables, "relations": related(none, batch)}
+    order = np.array([4, 2, 0, 5, 1, 3])
+    permuted = judge(state, *jax.tree.map(lambda x: x[order], (f, batch)))
+    for name, value in judge(state, f, batch).items():
+        np.testing.assert_allclose(permuted[name], value, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.slow
+def test_every_parameter_moves(model):
+    recipe, batch, variables, none, _, _ = model
+    made = related(none, batch)
+
+    def total(params):
+        return sum(recipe.apply({"params": params, "relations": made}, batch).values())
+
+    gradients = paths.flatten(jax.jit(jax.grad(total))(variables["params"]))
+    # A key's bias shifts all logits of a softmax alike.
+    still = [
+        name
+        for name, value in gradients.items()
+        if float(jnp.abs(value).max()) < 1e-8 and not name.endswith("key/bias")
+    ]
+    assert still == []
+
+
+def test_refresh_relates_images_to_reports_of_their_pattern():
+    recipe = make(neighbours=6, hops=3, related=4, kept=30)
+    rng = np.random.default_rng(0)
+    label = np.arange(60) % 3
+    base = np.full((3, 5), 0.02)
+    base[np.arange(3), np.arange(3)] = 0.92
+    noisy = lambda: base[label] * np.exp(0.3 * rng.normal(size=(60, 5)))
+    q = [x / x.sum(1, keepdims=True) for x in (noisy(), noisy())]
+    made = {name: np.asarray(x) for name, x in recipe.refresh(*q, pairs=9).items()}
+    empty = recipe.no_relations(60)
+    assert {n: (x.shape, x.dtype) for n, x in made.items()} == {
+        n: (x.shape, x.dtype) for n, x in empty.items()
+    }
+    reached = made["weight"].sum(1) > 0
+    assert reached[9:].mean() > 0.5
+    best = made["column"][np.arange(60), made["weight"].argmax(1)]
+    assert (label[best] == label)[reached].mean() > 0.95
+    assert (made["confidence"][9:] > 0).mean() > 0.3
+    mixed = np.einsum("im,imk->ik", made["weight"], q[1][made["column"]])
+    np.testing.assert_allclose(made["pseudo"], mixed, rtol=1e-4, atol=1e-6)
+
+
+def test_prototypes_start_at_the_centres_of_the_phrases():
+    recipe = make()
+    rng = np.random.default_rng(0)
+    z = np.eye(8)[np.arange(60) % 5] + 0.1 * rng.normal(size=(60, 8))
+    z /= np.linalg.norm(z, axis=1, keepdims=True)
+    phrases = np.concatenate([z.reshape(20, 3, 8), np.zeros((20, 1, 8))], 1)  # and empty places
+    start = np.asarray(recipe.start(phrases, 0))
+    assert sorted(start.argmax(1).tolist()) == list(range(5))
+    with pytest.raises(UserError, match="prototypes=5 needs more than 3 phrases"):
+        recipe.start(phrases[:1], 0)
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"temperature": 0.0}, "recipe.temperature must be above 0"),
+        ({"alpha": 1.0}, r"recipe.alpha must be in \[0, 1\)"),
+        ({"related": 7}, "recipe.related must be in 2 .. recipe.kept=6"),
+        ({"confidence": "both"}, "recipe.confidence must be evidence or link, got 'both'"),
+        ({"num_heads": 3}, "does not divide the image encoder's 16"),
+        ({"loss_tile": -1}, "loss_tile"),
+    ],
+)
+def test_what_cannot_be_is_refused(fields, sentence):
+    with pytest.raises(UserError, match=sentence):
+        make(**fields)
+
+
+def test_too_small_a_corpus_for_the_graphs_is_refused():
+    with pytest.raises(UserError, match="neighbours=2 needs more than 2"):
+        make().refresh(np.ones((2, 5)) / 5, np.ones((9, 5)) / 5, pairs=1)
