@@ -41,13 +41,10 @@ def data(**fields) -> ConfigDict:
                 "tower": "",  # "text" where that holds an image encoder too
                 "pooling": "",  # "projection" for CLIP; "" = the architecture's default
             },
-            # `count` folds by patient (0 = the corpus' own splits), `index` is the test split;
-            # classes of `task` are shared out evenly, "" = that of `balance`.
+            # By patient, see data/folds.py; count 0 = the corpus' own splits.
             "folds": {"count": 0, "index": 0, "task": "", "seed": 0},
-            # For recipes that read rows which are no pairs; LGDEA.
-            "pairing": {"ratio": 1.0, "variant": "disjoint", "share": 0.5},
-            # "" reads reports by rules; else a folder of `medvlp evidence extract`. N phrases of T.
-            "evidence": {"folder": "", "phrases": 12, "length": 24},
+            "pairing": {"ratio": 1.0, "variant": "disjoint", "share": 0.5},  # rows without partner
+            "evidence": {"folder": "", "phrases": 12, "length": 24},  # "" = by rules from reports
             "decode_cache": 0,  # decoded images kept in memory, size^2 bytes each
             "threads": 2,
             "prefetch": 4,
@@ -92,9 +89,7 @@ def train(**fields) -> ConfigDict:
             "refresh_every": 0,  # steps between two looks at the whole corpus; 0 = never
             "evaluate_every": 500,
             "evaluate_limit": 1000,  # examples of an evaluation during training
-            # The step that is evaluated and exported: where this result is highest, such as
-            # classify/diagnosis/macro_auroc, on the whole validation split; "" = the last.
-            "select": "",
+            "select": "",  # result on the validation split that picks the step; "" = the last
             "export": True,
             "wandb": False,
             "wandb_project": "medvlp",
