@@ -35,7 +35,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 PHASES = ("compile", "step", "save", "evaluation")
 AFTER = 50  # steps left to run after the last kill
 SAVE, EVALUATE = 3, 8  # steps between checkpoints and between evaluations
-PATIENCE = 900.0  # seconds after which a run counts as hung
+PATIENCE = 3600.0  # seconds after which a run counts as hung
 
 
 # Of the tests; optimised machine code would take longer to make than to run.
