@@ -214,7 +214,7 @@ def _finish(job, state, workdir, began) -> dict:
     """Evaluate in full and export; all processes compute, process 0 writes."""
     variables = state.evaluated
     if job.selection:
-        variables = assemble.read_variables(workdir, job.untrained)
+        variables = assemble.place(assemble.read_variables(workdir, job.untrained), job.parts)
     trained = distributed.fetch(variables)
     results = evaluate.full(job.evaluator, variables, job.untrained)
     if distributed.is_writer():
