@@ -83,6 +83,7 @@ def regressions(config: dict, folder: pathlib.Path) -> dict[str, dict]:
         task=task,
         classes=source.tasks[task],
         resamples=config["evals"]["resamples"],
+        **evaluator.positive(),
     )
     found = {}
     for kind in scores:

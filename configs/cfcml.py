@@ -95,7 +95,7 @@ def derm7pt(config):
     """Nevus or melanoma from two photographs and a table, as published."""
     config.data.update({"corpora": ("derm7pt",), "decode_cache": 2048})
     config.recipe.update({"num_classes": 2, "images": ("image", "dermoscopy")})
-    config.evals.protocols = ("classify",)
+    config.evals.update({"protocols": ("classify",), "positive": "melanoma"})
 
 
 def men(config):
@@ -135,8 +135,7 @@ def glioma(config):
     derm(config)
     config.recipe.update({"task": "grade", "num_classes": 2, "images": ("pre", "flair", "post")})
     config.data.update({"corpora": ("brain_mr_tabular",), "balance": "grade"})
-    config.train.update({"steps": 600, "batch_size": 32, "evaluate_every": 200})
-    config.train.checkpoint_every = 200
+    config.train.update({"steps": 600, "batch_size": 32})
     config.evals.protocols = ("classify",)
 
 
@@ -148,3 +147,4 @@ def derm(config):
     config.optim.update({"lr": 1e-3, "schedule": "cosine", "warmup": 60, "multipliers": ()})
     config.train.update({"steps": 1500, "batch_size": 42, "evaluate_every": 300})
     config.train.checkpoint_every = 300
+    config.evals.views = 8  # docs/cfcml.md: what it is worth

@@ -40,15 +40,11 @@ def data(**fields) -> ConfigDict:
                 "text": "",  # its folder or hub id, such as openai/clip-vit-base-patch32
                 "tower": "",  # "text" where that holds an image encoder too
                 "pooling": "",  # "projection" for CLIP; "" = the architecture's default
-                "length": 77,  # tokens a sentence; CLIP's
             },
-            # `count` folds by patient (0 = the corpus' own splits), `index` is the test split;
-            # classes of `task` are shared out evenly, "" = that of `balance`.
+            # By patient, see data/folds.py; count 0 = the corpus' own splits.
             "folds": {"count": 0, "index": 0, "task": "", "seed": 0},
-            # For recipes that read rows which are no pairs; LGDEA.
-            "pairing": {"ratio": 1.0, "variant": "disjoint", "share": 0.5},
-            # "" reads reports by rules; else a folder of `medvlp evidence extract`. N phrases of T.
-            "evidence": {"folder": "", "phrases": 12, "length": 24},
+            "pairing": {"ratio": 1.0, "variant": "disjoint", "share": 0.5},  # rows without partner
+            "evidence": {"folder": "", "phrases": 12, "length": 24},  # "" = by rules from reports
             "decode_cache": 0,  # decoded images kept in memory, size^2 bytes each
             "threads": 2,
             "prefetch": 4,
@@ -93,9 +89,7 @@ def train(**fields) -> ConfigDict:
             "refresh_every": 0,  # steps between two looks at the whole corpus; 0 = never
             "evaluate_every": 500,
             "evaluate_limit": 1000,  # examples of an evaluation during training
-            # The step that is evaluated and exported: where this result is highest, such as
-            # classify/diagnosis/macro_auroc, on the whole validation split; "" = the last.
-            "select": "",
+            "select": "",  # result on the validation split that picks the step; "" = the last
             "export": True,
             "wandb": False,
             "wandb_project": "medvlp",
@@ -118,6 +112,7 @@ def evals(**fields) -> ConfigDict:
             "probe_limit": 0,  # training examples of the linear probe; 0 = all
             "resamples": 2000,  # of the bootstrap over patients
             "controls": ("untrained",),  # "masked_edge", "regression" (on a classifier's input)
+            "positive": "",  # class whose sensitivity and specificity count; "" = mean of all
             "views": 1,  # flips and turns over which class probabilities are averaged: 1, 4, 8
             "masked_edge": 0.12,
         },

@@ -59,7 +59,8 @@ class Evaluator:
         self._embed = make_embed(parts.recipe, parts.mesh)
         self.corpus = settings["corpus"] or parts.config["data"]["corpora"][0]
         self.source = assemble.open_corpus(self.corpus, parts.config["data"], settings["split"])
-        self.prompts = _read_prompts(settings["prompts"], self.corpus)
+        needed = "zero_shot" in settings["protocols"]
+        self.prompts = _read_prompts(settings["prompts"], self.corpus, needed)
         self._check_protocols()
 
     def _check_protocols(self):
@@ -87,6 +88,12 @@ class Evaluator:
                 raise UserError(
                     f"{self.corpus} has no task '{recipe.task}'. "
                     f"{nearest(recipe.task, list(tasks))}"
+                )
+            positive = self.settings["positive"]
+            if positive and positive not in tasks[recipe.task]:
+                raise UserError(
+                    f"evals.positive: no class '{positive}' in task {recipe.task}. "
+                    f"{nearest(positive, list(tasks[recipe.task]))}"
                 )
             if len(tasks[recipe.task]) != recipe.num_classes:
                 raise UserError(
@@ -271,8 +278,13 @@ class Evaluator:
             multi_label=False,
             views=self.settings["views"],
             groups=found["patient_id"],
+            **self.positive(),
             **options,
         )
+
+    def positive(self) -> dict[str, str]:
+        """Return the option that names the positive class; none where there is none."""
+        return {"positive": self.settings["positive"]} if self.settings["positive"] else {}
 
     def regression(self) -> Results:
         """Score logistic regressions on the raw input the recipe reads, with the same intervals."""
@@ -287,6 +299,7 @@ class Evaluator:
             task=task,
             classes=self.source.tasks[task],
             resamples=self.settings["resamples"],
+            **self.positive(),
         )
 
     def _probe(self, variables, found, *, mask, **options):
@@ -362,10 +375,12 @@ def scalars(results: Results) -> dict[str, float]:
     }
 
 
-def _read_prompts(path: str, corpus: str) -> dict:
-    """Read a prompt file; "" takes the corpus' own."""
+def _read_prompts(path: str, corpus: str, needed: bool) -> dict:
+    """Read a prompt file; "" takes the corpus' own, without which there is no zero-shot."""
     name = corpus.partition(":")[0]
     file = pathlib.Path(path or pathlib.Path(datasets.__path__[0]) / name / "prompts.json")
+    if not (path or needed or file.is_file()):
+        return {"tasks": {}}
     if not file.is_file():
         raise UserError(f"No prompt file {file}; set evals.prompts to one.")
     return json.loads(file.read_text())

@@ -23,6 +23,7 @@ from medvlp_jax.data import text as tokenisation
 from medvlp_jax.training import text as text_stage
 
 ENCODINGS = ("vectors", "sentences")
+LENGTH = 77  # tokens a sentence; CLIP's
 
 Rows = Callable[[Mapping[str, float]], np.ndarray]
 
@@ -99,7 +100,7 @@ def sentence_features(data: Mapping[str, Any], sentences: Iterable[str]) -> dict
     source = convert.fetch(settings["text"])
     tokenizer = tokenisation.load_tokenizer(source)
     ordered = sorted(sentences)
-    how = [settings[key] for key in ("tower", "pooling", "length")]
+    how = [settings["tower"], settings["pooling"], LENGTH]
     name = text_stage.fingerprint(_digest(source), tokenizer.to_str(), how, ordered)
     file = corpora.derived_dir(data["data_dir"]) / "table_features" / f"{name}.npy"
     if distributed.writer_decides(file.is_file()):
@@ -107,9 +108,7 @@ def sentence_features(data: Mapping[str, Any], sentences: Iterable[str]) -> dict
     extra = {"pooling": settings["pooling"]} if settings["pooling"] else {}
     module, variables = convert.load(source, tower=settings["tower"], **extra)
     encode = jax.jit(lambda tokens: module.apply(variables, tokens).pooled)
-    found = text_stage.cache_features(
-        ordered, encode, tokenizer=tokenizer, length=settings["length"]
-    )
+    found = text_stage.cache_features(ordered, encode, tokenizer=tokenizer, length=LENGTH)
     if distributed.is_writer():
         file.parent.mkdir(parents=True, exist_ok=True)
         scratch = file.with_name(f".{file.name}.{os.getpid()}")

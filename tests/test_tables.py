@@ -48,7 +48,7 @@ def encoder(tmp_path_factory):
 
 def settings(tmp_path, **table):
     plain = {"exclude": (), "leakage": (), "encoding": "vectors", "text": "", "tower": ""}
-    plain |= {"pooling": "", "length": 24}
+    plain |= {"pooling": ""}
     return {"data_dir": str(tmp_path), "table": plain | table}
 
 
@@ -67,7 +67,7 @@ def test_sentences_are_encoded_once_and_found_again(tmp_path, encoder, monkeypat
         (["Age: 50 years.", "Sex: male."], ["Age: unknown.", "Sex: female."]),
         strict=True,
     ):
-        tokens = tokenisation.tokenize(tokenizer, said, 24)
+        tokens = tokenisation.tokenize(tokenizer, said, 77)
         expected = module.apply(variables, tokens).pooled
         np.testing.assert_allclose(rows(values), expected, rtol=1e-5, atol=1e-6)
     monkeypatch.setattr(convert, "load", lambda *_, **__: pytest.fail("encoded again"))

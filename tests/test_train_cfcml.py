@@ -27,6 +27,7 @@ SMALL = (
     "--config.optim.warmup=1",
     "--config.evals.resamples=20",
     "--config.evals.controls=()",
+    "--config.evals.views=1",
 )
 
 
@@ -139,6 +140,7 @@ def test_a_run_ends_with_a_classifiers_numbers_and_repeats_when_it_is_resumed(re
         ("recipe.num_classes=5", "num_classes=5, but task diagnosis of ham10000 has 7 classes"),
         ("recipe.task=diagnose", "ham10000 has no task 'diagnose'. Did you mean diagnosis"),
         ("evals.controls=('untrain',)", "No control 'untrain'. Did you mean untrained"),
+        ("evals.positive=melanom", "evals.positive: no class 'melanom'.* Did you mean melanoma"),
         ("evals.views=2", "evals.views=2 must be one of"),
         ("train.export=True", "Recipe cfcml has no text encoder"),
         ("init.text=somewhere", "init.text=somewhere, but recipe cfcml has no text encoder"),

@@ -10,13 +10,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import scipy.special
 
 from medvlp_jax.config import UserError, nearest
 from medvlp_jax.evaluation import metrics, statistics
 from medvlp_jax.evaluation.features import check_finite
 from medvlp_jax.evaluation.results import Results, assemble, number
 
-PROTOCOL = "classify@clean-v1"
+PROTOCOL = "classify@clean-v2"  # v1 ranked rows by raw logits, which rows do not share a zero of
 
 
 class Scored(NamedTuple):
@@ -39,8 +40,11 @@ def run(
 ) -> Results:
     """Score a model's own class logits (supervised recipes).
 
+    One class a row is ranked by its probability: a constant added to the logits of a row, which
+    changes no answer, changes no number.
+
     Args:
-      logits: [N, C]; any monotone score a class for multi_label, comparable between classes else.
+      logits: [N, C]; any monotone score a class for multi_label, of a softmax else.
       labels: [N, C] int8: 1 present, 0 absent, -1 unknown.
       classes: C names.
       task: middle part of the keys.
@@ -49,7 +53,11 @@ def run(
       groups: [N] patient of each row.
       **options: resamples, seed, level of `statistics.bootstrap`; positive of `single_label`.
     """
-    score = multi_label_scores if multi_label else single_label_scores
+    score = multi_label_scores
+    if not multi_label:
+        score = single_label_scores
+        check_finite("logits", np.asarray(logits))
+        logits = scipy.special.log_softmax(np.asarray(logits, np.float64), axis=1)
     scored = score(labels, logits, classes, groups=groups, **options)
     settings = {"classes": list(classes), "multi_label": multi_label, **options}
     settings |= {"views": views} if views > 1 else {}
@@ -216,7 +224,10 @@ def _decisions(truth, scores, classes, share, positive):
         recall = metrics.recall(table)
         sensitivity = recall[:, focus].mean(-1)
         specificity = metrics.specificity(table)[:, focus].mean(-1)
-        order = ranking(one_hot[:, rankable], scores[:, present][:, rankable], weights)
+        order = np.full((2, len(weights)), np.nan)  # where all rows are of one class
+        if rankable.any():
+            per_class = ranking(one_hot[:, rankable], scores[:, present][:, rankable], weights)
+            order = per_class.mean(-1).T
         f1 = metrics.f1(table)
         rows, answers = table.sum(-1), table.sum(-2)  # [R, C]
         precision = np.diagonal(table, axis1=-2, axis2=-1) / np.where(answers > 0, answers, 1)
@@ -228,7 +239,7 @@ def _decisions(truth, scores, classes, share, positive):
             recall[:, present].mean(-1),
             f1[:, present].mean(-1),
             (f1 * prevalence)[:, present].sum(-1),
-            *(order.mean(-1).T if rankable.any() else np.full((2, len(weights)), np.nan)),
+            *order,
             hard[:, focus].mean(-1),
             metrics.mcc(table),
             sensitivity,

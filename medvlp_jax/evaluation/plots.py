@@ -352,7 +352,8 @@ def attention(images, maps: Sequence[Sequence], titles: Sequence[str], out_png: 
         row[0].set_title(title, fontsize=7, color=INK, loc="left")
         for s, (ax, found) in enumerate(zip(row[1:], stages, strict=True)):
             ax.imshow(grey, cmap="gray", extent=extent)
-            ax.imshow(found, cmap="inferno", alpha=0.55, extent=extent, interpolation="bilinear")
+            over = {"cmap": "inferno", "alpha": 0.55, "interpolation": "bilinear"}
+            ax.imshow(found, vmin=0, extent=extent, **over)
             # Evenly spread attention is 1 everywhere.
             peak = found.max() / max(found.mean(), 1e-12)
             note = f"stage {s + 1}: {found.sum():.2f}, peak {peak:.1f}x"

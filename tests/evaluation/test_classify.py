@@ -58,6 +58,19 @@ def test_weighted_f1_and_the_auprc_of_decisions_are_scikit_learns(positive):
     )
 
 
+def test_a_constant_added_to_the_logits_of_a_row_changes_no_number():
+    rng = np.random.default_rng(2)
+    truth = rng.integers(0, 3, 90)
+    logits = rng.normal(size=(90, 3)) + np.eye(3)[truth]
+    one, other = run(truth, logits), run(truth, logits + 5 * rng.normal(size=(90, 1)))
+    for key, entry in one.items():
+        if "value" in entry and "zscore" not in key:
+            assert other[key]["value"] == pytest.approx(entry["value"]), key
+    chances = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    expected = reference.roc_auc_score(truth, chances, multi_class="ovr")
+    assert one["classify/d/macro_auroc"]["value"] == pytest.approx(expected)
+
+
 def test_views_are_part_of_what_makes_numbers_comparable():
     labels, scores = np.eye(3, dtype=np.int8), np.eye(3)
     fields = {"task": "d", "multi_label": False, "resamples": 0}
