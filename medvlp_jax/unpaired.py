@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from medvlp_jax import assemble
+from medvlp_jax import assemble, distributed
 from medvlp_jax.config import UserError
 from medvlp_jax.data import pairing, pipeline
 from medvlp_jax.evaluation import features
@@ -63,6 +63,11 @@ def begin(parts: assemble.Parts, variables: dict, source, found: pairing.Pools) 
     The relations are of the corpus and not of the model: no evaluation loads them. A run that
     starts from another one's parameters keeps its prototypes.
     """
+    count = len(found.pairs)
+    distributed.say(
+        f"Limited pairing: {count} pairs; {len(found.images) - count} images and "
+        f"{len(found.reports) - count} reports apart."
+    )
     empty = parts.recipe.no_relations(len(found.images))
     if not parts.config["init"]["params"]:
         rows = found.reports[:FIRST_PASS]

@@ -63,16 +63,26 @@ def split(patients: Sequence[str], *, ratio: float, variant: str, seed: int) -> 
 
 
 @dataclasses.dataclass(frozen=True)
-class Pairs:
-    """The rows of pairs, as a source."""
+class _Rows:
+    """Rows made of the records of a source, of which they keep what is known of the corpus."""
 
     source: Any
     pools: Pools
 
     @property
     def metadata(self) -> Mapping[str, Any]:
-        """What is known of the corpus."""
+        """What was stored of the corpus."""
         return self.source.metadata
+
+    @property
+    def images(self) -> Mapping[str, Any]:
+        """Further images of the corpus."""
+        return self.source.images
+
+
+@dataclasses.dataclass(frozen=True)
+class Pairs(_Rows):
+    """The rows of pairs, as a source."""
 
     def __len__(self) -> int:
         return len(self.pools.pairs)
@@ -83,17 +93,10 @@ class Pairs:
 
 
 @dataclasses.dataclass(frozen=True)
-class Unpaired:
+class Unpaired(_Rows):
     """Images and reports that are no pairs, as a source: in each round an image meets another."""
 
-    source: Any
-    pools: Pools
     seed: int
-
-    @property
-    def metadata(self) -> Mapping[str, Any]:
-        """What is known of the corpus."""
-        return self.source.metadata
 
     def __len__(self) -> int:
         apart = [len(x) - len(self.pools.pairs) for x in (self.pools.images, self.pools.reports)]

@@ -144,7 +144,7 @@ def _read(text: str) -> tuple[dict, ...]:
         return ()
     at = {i: span for span in spans for i in range(span.start, span.end)}
     items = []
-    for clause in _clauses(words, spans):
+    for clause in _clauses(spans):
         _join(clause)
         clause.findings.sort(key=lambda finding: finding[1])
         read = [finding for finding in clause.findings if finding[3] != "ignored"]
@@ -152,7 +152,7 @@ def _read(text: str) -> tuple[dict, ...]:
     return tuple(items)
 
 
-def _clauses(words: list[Word], spans: list[Span]) -> Iterator[_Clause]:
+def _clauses(spans: list[Span]) -> Iterator[_Clause]:
     """Split a sentence at closing words; give each finding its certainty."""
     clause, certainty = _Clause(), "present"
     for span in spans:
@@ -163,8 +163,6 @@ def _clauses(words: list[Word], spans: list[Span]) -> Iterator[_Clause]:
             clause, certainty = _Clause(), "present"
         elif "finding" in roles:
             clause.findings.append([roles["finding"], span.start, span.end, certainty])
-            if "alternative" in roles:
-                certainty = "uncertain"
         elif "deny" in roles:
             certainty = "absent"
         elif "deny_before" in roles:
@@ -226,7 +224,7 @@ def _near(clause: _Clause, left: Span, right: Span) -> bool:
 def _item(finding: list, clause: _Clause, words, at, text: str) -> dict:
     """Return one finding with its words and what they say of it."""
     name, start, end, certainty = finding
-    low, high = _phrase(start, end, words, at, clause)
+    low, high = _phrase(start, end, words, at)
     inside = [span for span in clause.spans if low <= span.start and span.end <= high]
     severity = _detail("severity", inside, finding, clause)
     change = _detail("change", inside, finding, clause)
@@ -239,7 +237,7 @@ def _item(finding: list, clause: _Clause, words, at, text: str) -> dict:
     i = clause.findings.index(finding)
     if not location and i and _is_same(clause, clause.findings[i - 1], finding):
         earlier = clause.findings[i - 1]
-        bounds = _phrase(earlier[1], earlier[2], words, at, clause)
+        bounds = _phrase(earlier[1], earlier[2], words, at)
         location = _location(*bounds, earlier, clause, words, at, text)
     return {
         "phrase": text[words[low].start : words[high - 1].end],
@@ -266,7 +264,7 @@ def _describes(span: Span | None) -> bool:
     return any(r in roles for r in ("place", "severity", "attribute", "change", "link", "subject"))
 
 
-def _phrase(start: int, end: int, words, at, clause: _Clause) -> tuple[int, int]:
+def _phrase(start: int, end: int, words, at) -> tuple[int, int]:
     """Widen [start, end) over the words that describe it, to at most MAX_WORDS words."""
     low, high = start, end
     while low and _describes(at.get(low - 1)) and high - low < MAX_WORDS:
