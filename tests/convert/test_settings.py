@@ -9,6 +9,7 @@ import pytest
 from medvlp_jax import convert
 from medvlp_jax.config import UserError
 from medvlp_jax.convert import architectures
+from medvlp_jax.convert.neutral import OFF
 from medvlp_jax.encoders import bert, modernbert, qwen3
 from medvlp_jax.encoders.base import Tokens
 
@@ -94,7 +95,7 @@ def test_a_changed_setting_is_read_or_refused_by_name(kind):
     config = config_of(kind).to_dict()
     plain = architectures.fields_of(table, config, "")
     for key, value in own_settings(kind).items():
-        if key not in table.fields and key not in table.fixed:
+        if key not in (*table.fields, *table.fixed, *OFF):
             continue
         change = {key: changed(key, value)}
         fields, refusal = plain, ""
@@ -105,7 +106,7 @@ def test_a_changed_setting_is_read_or_refused_by_name(kind):
         if refusal:
             assert key in refusal or "only squares" in refusal, (change, refusal)
         else:
-            assert key not in table.fixed, change
+            assert key not in (*table.fixed, *OFF), change
             name = table.fields[key].name
             assert fields[name] != plain[name], change
             assert fields | {name: plain[name]} == plain, change
@@ -129,7 +130,8 @@ def test_a_setting_that_is_passed_over_changes_nothing_in_transformers(kind):
 
     table = TABLES[kind]
     settings = own_settings(kind)
-    idle = [key for key in settings if key not in (*table.fields, *table.fixed, *COMPUTED)]
+    known = (*table.fields, *table.fixed, *OFF, *COMPUTED)
+    idle = [key for key in settings if key not in known]
     torch.manual_seed(0)
     model = transformers.AutoModel.from_config(config_of(kind))
     expected = outputs_of(model)
