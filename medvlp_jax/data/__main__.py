@@ -4,19 +4,17 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from medvlp_jax.config import UserError
 from medvlp_jax.data import corpora
 
 
-def main(argv: Sequence[str]) -> int:
-    """Run the command line; return the exit code, 2 after bad input."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one verb.
+
+    Raises:
+      UserError: for bad input.
+    """
     options = _parser().parse_args(argv)
-    try:
-        options.run(options)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
+    options.run(options)
 
 
 def _list(options: argparse.Namespace) -> None:
@@ -77,4 +75,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    from medvlp_jax import cli
+
+    sys.exit(cli.run(main))

@@ -9,9 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from PIL import Image
 
+from medvlp_jax import cli
 from medvlp_jax.config import UserError
 from medvlp_jax.data import corpora
-from medvlp_jax.data.__main__ import main
 from medvlp_jax.data.datasets.radiology_qa import radiology_qa_dataset_builder as radiology_qa
 
 
@@ -223,21 +223,21 @@ def test_two_processes_may_prepare_at_the_same_time(radiology_folder, tmp_path):
 
 def test_the_command_line_lists_checks_and_prepares(radiology_folder, tmp_path, capsys):
     data_dir = str(tmp_path / "data")
-    assert main(["list", "--data-dir", data_dir]) == 0
+    assert cli.main(["data", "list", "--data-dir", data_dir]) == 0
     assert re.search("radiology_qa +from your files", capsys.readouterr().out)
-    assert main(["check", "radiology_qa", "--manual-dir", str(radiology_folder)]) == 0
+    assert cli.main(["data", "check", "radiology_qa", "--manual-dir", str(radiology_folder)]) == 0
     assert "train: 8 records, 8 findings" in capsys.readouterr().out
-    prepare = ["prepare", "radiology_qa", "--data-dir", data_dir]
-    assert main([*prepare, "--manual-dir", str(radiology_folder)]) == 0
+    prepare = ["data", "prepare", "radiology_qa", "--data-dir", data_dir]
+    assert cli.main([*prepare, "--manual-dir", str(radiology_folder)]) == 0
     assert "train 8, validation 4 records" in capsys.readouterr().out
-    assert main(prepare) == 0
+    assert cli.main(prepare) == 0
 
 
 def test_the_command_line_answers_bad_input_with_one_sentence(tmp_path, capsys):
-    assert main(["prepare", "radiology_qa", "--data-dir", str(tmp_path)]) == 2
+    assert cli.main(["data", "prepare", "radiology_qa", "--data-dir", str(tmp_path)]) == 2
     captured = capsys.readouterr()
     assert captured.err.count("\n") == 1
     assert "Traceback" not in captured.err
     with pytest.raises(SystemExit) as stop:
-        main(["prepare"])
+        cli.main(["data", "prepare"])
     assert stop.value.code == 2
