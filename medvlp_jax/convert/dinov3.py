@@ -6,6 +6,9 @@ import numpy as np
 from medvlp_jax.convert.table import Field, Rule, Table, conv, linear, norm, one_of, square
 from medvlp_jax.encoders.dinov3 import DinoV3
 
+# None switches an augmentation of the positions off, in `transformers`; ours have a neutral value.
+_unless_one = lambda value: None if value == 1.0 else value
+
 FIELDS = {
     "patch_size": Field("patch_size", 16, square),
     "hidden_size": Field("width", 384),
@@ -20,9 +23,9 @@ FIELDS = {
     "value_bias": Field("value_bias", True),
     "layerscale_value": Field("layer_scale", 1.0),
     "rope_theta": Field("rope_base", 100.0),
-    "pos_embed_shift": Field("rope_shift", None, lambda v: v or 0.0),
-    "pos_embed_jitter": Field("rope_jitter", None, lambda v: v or 1.0),
-    "pos_embed_rescale": Field("rope_rescale", 2.0, lambda v: v or 1.0),
+    "pos_embed_shift": Field("rope_shift", None, lambda v: v or 0.0, lambda v: v or None),
+    "pos_embed_jitter": Field("rope_jitter", None, lambda v: v or 1.0, _unless_one),
+    "pos_embed_rescale": Field("rope_rescale", 2.0, lambda v: v or 1.0, _unless_one),
     "attention_dropout": Field("attention_dropout", 0.0),
     "drop_path_rate": Field("drop_path", 0.0),
     "layer_norm_eps": Field("epsilon", 1e-5),
