@@ -29,6 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
+from jax.experimental.compilation_cache import compilation_cache
 
 from medvlp_jax import assemble, plan, sharding, train
 from medvlp_jax.encoders.base import Tokens
@@ -119,12 +120,12 @@ def _compilation_cache(folder):
     try:
         for name, value in settings.items():
             jax.config.update(name, value)
-        jax.experimental.compilation_cache.compilation_cache.reset_cache()
+        compilation_cache.reset_cache()
         yield
     finally:
         for name, value in before.items():
             jax.config.update(name, value)
-        jax.experimental.compilation_cache.compilation_cache.reset_cache()
+        compilation_cache.reset_cache()
 
 
 def matmul_rate(dtype, platform_name: str, repeats: int = 5) -> float:
