@@ -6,46 +6,16 @@ answer is read is its caller's. Greedy everywhere: the same prompt gets the same
 
 import ipaddress
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import urlsplit
 
 from medvlp_jax.config import UserError, nearest
+from medvlp_jax.evidence import endpoint
+from medvlp_jax.evidence.protocol import Backend, Reply
 
 NAMES = ("rules", "endpoint", "transformers", "qwen3")
-KEYS = ("MEDVLP_API_KEY", "OPENAI_API_KEY")  # environment variables, first one that is set
-
-
-class Request(NamedTuple):
-    """A prompt; `text` is the part of it that is the document, for writers that need no prompt."""
-
-    key: str
-    prompt: str
-    text: str
-
-
-class Reply(NamedTuple):
-    """An answer, or why there is none."""
-
-    key: str
-    answer: str = ""
-    error: str = ""
-
-
-class Backend(NamedTuple):
-    """Answers requests.
-
-    Attributes:
-      name: which one, and which model: answers are cached under it.
-      complete: (requests, check) -> replies, lazily; `check` raises ValueError for an answer that
-        is not in the form asked for.
-      counts_tokens: whether its answers are paid or timed by the token.
-    """
-
-    name: str
-    complete: Callable[[Iterable[Request], Callable[[str], Any]], Iterator[Reply]]
-    counts_tokens: bool = True
 
 
 def check_remote(url: str, *, allow_remote: bool) -> None:
@@ -207,8 +177,6 @@ def make(name: str, *, write: Callable[[str], str], **options: Any) -> Backend:
     Raises:
       UserError: for an unknown name, or options that are missing.
     """
-    from medvlp_jax.evidence import endpoint
-
     if name not in NAMES:
         raise UserError(f"No backend '{name}'. {nearest(name, NAMES)}")
     if name == "rules":

@@ -18,8 +18,9 @@ from itertools import islice
 from typing import Any
 
 from medvlp_jax.config import UserError
-from medvlp_jax.evidence.backends import KEYS, Backend, Reply, Request
+from medvlp_jax.evidence.protocol import Backend, Reply, Request
 
+KEYS = ("MEDVLP_API_KEY", "OPENAI_API_KEY")  # environment variables, first one that is set
 PASSING = (408, 409, 425, 429, 500, 502, 503, 504, 529)
 FATAL = (401, 403, 404)
 LONGEST_PAUSE = 60.0

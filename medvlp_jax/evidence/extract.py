@@ -25,7 +25,8 @@ from tqdm import tqdm
 from medvlp_jax.config import UserError
 from medvlp_jax.data.reports import Report
 from medvlp_jax.evidence import rules, schema
-from medvlp_jax.evidence.backends import Backend, Request, dumps
+from medvlp_jax.evidence.backends import dumps
+from medvlp_jax.evidence.protocol import Backend, Request
 
 FAILED, EMPTY, OK, NOTHING = "failed", "empty", "ok", "nothing recognised"
 LISTED = 200  # ids a kind of oddity in the summary

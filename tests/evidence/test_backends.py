@@ -8,8 +8,8 @@ from server import completion, half, hang, hang_up, send, serve, status
 
 from medvlp_jax.config import UserError
 from medvlp_jax.evidence import backends
-from medvlp_jax.evidence.backends import Reply, Request
 from medvlp_jax.evidence.endpoint import endpoint
+from medvlp_jax.evidence.protocol import Reply, Request
 
 ASKED = [Request(str(i), f"prompt {i}", f"text {i}") for i in range(12)]
 

@@ -15,7 +15,8 @@ from medvlp_jax import cli
 from medvlp_jax.config import UserError
 from medvlp_jax.data.reports import Report
 from medvlp_jax.evidence import extract, schema
-from medvlp_jax.evidence.backends import Backend, Reply, writer
+from medvlp_jax.evidence.backends import writer
+from medvlp_jax.evidence.protocol import Backend, Reply
 
 RULES = writer("rules", extract.write_rules)
 REPORTS = [
