@@ -95,8 +95,9 @@ def small(config):
 def demo(config):
     """The embedded default: generated radiographs, about ten minutes on two cores."""
     config.data.corpora = ("cxr_phantom:demo",)
-    config.train.update({"steps": 850, "batch_size": 64, "checkpoint_every": 170})
-    config.train.update({"evaluate_every": 170, "evaluate_limit": 256})
+    config.train.update({"steps": 660, "batch_size": 64, "checkpoint_every": 220})
+    config.train.update({"evaluate_every": 220, "evaluate_limit": 256})
+    config.mlm.steps = 300
 
 
 def smoke(config):
