@@ -1,9 +1,9 @@
 """Contrastive losses with memory linear in the batch: value and gradients of their dense twins.
 
-Logits and targets are made tile by tile (pairs.py) from what belongs to single examples and never
-kept. The sigmoid's gradient is made in the same visit as its value. A softmax must have seen all
-candidates first: it keeps a few numbers a row and a column, its running peak and total, and the
-tiles are made once more for the gradient.
+Logits and targets are made tile by tile (pairs.py, targets.py) from what belongs to single examples
+and never kept. The sigmoid's gradient is made in the same visit as its value. A softmax must have
+seen all candidates first: it keeps a few numbers a row and a column, its running peak and total,
+and the tiles are made once more for the gradient.
 
   tiles and ring     Inf-CL, Cheng et al. 2024, https://arxiv.org/abs/2410.17243
   running softmax    Milakov and Gimelshein 2018, https://arxiv.org/abs/1805.02867
@@ -13,19 +13,28 @@ Axis letters: B batch, t a tile, E joint width, D report-feature width.
 """
 
 import functools
-from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from medvlp_jax.losses import contrastive
-from medvlp_jax.losses.contrastive import ClinicalPrior, Prior, RowSoftmax, SameId, at_least_float32
+from medvlp_jax.losses.contrastive import Prior, at_least_float32
 from medvlp_jax.losses.pairs import sweep
+from medvlp_jax.losses.targets import (
+    Softmax,
+    describe,
+    empty_softmax,
+    knowing,
+    masses_of,
+    matmul,
+    pairs_of,
+    rule_of,
+    target_of,
+)
 
 TILE = 512
-FLOOR = -1e30  # peak of a softmax over nothing; finite, so that no inf - inf arises
 
 
 def info_nce(
@@ -60,15 +69,15 @@ def info_nce(
     valid = jnp.ones(len(image), bool) if valid is None else valid
     candidate, denominator = contrastive.anchors(valid, invalid)
     dtype = at_least_float32(image).dtype
-    rule, known, constants = _rule(prior, dtype)
-    examples = _examples(candidate, valid, neutral, known)
+    rule, known, constants = rule_of(prior, dtype)
+    examples = describe(candidate, valid, neutral, known)
     examples, constants = jax.lax.stop_gradient((examples, constants))
     if rule.within is not None:  # equal ids inside a prior: each row shares its positive mass
-        count = _masses(rule.within, examples, constants, tile).total
-        examples = _knowing(examples, count=count)
+        count = masses_of(rule.within, examples, constants, tile).total
+        examples = knowing(examples, count=count)
     if rule.normalise:
-        masses = _masses(rule, examples, constants, tile)
-        examples = _knowing(examples, masses=masses)
+        masses = masses_of(rule, examples, constants, tile)
+        examples = knowing(examples, masses=masses)
     scale = jnp.asarray(scale, dtype)
     return _info_nce(rule, tile, image, text, scale, examples, constants) / (2 * denominator)
 
@@ -103,7 +112,7 @@ def sigmoid(
     valid = jnp.ones(len(image), bool) if valid is None else valid
     dtype = at_least_float32(image).dtype
     scale, bias = jnp.asarray(scale, dtype), jnp.asarray(bias, dtype)
-    examples = _examples(valid, valid, neutral, {})
+    examples = describe(valid, valid, neutral, {})
     return _sigmoid(tile, image, text, scale, bias, examples) / jnp.maximum(valid.sum(), 1)
 
 
@@ -128,172 +137,12 @@ def view_consistency(
       ValueError: where the devices of the mesh do not divide B, or tile is below 1.
     """
     everything = jnp.ones(len(first), bool)
-    examples = _examples(everything, everything, None, {})
+    examples = describe(everything, everything, None, {})
     scale = jnp.asarray(scale, at_least_float32(first).dtype)
     anchored = lambda x, y: _views(tile, x, y, scale, examples) / len(x)
     if not symmetric:
         return anchored(first, second)
     return (anchored(first, second) + anchored(second, first)) / 2
-
-
-# What is known of examples and pairs ---------------------------------------------------------
-
-
-class _Examples(NamedTuple):
-    """What a tile must know of its rows or columns besides their embeddings; all [B, ...]."""
-
-    index: Int[Array, " B"]
-    candidate: Bool[Array, " B"]  # stands in the logits; False also in the filled tail of a tile
-    valid: Bool[Array, " B"]
-    neutral: Int[Array, " B"] | None
-    known: Mapping[str, Any]  # features the targets are computed from
-
-
-def _examples(candidate, valid, neutral, known) -> _Examples:
-    return _Examples(jnp.arange(len(valid)), candidate, valid, neutral, known)
-
-
-def _knowing(examples: _Examples, **known) -> _Examples:
-    return examples._replace(known={**examples.known, **known})
-
-
-class _Pairs(NamedTuple):
-    """Which pairs of a tile [t, t] are what."""
-
-    own: Bool[Array, "t t"]
-    candidate: Bool[Array, "t t"]
-    valid: Bool[Array, "t t"]
-
-
-def _pairs(rows: _Examples, columns: _Examples) -> _Pairs:
-    own = _equal(rows.index, columns.index)
-    candidate = rows.candidate[:, None] & columns.candidate[None, :]
-    valid = rows.valid[:, None] & columns.valid[None, :]
-    if rows.neutral is not None:
-        taken = ~_equal(rows.neutral, columns.neutral) | own
-        candidate, valid = candidate & taken, valid & taken
-    return _Pairs(own, candidate, valid)
-
-
-def _equal(a, b):
-    return a[:, None] == b[None, :]
-
-
-def _matmul(a, b):
-    return jnp.matmul(a, b, precision="highest")
-
-
-# Targets -------------------------------------------------------------------------------------
-
-
-class _Rule(NamedTuple):
-    """How a tile of the targets comes about.
-
-    Attributes:
-      mass: (constants, rows, columns, pairs) -> [t, t], not normalised.
-      normalise: "" as it is, "sum" divided by the sum of the row, "softmax" over the row.
-      within: rule whose row sums `mass` needs, as `count`.
-      dtype: of the targets.
-    """
-
-    mass: Callable
-    normalise: str
-    within: Any
-    dtype: Any
-
-
-def _rule(prior: Prior | None, dtype) -> tuple[_Rule, dict, dict]:
-    """Return the rule of a prior, the [B, ...] arrays and the constants it works on."""
-    if prior is None:
-        return _Rule(_own_mass, "", None, dtype), {}, {}
-    if isinstance(prior, SameId):
-        return _Rule(_same_mass, "sum", None, dtype), {"ids": prior.ids}, {}
-    if isinstance(prior, RowSoftmax):
-        known = {"y": at_least_float32(prior.y)}
-        return _Rule(_likeness, "softmax", None, dtype), known, {"softness": prior.temperature}
-    features = prior.features
-    if prior.centre:
-        features = features - features.mean(axis=0)
-    known = {"features": contrastive.standardise(features)}
-    within = None
-    if prior.has_report is not None:
-        known["has_report"] = prior.has_report
-    if prior.ids is not None:
-        known["ids"] = prior.ids
-        within = _Rule(_same_mass, "sum", None, dtype)
-    kernel = ClinicalPrior(None, kernel=prior.kernel)  # without its arrays: rules are static
-    mass = lambda *tile: _clinical_mass(kernel, *tile)
-    rule = _Rule(mass, "sum" if prior.normalise else "", within, dtype)
-    return rule, known, {"strength": prior.strength, "temperature": prior.temperature}
-
-
-def _own_mass(constants, rows, columns, pairs):
-    return pairs.own & pairs.valid
-
-
-def _same_mass(constants, rows, columns, pairs):
-    return _equal(rows.known["ids"], columns.known["ids"]) & pairs.valid
-
-
-def _clinical_mass(kernel, constants, rows, columns, pairs):
-    """ClinicalPrior.targets before the normalisation."""
-    rho = _matmul(rows.known["features"], columns.known["features"].T)
-    rho = jnp.where(pairs.own, 0.0, jnp.maximum(rho, 0.0))
-    similarity = kernel._replace(strength=constants["strength"]).smooth(rho)
-    if "has_report" in rows.known:
-        both = rows.known["has_report"][:, None] & columns.known["has_report"][None, :]
-        similarity = jnp.where(both, similarity, 0.0)
-    positives = pairs.own
-    if "ids" in rows.known:
-        same = _same_mass(constants, rows, columns, pairs)
-        positives = same / jnp.maximum(rows.known["count"], 1)[:, None]
-    return jnp.where(pairs.valid, positives + constants["temperature"] * similarity, 0.0)
-
-
-def _likeness(constants, rows, columns, pairs):
-    """RowSoftmax.targets before the softmax."""
-    likeness = _matmul(rows.known["y"], columns.known["y"].T) / constants["softness"]
-    return jnp.where(pairs.valid, likeness, -jnp.inf)
-
-
-class _Softmax(NamedTuple):
-    """Running log-sum-exp: the largest number so far, and the sum of exp(number - peak)."""
-
-    peak: Float[Array, " t"]
-    total: Float[Array, " t"]
-
-    def add(self, logits, axis):
-        peak = jnp.maximum(self.peak, logits.max(axis))
-        new = jnp.exp(logits - jnp.expand_dims(peak, axis)).sum(axis)
-        return _Softmax(peak, self.total * jnp.exp(self.peak - peak) + new)
-
-
-def _empty_softmax(batch: int, dtype) -> _Softmax:
-    return _Softmax(jnp.full(batch, FLOOR, dtype), jnp.zeros(batch, dtype))
-
-
-def _masses(rule: _Rule, examples: _Examples, constants, tile: int) -> _Softmax:
-    """Sum what each row is to be divided by, over all columns."""
-
-    def visit(constants, rows, columns, masses, _):
-        mass = rule.mass(constants, rows, columns, _pairs(rows, columns))
-        if rule.normalise == "softmax":
-            return masses.add(mass, axis=1), ()
-        return masses._replace(total=masses.total + mass.astype(rule.dtype).sum(axis=1)), ()
-
-    empty = _empty_softmax(len(examples.valid), rule.dtype)
-    return sweep(visit, examples, examples, empty, (), constants, tile=tile)[0]
-
-
-def _target(rule: _Rule, constants, rows, columns, pairs) -> Float[Array, "t t"]:
-    """Return a tile of Y; zero for pairs that are not valid."""
-    mass = rule.mass(constants, rows, columns, pairs).astype(rule.dtype)
-    if not rule.normalise:
-        return mass
-    masses = rows.known["masses"]
-    if rule.normalise == "softmax":
-        mass = jnp.exp(mass - masses.peak[:, None])
-    return mass / jnp.maximum(masses.total, 1e-12)[:, None]
 
 
 # The losses, as sums over all pairs ----------------------------------------------------------
@@ -306,7 +155,7 @@ class _CrossEntropy(NamedTuple):
     pair that is found with certainty loses no digits to the size of its logit.
     """
 
-    softmax: _Softmax  # of l_ij
+    softmax: Softmax  # of l_ij
     mass: Float[Array, " t"]  # Y_ij
     hit: Float[Array, " t"]  # Y_ij l_ij
 
@@ -329,9 +178,9 @@ class _CrossEntropy(NamedTuple):
 
 def _logits_and_target(rule, constants, scale, rows, columns):
     (x, examples), (y, others) = rows, columns
-    pairs = _pairs(examples, others)
-    target = _target(rule, constants, examples, others, pairs)
-    logits = scale * _matmul(at_least_float32(x), at_least_float32(y).T)
+    pairs = pairs_of(examples, others)
+    target = target_of(rule, constants, examples, others, pairs)
+    logits = scale * matmul(at_least_float32(x), at_least_float32(y).T)
     return jnp.where(pairs.candidate, logits, -jnp.inf), target
 
 
@@ -347,7 +196,7 @@ def _info_nce_forward(rule, tile, image, text, scale, examples, constants):
         return row_sums.add(logits, target, axis=1), column_sums.add(logits, target, axis=0)
 
     zero = jnp.zeros(len(image), rule.dtype)
-    empty = _CrossEntropy(_empty_softmax(len(image), rule.dtype), zero, zero)
+    empty = _CrossEntropy(empty_softmax(len(image), rule.dtype), zero, zero)
     pairs = (image, examples), (text, examples)
     sums = sweep(visit, *pairs, empty, empty, (constants, scale), tile=tile)
     value = sums[0].value().sum() + sums[1].value().sum()
@@ -374,8 +223,8 @@ _info_nce.defvjp(_info_nce_forward, _info_nce_backward)
 
 def _through_product(gradient, x, y, dx, dy):
     """Add to dx and dy what a gradient of x y^T contributes."""
-    dx = dx + _matmul(gradient, at_least_float32(y))
-    return dx, dy + _matmul(gradient.T, at_least_float32(x))
+    dx = dx + matmul(gradient, at_least_float32(y))
+    return dx, dy + matmul(gradient.T, at_least_float32(x))
 
 
 def _embedding_gradients(cotangent, scale, image, text, dx, dy):
@@ -389,8 +238,8 @@ def _signed_logits(constants, rows, columns):
     """Return z_ij and z_ij l_ij; the latter is inf, at no loss, where the pair is left out."""
     scale, bias = constants
     (x, examples), (y, others) = rows, columns
-    pairs = _pairs(examples, others)
-    logits = scale * _matmul(at_least_float32(x), at_least_float32(y).T) + bias
+    pairs = pairs_of(examples, others)
+    logits = scale * matmul(at_least_float32(x), at_least_float32(y).T) + bias
     sign = jnp.where(pairs.own, 1.0, -1.0).astype(logits.dtype)
     return sign, jnp.where(pairs.candidate, sign * logits, jnp.inf)
 
@@ -432,11 +281,11 @@ _sigmoid.defvjp(_sigmoid_forward, _sigmoid_backward)
 def _view_logits(scale, rows, columns):
     """Return which pairs are own, and the logits with the other and with the same view."""
     (x, examples), (x_others, y, others) = rows, columns
-    pairs = _pairs(examples, others)
+    pairs = pairs_of(examples, others)
     own = pairs.own & pairs.candidate
     x, x_others, y = map(at_least_float32, (x, x_others, y))
-    across = jnp.where(pairs.candidate, scale * _matmul(x, y.T), -jnp.inf)
-    within = jnp.where(pairs.candidate & ~own, scale * _matmul(x, x_others.T), -jnp.inf)
+    across = jnp.where(pairs.candidate, scale * matmul(x, y.T), -jnp.inf)
+    within = jnp.where(pairs.candidate & ~own, scale * matmul(x, x_others.T), -jnp.inf)
     return own, across, within
 
 
@@ -453,7 +302,7 @@ def _views_forward(tile, x, y, scale, examples):
         softmax = softmax.add(across, axis=1).add(within, axis=1)
         return (softmax, hit + jnp.where(own, across, 0.0).sum(axis=1)), ()
 
-    empty = _empty_softmax(len(x), scale.dtype), jnp.zeros(len(x), scale.dtype)
+    empty = empty_softmax(len(x), scale.dtype), jnp.zeros(len(x), scale.dtype)
     (softmax, hit), _ = sweep(visit, (x, examples), (x, y, examples), empty, (), scale, tile=tile)
     value = (softmax.peak + jnp.log(softmax.total) - hit).sum()
     return value, (x, y, scale, examples, softmax)
