@@ -7,14 +7,14 @@ PRIMA (https://arxiv.org/abs/2602.23297), stage 1. `corpus.jsonl` of a folder wr
    "source": "endpoint:NAME", "ids": ["PMID", ...], "text": "...", "vetted": false}
 
 a record. Texts no physician has approved are refused unless they are asked for. Different sources
-write about the same pairs, so texts of a source that is held out are paraphrases of those trained on.
+write about the same pairs, so the texts of one that is held out paraphrase those trained on.
 """
 
 import dataclasses
 import hashlib
 import json
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -78,8 +78,8 @@ def read(path: Path) -> dict[str, Record]:
             raise UserError(f"{where}: kind is {row['kind']!r}; accepted are {', '.join(KINDS)}.")
         if row["id"] in found:
             raise UserError(f"{where}: id '{row['id']}' is there twice.")
-        row["ids"] = tuple(row["ids"])
-        found[row.pop("id")] = Record(**row)
+        name = row.pop("id")
+        found[name] = Record(**{**row, "ids": tuple(row["ids"])})
     return found
 
 
@@ -128,7 +128,8 @@ def open_texts(
     Args:
       folder: that `medvlp evidence corpus` wrote.
       split: "train", "validation" or "test".
-      held_out: sources whose texts are not trained on.
+      held_out: sources whose texts are not trained on; what another source wrote word for word is
+        left out of them.
       allow_unvetted: whether texts may be used that no physician has approved.
 
     Raises:
@@ -144,19 +145,20 @@ def open_texts(
     unvetted = sum(not record.vetted for record in records.values())
     if unvetted and not allow_unvetted:
         raise UserError(
-            f"{unvetted} of {len(records)} texts in {folder} were not approved by a physician: have "
-            f"{folder / 'review.csv'} filled in and run `medvlp evidence review --corpus {folder}`, "
-            "or set data.knowledge.allow_unvetted=True to use them all the same."
+            f"{unvetted} of {len(records)} texts in {folder} were not approved by a physician: "
+            f"have {folder / 'review.csv'} filled in and run `medvlp evidence review --corpus "
+            f"{folder}`, or set data.knowledge.allow_unvetted=True to use them all the same."
         )
     sources = sorted({record.source for record in records.values()})
     for source in held_out:
         if source not in sources:
             raise UserError(f"data.knowledge.held_out: no '{source}'. {nearest(source, sources)}")
-    kept = [
-        (name, record)
-        for name, record in records.items()
-        if (record.source in held_out) == (split != "train")
-    ]
+    parts = {True: [], False: []}
+    for name, record in records.items():
+        parts[record.source in held_out].append((name, record))
+    trained = {record.text for _, record in parts[False]}
+    fresh = [entry for entry in parts[True] if entry[1].text not in trained]
+    kept = parts[False] if split == "train" else fresh
     if split not in SPLITS or not kept:
         raise UserError(
             f"{folder} has no texts for split '{split}'; those of data.knowledge.held_out, now "

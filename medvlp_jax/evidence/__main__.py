@@ -98,9 +98,8 @@ def _review(options: argparse.Namespace) -> None:
     out = Path(options.corpus)
     standing = review.take(out, Path(options.review or out / review.REVIEW))
     vetted = sum(record.vetted for record in standing.values())
-    print(
-        f"{len(standing):,} texts stand, {vetted:,} of them vetted; {out / review.REVIEW} has the others."
-    )
+    print(f"{len(standing):,} texts stand, {vetted:,} of them vetted; {out / review.REVIEW} has")
+    print("the others.")
 
 
 def _backend(options: argparse.Namespace, writers, sent: str) -> backends.Backend:

@@ -1,8 +1,8 @@
 """What risk factors mean for diseases, written from literature: PRIMA's stage 1a.
 
-PRIMA (https://arxiv.org/abs/2602.23297) publishes what it asks for (a summary of each risk factor and
-detailed paragraphs, literature before the instruction, checked by physicians), not the prompt, the
-retriever or the merging: those are our choice. One request is one paragraph, on a factor and a
+PRIMA (https://arxiv.org/abs/2602.23297) publishes what it asks for (a summary of each risk factor
+and detailed paragraphs, literature before the instruction, checked by physicians), not the prompt,
+the retriever or the merging: those are our choice. One request is one paragraph, on a factor and a
 disease or on a factor and all of them, so that a paragraph traces to the very passages its prompt
 held. Several writers may write into one folder; their texts stay apart.
 
@@ -38,7 +38,7 @@ Literature:
 
 {literature}
 
-You are a medical researcher specialised in {field}. Based on the literature I provided above, {task}
+You are a medical researcher specialised in {field}. From the literature I provided above, {task}
 Say in which direction and how strongly the risk changes, for whom this holds, and where the
 literature is uncertain or silent. Invent nothing, and name no authors, studies or identifiers.
 Answer with JSON only, in this form:

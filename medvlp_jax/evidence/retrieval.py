@@ -4,7 +4,7 @@ Articles are a .jsonl file ({"id" or "pmid", "title", "abstract" or "text"} a li
 .txt and .md files. A long article is cut at the ends of sentences; passage k of article A is "A#k",
 so that every text written from passages can be traced to the place. Two ways to search:
 
-* words: BM25 (Robertson and Zaragoza 2009, Eq. 3.15) by bm25s, stemmed, English stop words left out;
+* words: BM25 (Robertson and Zaragoza 2009, Eq. 3.15) by bm25s, stemmed, without stop words;
 * meaning: cosine of mean token features, by any text encoder `convert.load` reads.
 """
 

@@ -18,7 +18,8 @@ from medvlp_jax.evidence.risk import Factor, Risk
 
 NOTHING = 0.1  # log odds that are not worth a word
 FEW, SOME = 0.35, 0.9  # log odds from which a change is "clear", "strong": odds x 1.4, x 2.5
-SHOWN = 2.0  # a shown record adds up to at least this, where its factors can
+NEAR = 1.0  # log odds the disease of a shown record may lie behind the most likely one
+TRIES = 16  # records drawn until one shows the disease
 MORE = ("somewhat more likely", "clearly more likely", "far more likely")
 LESS = ("somewhat less likely", "clearly less likely", "far less likely")
 OPENINGS = (
@@ -42,6 +43,10 @@ FRIENDS = (
     "{others} point the same way.",
     "The same diagnosis is suggested by {others}.",
     "{disease_} is also to be expected with {others}.",
+)
+ELSEWHERE = (
+    "{disease_} rather goes with {others}.",
+    "What raises the odds of {disease} is {others}.",
 )
 RECORDS = (
     "A record that calls for {disease}: {record}",
@@ -101,7 +106,8 @@ def _detail(risk: Risk, factor: Factor, disease: str, rng: np.random.Generator) 
         )
     others = _friends(risk, factor, disease, rng)
     if others:
-        said.append(_capital(_pick(FRIENDS, rng).format(others=_and(others), **words)))
+        form = FRIENDS if _acts(factor, disease) else ELSEWHERE
+        said.append(_pick(form, rng).format(others=_and(others), **words))
     if record := _record(risk, disease, rng):
         said.append(_pick(RECORDS, rng).format(record=record, **words))
     return " ".join(map(_capital, said))
@@ -160,19 +166,23 @@ def _friends(risk: Risk, factor: Factor, disease: str, rng: np.random.Generator)
 
 
 def _record(risk: Risk, disease: str, rng: np.random.Generator) -> str:
-    """Return a whole record that makes the disease likely; "" where no record does."""
-    values = {}
-    for key, factor in risk.factors.items():
-        effects = [factor.effect(v, disease) for v in _ends(factor)]
-        if max(effects) - min(effects) >= NOTHING:
-            values[key] = _strongest(factor, disease, rng)
-        else:
-            values[key] = _any(factor, rng)
-    total = sum(f.effect(values[k], disease) for k, f in risk.factors.items())
-    best = sum(max(f.effect(v, disease) for v in _ends(f)) for f in risk.factors.values())
-    if total < min(SHOWN, 0.5 * best) or best < NOTHING:
-        return ""
-    return " ".join(f.sentence(values[k]) for k, f in risk.factors.items())
+    """Return a record in which the disease is among the most likely; "" where none is found."""
+    for _ in range(TRIES):
+        values = {
+            key: _strongest(factor, disease, rng) if _acts(factor, disease) else _any(factor, rng)
+            for key, factor in risk.factors.items()
+        }
+        total = {
+            d: sum(f.effect(values[k], d) for k, f in risk.factors.items()) for d in risk.diseases
+        }
+        if total[disease] >= max(FEW, max(total.values()) - NEAR):
+            return " ".join(f.sentence(values[k]) for k, f in risk.factors.items())
+    return ""
+
+
+def _acts(factor: Factor, disease: str) -> bool:
+    effects = [factor.effect(value, disease) for value in _ends(factor)]
+    return max(effects) - min(effects) >= NOTHING
 
 
 def _strongest(factor: Factor, disease: str, rng: np.random.Generator) -> str | float:
