@@ -141,13 +141,13 @@ def cache_features(
 
     Args:
       texts: different texts.
-      encode: Tokens [b, T] -> features [b, D] on the host.
+      encode: Tokens [b, T] -> features [b, ...] on the host.
       tokenizer: of the texts.
       length: T.
       batch_size: b; the last batch is filled up so that one program serves all.
 
     Returns:
-      {text: float32 [D]}.
+      {text: float32 [...]}.
     """
     if not texts:
         return {}
@@ -161,4 +161,4 @@ def cache_features(
     encoded = [encode(tokenisation.tokenize(tokenizer, texts, length)) for texts in own]
     # Round r of process p is batch r * P + p.
     whole = np.swapaxes(distributed.gather(np.asarray(encoded, np.float32)), 0, 1)
-    return dict(zip(ordered, whole.reshape(-1, whole.shape[-1]), strict=False))
+    return dict(zip(ordered, whole.reshape(-1, *whole.shape[3:]), strict=False))
