@@ -92,10 +92,8 @@ def test_the_loss_is_the_mean_over_chosen_tokens_of_the_whole_batch(injected):
     plain = recipe.text.clone(lora=recipe.text.lora._replace(dropout=0.0), parent=None)
     quiet = mlm.make(text=plain, weights={"mlm": 1.0}, rate=0.3, **FIELDS)
     found = jax.jit(lambda v: quiet.apply(v, batch, train=True, rngs={"draws": key}))(variables)
-    logits = np.asarray(
-        jax.jit(lambda v: plain.apply({"params": v["params"]["text"]}, masked, method="mlm_logits"))(variables),
-        np.float64,
-    )  # fmt: skip
+    guess = jax.jit(lambda p: plain.apply({"params": p}, masked, method="mlm_logits"))
+    logits = np.asarray(guess(variables["params"]["text"]), np.float64)
     losses = []
     for i, row in enumerate(np.asarray(chosen)):
         for t in np.flatnonzero(row):
