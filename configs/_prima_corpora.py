@@ -114,6 +114,7 @@ def small(config, stage, epoch):
     image = {"variant": "tiny", "patch_size": 12, "dtype": "float32", "lora": no_lora}
     config.recipe.image.update({**image, "rope_rescale": 1.0})
     config.recipe.update({"dim": 128, "hidden": 128, "train_image": "all"})
+    config.recipe.mlp_reads = "vector"  # a text encoder from random weights would be no match
     if stage != "align":
         config.train.evaluate_every = 2 * epoch
     if stage == "fuse":

@@ -81,6 +81,7 @@ def recipe() -> ConfigDict:
             "cached_text": True,
             "train_image": "lora",  # section 2a
             "metadata_mlp": 0,
+            "mlp_reads": "text",
         }
     )
 
