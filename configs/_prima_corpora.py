@@ -99,7 +99,7 @@ def men(config, stage):
 
 def small(config, stage, epoch):
     """From random weights, so all of image encoder and language model train; 72 x 72 pixels."""
-    no_lora = ConfigDict({"rank": 0, "alpha": 1.0, "dropout": 0.0, "layers": ""})
+    no_lora = ConfigDict({"rank": 0, "alpha": 1.0, "dropout": 0.0, "layers": "", "fused": False})
     config.recipe.text.update({"variant": "tiny", "dtype": "float32", "lora": no_lora})
     config.init.update({"image": "", "text": "", "llm": ""})
     config.data.update({"tokenizer": "cxr_phantom", "llm_tokenizer": "cxr_phantom"})

@@ -369,10 +369,8 @@ def make(
     """
     settings = {k: v for k, v in locals().items() if k not in ("image", "text", "llm", "images")}
     for name, known in CHOICES.items():
-        if settings[name] not in known:
-            raise UserError(
-                f"No recipe.{name} '{settings[name]}'. {nearest(settings[name], known)}"
-            )
+        if (given := settings[name]) not in known:
+            raise UserError(f"No recipe.{name} '{given}'. {nearest(given, known)}")
     base.check_weights(weights, TERMS[stage])
     base.check_tile(loss_tile)
     for name in ("temperature", "label_temperature"):
@@ -381,24 +379,19 @@ def make(
     images = tuple(images)
     accepted = (1, 2) if len(images) == 1 else (len(images),)
     if views not in accepted:
-        raise UserError(
-            f"recipe.views={views} does not fit recipe.images={images}; accepted is "
-            f"{' or '.join(map(str, accepted))}."
-        )
+        fitting = " or ".join(map(str, accepted))
+        raise UserError(f"recipe.views={views}, but of recipe.images={images} it can be {fitting}.")
     parts = {"image": base.encoder(image), "text": base.encoder(text)}
     if stage == "fuse":
         if llm is None or prompt is None:
             raise UserError("recipe.stage=fuse needs recipe.llm and recipe.prompt.")
         parts["llm"] = base.encoder(llm)
         if len(prompt.classes) != num_classes:
-            raise UserError(
-                f"recipe.num_classes={num_classes}, but the prompt has {len(prompt.classes)} "
-                "options: as many as the corpus has classes."
-            )
+            options = f"the prompt has {len(prompt.classes)} options, one a class of the corpus"
+            raise UserError(f"recipe.num_classes={num_classes}, but {options}.")
     trained = {"llm": train_llm} if stage == "fuse" else {"image": train_image}
     for side, which in trained.items():
         if which == "lora" and parts[side].lora is None:
-            raise UserError(
-                f"recipe.train_{side}=lora, but recipe.{side}.lora.rank is 0: nothing would train."
-            )
+            lacks = f"recipe.{side}.lora.rank is 0: nothing would train"
+            raise UserError(f"recipe.train_{side}=lora, but {lacks}.")
     return Prima(images=images, **{"llm": None, **settings, **parts})
