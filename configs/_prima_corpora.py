@@ -99,7 +99,7 @@ def men(config, stage):
 
 def small(config, stage, epoch):
     """From random weights, so all of image encoder and language model train; 72 x 72 pixels."""
-    no_lora = ConfigDict({"rank": 0, "alpha": 1.0, "dropout": 0.0, "layers": ""})
+    no_lora = ConfigDict({"rank": 0, "alpha": 1.0, "dropout": 0.0, "layers": "", "fused": False})
     config.recipe.text.update({"variant": "tiny", "dtype": "float32", "lora": no_lora})
     config.init.update({"image": "", "text": "", "llm": ""})
     config.data.update({"tokenizer": "cxr_phantom", "llm_tokenizer": "cxr_phantom"})
@@ -114,6 +114,7 @@ def small(config, stage, epoch):
     image = {"variant": "tiny", "patch_size": 12, "dtype": "float32", "lora": no_lora}
     config.recipe.image.update({**image, "rope_rescale": 1.0})
     config.recipe.update({"dim": 128, "hidden": 128, "train_image": "all"})
+    config.recipe.mlp_reads = "vector"  # a text encoder from random weights would be no match
     if stage != "align":
         config.train.evaluate_every = 2 * epoch
     if stage == "fuse":

@@ -199,7 +199,7 @@ class Evaluator:
     def _batches(self, source, inputs, limit, mask):
         data, told = self.parts.config["data"], None
         table = tables.rows_of(data, [source]) if "tabular" in inputs else None
-        if "metadata" in inputs:
+        if {*clinical.KEYS} & {*inputs}:
             told = clinical.told_of(data, [source], self.parts.recipe.task)
         return pipeline.eval_batches(
             source,
@@ -256,7 +256,7 @@ class Evaluator:
 
     def _images(self) -> tuple[str, ...]:
         """Return the batch keys of images among them."""
-        others = (*self.parts.recipe.spaces, *pipeline.SECTIONS, "tabular", "metadata")
+        others = (*self.parts.recipe.spaces, *pipeline.SECTIONS, "tabular", *clinical.KEYS)
         return tuple(key for key in self._inputs() if key not in others)
 
     def multiple_of_devices(self, size: int) -> int:

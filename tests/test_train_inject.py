@@ -152,4 +152,4 @@ def test_the_published_stage_is_planned_from_shapes():
     state = blueprint.state
     assert all("lora" in path for path in paths.flatten(state.params))
     assert any(path.startswith("text/mlm_") for path in paths.flatten(state.frozen))
-    assert 0.01 < paths.count(state.params) / paths.count(state.frozen) < 0.015
+    assert paths.count(state.params) == 1_689_600  # the paper's "about 1 %"

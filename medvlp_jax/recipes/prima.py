@@ -44,6 +44,7 @@ CHOICES = {
     "soft_norm": ("mean", "paper"),
     "train_image": ("lora", "all"),
     "train_llm": ("lora", "all"),
+    "mlp_reads": ("text", "vector"),
 }
 
 
@@ -72,6 +73,7 @@ class Prima(nn.Module):
     cached_text: bool
     train_image: str
     metadata_mlp: int
+    mlp_reads: str
     llm: nn.Module | None
     prompt: Prompt | None
     fusion_hidden: int
@@ -101,33 +103,35 @@ class Prima(nn.Module):
             "sharpen": self.images,
             "fuse": self.images if len(self.images) > 1 else pair[: self.views],
         }
-        keys = seen[self.stage]
-        if self.reads_metadata:
-            keys += ("metadata", "metadata_feature") if self.cached_text else ("metadata",)
+        told = self._told
+        if self.cached_text and "metadata" in told:
+            told += ("metadata_feature",)
         if self.stage == "align":
-            keys += ("metadata_vector",)
-        return (*keys, f"label/{self.label}")
+            told += ("metadata_vector",)
+        return (*seen[self.stage], *told, f"label/{self.label}")
 
     @property
     def evaluated(self) -> tuple[str, ...]:
         """Batch keys read in evaluation: each image as it is, texts through the encoder."""
-        return (*self.images, *(("metadata",) if self.reads_metadata else ()))
+        return (*self.images, *self._told)
 
     @property
-    def reads_metadata(self) -> bool:
-        """Whether this stage looks at the text; sharpening does not, but for a baseline."""
-        return self.stage != "sharpen" or self.metadata_mlp > 0
+    def _told(self):
+        """What this stage sees of the table; sharpening sees none, but for a baseline."""
+        if self.stage != "sharpen":
+            return ("metadata",)
+        one = {"text": "metadata", "vector": "metadata_vector"}[self.mlp_reads]
+        return (one,) if self.metadata_mlp else ()
 
     @property
     def frozen(self) -> tuple[str, ...]:
         """What this stage does not train."""
-        factors = lambda side, train: () if train == "all" else (f"^{side}/{BASES}",)
-        image = factors("image", self.train_image)
-        projections = ("^image_projection/", "^text_projection/")
+        image = () if self.train_image == "all" else (f"^image/{BASES}",)
+        llm = () if self.train_llm == "all" else (f"^llm/{BASES}",)
         return {
             "align": (*image, "^text/"),
-            "sharpen": (*image, "^text/", *projections),
-            "fuse": ("^image/", "^text/", *projections, *factors("llm", self.train_llm)),
+            "sharpen": (*image, "^text/", "^(image|text)_projection/"),
+            "fuse": ("^(image|text)(_projection)?/", *llm),
         }[self.stage]
 
     @property
@@ -143,8 +147,7 @@ class Prima(nn.Module):
     @property
     def left(self) -> tuple[str, ...]:
         """Patterns of what the run before may have and this stage has no use for."""
-        heads = ("^text/mlm_",)
-        return (*heads, "^(classifier|metadata_.*)/") if self.stage == "fuse" else heads
+        return ("^text/mlm_", *(("^(classifier|metadata_.*)/",) * (self.stage == "fuse")))
 
     def setup(self):
         """Name the parts."""
@@ -172,16 +175,22 @@ class Prima(nn.Module):
 
         and `image_pooled` [B, D], the class token before the projection, mean over views.
         """
-        image = self._see(batch, train)
-        text = self._read(batch)
+        image, text = self._see(batch, train), self._read(batch)
         features = {} if image is None else {"image_pooled": image.pooled.mean(1)}
-        return features | getattr(self, f"_{self.stage}")(image, text, train)
+        if self.stage == "fuse":
+            return features | self._fuse(image, text, train)
+        if self.stage == "align" or self.is_initializing():  # sharpening carries its parts on
+            features |= self._align(image, text)
+        if self.stage == "sharpen":
+            read = text is not None and self.mlp_reads == "text"
+            features |= self._sharpen(image, text.pooled if read else batch.get("metadata_vector"))
+        return features
 
     def objective(self, features, batch, *, train=False):
         """Return the terms of the stage, unweighted."""
         one_hot = batch[f"label/{self.label}"]  # [B, C], 1 present, 0 absent, -1 unknown
         if self.stage == "align":
-            return self._alignment(features, batch, one_hot)
+            return self._alignment(features, one_hot == 1, batch["metadata_vector"])
         known = (one_hot == 1).any(1)
         logits = features.get("each", features["logits"][:, None])  # [B, J, C]
         target = jnp.where(known, one_hot.argmax(1), 0)[:, None]
@@ -215,8 +224,7 @@ class Prima(nn.Module):
         follows = jnp.pad(tokens.mask[:, 2:], ((0, 0), (0, 1)))
         return Encoded(x[:, 0], x[:, 1:], follows)
 
-    def _align(self, image, text, train):
-        del train
+    def _align(self, image, text):
         features = {}
         if image is not None:
             views = self.image_projection(image.pooled)
@@ -228,14 +236,12 @@ class Prima(nn.Module):
             features["text"] = base.unit(self.text_projection(text.pooled))
         return features
 
-    def _sharpen(self, image, text, train):
-        if self.is_initializing():
-            self._align(image, text, train)  # carried on to the next stage
-        if image is None or (self.metadata_mlp and text is None):
+    def _sharpen(self, image, table):
+        if image is None or (self.metadata_mlp and table is None):
             return {}
         x = image.pooled  # [B, J, D]
         if self.metadata_mlp:
-            y = self.metadata_out(nn.relu(self.metadata_hidden(text.pooled)))
+            y = self.metadata_out(nn.relu(self.metadata_hidden(table)))
             y = jnp.broadcast_to(y[:, None], (*x.shape[:2], y.shape[-1]))
             x = jnp.concatenate([x, y], axis=-1)
         each = self.classifier(x)
@@ -250,7 +256,7 @@ class Prima(nn.Module):
             image = Encoded(*(jnp.repeat(x, self.views, axis=1) for x in image[:2]))
         elif j != self.views:
             return {}
-        words = lambda ids: self.llm.embed(jnp.asarray(ids, jnp.int32)[None])  # [1, n, W]
+        words = lambda ids: self.llm.embed(jnp.asarray(ids)[None])  # [1, n, W]
         begin = jnp.concatenate([words(ids).mean(1) for ids in self.prompt.delimiters])
         embeddings, mask = self.fusion(
             (self.image_projection(image.pooled), self.image_projection(image.tokens)),
@@ -262,25 +268,23 @@ class Prima(nn.Module):
         read = self.llm(Tokens(embeddings, mask), train=train)
         return {"logits": self.llm.decode(read.pooled, jnp.asarray(self.prompt.classes))}
 
-    def _alignment(self, features, batch, one_hot):
+    def _alignment(self, features, label, metadata):
         """Return the four losses, Eq. 2-6."""
         views, text = base.unit(features["views"]), features["text"]
         info_nce = base.contrastive_loss("info_nce", self.loss_tile)
         consistency = base.contrastive_loss("view_consistency", self.loss_tile)
         across = lambda x, y: sum(info_nce(x[:, j], y, 1 / self.temperature) for j in (0, 1)) / 2
-        label = (one_hot == 1) * jnp.float32(self.label_weight)
-        if self.soft == "metadata":
-            label = jnp.concatenate([label, batch["metadata_vector"]], axis=1)
+        y = jnp.concatenate([label * self.label_weight, metadata * (self.soft == "metadata")], 1)
         return {
             "image": consistency(
                 views[:, 0], views[:, 1], 1 / self.temperature, symmetric=self.symmetric_views
             ),
             "global": across(views, text),
-            "local": self._local(features, across),
+            "local": self._local(features, info_nce),
             "soft": contrastive.soft_semantic(
                 views,
                 text,
-                label,
+                y,
                 temperature=self.temperature,
                 label_temperature=self.label_temperature,
                 norm=self.soft_norm,
@@ -288,16 +292,13 @@ class Prima(nn.Module):
             ),
         }
 
-    def _local(self, features, across):
-        """Return Eq. 4-5, or the ablation without attention: means of patches and of words."""
-        words, mask, patches = (features[key] for key in ("words", "words_mask", "patches"))
-        if self.local == "attention":
-            return local.token_patch_alignment(
-                words, mask, patches, temperature=self.temperature, printed=self.printed_local
-            )
-        total = (words * mask[..., None]).sum(1)
-        mean = total / jnp.maximum(mask.sum(1, keepdims=True), 1)
-        return across(base.unit(patches.mean(2)), base.unit(mean))
+    def _local(self, features, info_nce):
+        """Return Eq. 4-5, or the ablation without attention."""
+        given = [features[key] for key in ("words", "words_mask", "patches")]
+        if self.local == "direct":
+            return local.direct_alignment(*given, temperature=self.temperature, loss=info_nce)
+        printed = self.printed_local
+        return local.token_patch_alignment(*given, temperature=self.temperature, printed=printed)
 
 
 def make(
@@ -324,6 +325,7 @@ def make(
     cached_text: bool = True,
     train_image: str = "lora",
     metadata_mlp: int = 0,
+    mlp_reads: str = "text",
     llm: Mapping | nn.Module | None = None,
     prompt: Prompt | None = None,
     fusion_hidden: int = 1024,
@@ -354,8 +356,9 @@ def make(
       loss_tile: side of a tile of the losses over the batch; 0 is dense.
       cached_text: encode each different text once, before the first step.
       train_image: "lora" trains the image encoder's low-rank factors, "all" all of it.
-      metadata_mlp: width of an MLP on the text's class token, beside the image in stage "sharpen":
-        the baseline "+ metadata via MLP"; 0 is the image alone.
+      metadata_mlp: width of an MLP on the metadata, beside the image in stage "sharpen": the
+        baseline "+ metadata via MLP"; 0 is the image alone.
+      mlp_reads: the "text"'s class token, as the paper's baseline does, or the "vector" of Eq. 6.
       llm: language model of stage "fuse", spec or module.
       prompt: its token ids.
       fusion_hidden: channels inside the convolution blocks.
@@ -366,10 +369,8 @@ def make(
     """
     settings = {k: v for k, v in locals().items() if k not in ("image", "text", "llm", "images")}
     for name, known in CHOICES.items():
-        if settings[name] not in known:
-            raise UserError(
-                f"No recipe.{name} '{settings[name]}'. {nearest(settings[name], known)}"
-            )
+        if (given := settings[name]) not in known:
+            raise UserError(f"No recipe.{name} '{given}'. {nearest(given, known)}")
     base.check_weights(weights, TERMS[stage])
     base.check_tile(loss_tile)
     for name in ("temperature", "label_temperature"):
@@ -378,24 +379,19 @@ def make(
     images = tuple(images)
     accepted = (1, 2) if len(images) == 1 else (len(images),)
     if views not in accepted:
-        raise UserError(
-            f"recipe.views={views} does not fit recipe.images={images}; accepted is "
-            f"{' or '.join(map(str, accepted))}."
-        )
+        fitting = " or ".join(map(str, accepted))
+        raise UserError(f"recipe.views={views}, but of recipe.images={images} it can be {fitting}.")
     parts = {"image": base.encoder(image), "text": base.encoder(text)}
     if stage == "fuse":
         if llm is None or prompt is None:
             raise UserError("recipe.stage=fuse needs recipe.llm and recipe.prompt.")
         parts["llm"] = base.encoder(llm)
         if len(prompt.classes) != num_classes:
-            raise UserError(
-                f"recipe.num_classes={num_classes}, but the prompt has {len(prompt.classes)} "
-                "options: as many as the corpus has classes."
-            )
+            options = f"the prompt has {len(prompt.classes)} options, one a class of the corpus"
+            raise UserError(f"recipe.num_classes={num_classes}, but {options}.")
     trained = {"llm": train_llm} if stage == "fuse" else {"image": train_image}
     for side, which in trained.items():
         if which == "lora" and parts[side].lora is None:
-            raise UserError(
-                f"recipe.train_{side}=lora, but recipe.{side}.lora.rank is 0: nothing would train."
-            )
+            lacks = f"recipe.{side}.lora.rank is 0: nothing would train"
+            raise UserError(f"recipe.train_{side}=lora, but {lacks}.")
     return Prima(images=images, **{"llm": None, **settings, **parts})
