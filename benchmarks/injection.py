@@ -43,7 +43,7 @@ from medvlp_jax.training import text as text_stage
 LENGTH, TABLE_LENGTH = 160, 64  # tokens of a paragraph, of a table
 BASE = {"steps": 400, "batch_size": 32, "lr": 1e-3, "warmup": 40, "weight_decay": 0.01, "rate": 0.3}
 INJECT = {"steps": 600, "batch_size": 16, "lr": 2e-3, "warmup": 60, "weight_decay": 1e-3}
-FACTORS = Lora(8, 16.0, 0.05, "")  # rank and alpha of PRIMA, stage 1b
+FACTORS = Lora(8, 16.0, 0.05, "", fused=True)  # PRIMA, stage 1b
 HELD_OUT, VARIANTS = "template:3", 4
 PATIENTS, NEIGHBOURS = 400, 10
 LEVELS = {"sex": ("female", "male"), "fever": ("no", "yes"), "cough": ("no", "yes")}

@@ -143,7 +143,7 @@ def test_the_published_stage_is_planned_from_shapes():
     assert (config["train"]["batch_size"], config["data"]["text_length"]) == (16, 512)
     assert config["recipe"]["rate"] == 0.3
     assert config["recipe"]["text"]["lora"] == {
-        "rank": 8, "alpha": 16.0, "dropout": 0.05, "layers": "",
+        "rank": 8, "alpha": 16.0, "dropout": 0.05, "layers": "", "fused": True,
     }  # fmt: skip
     optim = config["optim"]
     assert (optim["lr"], optim["weight_decay"], optim["schedule"]) == (5e-5, 1e-3, "cosine")

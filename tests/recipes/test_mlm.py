@@ -149,7 +149,7 @@ def test_without_factors_everything_trains():
 
 def test_the_trainable_share_at_published_size_is_the_papers_one_percent():
     """PRIMA: about 1 %; rank 8 on all linears is 1,689,600, methods/prima.md stage 1b."""
-    lora = {"rank": 8, "alpha": 16.0, "dropout": 0.05, "layers": ""}
+    lora = {"rank": 8, "alpha": 16.0, "dropout": 0.05, "layers": "", "fused": True}
     module = {"name": "modernbert", "variant": "base", "mlm_head": True, "lora": lora}
     recipe = mlm.make(text=module, weights={"mlm": 1.0}, rate=0.3, **FIELDS)
     tokens = Tokens(jax.ShapeDtypeStruct((1, 8), jnp.int32), jax.ShapeDtypeStruct((1, 8), bool))
