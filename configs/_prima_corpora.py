@@ -102,13 +102,13 @@ def small(config, stage, epoch):
     no_lora = ConfigDict({"rank": 0, "alpha": 1.0, "dropout": 0.0, "layers": "", "fused": False})
     config.recipe.text.update({"variant": "tiny", "dtype": "float32", "lora": no_lora})
     config.init.update({"image": "", "text": "", "llm": ""})
-    config.data.update({"tokenizer": "cxr_phantom", "llm_tokenizer": "cxr_phantom"})
+    config.data.update({"tokenizer": "risk", "llm_tokenizer": "risk"})
     config.data.update({"size": 80, "crop": 72, "text_length": 96})
     config.optim.update({"lr": 1e-3, "weight_decay": 0.05})
-    lengths = {"inject": 300, "align": 8 * epoch, "sharpen": 8 * epoch, "fuse": 10 * epoch}
-    lengths |= {"image": 16 * epoch, "mlp": 16 * epoch}
+    lengths = {"inject": 300, "align": 3 * epoch, "sharpen": 5 * epoch, "fuse": 4 * epoch}
+    lengths |= {"image": 8 * epoch, "mlp": 8 * epoch}
     config.train.update({"steps": lengths[stage], "chunks": 1, "log_every": 10})
-    config.train.update({"checkpoint_every": 2 * epoch})
+    config.train.checkpoint_every = 2 * epoch
     if stage == "inject":
         return
     image = {"variant": "tiny", "patch_size": 12, "dtype": "float32", "lora": no_lora}
