@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from medvlp_jax import assemble, convert, plan, train, weights
+from medvlp_jax import assemble, convert, export, plan, train, weights
 from medvlp_jax.config import UserError
 from medvlp_jax.data import text
 from medvlp_jax.encoders import modernbert
@@ -97,6 +97,19 @@ def test_only_factors_differ_from_the_folder_the_run_began_with(home, ran):
     factors = {path for path in after if path.endswith(("lora_a", "lora_b"))}
     assert len(after) == len(paths.flatten(published["params"])) + len(factors)
     assert all(not np.array_equal(before[path], after[path]) for path in factors)
+
+
+def test_the_exported_encoder_guesses_as_the_trained_one_with_its_factors(home, ran):
+    config, folder, _ = ran
+    parts = assemble.parts(config)
+    params = weights.read_variables(folder, assemble.initial_variables(parts))["params"]
+    export.export(parts, {"params": jax.device_get(params)}, home / "export")
+    module, variables = convert.load(home / "export" / "text")
+    assert module.lora is None
+    tokens = text.tokenize(text.load_tokenizer(home / "export" / "text"), ["fever and cough"], 48)
+    guess = lambda m, v: jax.jit(lambda v: m.apply(v, tokens, method="mlm_logits"))(v)
+    expected = guess(parts.recipe.text, {"params": params["text"]})
+    np.testing.assert_allclose(guess(module, variables), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_run_that_stopped_half_way_goes_on_bit_by_bit(home, ran):

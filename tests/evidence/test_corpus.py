@@ -136,9 +136,18 @@ def test_two_writers_stand_side_by_side(tmp_path):
         tasks, _ = tasks_of(tmp_path, writer=name)
         summary = corpus.run(tasks, local(good, name)[0], out, passages=PASSAGES)
     assert summary["sources"] == {"endpoint:a": 6, "qwen3:/b": 6}
+    files = {f.name: f.read_bytes() for f in out.iterdir() if "answers" not in f.name}
     one, _ = tasks_of(tmp_path, writer="endpoint:a")
     urate = [task for task in one if task.factor == "urate"]
     assert corpus.run(urate, local(good, "endpoint:a")[0], out)["sources"] == summary["sources"]
+    assert files == {f.name: f.read_bytes() for f in out.iterdir() if "answers" not in f.name}
+    # A text that is to be written anew and fails keeps the old one.
+    more = [*PASSAGES, retrieval.Passage("PM9", "", "Urate and gout: more is known.")]
+    search = retrieval.by_words(more)
+    again, _ = corpus.from_articles(table(tmp_path), more, search, writer="endpoint:a")
+    summary = corpus.run(again, local(lambda p: "no", "endpoint:a")[0], out, passages=more)
+    assert summary["failed"]
+    assert (out / "corpus.jsonl").read_bytes() == files["corpus.jsonl"]
 
 
 @pytest.mark.parametrize(
