@@ -1,16 +1,11 @@
-"""What benchmarks/injection.py measures, on numbers whose answer is known; it trains nothing here."""
-
-import pathlib
-import sys
+"""What benchmarks/injection.py measures, on numbers whose answer is known; nothing is trained."""
 
 import numpy as np
 import pytest
 
+from benchmarks import injection
 from medvlp_jax.data.datasets.cxr_phantom import patients
 from medvlp_jax.evidence import risk
-
-sys.path.append(str(pathlib.Path(__file__).parents[1] / "benchmarks"))
-import injection
 
 
 def test_likeness_equals_a_loop_over_pairs():
