@@ -16,18 +16,29 @@ from typing import Any
 
 import numpy as np
 
-from medvlp_jax import assemble, cli, distributed, sharding, tables
+from medvlp_jax import assemble, cli, clinical, distributed, sharding, tables, weights
 from medvlp_jax.config import UserError, nearest
 from medvlp_jax.data import datasets, pipeline
 from medvlp_jax.data import text as tokenisation
-from medvlp_jax.evaluation import baselines, classify, probe, retrieval, zero_shot
+from medvlp_jax.evaluation import (
+    baselines,
+    classify,
+    masked_tokens,
+    probe,
+    retrieval,
+    shuffle,
+    zero_shot,
+)
 from medvlp_jax.evaluation import features as extraction
 from medvlp_jax.evaluation.results import Results, results_table
+from medvlp_jax.recipes import mlm
+from medvlp_jax.recipes.base import classifies
 from medvlp_jax.training.step import make_embed
 from medvlp_jax.training.stopping import Signals, Stopped
 
-PROTOCOLS = ("zero_shot", "retrieval", "probe", "classify")
-CONTROLS = ("untrained", "masked_edge", "regression")
+PROTOCOLS = ("zero_shot", "retrieval", "probe", "classify", "classify_studies", "masked_tokens")
+CONTROLS = ("untrained", "masked_edge", "regression", *shuffle.CONTROLS)
+CLASSIFIES = ("classify", "classify_studies")
 VIEWS = (1, 4, 8)
 PROMPT_BATCH = 64
 
@@ -68,21 +79,27 @@ class Evaluator:
         recipe = self.parts.recipe
         fitting = [*(("zero_shot", "retrieval") if recipe.spaces else ())]
         fitting += ["probe"] if self._images() else []
-        fitting += ["classify"] if hasattr(recipe, "task") else []
+        fitting += ["classify", "classify_studies"] if classifies(recipe) else []
+        fitting += ["masked_tokens"] if isinstance(recipe, mlm.MaskedLanguageModel) else []
         for name in self.settings["protocols"]:
             if name not in fitting:
                 raise UserError(
                     f"Protocol {name} does not fit recipe {self.parts.config['recipe']['name']}; "
                     f"accepted are {', '.join(fitting)}."
                 )
-        if not hasattr(recipe, "task"):
+        if "masked_tokens" in self.settings["protocols"] and not len(self.source):
+            raise UserError(
+                "Protocol masked_tokens needs texts that are not trained on: name a source of the "
+                "corpus in data.knowledge.held_out."
+            )
+        if not classifies(recipe):
             if "regression" in self.settings["controls"] or self.settings["views"] > 1:
                 raise UserError(
                     f"evals.views and the control regression are for classifiers; recipe "
                     f"{self.parts.config['recipe']['name']} is none."
                 )
             return
-        if {"classify", "regression"} & {*self.settings["protocols"], *self.settings["controls"]}:
+        if {*CLASSIFIES, "regression"} & {*self.settings["protocols"], *self.settings["controls"]}:
             tasks = self.source.tasks
             if recipe.task not in tasks:
                 raise UserError(
@@ -111,21 +128,24 @@ class Evaluator:
             raise Stopped
         return self._embed(variables, batch)
 
-    def run(self, variables: Mapping, *, mask=None, progress="") -> Results:
+    def run(self, variables: Mapping, *, mask=None, source=None, progress="") -> Results:
         """Run every protocol of the settings.
 
         Args:
           variables: of the recipe.
           mask: share of the lower image edge to blacken; None takes data.mask_lower_edge.
+          source: another than the corpus, such as one that is shuffled.
           progress: title of the bar; "" is silent.
         """
+        if not self.settings["protocols"]:
+            return {}
         # Once, should they be on the host; and always laid out alike, so that numbers repeat.
         variables = assemble.place(variables, self.parts)
         options = {"mask": mask, "resamples": self.settings["resamples"]}
         views = self.settings["views"]
         found = self.features(
             variables,
-            self.source,
+            source or self.source,
             limit=self.settings["limit"],
             mask=mask,
             views=views,
@@ -138,6 +158,8 @@ class Evaluator:
 
     def quick(self, variables: Mapping, *, limit: int) -> Results:
         """Run what is cheap enough during training: no probe, no intervals, `limit` examples."""
+        if not self.settings["protocols"]:
+            return {}
         found = self.features(variables, self.source, limit=limit)
         results: Results = {}
         for name in self.settings["protocols"]:
@@ -175,12 +197,20 @@ class Evaluator:
         return extraction.extract(embed, batches, part=self.parts.part)
 
     def _batches(self, source, inputs, limit, mask):
-        reads_table = "tabular" in inputs
-        table = tables.rows_of(self.parts.config["data"], [source]) if reads_table else None
+        data, told = self.parts.config["data"], None
+        table = tables.rows_of(data, [source]) if "tabular" in inputs else None
+        if {*clinical.KEYS} & {*inputs}:
+            told = clinical.told_of(data, [source], self.parts.recipe.task)
         return pipeline.eval_batches(
             source,
             transform=assemble.record_transform(
-                self.parts, inputs, train=False, table=table, images=source.images, mask=mask
+                self.parts,
+                inputs,
+                train=False,
+                table=table,
+                images=source.images,
+                told=told,
+                mask=mask,
             ),
             batch_size=self.multiple_of_devices(self.settings["batch_size"]),
             limit=limit,
@@ -220,13 +250,14 @@ class Evaluator:
         recipe = self.parts.recipe
         if recipe.spaces:
             return ("image", *recipe.spaces)
+        if hasattr(recipe, "evaluated"):
+            return recipe.evaluated
         return tuple(key for key in recipe.inputs if not key.startswith("label/"))
 
     def _images(self) -> tuple[str, ...]:
         """Return the batch keys of images among them."""
-        return tuple(
-            key for key in self._inputs() if key not in (*self.parts.recipe.spaces, "tabular")
-        )
+        others = (*self.parts.recipe.spaces, *pipeline.SECTIONS, "tabular", *clinical.KEYS)
+        return tuple(key for key in self._inputs() if key not in others)
 
     def multiple_of_devices(self, size: int) -> int:
         """Return the smallest batch of at least `size` that the devices divide."""
@@ -279,6 +310,23 @@ class Evaluator:
             views=self.settings["views"],
             groups=found["patient_id"],
             **self.positive(),
+            **options,
+        )
+
+    def _classify_studies(self, variables, found, **options):
+        """Score the mean probability of all images of a study (lesion), one row each."""
+        by_study = classify.by_study(found, self.parts.recipe.task)
+        return rename(self._classify(variables, by_study, **options), "by study")
+
+    def _masked_tokens(self, variables, found, *, mask, **options):
+        del variables, mask
+        recipe = self.parts.recipe
+        return masked_tokens.run(
+            found["masked_loss"],
+            found["masked_count"],
+            vocab_size=recipe.vocab_size,
+            rate=recipe.rate,
+            groups=found["patient_id"],  # what a text is about
             **options,
         )
 
@@ -353,6 +401,12 @@ def full(evaluator: Evaluator, variables: Mapping, untrained: Mapping | None = N
         results |= rename(masked, f"lower {fraction:.0%} masked")
     if "untrained" in controls and untrained is not None:
         results |= rename(evaluator.run(untrained, progress="untrained control"), "untrained")
+    for control in shuffle.CONTROLS:
+        if control in controls:
+            moved = shuffle.shuffled(evaluator.source, control)
+            name = control.replace("_", " ")
+            found = evaluator.run(variables, source=moved, progress=name)
+            results |= rename(found, name)
     if "regression" in controls:
         results |= evaluator.regression()
     return results
@@ -420,7 +474,7 @@ def main(argv: list[str] | None = None) -> None:
     parts = assemble.parts(config, pretrained="untrained" in settings["controls"])
     evaluator = Evaluator(parts, settings)
     untrained = assemble.initial_variables(parts)
-    variables = assemble.read_variables(arguments.run, untrained)
+    variables = weights.read_variables(arguments.run, untrained)
     results = full(evaluator, variables, untrained)
     out = arguments.out or arguments.run
     if distributed.is_writer():

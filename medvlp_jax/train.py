@@ -33,6 +33,7 @@ from medvlp_jax import (
     plan,
     sharding,
     unpaired,
+    weights,
 )
 from medvlp_jax import config as configs
 from medvlp_jax.config import UserError
@@ -214,7 +215,7 @@ def _finish(job, state, workdir, began) -> dict:
     """Evaluate in full and export; all processes compute, process 0 writes."""
     variables = state.evaluated
     if job.selection:
-        variables = assemble.place(assemble.read_variables(workdir, job.untrained), job.parts)
+        variables = assemble.place(weights.read_variables(workdir, job.untrained), job.parts)
     trained = distributed.fetch(variables)
     results = evaluate.full(job.evaluator, variables, job.untrained)
     if distributed.is_writer():

@@ -16,7 +16,8 @@ LEVELS = (
     ("encoders", "losses", "data", "convert"),
     ("recipes",),
     ("training", "evaluation", "evidence"),
-    ("assemble", "tables"),
+    ("clinical", "tables", "weights"),
+    ("assemble",),
     ("unpaired",),
     ("cli", "cases", "export", "evaluate", "plan", "train"),
 )

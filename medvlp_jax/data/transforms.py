@@ -10,7 +10,7 @@ rotated out of the crop may come back at a corner where the paper's chain has bl
 import io
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageEnhance, ImageOps
 
 from medvlp_jax.config import UserError
 
@@ -167,6 +167,59 @@ def cfcml_view(
     return view
 
 
+def prima_view(
+    image: np.ndarray,
+    rng: np.random.Generator,
+    *,
+    size: int,
+    smallest: float = 0.6,
+    flip: float = 0.5,
+    rotation: float = 20.0,
+    jitter: float = 0.2,
+    hue: float = 0.05,
+) -> np.ndarray:
+    """Return one random view: crop of random size, flips, rotation, colour; our choice for PRIMA.
+
+    Crop, flips and rotation are one bilinear resampling; what lies outside is mirrored.
+
+    Args:
+      image: [R, R, C] uint8.
+      rng: source of all randomness of this view.
+      size: side of the result, pixels.
+      smallest: smallest share of the image's area that is kept, at an aspect of 3/4 to 4/3.
+      flip: probability of a flip, for each axis.
+      rotation: largest angle either way, degrees.
+      jitter: largest relative change of brightness, contrast and saturation.
+      hue: largest turn of the hue, as a share of the circle; for colour images.
+
+    Returns:
+      [size, size, C] uint8.
+    """
+    side = image.shape[0]
+    area, ratio = rng.uniform(smallest, 1), np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
+    box = np.minimum(np.sqrt(area * np.array([ratio, 1 / ratio])), 1) * side  # width, height
+    corner = rng.uniform(0, 1, 2) * (side - box)
+    sign = np.where(rng.random(2) < flip, -1, 1)
+    to_source = np.diag([*(sign * box / size), 1.0])
+    to_source[:2, 2] = corner + np.where(sign < 0, box, 0)
+    to_source = to_source @ rotation_map(rng.uniform(-rotation, rotation), size)
+    return _coloured(warp(image, to_source, mirror=True, size=size), rng, jitter, hue)
+
+
+def _coloured(image, rng, jitter, hue):
+    """Change brightness, contrast and, of colour images, saturation and hue."""
+    changed = _to_pil(image)
+    kinds = [ImageEnhance.Brightness, ImageEnhance.Contrast]
+    kinds += [ImageEnhance.Color] if image.shape[-1] == 3 else []
+    for kind in kinds:
+        changed = kind(changed).enhance(rng.uniform(1 - jitter, 1 + jitter))
+    if image.shape[-1] == 3 and hue:
+        bands = np.array(changed.convert("HSV"))
+        bands[..., 0] += np.uint8(round(rng.uniform(-hue, hue) * 255) % 256)
+        changed = Image.fromarray(bands, "HSV").convert("RGB")
+    return _pixels(changed)
+
+
 def center_view(
     image: np.ndarray, rng: np.random.Generator | None = None, *, size: int
 ) -> np.ndarray:
@@ -219,29 +272,33 @@ def homography(source: np.ndarray, target: np.ndarray) -> np.ndarray:
     return np.append(h, 1.0).reshape(3, 3)
 
 
-def warp(image: np.ndarray, to_source: np.ndarray, *, mirror: bool = False) -> np.ndarray:
+def warp(
+    image: np.ndarray, to_source: np.ndarray, *, mirror: bool = False, size: int = 0
+) -> np.ndarray:
     """Resample an image bilinearly; outside it is black, or mirrored as far as one side away.
 
     Args:
       image: [H, W, C] uint8.
       to_source: 3x3 matrix from output to source coordinates (x, y, 1), pixel centres at .5.
       mirror: continue the image beyond its edges.
+      size: side of the result; 0 is that of the image.
 
     Returns:
       [H, W, C] uint8.
     """
     height, width, channels = image.shape
+    out = (size, size) if size else (width, height)
     if mirror:
         image = np.pad(image, ((height, height), (width, width), (0, 0)), "symmetric")
         to_source = np.array([[1, 0, width], [0, 1, height], [0, 0, 1]]) @ to_source
     coefficients = (to_source / to_source[2, 2]).ravel()[:8]
     warped = _to_pil(image).transform(
-        (width, height),
+        out,
         Image.Transform.PERSPECTIVE,
         coefficients.tolist(),
         Image.Resampling.BILINEAR,
     )
-    return np.asarray(warped).reshape(height, width, channels)
+    return np.asarray(warped).reshape(out[1], out[0], channels)
 
 
 def stretched(image: np.ndarray) -> np.ndarray:

@@ -192,8 +192,12 @@ class Qwen3(nn.Module):
         # `take` turns an id outside the vocabulary into NaN; indexing would clamp it in silence.
         return jnp.take(self.word_embedding, ids, axis=0).astype(self.dtype)
 
-    def decode(self, x):
+    def decode(self, x, ids=None):
         """Return the logits [..., V] that follow features [..., D], float32.
+
+        Args:
+          x: features.
+          ids: the tokens [C] whose logits [..., C] are wanted; None is all.
 
         Raises:
           ValueError: if this module has no head.
@@ -201,6 +205,7 @@ class Qwen3(nn.Module):
         if not (self.is_tied or self.lm_head):
             raise ValueError("This Qwen3 has no head: set is_tied=True or lm_head=True.")
         head = self.word_embedding if self.is_tied else self.head
+        head = head if ids is None else jnp.take(head, ids, axis=0)
         return jnp.einsum(
             "...d,vd->...v", x, head.astype(self.dtype), preferred_element_type=jnp.float32
         )

@@ -8,6 +8,7 @@ P patch size, N patches.
 
 from medvlp_jax.layers.attention import Attention, Cache
 from medvlp_jax.layers.blocks import REMAT, Block, Stack
+from medvlp_jax.layers.fusion import Fusion, Projector
 from medvlp_jax.layers.linear import (
     ACTIVATIONS,
     GatedMlp,
@@ -31,6 +32,7 @@ __all__ = [
     "BatchNorm",
     "Block",
     "Cache",
+    "Fusion",
     "GatedMlp",
     "Initializer",
     "LayerNorm",
@@ -38,6 +40,7 @@ __all__ = [
     "Lora",
     "Mlp",
     "PatchEmbedding",
+    "Projector",
     "RMSNorm",
     "Rope",
     "Stack",

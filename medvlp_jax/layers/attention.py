@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from medvlp_jax.layers.linear import Initializer, Linear, Lora
+from medvlp_jax.layers.linear import Initializer, Linear, Lora, shared_low
 from medvlp_jax.layers.norms import RMSNorm
 from medvlp_jax.layers.rope import rotate
 
@@ -110,9 +110,10 @@ class Attention(nn.Module):
         head_width = self.head_width or width // self.num_heads
         heads = {"query": self.num_heads, "key": self.num_kv_heads or self.num_heads}
         heads["value"] = heads["key"]
+        low = shared_low(self, x, tuple(heads), train) if context is None else None
         context = x if context is None else context
         query, key, value = (
-            self._linear(name, count * head_width)(source, train=train).reshape(
+            self._linear(name, count * head_width)(source, train=train, low=low).reshape(
                 *source.shape[:-1], count, head_width
             )
             for source, (name, count) in zip((x, context, context), heads.items(), strict=True)
