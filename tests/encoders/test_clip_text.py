@@ -196,8 +196,8 @@ def test_bad_input_is_refused_before_compiling():
         with pytest.raises(ValueError, match=message):
             jax.eval_shape(module.init, jax.random.key(0), tokens)
     tokens = Tokens(np.zeros((1, 7), np.int32), np.ones((1, 7), bool))
+    init = functools.partial(clip_text.make("tiny").init, segments=tokens.ids)
     with pytest.raises(ValueError, match="come together"):
-        init = functools.partial(clip_text.make("tiny").init, segments=tokens.ids)
         jax.eval_shape(init, jax.random.key(0), tokens)
     with pytest.raises(UserError, match="No ClipText variant 'H/14'"):
         clip_text.make("H/14")
