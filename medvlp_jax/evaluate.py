@@ -1,4 +1,4 @@
-"""Evaluate a run: zero-shot classification, retrieval, linear probe, a classifier's own logits.
+"""Evaluate a run: zero-shot, retrieval, grounding, linear probe, a classifier's own logits.
 
   medvlp evaluate --run RUN_DIR [--protocol zero_shot,retrieval,probe] [--corpus NAME]
 
@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from medvlp_jax import assemble, cli, distributed, sharding, tables
+from medvlp_jax import assemble, cli, distributed, ground, sharding, tables
 from medvlp_jax.config import UserError, nearest
 from medvlp_jax.data import datasets, pipeline
 from medvlp_jax.data import text as tokenisation
@@ -26,8 +26,8 @@ from medvlp_jax.evaluation.results import Results, results_table
 from medvlp_jax.training.step import make_embed
 from medvlp_jax.training.stopping import Signals, Stopped
 
-PROTOCOLS = ("zero_shot", "retrieval", "probe", "classify")
-CONTROLS = ("untrained", "masked_edge", "regression")
+PROTOCOLS = ("zero_shot", "retrieval", "grounding", "probe", "classify")
+CONTROLS = ("untrained", "masked_edge", "regression", "shuffled_phrases")
 VIEWS = (1, 4, 8)
 PROMPT_BATCH = 64
 
@@ -67,6 +67,7 @@ class Evaluator:
         """Refuse protocols the recipe has no features for, and classes it does not have."""
         recipe = self.parts.recipe
         fitting = [*(("zero_shot", "retrieval") if recipe.spaces else ())]
+        fitting += ["grounding"] if hasattr(recipe, "localise") else []
         fitting += ["probe"] if self._images() else []
         fitting += ["classify"] if hasattr(recipe, "task") else []
         for name in self.settings["protocols"]:
@@ -75,6 +76,10 @@ class Evaluator:
                     f"Protocol {name} does not fit recipe {self.parts.config['recipe']['name']}; "
                     f"accepted are {', '.join(fitting)}."
                 )
+        if "grounding" in self.settings["protocols"]:
+            self.grounder = ground.Grounder(self)
+        elif "shuffled_phrases" in self.settings["controls"]:
+            raise UserError("The control shuffled_phrases goes with protocol grounding.")
         if not hasattr(recipe, "task"):
             if "regression" in self.settings["controls"] or self.settings["views"] > 1:
                 raise UserError(
@@ -137,11 +142,11 @@ class Evaluator:
         return results
 
     def quick(self, variables: Mapping, *, limit: int) -> Results:
-        """Run what is cheap enough during training: no probe, no intervals, `limit` examples."""
+        """Run what is cheap enough during training: no intervals, `limit` examples."""
         found = self.features(variables, self.source, limit=limit)
         results: Results = {}
         for name in self.settings["protocols"]:
-            if name != "probe":
+            if name not in ("probe", "grounding"):
                 results |= getattr(self, f"_{name}")(variables, found, mask=None, resamples=0)
         return results
 
@@ -190,23 +195,38 @@ class Evaluator:
 
     def embed_texts(self, variables) -> Callable[[list[str], str], np.ndarray]:
         """Return (texts, section) -> embeddings [n, E] in the space of the section."""
-        spaces, part = self.parts.recipe.spaces, self.parts.part
-        size = self.multiple_of_devices(PROMPT_BATCH)
-        own = slice(part.index * size // part.count, (part.index + 1) * size // part.count)
+        spaces = self.parts.recipe.spaces
 
         def embed(texts, section):
             key = section if section in spaces else next(iter(spaces))
-            length = self.parts.config["data"]["text_length"]
-            rows = []
-            for start in range(0, len(texts), size):
-                filled = [*texts[start : start + size]]
-                filled += [""] * (size - len(filled))
-                tokens = tokenisation.tokenize(self.parts.tokenizer, filled[own], length)
-                rows.append(self.embed(variables, {key: tokens})[spaces[key][1]])
-            whole = np.moveaxis(distributed.gather_parts(np.stack(rows), part), 0, 1)
-            return whole.reshape(-1, whole.shape[-1])[: len(texts)]
+            read = lambda tokens: {"": self.embed(variables, {key: tokens})[spaces[key][1]]}
+            return self.encode_texts(texts, read)[""]
 
         return embed
+
+    def encode_texts(self, texts: list[str], read: Callable) -> dict[str, np.ndarray]:
+        """Return what `read` gives of the tokens of texts, by name [n, ...].
+
+        Args:
+          texts: n of them.
+          read: Tokens of this process's rows -> arrays by name.
+        """
+        part = self.parts.part
+        size = self.multiple_of_devices(PROMPT_BATCH)
+        own = slice(part.index * size // part.count, (part.index + 1) * size // part.count)
+        length = self.parts.config["data"]["text_length"]
+        rows: dict[str, list] = {}
+        for start in range(0, len(texts), size):
+            filled = [*texts[start : start + size]]
+            filled += [""] * (size - len(filled))
+            tokens = tokenisation.tokenize(self.parts.tokenizer, filled[own], length)
+            for name, value in read(tokens).items():
+                rows.setdefault(name, []).append(value)
+        whole = {
+            k: np.moveaxis(distributed.gather_parts(np.stack(v), part), 0, 1)
+            for k, v in rows.items()
+        }
+        return {k: v.reshape(-1, *v.shape[3:])[: len(texts)] for k, v in whole.items()}
 
     def joint(self, found) -> tuple[np.ndarray, np.ndarray]:
         """Return image and text features of all sections together, see features.joint."""
@@ -266,6 +286,16 @@ class Evaluator:
             groups=found["patient_id"],
             **options,
         )
+
+    def _grounding(self, variables, found, *, mask, **options):
+        del found
+        return self.grounder.results(variables, mask=mask, **options)
+
+    def shuffled_phrases(self, variables: Mapping) -> Results:
+        """Score the maps of wrong phrases, what an image says without the right words."""
+        variables = assemble.place(variables, self.parts)
+        options = {"resamples": self.settings["resamples"], "shuffle": True}
+        return rename(self.grounder.results(variables, **options), "shuffled phrases")
 
     def _classify(self, variables, found, *, mask, **options):
         del variables, mask
@@ -353,6 +383,8 @@ def full(evaluator: Evaluator, variables: Mapping, untrained: Mapping | None = N
         results |= rename(masked, f"lower {fraction:.0%} masked")
     if "untrained" in controls and untrained is not None:
         results |= rename(evaluator.run(untrained, progress="untrained control"), "untrained")
+    if "shuffled_phrases" in controls:
+        results |= evaluator.shuffled_phrases(variables)
     if "regression" in controls:
         results |= evaluator.regression()
     return results
@@ -427,6 +459,8 @@ def main(argv: list[str] | None = None) -> None:
         out.mkdir(parents=True, exist_ok=True)
         write_results(results, out)
         print(results_table(results))
+    if "grounding" in settings["protocols"]:
+        evaluator.grounder.draw(assemble.place(variables, parts), out / ground.PICTURE)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ LEVELS = (
     ("recipes",),
     ("training", "evaluation", "evidence"),
     ("assemble", "tables"),
-    ("unpaired",),
+    ("unpaired", "ground"),
     ("cli", "cases", "export", "evaluate", "plan", "train"),
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}

@@ -123,8 +123,8 @@ def heatmap(
         patches = scipy.ndimage.gaussian_filter(patches, smoothing, mode="nearest")
     places = [(np.arange(side) + 0.5) * n / side - 0.5 for n in patches.shape]  # pixel centres
     if interpolation == "nearest":
-        rows, columns = (np.clip(np.rint(p), 0, n - 1) for p, n in zip(places, patches.shape))
-        return patches[np.ix_(rows.astype(int), columns.astype(int))]
+        near = [np.arange(side) * n // side for n in patches.shape]
+        return patches[np.ix_(*near)]
     weights = [_linear(p, n) for p, n in zip(places, patches.shape, strict=True)]
     return weights[0] @ patches @ weights[1].T
 

@@ -31,6 +31,10 @@ class Recipe(Protocol):
       spaces: where a report section meets the image: {section: (image feature, text feature)}; a
         section that is not named is encoded as the first that is.
 
+    A recipe with patch tokens may also have localise(batch): for "image" {map: [B, N, F]}, one
+    vector a patch, for "phrase" {map: [B, F]}; their inner product is a map of where in the image
+    the phrase is. See evaluation/grounding.py.
+
     A recipe may also have `heads_in_torch`, the PyTorch source of embed(pooled, "image" or "text"):
     what lies between the encoders and the joint space, for the model card of an export.
     """

@@ -46,7 +46,7 @@ class Lesions(nn.Module):
 
     @nn.compact
     def __call__(self, patches, *, train):
-        """Map patches [B, P, D] to lesions [B, M, D]."""
+        """Map patches [B, P, D] to lesions [B, M, D] and the last look at the patches [B, M, P]."""
         batch, _, width = patches.shape
         queries = self.param("queries", nn.initializers.normal(0.02), (self.count, width))
         x = jnp.broadcast_to(queries, (batch, *queries.shape)).astype(patches.dtype)
@@ -55,9 +55,10 @@ class Lesions(nn.Module):
             norm = lambda name, i=i: LayerNorm(name=f"{name}_norm_{i}")
             attend = lambda name, i=i: Attention(self.num_heads, name=f"{name}_{i}")
             x += attend("self")(norm("self")(x), train=train)
-            x += attend("cross")(norm("cross")(x), train=train, context=context)
+            y, paid = attend("cross")(norm("cross")(x), train=train, context=context, shows=True)
+            x += y
             x += Mlp(4 * width, name=f"mlp_{i}")(norm("mlp")(x), train=train)
-        return LayerNorm(name="norm")(x)
+        return LayerNorm(name="norm")(x), paid
 
 
 class Lgdea(nn.Module):
@@ -118,11 +119,9 @@ class Lgdea(nn.Module):
         features = {}
         if "image" in batch:
             encoded = self.image(normalise(batch["image"]), train=train)
-            found = self.lesion_decoder(encoded.tokens, train=train)
-            found = self.lesion_projection(nn.gelu(self.lesion_hidden(found)))
             features["image_pooled"] = encoded.pooled
             features["image"] = base.unit(self.image_projection(encoded.pooled))
-            features["lesions"] = base.unit(found)
+            features["lesions"], _ = self._lesions(encoded.tokens, train)
             shares = evidence.assignments(
                 features["lesions"], self.mu, temperature=self.image_temperature
             )
@@ -140,6 +139,33 @@ class Lgdea(nn.Module):
             shares = evidence.assignments(z, self.mu, temperature=self.temperature)
             features["report_evidence"] = evidence.distribution(shares, batch["evidence_mask"])
         return features
+
+    def _lesions(self, patches, train):
+        """Return phi(v) [B, M, E] and where each lesion looks [B, M, P]."""
+        found, paid = self.lesion_decoder(patches, train=train)
+        return base.unit(self.lesion_projection(nn.gelu(self.lesion_hidden(found)))), paid
+
+    def localise(self, batch):
+        """Return two maps of `phrase` over the patches of `image`, see recipes.base.
+
+        cosine   of the patch and the phrase in the global space [B, P, E], [B, E]
+        lesions  sum_l w_l Attn_l(x) with w_l = sum_k sqrt(p(k|z) Q_I(l,k)): [B, P, K], [B, K]
+        """
+        maps = {}
+        if "image" in batch:
+            patches = self.image(normalise(batch["image"])).tokens
+            maps["cosine"] = base.unit(self.image_projection(patches))
+            lesions, paid = self._lesions(patches, False)
+            shares = evidence.assignments(lesions, self.mu, temperature=self.image_temperature)
+            maps["lesions"] = jnp.einsum("bmp,bmk->bpk", paid, jnp.sqrt(shares))
+        if "phrase" in batch:
+            pooled = self.text(batch["phrase"]).pooled
+            maps["cosine"] = base.unit(self.text_projection(pooled))
+            z = base.unit(self.phrase_projection(pooled))
+            maps["lesions"] = jnp.sqrt(
+                evidence.assignments(z, self.mu, temperature=self.temperature)
+            )
+        return maps
 
     def objective(self, features, batch, *, train=False):
         """Return the terms over the global batch."""
