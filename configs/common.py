@@ -41,10 +41,10 @@ def data(**fields) -> ConfigDict:
                 "tower": "",  # "text" where that holds an image encoder too
                 "pooling": "",  # "projection" for CLIP; "" = the architecture's default
             },
-            # By patient, see data/folds.py; count 0 = the corpus' own splits.
-            "folds": {"count": 0, "index": 0, "task": "", "seed": 0},
-            "pairing": {"ratio": 1.0, "variant": "disjoint", "share": 0.5},  # rows without partner
-            "evidence": {"folder": "", "phrases": 12, "length": 24},  # "" = by rules from reports
+            "folds": {"count": 0, "index": 0, "task": "", "seed": 0},  # 0 = the corpus' own splits
+            "pairing": {"ratio": 1.0, "variant": "disjoint", "share": 0.5, "related": 0.5},
+            "evidence": {"folder": "", "unit": "phrase", "negated": False}  # "" = by rules
+            | {"phrases": 12, "length": 24},
             "decode_cache": 0,  # decoded images kept in memory, size^2 bytes each
             "threads": 2,
             "prefetch": 4,

@@ -22,6 +22,7 @@ from medvlp_jax.layers.linear import (
 )
 from medvlp_jax.layers.norms import BatchNorm, LayerNorm, RMSNorm
 from medvlp_jax.layers.patches import PatchEmbedding, bicubic_matrix, patch_grid, resize_positions
+from medvlp_jax.layers.queries import Queries
 from medvlp_jax.layers.rope import Rope, rope_1d, rope_2d, rotate
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "Lora",
     "Mlp",
     "PatchEmbedding",
+    "Queries",
     "RMSNorm",
     "Rope",
     "Stack",

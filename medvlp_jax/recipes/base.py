@@ -31,6 +31,9 @@ class Recipe(Protocol):
       spaces: where a report section meets the image: {section: (image feature, text feature)}; a
         section that is not named is encoded as the first that is.
 
+    A recipe may also have `alarms`, {term: (most, sentence)}: what is said once when a term rises
+    above `most`, though its weight may be 0.
+
     A recipe with patch tokens may also have localise(batch): for "image" {map: [B, N, F]}, one
     vector a patch, for "phrase" {map: [B, F]}; their inner product is a map of where in the image
     the phrase is. See evaluation/grounding.py.
