@@ -230,7 +230,7 @@ def record_transform(
 def evidence_of(data: Mapping[str, Any]) -> pipeline.Evidence:
     """Return where the phrases of a report come from, as data.evidence says."""
     settings = data["evidence"]
-    read = phrases.reader(settings["folder"])
+    read = phrases.reader(**{name: settings[name] for name in ("folder", "unit", "negated")})
     return pipeline.Evidence(read, settings["phrases"], settings["length"])
 
 

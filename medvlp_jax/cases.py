@@ -3,7 +3,7 @@
 predictions.csv has one row a case: ids, the true class (empty where unknown), and the probability
 of each class. Two runs on the same split are compared case by case with it. classifier.png has the
 confusion matrix, ROC curves and calibration; attention.png, for CFCML with a table, where in the
-image the table's attention goes.
+image the table's attention goes. grounding.png, where that protocol ran, has maps of phrases.
 """
 
 import csv
@@ -14,7 +14,7 @@ from collections.abc import Mapping
 import numpy as np
 import scipy.special
 
-from medvlp_jax import assemble, distributed, tables
+from medvlp_jax import assemble, distributed, ground, tables
 from medvlp_jax.evaluate import Evaluator
 from medvlp_jax.evaluation import attention, classify, plots, retrieval
 from medvlp_jax.recipes.base import classifies
@@ -39,6 +39,8 @@ def show(evaluator: Evaluator, variables: Mapping, folder: pathlib.Path) -> None
         variables, evaluator.source, limit=settings["limit"], views=settings["views"]
     )
     maps = _attended(evaluator, variables)
+    if "grounding" in settings["protocols"]:
+        evaluator.grounder.draw(assemble.place(variables, evaluator.parts), folder / ground.PICTURE)
     if not distributed.is_writer():
         return
     drawn, caption = (_classified, plots.CLASSIFIED) if labelled else (_retrieved, plots.RETRIEVED)

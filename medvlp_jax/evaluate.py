@@ -1,4 +1,4 @@
-"""Evaluate a run: zero-shot classification, retrieval, linear probe, a classifier's own logits.
+"""Evaluate a run: zero-shot, retrieval, grounding, linear probe, a classifier's own logits.
 
   medvlp evaluate --run RUN_DIR [--protocol zero_shot,retrieval,probe] [--corpus NAME]
 
@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from medvlp_jax import assemble, cli, clinical, distributed, sharding, tables, weights
+from medvlp_jax import assemble, cli, clinical, distributed, ground, sharding, tables, weights
 from medvlp_jax.config import UserError, nearest
 from medvlp_jax.data import datasets, pipeline
 from medvlp_jax.data import text as tokenisation
@@ -36,8 +36,9 @@ from medvlp_jax.recipes.base import classifies
 from medvlp_jax.training.step import make_embed
 from medvlp_jax.training.stopping import Signals, Stopped
 
-PROTOCOLS = ("zero_shot", "retrieval", "probe", "classify", "classify_studies", "masked_tokens")
-CONTROLS = ("untrained", "masked_edge", "regression", *shuffle.CONTROLS)
+PROTOCOLS = ("zero_shot", "retrieval", "grounding", "probe", "classify", "classify_studies")
+PROTOCOLS += ("masked_tokens",)
+CONTROLS = ("untrained", "masked_edge", "regression", "shuffled_phrases", *shuffle.CONTROLS)
 CLASSIFIES = ("classify", "classify_studies")
 VIEWS = (1, 4, 8)
 PROMPT_BATCH = 64
@@ -78,6 +79,7 @@ class Evaluator:
         """Refuse protocols the recipe has no features for, and classes it does not have."""
         recipe = self.parts.recipe
         fitting = [*(("zero_shot", "retrieval") if recipe.spaces else ())]
+        fitting += ["grounding"] if hasattr(recipe, "localise") else []
         fitting += ["probe"] if self._images() else []
         fitting += ["classify", "classify_studies"] if classifies(recipe) else []
         fitting += ["masked_tokens"] if isinstance(recipe, mlm.MaskedLanguageModel) else []
@@ -92,6 +94,10 @@ class Evaluator:
                 "Protocol masked_tokens needs texts that are not trained on: name a source of the "
                 "corpus in data.knowledge.held_out."
             )
+        if "grounding" in self.settings["protocols"]:
+            self.grounder = ground.Grounder(self)
+        elif "shuffled_phrases" in self.settings["controls"]:
+            raise UserError("The control shuffled_phrases goes with protocol grounding.")
         if not classifies(recipe):
             if "regression" in self.settings["controls"] or self.settings["views"] > 1:
                 raise UserError(
@@ -157,13 +163,13 @@ class Evaluator:
         return results
 
     def quick(self, variables: Mapping, *, limit: int) -> Results:
-        """Run what is cheap enough during training: no probe, no intervals, `limit` examples."""
+        """Run what is cheap enough during training: no intervals, `limit` examples."""
         if not self.settings["protocols"]:
             return {}
         found = self.features(variables, self.source, limit=limit)
         results: Results = {}
         for name in self.settings["protocols"]:
-            if name != "probe":
+            if name not in ("probe", "grounding"):
                 results |= getattr(self, f"_{name}")(variables, found, mask=None, resamples=0)
         return results
 
@@ -220,23 +226,38 @@ class Evaluator:
 
     def embed_texts(self, variables) -> Callable[[list[str], str], np.ndarray]:
         """Return (texts, section) -> embeddings [n, E] in the space of the section."""
-        spaces, part = self.parts.recipe.spaces, self.parts.part
-        size = self.multiple_of_devices(PROMPT_BATCH)
-        own = slice(part.index * size // part.count, (part.index + 1) * size // part.count)
+        spaces = self.parts.recipe.spaces
 
         def embed(texts, section):
             key = section if section in spaces else next(iter(spaces))
-            length = self.parts.config["data"]["text_length"]
-            rows = []
-            for start in range(0, len(texts), size):
-                filled = [*texts[start : start + size]]
-                filled += [""] * (size - len(filled))
-                tokens = tokenisation.tokenize(self.parts.tokenizer, filled[own], length)
-                rows.append(self.embed(variables, {key: tokens})[spaces[key][1]])
-            whole = np.moveaxis(distributed.gather_parts(np.stack(rows), part), 0, 1)
-            return whole.reshape(-1, whole.shape[-1])[: len(texts)]
+            read = lambda tokens: {"": self.embed(variables, {key: tokens})[spaces[key][1]]}
+            return self.encode_texts(texts, read)[""]
 
         return embed
+
+    def encode_texts(self, texts: list[str], read: Callable) -> dict[str, np.ndarray]:
+        """Return what `read` gives of the tokens of texts, by name [n, ...].
+
+        Args:
+          texts: n of them.
+          read: Tokens of this process's rows -> arrays by name.
+        """
+        part = self.parts.part
+        size = self.multiple_of_devices(PROMPT_BATCH)
+        own = slice(part.index * size // part.count, (part.index + 1) * size // part.count)
+        length = self.parts.config["data"]["text_length"]
+        rows: dict[str, list] = {}
+        for start in range(0, len(texts), size):
+            filled = [*texts[start : start + size]]
+            filled += [""] * (size - len(filled))
+            tokens = tokenisation.tokenize(self.parts.tokenizer, filled[own], length)
+            for name, value in read(tokens).items():
+                rows.setdefault(name, []).append(value)
+        whole = {
+            k: np.moveaxis(distributed.gather_parts(np.stack(v), part), 0, 1)
+            for k, v in rows.items()
+        }
+        return {k: v.reshape(-1, *v.shape[3:])[: len(texts)] for k, v in whole.items()}
 
     def joint(self, found) -> tuple[np.ndarray, np.ndarray]:
         """Return image and text features of all sections together, see features.joint."""
@@ -297,6 +318,16 @@ class Evaluator:
             groups=found["patient_id"],
             **options,
         )
+
+    def _grounding(self, variables, found, *, mask, **options):
+        del found
+        return self.grounder.results(variables, mask=mask, **options)
+
+    def shuffled_phrases(self, variables: Mapping) -> Results:
+        """Score the maps of wrong phrases, what an image says without the right words."""
+        variables = assemble.place(variables, self.parts)
+        options = {"resamples": self.settings["resamples"], "shuffle": True}
+        return rename(self.grounder.results(variables, **options), "shuffled phrases")
 
     def _classify(self, variables, found, *, mask, **options):
         del variables, mask
@@ -407,6 +438,8 @@ def full(evaluator: Evaluator, variables: Mapping, untrained: Mapping | None = N
             name = control.replace("_", " ")
             found = evaluator.run(variables, source=moved, progress=name)
             results |= rename(found, name)
+    if "shuffled_phrases" in controls:
+        results |= evaluator.shuffled_phrases(variables)
     if "regression" in controls:
         results |= evaluator.regression()
     return results
@@ -481,6 +514,8 @@ def main(argv: list[str] | None = None) -> None:
         out.mkdir(parents=True, exist_ok=True)
         write_results(results, out)
         print(results_table(results))
+    if "grounding" in settings["protocols"]:
+        evaluator.grounder.draw(assemble.place(variables, parts), out / ground.PICTURE)
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ from medvlp_jax import (
 )
 from medvlp_jax import config as configs
 from medvlp_jax.config import UserError
+from medvlp_jax.data import pairing
 from medvlp_jax.evaluation import plots
 from medvlp_jax.evaluation.results import results_table
 from medvlp_jax.training import lock, loop, optim
@@ -116,8 +117,9 @@ def _prepare(config, workdir, stop) -> _Job:
     rows, shares, refresh = sources, None, None
     if (pools := unpaired.pools(parts, sources)) is not None:
         variables = unpaired.begin(parts, variables, sources[0], pools)
-        rows, shares = unpaired.streams(parts, sources[0], pools)
-        refresh = unpaired.refresher(parts, sources[0], pools)
+        related = pairing.Related()
+        rows, shares = unpaired.streams(parts, sources[0], pools, related)
+        refresh = unpaired.refresher(parts, sources[0], pools, related)
     state = assemble.place(training.make_state(variables, tx, frozen), parts)
     features = assemble.cached_text(parts, variables, sources)
     batches = assemble.train_batches(parts, rows, features, shares=shares)
@@ -128,6 +130,8 @@ def _prepare(config, workdir, stop) -> _Job:
     restored = checkpointer.resume(state)
     if restored is not None:
         state = restored.state
+        if pools is not None:
+            unpaired.recall(state, related)
         batches.set_state(restored.position)
         distributed.say(f"Resuming {workdir} at step {int(state.step)}")
     select = settings["select"]
@@ -173,6 +177,7 @@ def _fit(job, workdir, stop):
         every=settings["log_every"],
         wandb=tracking,
         writes=distributed.is_writer(),
+        alarms=getattr(job.parts.recipe, "alarms", None),
     )
     select = settings["select"]
     limit = 0 if select else settings["evaluate_limit"]

@@ -47,10 +47,7 @@ def decode(
     """
     if fit not in ("squash", "pad"):
         raise UserError(f"fit is '{fit}'; accepted are squash and pad.")
-    image = Image.open(io.BytesIO(encoded))
-    # Pillow decodes at 1/2, 1/4 or 1/8 where that is still at least this large.
-    image.draft(_MODES[channels], (size, size))
-    image = image.convert(_MODES[channels])
+    image = _opened(encoded, size, channels)
     if crop_black_border:
         image = image.crop(image.getbbox())
     if legacy_wrap:
@@ -62,6 +59,35 @@ def decode(
     else:
         image = image.resize((size, size), Image.Resampling.BILINEAR)
     return np.asarray(image).reshape(size, size, channels)
+
+
+def placed(
+    boxes: np.ndarray,
+    encoded: bytes,
+    *,
+    size: int,
+    channels: int = 1,
+    crop_black_border: bool = True,
+    fit: str = "squash",
+) -> np.ndarray:
+    """Return where boxes of the stored image lie in what `decode` makes of it, in its pixels.
+
+    Args:
+      boxes: [n, 4], (ymin, xmin, ymax, xmax) as fractions of the stored image.
+      encoded: as for `decode`, and so are the rest.
+    """
+    image = _opened(encoded, size, channels)
+    left, top, right, bottom = (0, 0, *image.size)
+    if crop_black_border:
+        left, top, right, bottom = image.getbbox() or (left, top, right, bottom)
+    width, height = right - left, bottom - top
+    scale = np.array([size / height, size / width])
+    if fit == "pad":
+        scale = np.full(2, scale.min())
+    # What `ImageOps.pad` leaves free lies evenly on both sides.
+    offset = (size - scale * (height, width)) / 2
+    corners = boxes.reshape(-1, 2, 2) * (image.height, image.width) - (top, left)
+    return (corners * scale + offset).reshape(-1, 4)
 
 
 def imitate_view(
@@ -308,6 +334,13 @@ def stretched(image: np.ndarray) -> np.ndarray:
         return image
     table = np.clip((np.arange(256) - low) * 255 / (high - low), 0, 255)
     return np.rint(table).astype(np.uint8)[image]
+
+
+def _opened(encoded: bytes, size: int, channels: int) -> Image.Image:
+    image = Image.open(io.BytesIO(encoded))
+    # Pillow decodes at 1/2, 1/4 or 1/8 where that is still at least this large.
+    image.draft(_MODES[channels], (size, size))
+    return image.convert(_MODES[channels])
 
 
 def _to_pil(image: np.ndarray) -> Image.Image:

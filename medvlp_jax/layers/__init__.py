@@ -23,6 +23,7 @@ from medvlp_jax.layers.linear import (
 )
 from medvlp_jax.layers.norms import BatchNorm, LayerNorm, RMSNorm
 from medvlp_jax.layers.patches import PatchEmbedding, bicubic_matrix, patch_grid, resize_positions
+from medvlp_jax.layers.queries import Queries
 from medvlp_jax.layers.rope import Rope, rope_1d, rope_2d, rotate
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "Mlp",
     "PatchEmbedding",
     "Projector",
+    "Queries",
     "RMSNorm",
     "Rope",
     "Stack",

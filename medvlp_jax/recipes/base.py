@@ -40,6 +40,11 @@ class Recipe(Protocol):
     * `evaluated`: batch keys read in evaluation, where these are not those of training;
     * `fresh` and `left`: parts the run before may lack, and patterns of what it may have besides,
       for stages that start from one another;
+    * `alarms`, {term: (most, sentence)}: what is said once when a term rises above `most`, though
+      its weight may be 0;
+    * localise(batch), with patch tokens: for "image" {map: [B, N, F]}, one vector a patch, for
+      "phrase" {map: [B, F]}; their inner product is a map of where in the image the phrase is. See
+      evaluation/grounding.py;
     * `heads_in_torch`: the PyTorch source of embed(pooled, "image" or "text"), what lies between
       the encoders and the joint space, for the model card of an export.
     """

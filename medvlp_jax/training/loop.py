@@ -43,7 +43,8 @@ def fit(
     Args:
       state: donated to `step_fn`.
       step_fn: from step.make_train_step.
-      batches: iterator of this process's rows, with get_state() for checkpoints.
+      batches: iterator of this process's rows, with get_state() for checkpoints, and set_state()
+        where there is a `refresh`.
       recipe: its `inputs` are what is sent to the device.
       mesh: global batches are split over it.
       steps: last step.
@@ -75,6 +76,8 @@ def fit(
             if refresh and refresh_every and step > 1 and (step - 1) % refresh_every == 0:
                 pending = _flush(reporter, pending)
                 state = refresh(state)
+                # Rows that were read ahead may rest on what the last look found.
+                batches.set_state(batches.get_state())
             began = time.perf_counter()
             with breakable():
                 rows = next(batches)

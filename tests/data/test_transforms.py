@@ -131,6 +131,22 @@ def test_decode_gives_three_channels_where_asked():
     np.testing.assert_array_equal(grey[..., 0], grey[..., 2])
 
 
+@pytest.mark.parametrize("fit", ["squash", "pad"])
+def test_boxes_are_placed_where_decode_puts_them(fit):
+    """A bright square in a frame of black, which is cropped: its box follows it."""
+    image = np.zeros((60, 100), np.uint8)
+    image[10:50, 20:90] = 60
+    image[20:30, 40:75] = 250
+    box = np.array([[20 / 60, 40 / 100, 30 / 60, 75 / 100]])
+    encoded = io.BytesIO()
+    Image.fromarray(image).save(encoded, "PNG")
+    seen = transforms.decode(encoded.getvalue(), size=140, fit=fit, stretch=False)[..., 0]
+    top, left, bottom, right = transforms.placed(box, encoded.getvalue(), size=140, fit=fit)[0]
+    rows, columns = np.nonzero(seen > 155)
+    found = rows.min(), columns.min(), rows.max() + 1, columns.max() + 1
+    np.testing.assert_allclose(found, (top, left, bottom, right), atol=1)
+
+
 def test_unknown_fit_names_the_accepted_ones():
     with pytest.raises(UserError, match="'crop'; accepted are squash and pad"):
         transforms.decode(encode(np.ones((4, 4), np.uint8)), size=4, fit="crop")

@@ -34,6 +34,9 @@ class Batches:
     def get_state(self):
         return {"next_index": self.next}
 
+    def set_state(self, state):
+        self.next = state["next_index"]
+
 
 def state_of(step=0):
     params = {"w": jnp.float32(1)}
@@ -146,3 +149,30 @@ def test_the_corpus_is_looked_at_between_steps_and_again_by_a_run_that_stopped_t
     )
     assert seen == [4, 8, 4, 8]
     assert rest.params["w"] == whole.params["w"]
+
+
+def test_what_was_read_ahead_of_a_refresh_is_read_again(tmp_path):
+    class Ahead(Batches):
+        told = 0
+
+        def set_state(self, state):
+            super().set_state(state)
+            self.told += 1
+            assert self.next == 4 * self.told
+
+    batches = Ahead()
+    fit(tmp_path, 9, batches=batches, refresh=lambda state: state, refresh_every=4)
+    assert batches.told == 2
+
+
+def test_an_alarm_sounds_once_each_time_a_term_rises_above_its_bound(tmp_path, capsys):
+    reporter = Reporter(tmp_path, every=10, alarms={"usage": (0.5, "prototypes collapse")})
+    reporter.start(0, 6)
+    for step, value in enumerate((0.2, 0.6, 0.7, 0.4, 0.9, 0.1), start=1):
+        reporter.step(step, {"loss": 1.0, "loss/usage": value}, pairs=1, waited=0)
+    reporter.close()
+    said = [line for line in capsys.readouterr().err.splitlines() if "WARNING" in line]
+    assert [line[line.index("WARNING") :] for line in said] == [
+        "WARNING, step 2: prototypes collapse (usage 0.60).",
+        "WARNING, step 5: prototypes collapse (usage 0.90).",
+    ]
