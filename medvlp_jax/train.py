@@ -188,10 +188,6 @@ def _fit(job, workdir, stop):
             job.selection.offer(step, state, values, config)
         return values
 
-    # A run may have been killed between a checkpoint and the evaluation of its step.
-    first = int(job.state.step)
-    if job.selection and first and first % settings["evaluate_every"] == 0:
-        validate(first, job.state)
     state = loop.fit(
         job.state,
         job.step_fn,

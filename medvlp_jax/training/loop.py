@@ -70,7 +70,15 @@ def fit(
     first = done = int(state.step)
     reporter.start(first, steps)
     pending = None
+
+    def is_due(step):
+        return evaluate and evaluate_every and step % evaluate_every == 0 and 0 < step < steps
+
     try:
+        # A run may have been killed between a checkpoint and the evaluation of its step.
+        if is_due(first):
+            with breakable():
+                reporter.write(first, evaluate(first, state))
         for step in range(first + 1, steps + 1):
             # Before a step and not after one: a run that saved and stopped in between does it too.
             if refresh and refresh_every and step > 1 and (step - 1) % refresh_every == 0:
@@ -97,7 +105,7 @@ def fit(
             if save and checkpointer:
                 pending = _flush(reporter, pending)
                 checkpointer.save(step, state, position, config or {})
-            if evaluate and evaluate_every and step % evaluate_every == 0 and step < steps:
+            if is_due(step):
                 pending = _flush(reporter, pending)
                 with breakable():
                     values = evaluate(step, state)

@@ -44,7 +44,7 @@ class Reporter:
         self.last = 0.0
 
     def start(self, step: int, steps: int) -> None:
-        """Show the bar from `step` on, and drop lines of steps a killed run did after it."""
+        """Show the bar from `step` on, and drop what comes after its metrics."""
         if not self.writes:
             return
         _keep_until(self.path, step)
@@ -132,13 +132,17 @@ def check_finite(step: int, metrics: Mapping[str, float]) -> None:
 
 
 def _keep_until(path: pathlib.Path, step: int) -> None:
-    """Rewrite the file without lines after `step`, and without a half-written last one."""
+    """Rewrite the file without lines after `step`, and without a half-written last one.
+
+    The evaluation of `step` goes too: it is done again, since the run may have ended before it.
+    """
     if not path.exists():
         return
     kept = []
     for line in path.read_text().splitlines():
         try:
-            if json.loads(line)["step"] <= step:
+            found = json.loads(line)
+            if found["step"] < step or (found["step"] == step and "loss" in found):
                 kept.append(line)
         except (ValueError, KeyError):
             break

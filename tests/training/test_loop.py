@@ -124,6 +124,40 @@ def test_evaluations_stand_beside_their_step(tmp_path):
     assert found == {2: 4.0, 4: 11.0}  # the end of a run is evaluated in full, elsewhere
 
 
+def test_a_run_killed_between_a_checkpoint_and_the_evaluation_of_its_step_makes_up_for_it(tmp_path):
+    value = lambda step, state: {"eval/w": float(state.params["w"])}
+    alone, killed = tmp_path / "alone", tmp_path / "killed"
+    for folder in (alone, killed):
+        folder.mkdir()
+    fit(alone, 6, evaluate=value, evaluate_every=2)
+
+    def dies_in_its_second(step, state):
+        if step == 4:
+            raise KeyboardInterrupt
+        return value(step, state)
+
+    checkpointer = Checkpointer(killed / "c", keep=9)
+    with pytest.raises(KeyboardInterrupt):
+        fit(
+            killed,
+            6,
+            checkpointer=checkpointer,
+            checkpoint_every=2,
+            evaluate=dies_in_its_second,
+            evaluate_every=2,
+        )
+    for _ in range(2):  # from a run without the evaluation of step 4, then from one that has it
+        saved, batches = checkpointer.restore(4, state_of()), Batches()
+        batches.set_state(saved.position)
+        state = jax.device_get(saved.state)
+        fit(killed, 6, state=state, batches=batches, evaluate=value, evaluate_every=2)
+        without_times = [
+            [{k: v for k, v in line.items() if not k.startswith("time/")} for line in lines(folder)]
+            for folder in (alone, killed)
+        ]
+        assert without_times[0] == without_times[1]
+
+
 def test_the_corpus_is_looked_at_between_steps_and_again_by_a_run_that_stopped_there(tmp_path):
     seen = []
     for name in "ab":
