@@ -149,14 +149,16 @@ class Evaluator:
         variables = assemble.place(variables, self.parts)
         options = {"mask": mask, "resamples": self.settings["resamples"]}
         views = self.settings["views"]
-        found = self.features(
-            variables,
-            source or self.source,
-            limit=self.settings["limit"],
-            mask=mask,
-            views=views,
-            progress=progress,
-        )
+        found = None
+        if set(self.settings["protocols"]) != {"grounding"}:  # which reads its own images
+            found = self.features(
+                variables,
+                source or self.source,
+                limit=self.settings["limit"],
+                mask=mask,
+                views=views,
+                progress=progress,
+            )
         results: Results = {}
         for name in self.settings["protocols"]:
             results |= getattr(self, f"_{name}")(variables, found, **options)
@@ -502,6 +504,9 @@ def main(argv: list[str] | None = None) -> None:
     settings |= {k: v for k, v in given.items() if v is not None}
     if arguments.protocol:
         settings["protocols"] = tuple(arguments.protocol.split(","))
+        if "grounding" not in settings["protocols"]:  # the run's control of another protocol
+            kept = (name for name in settings["controls"] if name != "shuffled_phrases")
+            settings["controls"] = tuple(kept)
     # The untrained control starts where the run started: with the weights it was given.
     distributed.initialize()
     parts = assemble.parts(config, pretrained="untrained" in settings["controls"])

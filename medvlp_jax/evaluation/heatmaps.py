@@ -12,7 +12,7 @@ from matplotlib.patches import Rectangle
 
 from medvlp_jax.evaluation import plots
 
-BOX = plots.COLOURS[2]
+BOX = plots.COLOURS[4]  # seen on grey and on every colour of the maps
 
 
 class Example(NamedTuple):
@@ -40,8 +40,9 @@ def draw(examples: Sequence[Example], out_png: str | Path) -> None:
     depend on either.
     """
     columns = 1 + max(len(example.maps) for example in examples)
-    size = (2.3 * columns, 2.6 * len(examples))
+    size = (2.3 * columns, 2.7 * len(examples))
     figure = Figure(figsize=size, layout="constrained", facecolor="white")
+    figure.get_layout_engine().set(h_pad=0.12)  # room for titles of several lines
     axes = figure.subplots(len(examples), columns, squeeze=False)
     for row, example in zip(axes, examples, strict=True):
         grey = np.asarray(example.image, float).mean(-1)
