@@ -10,8 +10,7 @@ told in docs/prima.md. Stage "inject" (masked words of a risk corpus) is recipes
   fuse     cross-entropy of a language model's next token, over the tokens of the classes alone;
            projectors, delimiters and factors of the language model train
 
-A stage is a run that starts from the run before it (`init.params`).
-
+Each is a run that starts from the run before it (`init.params`).
 Axis letters: B patients, J views, K patches, T tokens of the text (its class token first), D width
 of the encoders, E of the joint space, W of the language model, C classes.
 """
@@ -201,7 +200,8 @@ class Prima(nn.Module):
         """Return pooled [B, J, D] and tokens [B, J, K, D] of all images that are there."""
         names = self.images
         if len(names) == 1 or any(name not in batch for name in names):
-            names = [name for name in ("image", "image_2") if name in batch]
+            pair = ("image", "image_2")[: self.views if self.stage == "fuse" else 2]
+            names = [name for name in pair if name in batch]
         if not names:
             return None
         images = jnp.stack([batch[name] for name in names], axis=1)  # [B, J, H, W, 1 or 3]
