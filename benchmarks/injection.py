@@ -31,6 +31,7 @@ from medvlp_jax.convert import lora
 from medvlp_jax.data import knowledge, pipeline
 from medvlp_jax.data import text as tokenisation
 from medvlp_jax.data.datasets.cxr_phantom import generate, patients
+from medvlp_jax.encoders.base import pool
 from medvlp_jax.evaluation import masked_tokens
 from medvlp_jax.evidence import backends, corpus, risk, template
 from medvlp_jax.layers import Lora
@@ -40,10 +41,10 @@ from medvlp_jax.training import params as paths
 from medvlp_jax.training import step as training
 from medvlp_jax.training import text as text_stage
 
-LENGTH, TABLE_LENGTH = 160, 64  # tokens of a paragraph, of a table
-BASE = {"steps": 400, "batch_size": 32, "lr": 1e-3, "warmup": 40, "weight_decay": 0.01, "rate": 0.3}
-INJECT = {"steps": 600, "batch_size": 16, "lr": 2e-3, "warmup": 60, "weight_decay": 1e-3}
-FACTORS = Lora(8, 16.0, 0.05, "")  # rank and alpha of PRIMA, stage 1b
+LENGTH, TABLE_LENGTH = 128, 64  # tokens of a paragraph, of a table
+BASE = {"steps": 250, "batch_size": 16, "lr": 2e-3, "warmup": 25, "weight_decay": 0.01, "rate": 0.3}
+INJECT = {"steps": 300, "batch_size": 8, "lr": 2e-3, "warmup": 30, "weight_decay": 1e-3}
+FACTORS = Lora(8, 16.0, 0.05, "", fused=True)  # PRIMA, stage 1b
 HELD_OUT, VARIANTS = "template:3", 4
 PATIENTS, NEIGHBOURS = 400, 10
 LEVELS = {"sex": ("female", "male"), "fever": ("no", "yes"), "cough": ("no", "yes")}
@@ -86,12 +87,13 @@ def shuffled(table: risk.Risk, seed: int) -> risk.Risk:
     return table._replace(version=f"shuffled-{seed}", factors=factors)
 
 
-def paragraphs(table: risk.Risk, folder: pathlib.Path) -> tuple[knowledge.Texts, knowledge.Texts]:
+def paragraphs(table: risk.Risk, folder: pathlib.Path) -> tuple[list[str], list[str]]:
     """Have the template write a corpus; return its training and held-out texts."""
     backend = backends.writer("template", template.writer(table))
     corpus.run(corpus.from_table(table, variants=VARIANTS), backend, folder)
     settings = {"held_out": (HELD_OUT,), "allow_unvetted": True}
-    return tuple(knowledge.open_texts(folder, split, **settings) for split in ("train", "test"))
+    splits = (knowledge.open_texts(folder, split, **settings) for split in ("train", "test"))
+    return tuple([text for text, _ in split.texts()] for split in splits)
 
 
 def base_encoder(table: risk.Risk, tokenizer, mesh, folder: pathlib.Path) -> pathlib.Path:
@@ -113,46 +115,56 @@ def base_encoder(table: risk.Risk, tokenizer, mesh, folder: pathlib.Path) -> pat
     )
 
 
-def inject(recipe, params, texts, tokenizer, *, seed: int):
-    """Train the low-rank factors on paragraphs; return all parameters."""
-    fields = {k: v for k, v in INJECT.items() if k != "batch_size"}
-    trainable, _ = paths.split(params, recipe.frozen)
-    tx, rate = optim.make(trainable, name="adamw", clip=1.0, **fields)
-    state = training.make_state(jax.tree.map(jnp.array, {"params": params}), tx, recipe.frozen)
-    step = training.make_train_step(recipe, tx, rate, seed)
-    batches = iter(
-        pipeline.train_dataset(
-            [[text for text, _ in texts.texts()]],
-            transform=pipeline.mlm_transform(tokenizer, length=LENGTH),
-            batch_size=INJECT["batch_size"],
-            seed=seed,
+class Bench:
+    """The programs, compiled once for all seeds: what differs between them are numbers."""
+
+    def __init__(self, recipe, params, tokenizer, held_out: list[str], tables: list[str]):
+        """Prepare the step and what is measured."""
+        self.recipe, self.tokenizer = recipe, tokenizer
+        trainable, _ = paths.split(params, recipe.frozen)
+        fields = {k: v for k, v in INJECT.items() if k != "batch_size"}
+        self.tx, rate = optim.make(trainable, name="adamw", clip=1.0, **fields)
+        self.step = training.make_train_step(recipe, self.tx, rate, seed=0)
+        self.share = paths.count(trainable) / paths.count(params)
+        self.held_out = tokenisation.tokenize(tokenizer, held_out, LENGTH)
+        self.tables = tokenisation.tokenize(tokenizer, tables, TABLE_LENGTH)
+        self.encode = jax.jit(lambda p, b: recipe.apply({"params": p}, b, method="encode"))
+        self.tokens = jax.jit(lambda p, t: recipe.text.apply({"params": p["text"]}, t).tokens)
+
+    def inject(self, params, texts: list[str], *, seed: int):
+        """Train the low-rank factors on paragraphs; return all parameters."""
+        variables = jax.tree.map(jnp.array, {"params": params})  # the step gives its own away
+        state = training.make_state(variables, self.tx, self.recipe.frozen)
+        batches = iter(
+            pipeline.train_dataset(
+                [texts],
+                transform=pipeline.mlm_transform(self.tokenizer, length=LENGTH),
+                batch_size=INJECT["batch_size"],
+                seed=seed,
+            )
         )
-    )
-    for _ in range(INJECT["steps"]):
-        state, metrics = step(state, next(batches))
-    assert np.isfinite(float(metrics["loss"]))
-    return state.variables["params"]
+        for _ in range(INJECT["steps"]):
+            rows = next(batches)
+            state, metrics = self.step(state, {"report": rows["report"]})
+        if not np.isfinite(float(metrics["loss"])):
+            raise FloatingPointError(f"seed {seed}: the loss is {float(metrics['loss'])}")
+        return state.variables["params"]
 
-
-def measure(recipe, params, held_out, texts, kinds, tokenizer) -> dict:
-    """Return the masked-token loss and how alike the texts of a profile are."""
-    encode = jax.jit(lambda p, b: recipe.apply({"params": p}, b, method="encode"))
-    read = tokenisation.tokenize(tokenizer, [t for t, _ in held_out.texts()], LENGTH)
-    found = jax.device_get(encode(params, {"report": read}))
-    scored = masked_tokens.run(
-        found["masked_loss"],
-        found["masked_count"],
-        vocab_size=recipe.vocab_size,
-        rate=recipe.rate,
-        resamples=0,
-    )
-    result = {"masked_loss": scored["masked_tokens/knowledge/loss"]["value"]}
-    tokens = tokenisation.tokenize(tokenizer, texts, TABLE_LENGTH)
-    for pooling in ("cls", "mean"):
-        module = recipe.text.clone(pooling=pooling, parent=None)
-        embed = jax.jit(lambda p, t, module=module: module.apply({"params": p}, t).pooled)
-        result[pooling] = likeness(np.asarray(embed(params["text"], tokens), np.float64), kinds)
-    return result
+    def measure(self, params, kinds: np.ndarray) -> dict:
+        """Return the masked-token loss and how alike the texts of a profile are."""
+        found = jax.device_get(self.encode(params, {"report": self.held_out}))
+        scored = masked_tokens.run(
+            found["masked_loss"],
+            found["masked_count"],
+            vocab_size=self.recipe.vocab_size,
+            rate=self.recipe.rate,
+            resamples=0,
+        )
+        tokens = self.tokens(params, self.tables)
+        return {"masked_loss": scored["masked_tokens/knowledge/loss"]["value"]} | {
+            pooling: likeness(np.asarray(pool(tokens, self.tables.mask, pooling), float), kinds)
+            for pooling in ("cls", "mean")
+        }
 
 
 def likeness(features: np.ndarray, kinds: np.ndarray) -> dict[str, float]:
@@ -176,39 +188,39 @@ def likeness(features: np.ndarray, kinds: np.ndarray) -> dict[str, float]:
 def study(seeds: int, scratch: pathlib.Path) -> dict:
     """Measure everything."""
     tokenizer = tokenisation.load_tokenizer("risk")
-    table, mesh = risk.read("cxr_phantom"), sharding.make_mesh()
+    table = risk.read("cxr_phantom")
     began = time.perf_counter()
-    folder = base_encoder(table, tokenizer, mesh, scratch / "base")
+    folder = base_encoder(table, tokenizer, sharding.make_mesh(), scratch / "base")
     seconds = {"base": time.perf_counter() - began}
     encoder, variables = convert.load(folder)
     train, held_out = paragraphs(table, scratch / "true")
     rows = tables(9, PATIENTS)
-    texts, kinds = [table_text(table, row) for row in rows], profiles(table, rows)
-    chance = float((np.bincount(kinds) ** 2).sum() / len(kinds) ** 2)
-    runs = []
+    kinds, bench, runs = profiles(table, rows), None, []
     for seed in range(seeds):
-        module, with_factors = lora.attach(encoder, variables, FACTORS, jax.random.key(seed))
-        recipe = mlm.make(
-            text=module, weights={"mlm": 1.0}, rate=BASE["rate"], **mlm.token_fields(tokenizer)
-        )
-        params = {"text": with_factors["params"]}
-        share = paths.count(paths.split(params, recipe.frozen)[0]) / paths.count(params)
+        began = time.perf_counter()
+        module, start = lora.attach(encoder, variables, FACTORS, jax.random.key(seed))
+        params = {"text": start["params"]}
+        if bench is None:
+            recipe = mlm.make(
+                text=module, weights={"mlm": 1.0}, rate=BASE["rate"], **mlm.token_fields(tokenizer)
+            )
+            texts = [table_text(table, row) for row in rows]
+            bench = Bench(recipe, params, tokenizer, held_out, texts)
         wrong, _ = paragraphs(shuffled(table, seed), scratch / f"shuffled-{seed}")
-        entry = {"seed": seed, "trainable_share": share}
-        for name, source in (("before", None), ("after", train), ("shuffled", wrong)):
-            began = time.perf_counter()
-            now = inject(recipe, params, source, tokenizer, seed=seed) if source else params
-            entry[name] = measure(recipe, now, held_out, texts, kinds, tokenizer)
-            seconds[f"{name}-{seed}"] = time.perf_counter() - began
+        entry = {"seed": seed, "before": bench.measure(params, kinds)}
+        for name, corpus_texts in (("after", train), ("shuffled", wrong)):
+            entry[name] = bench.measure(bench.inject(params, corpus_texts, seed=seed), kinds)
+        seconds[f"seed {seed}"] = time.perf_counter() - began
         runs.append(entry)
-        print(json.dumps(entry))
+        print(json.dumps(entry), flush=True)
     return {
-        "settings": {"base": BASE, "inject": INJECT, "lora": FACTORS._asdict()},
+        "settings": {"base": BASE, "inject": INJECT, "lora": FACTORS._asdict(), "length": LENGTH},
         "train_texts": len(train),
         "held_out_texts": len(held_out),
+        "trainable_share": bench.share,
         "patients": PATIENTS,
         "profiles": np.bincount(kinds, minlength=len(table.diseases)).tolist(),
-        "neighbours_chance": chance,
+        "neighbours_chance": float((np.bincount(kinds) ** 2).sum() / len(kinds) ** 2),
         "device": jax.devices()[0].device_kind,
         "seconds": seconds,
         "runs": runs,

@@ -15,10 +15,11 @@ import numpy as np
 from medvlp_jax import clinical, convert, distributed, sharding, tables, weights
 from medvlp_jax import config as configs
 from medvlp_jax.config import UserError
-from medvlp_jax.data import corpora, folds, pipeline, records, transforms, volumes
+from medvlp_jax.data import corpora, folds, knowledge, pipeline, records, transforms, volumes
 from medvlp_jax.data import text as tokenisation
 from medvlp_jax.encoders.base import Tokens
 from medvlp_jax.evidence import phrases
+from medvlp_jax.recipes import mlm
 from medvlp_jax.training import params as paths
 from medvlp_jax.training import text as text_stage
 from medvlp_jax.training.step import init_variables
@@ -70,6 +71,8 @@ def open_corpora(data: Mapping[str, Any], split: str) -> list[corpora.Source]:
 
 def open_corpus(name: str, data: Mapping[str, Any], split: str) -> corpora.Source:
     """Open one corpus, "name" or "name:variant"; with data.folds, a split of a fold of it."""
+    if name == knowledge.NAME:
+        return knowledge.open_texts(split=split, **data["knowledge"])
     name, _, variant = name.partition(":")
     where = {"data_dir": data["data_dir"], "manual_dir": data["manual_dir"]}
     where["builder_config"] = variant
@@ -114,6 +117,8 @@ def parts(config: Mapping[str, Any], *, pretrained: bool = True) -> Parts:
         # The spec says all about this encoder; only its weights lie in a folder.
         trained = text_encoder_folder(config, spec["text"], tokenizer, mesh) if pretrained else ""
         folders["text"] = trained
+    if name == "mlm":
+        spec = mlm.completed(spec, tokenizer)
     for side, folder in folders.items():
         if folder:
             # The folder says what the architecture is, the config how it is run.
@@ -145,7 +150,7 @@ def text_encoder_folder(config, spec, tokenizer, mesh) -> pathlib.Path:
     texts = pipeline.mlm_texts(sources)
     return text_stage.pretrain(
         texts,
-        encoder=spec,
+        encoder={key: value for key, value in spec.items() if key != "lora"},
         tokenizer=tokenizer,
         mesh=mesh,
         folder=_derived(config) / "text_encoder",

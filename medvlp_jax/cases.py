@@ -32,15 +32,15 @@ def show(evaluator: Evaluator, variables: Mapping, folder: pathlib.Path) -> None
       folder: of the run.
     """
     settings = evaluator.settings
+    labelled = classifies(evaluator.parts.recipe)
+    if not (labelled or evaluator.parts.recipe.spaces):
+        return  # a stage without answers of its own
     found = evaluator.features(
         variables, evaluator.source, limit=settings["limit"], views=settings["views"]
     )
     maps = _attended(evaluator, variables)
     if not distributed.is_writer():
         return
-    labelled = classifies(evaluator.parts.recipe)
-    if not (labelled or evaluator.parts.recipe.spaces):
-        return  # a stage without answers of its own
     drawn, caption = (_classified, plots.CLASSIFIED) if labelled else (_retrieved, plots.RETRIEVED)
     picked, texts, scores, truth = drawn(evaluator, found, np.random.default_rng(0))
     transform = assemble.record_transform(evaluator.parts, ("image",), train=False)

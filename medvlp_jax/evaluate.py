@@ -20,14 +20,23 @@ from medvlp_jax import assemble, cli, clinical, distributed, sharding, tables, w
 from medvlp_jax.config import UserError, nearest
 from medvlp_jax.data import datasets, pipeline
 from medvlp_jax.data import text as tokenisation
-from medvlp_jax.evaluation import baselines, classify, probe, retrieval, shuffle, zero_shot
+from medvlp_jax.evaluation import (
+    baselines,
+    classify,
+    masked_tokens,
+    probe,
+    retrieval,
+    shuffle,
+    zero_shot,
+)
 from medvlp_jax.evaluation import features as extraction
 from medvlp_jax.evaluation.results import Results, results_table
+from medvlp_jax.recipes import mlm
 from medvlp_jax.recipes.base import classifies
 from medvlp_jax.training.step import make_embed
 from medvlp_jax.training.stopping import Signals, Stopped
 
-PROTOCOLS = ("zero_shot", "retrieval", "probe", "classify", "classify_studies")
+PROTOCOLS = ("zero_shot", "retrieval", "probe", "classify", "classify_studies", "masked_tokens")
 CONTROLS = ("untrained", "masked_edge", "regression", *shuffle.CONTROLS)
 CLASSIFIES = ("classify", "classify_studies")
 VIEWS = (1, 4, 8)
@@ -71,12 +80,18 @@ class Evaluator:
         fitting = [*(("zero_shot", "retrieval") if recipe.spaces else ())]
         fitting += ["probe"] if self._images() else []
         fitting += ["classify", "classify_studies"] if classifies(recipe) else []
+        fitting += ["masked_tokens"] if isinstance(recipe, mlm.MaskedLanguageModel) else []
         for name in self.settings["protocols"]:
             if name not in fitting:
                 raise UserError(
                     f"Protocol {name} does not fit recipe {self.parts.config['recipe']['name']}; "
                     f"accepted are {', '.join(fitting)}."
                 )
+        if "masked_tokens" in self.settings["protocols"] and not len(self.source):
+            raise UserError(
+                "Protocol masked_tokens needs texts that are not trained on: name a source of the "
+                "corpus in data.knowledge.held_out."
+            )
         if not classifies(recipe):
             if "regression" in self.settings["controls"] or self.settings["views"] > 1:
                 raise UserError(
@@ -122,6 +137,8 @@ class Evaluator:
           source: another than the corpus, such as one that is shuffled.
           progress: title of the bar; "" is silent.
         """
+        if not self.settings["protocols"]:
+            return {}
         # Once, should they be on the host; and always laid out alike, so that numbers repeat.
         variables = assemble.place(variables, self.parts)
         options = {"mask": mask, "resamples": self.settings["resamples"]}
@@ -141,6 +158,8 @@ class Evaluator:
 
     def quick(self, variables: Mapping, *, limit: int) -> Results:
         """Run what is cheap enough during training: no probe, no intervals, `limit` examples."""
+        if not self.settings["protocols"]:
+            return {}
         found = self.features(variables, self.source, limit=limit)
         results: Results = {}
         for name in self.settings["protocols"]:
@@ -237,7 +256,7 @@ class Evaluator:
 
     def _images(self) -> tuple[str, ...]:
         """Return the batch keys of images among them."""
-        others = (*self.parts.recipe.spaces, "tabular", *clinical.KEYS)
+        others = (*self.parts.recipe.spaces, *pipeline.SECTIONS, "tabular", *clinical.KEYS)
         return tuple(key for key in self._inputs() if key not in others)
 
     def multiple_of_devices(self, size: int) -> int:
@@ -298,6 +317,18 @@ class Evaluator:
         """Score the mean probability of all images of a study (lesion), one row each."""
         by_study = classify.by_study(found, self.parts.recipe.task)
         return rename(self._classify(variables, by_study, **options), "by study")
+
+    def _masked_tokens(self, variables, found, *, mask, **options):
+        del variables, mask
+        recipe = self.parts.recipe
+        return masked_tokens.run(
+            found["masked_loss"],
+            found["masked_count"],
+            vocab_size=recipe.vocab_size,
+            rate=recipe.rate,
+            groups=found["patient_id"],  # what a text is about
+            **options,
+        )
 
     def positive(self) -> dict[str, str]:
         """Return the option that names the positive class; none where there is none."""

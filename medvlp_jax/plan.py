@@ -23,7 +23,7 @@ from medvlp_jax.convert.checkpoint import read_config
 from medvlp_jax.data import text as tokenisation
 from medvlp_jax.data.prompts import Prompt
 from medvlp_jax.encoders.base import Tokens, construct
-from medvlp_jax.recipes import base
+from medvlp_jax.recipes import base, mlm
 from medvlp_jax.training import flops, optim
 from medvlp_jax.training import params as paths
 from medvlp_jax.training import step as training
@@ -230,6 +230,8 @@ def _recipe(config) -> tuple[Any, tuple[str, ...]]:
     spec, data, init = dict(config["recipe"]), config["data"], config["init"]
     name = spec.pop("name")
     notes = []
+    if name == "mlm":
+        spec = mlm.completed(spec, None)
     if "llm" in spec:
         spec["prompt"], said = _prompt(config)
         notes += said
@@ -270,8 +272,8 @@ def _described(folder, fields):
     table = architectures.table_of_config(described, folder)
     how = {k: v for k, v in fields.items() if k in (*weights.HOW_IT_RUNS, "dtype")}
     factors = {"lora": base.low_rank(fields["lora"])} if "lora" in fields else {}
-    fields = {**architectures.fields_of(table, described, folder), **how, **factors}
-    return construct(table.module, fields | weights.without_heads(folder))
+    how |= factors | weights.heads_of(folder, fields)
+    return construct(table.module, {**architectures.fields_of(table, described, folder), **how})
 
 
 def _vocabulary(data, source) -> tuple[int, str]:

@@ -40,11 +40,11 @@ def load_encoder(folder: str | pathlib.Path, spec: Mapping[str, Any], seed: int)
       seed: of these.
 
     Returns:
-      (module, variables), without the heads the folder may have.
+      (module, variables), without heads of the folder that the config does not ask for.
     """
     folder = convert.fetch(folder)
     how = {k: v for k, v in spec.items() if k in HOW_IT_RUNS}
-    how |= without_heads(folder)
+    how |= heads_of(folder, spec)
     module, variables = convert.load(folder, dtype=spec.get("dtype"), **how)
     factors = base.low_rank(spec["lora"]) if "lora" in spec else None
     if factors is None:
@@ -52,11 +52,11 @@ def load_encoder(folder: str | pathlib.Path, spec: Mapping[str, Any], seed: int)
     return lora.attach(module, variables, factors, jax.random.key(seed))
 
 
-def without_heads(folder: pathlib.Path) -> dict[str, bool]:
-    """Return the fields that switch off the heads of what a folder describes."""
+def heads_of(folder: pathlib.Path, spec: Mapping[str, Any]) -> dict[str, bool]:
+    """Return the fields that switch the heads of what a folder describes off, unless asked for."""
     module = architectures.table_of_config(read_config(folder), folder).module
     known = {field.name for field in dataclasses.fields(module)}
-    return dict.fromkeys(known & {"mlm_head", "pooler"}, False)
+    return {name: bool(spec.get(name)) for name in known & {"mlm_head", "pooler"}}
 
 
 def read_variables(folder: pathlib.Path, template: Mapping) -> dict:

@@ -134,7 +134,7 @@ def open_texts(
 
     Raises:
       UserError: for a folder without records, texts that are not vetted, an unknown source, or a
-        split without texts.
+        split without texts, but where no source is held out: validation and test are empty then.
     """
     if not folder:
         raise UserError(
@@ -159,7 +159,7 @@ def open_texts(
     trained = {record.text for _, record in parts[False]}
     fresh = [entry for entry in parts[True] if entry[1].text not in trained]
     kept = parts[False] if split == "train" else fresh
-    if split not in SPLITS or not kept:
+    if split not in SPLITS or (not kept and (held_out or split == "train")):
         raise UserError(
             f"{folder} has no texts for split '{split}'; those of data.knowledge.held_out, now "
             f"{', '.join(held_out) or 'empty'}, are for validation and test, the others for train; "

@@ -53,6 +53,8 @@ def _corpus(options: argparse.Namespace) -> None:
     table = risk.read(options.risk).narrowed(_names(options.factors), _names(options.diseases))
     out, silent, passages = Path(options.out), [], []
     if options.backend == "template":
+        if options.articles:
+            raise UserError("The template reads the risk table alone: --articles needs a model.")
         backend = backends.writer("template", template.writer(table))
         tasks = corpus.from_table(table, variants=options.variants)
     else:

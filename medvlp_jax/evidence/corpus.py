@@ -159,7 +159,7 @@ def run(
 ) -> dict[str, Any]:
     """Have every paragraph written into a folder, or go on where an earlier start stopped.
 
-    Texts of other writers, and of factors this start is not about, stay as they are.
+    Texts of other writers, and of pairs this start is not about, stay as they are.
 
     Args:
       tasks: of one writer.
@@ -192,7 +192,7 @@ def run(
         )
         found = {task: cache.records[task.request.key] for task in tasks}
     written = [task.record(entry["text"]) for task, entry in found.items() if "text" in entry]
-    _keep(out, tasks, written, passages)
+    _keep(out, written, passages)
     corpus = review.apply(out)
     failures = {
         f"{t.factor}/{t.disease}/{t.source}": e["error"] for t, e in found.items() if "error" in e
@@ -239,12 +239,16 @@ def _text_for(task: Task, answer: str) -> str:
     return found["text"]
 
 
-def _keep(out, tasks, written, passages) -> None:
-    """Replace what these tasks are about in written.jsonl, and add to the passages."""
-    about = {(task.source, task.factor) for task in tasks}
+def _keep(out, written, passages) -> None:
+    """Replace what was written anew in written.jsonl, and add to the passages.
+
+    A pair whose new text failed keeps its old one. The order is the same whatever came first.
+    """
+    about = lambda record: (record.source, record.factor, record.disease)
+    replaced = set(map(about, written))
     old = review.read_written(out).values() if (out / review.WRITTEN).is_file() else ()
-    records = [r for r in old if (r.source, r.factor) not in about] + written
-    records.sort(key=lambda r: r.source)  # stable: factors and diseases as the risk table has them
+    records = [record for record in old if about(record) not in replaced] + written
+    records.sort(key=about)
     answers.replace(out / review.WRITTEN, (knowledge.line(r.id, r) for r in records))
     needed = {name for record in records for name in record.ids}
     texts = _read_passages(out) | {p.id: p._asdict() for p in passages}

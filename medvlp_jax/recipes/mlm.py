@@ -138,6 +138,17 @@ def token_fields(tokenizer) -> dict[str, Any]:
     }
 
 
+def completed(spec: Mapping[str, Any], tokenizer) -> dict[str, Any]:
+    """Fill in what a config leaves to the tokenizer, and ask for the encoder's head.
+
+    Args:
+      spec: fields of `make` as a config has them.
+      tokenizer: see `token_fields`.
+    """
+    text = {**spec["text"], "mlm_head": True}
+    return {**spec, "text": text, **token_fields(tokenizer)}
+
+
 def make(
     *,
     text: Mapping | nn.Module,
@@ -152,7 +163,7 @@ def make(
     Args:
       text: encoder spec or module with `mlm_logits`; with `lora` its factors alone train.
       weights: {"mlm": 1.0}.
-      vocab_size: V of the tokenizer; this and the next two are filled in by `token_fields`.
+      vocab_size: V of the tokenizer; this and the next two are filled in by `completed`.
       mask_id: id of [MASK].
       special_ids: ids never masked.
       rate: share of tokens chosen, in (0, 1]; BERT's is 0.15, ModernBERT's 0.3.

@@ -75,10 +75,7 @@ def pretrain(
         return target
     distributed.say(f"Text encoder: masked language modelling on {len(texts)} different sections")
     recipe = mlm.make(
-        text={**encoder, "mlm_head": True},
-        weights={"mlm": 1.0},
-        rate=rate,
-        **mlm.token_fields(tokenizer),
+        **mlm.completed({"text": encoder, "weights": {"mlm": 1.0}, "rate": rate}, tokenizer)
     )
     transform = pipeline.mlm_transform(tokenizer, length=text_length)
     part = sharding.part_of(mesh)

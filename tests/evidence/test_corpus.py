@@ -136,9 +136,18 @@ def test_two_writers_stand_side_by_side(tmp_path):
         tasks, _ = tasks_of(tmp_path, writer=name)
         summary = corpus.run(tasks, local(good, name)[0], out, passages=PASSAGES)
     assert summary["sources"] == {"endpoint:a": 6, "qwen3:/b": 6}
+    files = {f.name: f.read_bytes() for f in out.iterdir() if "answers" not in f.name}
     one, _ = tasks_of(tmp_path, writer="endpoint:a")
     urate = [task for task in one if task.factor == "urate"]
     assert corpus.run(urate, local(good, "endpoint:a")[0], out)["sources"] == summary["sources"]
+    assert files == {f.name: f.read_bytes() for f in out.iterdir() if "answers" not in f.name}
+    # A text that is to be written anew and fails keeps the old one.
+    more = [*PASSAGES, retrieval.Passage("PM9", "", "Urate and gout: more is known.")]
+    search = retrieval.by_words(more)
+    again, _ = corpus.from_articles(table(tmp_path), more, search, writer="endpoint:a")
+    summary = corpus.run(again, local(lambda p: "no", "endpoint:a")[0], out, passages=more)
+    assert summary["failed"]
+    assert (out / "corpus.jsonl").read_bytes() == files["corpus.jsonl"]
 
 
 @pytest.mark.parametrize(
@@ -377,8 +386,10 @@ def test_held_out_sources_are_paraphrases_that_are_not_trained_on(tmp_path):
     assert not {r.text for _, r in train.records} & {r.text for _, r in test.records}
     with pytest.raises(UserError, match=r"no 'template:9'. Did you mean template:"):
         knowledge.open_texts(out, "train", held_out=("template:9",), allow_unvetted=True)
-    with pytest.raises(UserError, match="no texts for split 'test'"):
-        knowledge.open_texts(out, "test", allow_unvetted=True)
+    assert len(knowledge.open_texts(out, "test", allow_unvetted=True)) == 0
+    every = tuple(f"template:{seed}" for seed in range(3))
+    with pytest.raises(UserError, match="no texts for split 'train'"):
+        knowledge.open_texts(out, "train", held_out=every, allow_unvetted=True)
 
 
 @pytest.mark.parametrize(
