@@ -105,7 +105,7 @@ def parts(config: Mapping[str, Any], *, pretrained: bool = True) -> Parts:
     tokenizer = None
     folders = {"image": init["image"]}
     if "llm" in spec:
-        spec |= _language_model(spec, config)
+        spec |= language_model(spec, config)
         folders["llm"] = init["llm"]
     if "text" in spec:
         tokenizer = load_tokenizer(config)
@@ -421,7 +421,7 @@ def place(tree, parts: Parts):
     return sharding.place(tree, sharding.shardings(tree, parts.mesh, rules))
 
 
-def _language_model(spec: Mapping, config) -> dict[str, Any]:
+def language_model(spec: Mapping, config) -> dict[str, Any]:
     """Return the spec of a language model that knows its vocabulary, and the tokenised prompt."""
     data = config["data"]
     tokenizer = tokenisation.load_tokenizer(

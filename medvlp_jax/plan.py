@@ -233,8 +233,13 @@ def _recipe(config) -> tuple[Any, tuple[str, ...]]:
     if name == "mlm":
         spec = mlm.completed(spec, None)
     if "llm" in spec:
-        spec["prompt"], said = _prompt(config)
-        notes += said
+        if data["llm_tokenizer"] or pathlib.Path(init["llm"]).is_dir():
+            spec |= assemble.language_model(spec, config)
+        else:
+            spec["prompt"] = _usual_prompt(spec)
+            notes.append(
+                f"init.llm={init['llm']} is not here: a prompt of {PROMPT} tokens is taken."
+            )
     for side in ("image", "text", "llm"):
         if side not in spec:
             continue
@@ -252,18 +257,10 @@ def _recipe(config) -> tuple[Any, tuple[str, ...]]:
     return configs.build("medvlp_jax.recipes", name, **spec), tuple(notes)
 
 
-def _prompt(config) -> tuple[Prompt, list[str]]:
-    """Return the prompt, or one of its usual length where its tokenizer is not here."""
-    data, source = config["data"], config["data"]["llm_tokenizer"] or config["init"]["llm"]
-    if source and (pathlib.Path(source).exists() or data["llm_tokenizer"]):
-        tokenizer = tokenisation.load_tokenizer(source)
-        return clinical.prompt_of(data, config["recipe"], tokenizer), []
-    count, words = config["recipe"]["num_classes"], (0,) * PROMPT
-    marks = ((0,),) * len(config["recipe"]["prompt"]["delimiters"])
-    note = (
-        f"The tokenizer of init.llm={source} is not here: a prompt of {PROMPT} tokens is assumed."
-    )
-    return Prompt(words, (0, 0, 0), tuple(range(count)), marks), [note]
+def _usual_prompt(spec) -> Prompt:
+    """Return a prompt of the usual length, for where its tokenizer is not here."""
+    marks = ((0,),) * len(spec["prompt"]["delimiters"])
+    return Prompt((0,) * PROMPT, (0, 0, 0), tuple(range(spec["num_classes"])), marks)
 
 
 def _described(folder, fields):

@@ -112,6 +112,7 @@ def test_the_exported_encoder_guesses_as_the_trained_one_with_its_factors(home, 
     np.testing.assert_allclose(guess(module, variables), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_that_stopped_half_way_goes_on_bit_by_bit(home, ran):
     config, _, _ = ran
     half = home / "half"

@@ -33,7 +33,9 @@ class _Rows(Sequence):
         return self.parts[part][int(row)]
 
 
-def deal(groups: Sequence[str], labels: np.ndarray, *, count: int, seed: int) -> np.ndarray:
+def deal(
+    groups: Sequence[str], labels: np.ndarray, *, count: int, seed: int, setting: str = "count"
+) -> np.ndarray:
     """Return the fold of every row [N].
 
     Args:
@@ -41,17 +43,18 @@ def deal(groups: Sequence[str], labels: np.ndarray, *, count: int, seed: int) ->
       labels: [N] class of each row, -1 unknown.
       count: K, at least 3.
       seed: of the dealing.
+      setting: of data.folds that says so, for messages.
 
     Raises:
       UserError: for fewer than 3 folds, or fewer patients than folds.
     """
     if count < 3:
         raise UserError(
-            f"data.folds.count={count} must be 0, or at least 3: train, validate, test."
+            f"data.folds.{setting}={count} must be 0, or at least 3: train, validate, test."
         )
     patients = len(set(groups))
     if patients < count:
-        raise UserError(f"data.folds.count={count}, but there are only {patients} patients.")
+        raise UserError(f"data.folds.{setting}={count}, but there are only {patients} patients.")
     dealt = np.zeros(len(groups), int)
     dealer = StratifiedGroupKFold(count, shuffle=True, random_state=seed)
     try:
@@ -61,7 +64,7 @@ def deal(groups: Sequence[str], labels: np.ndarray, *, count: int, seed: int) ->
             for fold, (_, held) in enumerate(dealer.split(labels, labels, groups)):
                 dealt[held] = fold
     except ValueError as error:
-        raise UserError(f"data.folds.count={count}: {error}.") from None
+        raise UserError(f"data.folds.{setting}={count}: {error}.") from None
     return dealt
 
 
@@ -108,7 +111,8 @@ def open_fold(
     rest = np.flatnonzero(fold != index)
     held = fold[rest] == (index + 1) % count
     if inner:
-        held = deal(groups[rest], labels[rest], count=inner, seed=seed) == 0
+        inside = {"count": inner, "seed": seed, "setting": "inner"}
+        held = deal(groups[rest], labels[rest], **inside) == 0
     role[rest[held]] = "validation"
     first = sources[0]
     rows = _Rows([source.serialised for source in sources], where[role == split])

@@ -110,7 +110,7 @@ def read(
       sentences: templates with {column} places, in the order of the text; () tells every column of
         the schema but those that give the label away.
       words: (category, how it is written) pairs.
-      bins: (column, inner edges) of every number that is told, ascending.
+      bins: (column, inner edges) of every number that is told, ascending; others do no harm.
       emphasised: columns whose block counts `emphasis`-fold before the inner product, one reading
         of the paper's "disease-related dimensions".
       emphasis: that factor.
@@ -134,7 +134,7 @@ def read(
                 f"data.metadata.sentences tells '{name}', which gives the label away: "
                 f"{schema[name]['leakage']}."
             )
-    numbers = [name for name in told.columns if schema[name]["kind"] == "numeric"]
+    numbers = [name for name in schema if schema[name]["kind"] == "numeric"]
     edges = {name: tuple(map(float, inner)) for name, inner in bins}
     for setting, names, known in (
         ("bins", edges, numbers),
@@ -142,11 +142,11 @@ def read(
     ):
         for name in names:
             if name not in known:
+                kind = "number of the table" if setting == "bins" else "column that is told"
                 raise UserError(
-                    f"data.metadata.{setting}: '{name}' is no column told there. "
-                    f"{nearest(name, list(known))}"
+                    f"data.metadata.{setting}: '{name}' is no {kind}. {nearest(name, list(known))}"
                 )
-    for name in numbers:
+    for name in filter(numbers.__contains__, told.columns):
         inner = edges.get(name, ())
         if not inner or list(inner) != sorted(set(inner)):
             raise UserError(

@@ -10,8 +10,7 @@ told in docs/prima.md. Stage "inject" (masked words of a risk corpus) is recipes
   fuse     cross-entropy of a language model's next token, over the tokens of the classes alone;
            projectors, delimiters and factors of the language model train
 
-A stage is a run that starts from the run before it (`init.params`).
-
+Each is a run that starts from the run before it (`init.params`).
 Axis letters: B patients, J views, K patches, T tokens of the text (its class token first), D width
 of the encoders, E of the joint space, W of the language model, C classes.
 """
@@ -168,8 +167,8 @@ class Prima(nn.Module):
     def encode(self, batch, *, train=False):
         """Return what the stage makes of uint8 images and a text.
 
-        align     `image`, `text` [B, E] unit norm; `views` [B, J, E], `patches` [B, J, K, E],
-                  `words` [B, T-1, E] and `words_mask`, as projected
+        align     `image`, `text` [B, E] unit norm; in training also, as projected, `views`
+                  [B, J, E], `patches` [B, J, K, E], `words` [B, T-1, E] and `words_mask`
         sharpen   `logits` [B, C], `each` [B, J, C]
         fuse      `logits` [B, C]
 
@@ -180,7 +179,7 @@ class Prima(nn.Module):
         if self.stage == "fuse":
             return features | self._fuse(image, text, train)
         if self.stage == "align" or self.is_initializing():  # sharpening carries its parts on
-            features |= self._align(image, text)
+            features |= self._align(image, text, train)
         if self.stage == "sharpen":
             read = text is not None and self.mlp_reads == "text"
             features |= self._sharpen(image, text.pooled if read else batch.get("metadata_vector"))
@@ -201,7 +200,8 @@ class Prima(nn.Module):
         """Return pooled [B, J, D] and tokens [B, J, K, D] of all images that are there."""
         names = self.images
         if len(names) == 1 or any(name not in batch for name in names):
-            names = [name for name in ("image", "image_2") if name in batch]
+            pair = ("image", "image_2")[: self.views if self.stage == "fuse" else 2]
+            names = [name for name in pair if name in batch]
         if not names:
             return None
         images = jnp.stack([batch[name] for name in names], axis=1)  # [B, J, H, W, 1 or 3]
@@ -224,16 +224,18 @@ class Prima(nn.Module):
         follows = jnp.pad(tokens.mask[:, 2:], ((0, 0), (0, 1)))
         return Encoded(x[:, 0], x[:, 1:], follows)
 
-    def _align(self, image, text):
+    def _align(self, image, text, train):
         features = {}
         if image is not None:
             views = self.image_projection(image.pooled)
-            patches = self.image_projection(image.tokens)
-            features |= {"views": views, "patches": patches, "image": base.unit(views.mean(1))}
+            features["image"] = base.unit(views.mean(1))
+            if train:  # too large to keep of a whole corpus
+                features |= {"views": views, "patches": self.image_projection(image.tokens)}
         if text is not None:
-            words = self.text_projection(text.tokens)
-            features |= {"words": words, "words_mask": text.mask}
             features["text"] = base.unit(self.text_projection(text.pooled))
+            if train:
+                words = self.text_projection(text.tokens)
+                features |= {"words": words, "words_mask": text.mask}
         return features
 
     def _sharpen(self, image, table):

@@ -95,8 +95,8 @@ def test_a_corpus_without_sentences_tells_every_column_that_gives_nothing_away()
         ),
         ({"words": (("True", "seborrheic keratosis"),)}, "names the class 'seborrheic keratosis'"),
         ({"bins": (("age", (50,)),)}, r"bins has \(\) for the number 'diameter_1'"),
-        ({"bins": (*PAD["bins"], ("itch", (1,)))}, "bins: 'itch' is no column told there"),
-        ({"emphasised": ("smoke",)}, "emphasised: 'smoke' is no column told there"),
+        ({"bins": (*PAD["bins"], ("itch", (1,)))}, "bins: 'itch' is no number of the table"),
+        ({"emphasised": ("smoke",)}, "emphasised: 'smoke' is no column that is told"),
     ],
 )
 def test_what_does_not_fit_or_leaks_is_refused_by_name(changes, message):

@@ -1,6 +1,8 @@
 """Prompts: one token a class, in the order of the label vector."""
 
 import pytest
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
 
 from medvlp_jax.config import UserError
 from medvlp_jax.data import prompts, text
@@ -26,7 +28,11 @@ def test_letters_stand_before_the_classes_and_are_one_token_each(tokenizer):
 
 
 def test_qwens_own_letters_are_one_token_each(test_data):
-    qwen = text.load_tokenizer(test_data / "tokenizers" / "qwen-base")
+    folder = test_data / "tokenizers" / "qwen-base"
+    model = models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
+    qwen = tokenizers.Tokenizer(model)
+    qwen.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    qwen.decoder = decoders.ByteLevel()
     found = prompts.tokenise(qwen, SETTINGS, tuple("vwxyz"))
     assert [qwen.decode([i]) for i in found.classes] == [" A", " B", " C", " D", " E"]
 

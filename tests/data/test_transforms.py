@@ -287,3 +287,25 @@ def test_brightness_and_contrast_stay_within_their_limits():
         assert (np.diff(y) >= 0).all()
         assert (y <= np.clip(x * 1.2 + 51, 0, 255) + 0.51).all()
         assert (y >= np.clip(x * 0.8 - 51, 0, 255) - 0.51).all()
+
+
+def test_primas_view_without_change_is_the_image_and_its_flips():
+    image = smooth(32, 32)[..., None].repeat(3, 2)
+    still = {"smallest": 1.0, "rotation": 0.0, "jitter": 0.0, "hue": 0.0, "size": 32}
+    rng = np.random.default_rng(0)
+    # The aspect is drawn all the same: at area 1 a side that would be too long is cut.
+    plain = [transforms.prima_view(image, rng, flip=0.0, **still) for _ in range(40)]
+    nearest = min(np.abs(p.astype(int) - image).mean() for p in plain)
+    assert nearest < 6
+    flipped = transforms.prima_view(image, np.random.default_rng(1), flip=1.0, **still)
+    again = transforms.prima_view(image, np.random.default_rng(1), flip=0.0, **still)
+    np.testing.assert_allclose(flipped[::-1, ::-1].astype(int), again, atol=2)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_primas_view_has_its_size_and_is_a_function_of_the_generator(channels):
+    image = smooth(40, 40)[..., None].repeat(channels, 2)
+    view = lambda seed: transforms.prima_view(image, np.random.default_rng(seed), size=24)
+    assert view(0).shape == (24, 24, channels)
+    np.testing.assert_array_equal(view(0), view(0))
+    assert (view(0) != view(1)).any()

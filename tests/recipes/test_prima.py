@@ -107,6 +107,11 @@ def aligned(size=5, seed=0):
     }
 
 
+def objective(features, batch, **fields):
+    recipe = make("align", **fields)
+    return jax.jit(lambda f, b: recipe.apply({}, f, b, method="objective"))(features, batch)
+
+
 @pytest.mark.parametrize(
     ("fields", "factor"),
     [({}, 3), ({"label_weight": 1.7}, 1.7), ({"label_weight": 0.0}, 0), ({"soft": "label"}, 3)],
@@ -114,7 +119,7 @@ def aligned(size=5, seed=0):
 def test_the_objective_is_equations_3_and_6_with_y_of_label_and_metadata(fields, factor):
     features, batch = aligned(), batch_of(5)
     with jax.enable_x64(True):
-        terms = make("align", **fields).apply({}, features, batch, method="objective")
+        terms = objective(features, batch, **fields)
     y = factor * np.float64(batch["label/d"] == 1)
     if "soft" not in fields:
         y = np.concatenate([y, np.float64(batch["metadata_vector"])], 1)
@@ -134,7 +139,7 @@ def test_the_objective_is_equations_3_and_6_with_y_of_label_and_metadata(fields,
 def test_the_ablation_without_attention_contrasts_means_over_the_batch():
     features, batch = aligned(seed=1), batch_of(5)
     with jax.enable_x64(True):
-        terms = make("align", local="direct").apply({}, features, batch, method="objective")
+        terms = objective(features, batch, local="direct")
     expected = 0.0
     mean = [w[m].mean(0) for w, m in zip(features["words"], features["words_mask"], strict=True)]
     for j in range(2):
@@ -145,8 +150,9 @@ def test_the_ablation_without_attention_contrasts_means_over_the_batch():
 
 def test_printed_forms_are_switches():
     features, batch = aligned(seed=2), batch_of(5)
-    run = lambda **fields: make("align", **fields).apply({}, features, batch, method="objective")
-    mean, paper = run(), run(soft_norm="paper", printed_local=True, symmetric_views=True)
+    mean = objective(features, batch)
+    printed = {"soft_norm": "paper", "printed_local": True, "symmetric_views": True}
+    paper = objective(features, batch, **printed)
     np.testing.assert_allclose(paper["soft"] * 5, mean["soft"], rtol=1e-5)
     assert paper["local"] != mean["local"]
     assert paper["image"] != mean["image"]
@@ -155,8 +161,7 @@ def test_printed_forms_are_switches():
 
 def test_tiles_and_dense_losses_agree_in_the_objective():
     features, batch = aligned(8), batch_of(8)
-    run = lambda tile: make("align", loss_tile=tile).apply({}, features, batch, method="objective")
-    dense, tiled = run(0), run(3)
+    dense, tiled = objective(features, batch), objective(features, batch, loss_tile=3)
     for name in ALIGN:
         np.testing.assert_allclose(tiled[name], dense[name], rtol=1e-5)
 
@@ -239,12 +244,13 @@ def test_alignment_trains_5_31_m_of_dinov3_and_sharpening_the_same_with_a_head()
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_rows_are_independent_and_a_modality_that_is_missing_gives_no_feature(stages, stage):
-    each = stages(stage)
+    each, other = stages(stage), batch_of(8, seed=1)
     batch = {k: each.batch[k] for k in ("image", "image_2", "metadata")}
     whole = each.encode(each.variables, batch)
-    part = each.encode(each.variables, jax.tree.map(lambda x: x[2:5], batch))
-    for name, value in part.items():
-        np.testing.assert_allclose(value, whole[name][2:5], rtol=1e-4, atol=1e-5, err_msg=name)
+    beside = {k: jax.tree.map(lambda x, y: np.r_[x[:3], y[3:]], batch[k], other[k]) for k in batch}
+    for name, value in each.encode(each.variables, beside).items():
+        np.testing.assert_allclose(value[:3], whole[name][:3], rtol=1e-4, atol=1e-5, err_msg=name)
+        assert np.abs(np.asarray(value[3:]) - np.asarray(whole[name][3:])).max() > 1e-3, name
     assert each.recipe.apply(each.variables, {}, method="encode") == {}
 
 
@@ -277,15 +283,6 @@ def test_class_logits_are_those_of_the_whole_vocabulary_at_the_classes(stages):
     x = np.random.default_rng(0).normal(size=(2, 16)).astype(np.float32)
     decode = lambda *ids: llm.apply({"params": params}, x, *ids, method="decode")
     np.testing.assert_allclose(decode(jnp.asarray([6, 7, 8])), decode()[:, 6:9], rtol=1e-6)
-
-
-def test_delimiters_begin_as_the_mean_of_their_words(stages):
-    params = stages("fuse").variables["params"]
-    assert not np.asarray(params["fusion"]["delimiters"]).any()
-    fusion = stages("fuse").recipe.clone()  # shapes of what the language model reads
-    rows = np.asarray(params["llm"]["word_embedding"])
-    assert fusion.prompt.delimiters[0] == (9, 10)
-    assert rows[[9, 10]].mean(0).shape == (16,)
 
 
 @pytest.mark.parametrize(
