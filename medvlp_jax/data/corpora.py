@@ -164,10 +164,10 @@ def _resizable(builder_class, root: Path, name: str):
             f"{builder_class.name} has no builder config '{name}'. {nearest(variant, known)} A "
             "size may follow: " + f"{known[0]}-512."
         )
-    config = tfds.core.BuilderConfig(
-        name=f"{variant}-{side}" if side else variant,
-        description=builder_class.VARIANTS[variant],
-    )
+    config = variant
+    if side:
+        text = builder_class.VARIANTS[variant]
+        config = tfds.core.BuilderConfig(name=f"{variant}-{side}", description=text)
     with _quiet():
         return builder_class(data_dir=root, config=config, file_format="array_record")
 

@@ -59,6 +59,15 @@ def to_rle(mask: np.ndarray) -> str:
     return " ".join(f"{start + 1} {length}" for start, length in _runs(mask)) or "-1"
 
 
+def check_runs(text: str) -> None:
+    """Refuse a text that can be no run lengths of any image.
+
+    Raises:
+      UserError: for it.
+    """
+    _pairs(text)
+
+
 def from_box(box: Box, shape: Shape) -> np.ndarray:
     """Return the mask of a box."""
     x, y = _centres(shape)
