@@ -26,7 +26,7 @@ import tensorflow_datasets as tfds
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
 from medvlp_jax.config import UserError, nearest
-from medvlp_jax.data import datasets, records
+from medvlp_jax.data import building, datasets, records
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,6 +139,8 @@ def builder(
                 data_dir=root, config=variant, file_format="array_record", source=source
             )
     known = [config.name for config in module.Builder.BUILDER_CONFIGS]
+    if getattr(module.Builder, "RESIZABLE", False):
+        return _resizable(module.Builder, root, builder_config)
     if builder_config and builder_config not in known:
         raise UserError(
             f"{name} has no builder config '{builder_config}'. {nearest(builder_config, known)}"
@@ -151,6 +153,23 @@ def builder(
             config=builder_config or None,
             file_format="array_record",
         )
+
+
+def _resizable(builder_class, root: Path, name: str):
+    """Return a builder of a variant, or of "<variant>-<side>", its images pre-resized."""
+    known = [config.name for config in builder_class.BUILDER_CONFIGS]
+    variant, side = building.split_size(name or known[0])
+    if variant not in known:
+        raise UserError(
+            f"{builder_class.name} has no builder config '{name}'. {nearest(variant, known)} A "
+            "size may follow: " + f"{known[0]}-512."
+        )
+    config = variant
+    if side:
+        text = builder_class.VARIANTS[variant]
+        config = tfds.core.BuilderConfig(name=f"{variant}-{side}", description=text)
+    with _quiet():
+        return builder_class(data_dir=root, config=config, file_format="array_record")
 
 
 def prepare(

@@ -1,0 +1,127 @@
+"""Radiographs of any bit depth as 8-bit grey: DICOM, 16-bit PNG, and what Pillow reads.
+
+The one place where MONOCHROME1, the modality and VOI tables and the bit depth are dealt with:
+
+  stored values -> modality rescale or table -> VOI window or table -> 0..255 -> MONOCHROME1 turned
+
+(DICOM PS3.3 C.11.1 and C.11.2, in this order; pydicom does both steps.) What the file says decides
+the ends of the grey scale: those of the window or table where it has one; 8-bit values stay as they
+are; anything deeper without a window is stretched from its smallest to its largest value, padding
+left out.
+"""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from medvlp_jax.config import UserError
+
+MONOCHROME = ("MONOCHROME1", "MONOCHROME2")
+SUFFIXES = (".dcm", ".dicom")
+# Further than any radiograph: a header that asks for more is damaged, and memory is not its to ask.
+MAX_PIXELS = 1 << 28
+
+
+def read(path: Path) -> np.ndarray:
+    """Return a radiograph as uint8 [H, W].
+
+    Args:
+      path: DICOM by its suffix; any other file is left to Pillow.
+
+    Raises:
+      UserError: with the file's name, for a file that is missing, damaged, no image, in colour or
+        of several frames (DICOM), or compressed as pydicom cannot read it here.
+    """
+    if not path.is_file():
+        raise UserError(f"image {path} is missing.")
+    try:
+        return _dicom(path) if path.suffix.lower() in SUFFIXES else _picture(path)
+    except UserError:
+        raise
+    except Exception as error:
+        # Parsers of damaged files raise nearly every type there is; all of them mean this.
+        raise UserError(
+            f"image {path} cannot be decoded ({type(error).__name__}: {_short(error)}); a whole "
+            "DICOM, JPEG or PNG file is needed."
+        ) from error
+
+
+def grey(image: Image.Image) -> np.ndarray:
+    """Return a Pillow image as uint8 [H, W]; more than 8 bits are stretched to their range."""
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        values = np.asarray(image, np.float64)
+        return _to_uint8(values, values.min(), values.max())
+    return np.asarray(image.convert("L"))
+
+
+def _picture(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        _check_size(path, *image.size)
+        image.load()
+        return grey(image)
+
+
+def _dicom(path: Path) -> np.ndarray:
+    import pydicom
+    from pydicom import pixels
+
+    data = pydicom.dcmread(path)
+    kind = str(data.get("PhotometricInterpretation", "missing"))
+    frames = int(data.get("NumberOfFrames") or 1)
+    if kind not in MONOCHROME or frames != 1:
+        raise UserError(
+            f"image {path} has {frames} frames and PhotometricInterpretation {kind}; accepted is "
+            f"one frame of {' or '.join(MONOCHROME)}."
+        )
+    _check_size(path, int(data.Columns), int(data.Rows))
+    try:
+        stored = data.pixel_array
+    except (NotImplementedError, RuntimeError) as error:
+        name = data.file_meta.TransferSyntaxUID.name
+        raise UserError(
+            f"image {path} cannot be decoded ({name}: {_short(error)}); where a decoder is missing,"
+            " `pip install pylibjpeg pylibjpeg-libjpeg` or `python-gdcm` adds it."
+        ) from error
+    values = np.asarray(pixels.apply_modality_lut(stored, data), np.float64)
+    if "VOILUTSequence" in data:
+        shown = pixels.apply_voi(np.asarray(values, np.int64), data).astype(np.float64)
+        low, high = 0.0, 2.0 ** data.VOILUTSequence[0].LUTDescriptor[2] - 1
+    elif "WindowCenter" in data and "WindowWidth" in data:
+        # The ends of the window are what it makes of values far outside.
+        shown = pixels.apply_windowing(values, data)
+        low, high = pixels.apply_windowing(np.array([-1e12, 1e12]), data)
+    else:
+        shown = values
+        low, high = _range(stored, values, data)
+    result = _to_uint8(shown, low, high)
+    return 255 - result if kind == "MONOCHROME1" else result
+
+
+def _range(stored: np.ndarray, values: np.ndarray, data) -> tuple[float, float]:
+    """Return the darkest and brightest value of an image without a window."""
+    if data.BitsStored <= 8 and np.array_equal(stored, values) and data.PixelRepresentation == 0:
+        return 0.0, 2.0**data.BitsStored - 1
+    padding = data.get("PixelPaddingValue")
+    inside = values if padding is None else values[stored != int(padding)]
+    inside = inside if inside.size else values
+    return float(inside.min()), float(inside.max())
+
+
+def _to_uint8(values: np.ndarray, low: float, high: float) -> np.ndarray:
+    """Map low..high to 0..255; all zero where they are equal."""
+    if not high > low:
+        return np.zeros(values.shape, np.uint8)
+    return np.rint(np.clip((values - low) / (high - low), 0, 1) * 255).astype(np.uint8)
+
+
+def _check_size(path: Path, width: int, height: int) -> None:
+    if not 0 < width * height <= MAX_PIXELS:
+        raise UserError(
+            f"image {path} says it is {width} x {height} pixels; accepted are 1 to {MAX_PIXELS:,}."
+        )
+
+
+def _short(error: Exception) -> str:
+    """Return the first line of a message: the rest of pydicom's lists plugins."""
+    return (str(error).strip().splitlines() or ["no message"])[0][:200]

@@ -1,0 +1,140 @@
+"""DICOM and deep PNG against the formulas of the standard, written out."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from medvlp_jax.config import UserError
+from medvlp_jax.data import dicom
+
+pydicom = pytest.importorskip("pydicom")
+
+
+def write_dicom(path, pixels, *, bits=16, kind="MONOCHROME2", jpeg=False, **tags):
+    """Write a one-frame DICOM file; `tags` are set as they are."""
+    from pydicom.dataset import FileDataset, FileMetaDataset
+    from pydicom.encaps import encapsulate
+    from pydicom.uid import ExplicitVRLittleEndian, JPEGBaseline8Bit
+
+    meta = FileMetaDataset()
+    meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.1"
+    meta.MediaStorageSOPInstanceUID = "1.2.3"
+    meta.TransferSyntaxUID = JPEGBaseline8Bit if jpeg else ExplicitVRLittleEndian
+    data = FileDataset(str(path), {}, file_meta=meta, preamble=b"\0" * 128)
+    data.Rows, data.Columns = pixels.shape
+    data.SamplesPerPixel, data.PhotometricInterpretation = 1, kind
+    data.BitsAllocated = 8 if bits <= 8 else 16
+    data.BitsStored, data.HighBit, data.PixelRepresentation = bits, bits - 1, 0
+    for name, value in tags.items():
+        setattr(data, name, value)
+    if jpeg:
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, "JPEG", quality=95)
+        data.PixelData = encapsulate([buffer.getvalue()])
+    else:
+        data.PixelData = pixels.astype(np.uint8 if bits <= 8 else np.uint16).tobytes()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data.save_as(path, enforce_file_format=True)
+
+
+def ramp(high, shape=(4, 6)):
+    return np.linspace(0, high, shape[0] * shape[1]).round().astype(np.uint16).reshape(shape)
+
+
+def test_eight_bits_without_a_window_stay_as_they_are(tmp_path):
+    pixels = ramp(200).astype(np.uint8)
+    write_dicom(tmp_path / "a.dcm", pixels, bits=8)
+    np.testing.assert_array_equal(dicom.read(tmp_path / "a.dcm"), pixels)
+
+
+def test_monochrome1_is_inverted_last(tmp_path):
+    pixels = ramp(200).astype(np.uint8)
+    write_dicom(tmp_path / "a.dcm", pixels, bits=8, kind="MONOCHROME1")
+    np.testing.assert_array_equal(dicom.read(tmp_path / "a.dcm"), 255 - pixels)
+
+
+def test_a_window_follows_the_standard(tmp_path):
+    pixels, center, width, slope, intercept = ramp(4095), 1000.0, 800.0, 2.0, -100.0
+    write_dicom(
+        tmp_path / "a.dcm",
+        pixels,
+        bits=12,
+        WindowCenter=center,
+        WindowWidth=width,
+        RescaleSlope=slope,
+        RescaleIntercept=intercept,
+    )
+    expected = np.zeros(pixels.shape, np.uint8)
+    for where, stored in np.ndenumerate(pixels):  # PS3.3 C.11.2.1.2.1
+        x = float(stored) * slope + intercept
+        if x <= center - 0.5 - (width - 1) / 2:
+            y = 0.0
+        elif x > center - 0.5 + (width - 1) / 2:
+            y = 255.0
+        else:
+            y = ((x - (center - 0.5)) / (width - 1) + 0.5) * 255
+        expected[where] = round(y)
+    np.testing.assert_array_equal(dicom.read(tmp_path / "a.dcm"), expected)
+
+
+def test_a_voi_table_is_looked_up(tmp_path):
+    from pydicom.dataset import Dataset
+
+    table = Dataset()
+    table.add_new("LUTDescriptor", "US", [4, 10, 16])
+    table.add_new("LUTData", "US", [0, 20000, 40000, 65535])
+    pixels = np.array([[0, 10, 11], [12, 13, 500]], np.uint16)
+    write_dicom(tmp_path / "a.dcm", pixels, bits=12, VOILUTSequence=[table])
+    levels = [round(v / 65535 * 255) for v in (0, 0, 20000, 40000, 65535, 65535)]
+    np.testing.assert_array_equal(dicom.read(tmp_path / "a.dcm").ravel(), levels)
+
+
+def test_depth_without_a_window_is_stretched_and_padding_left_out(tmp_path):
+    pixels = np.array([[5000, 100, 300], [500, 100, 100]], np.uint16)
+    write_dicom(tmp_path / "a.dcm", pixels, bits=14, PixelPaddingValue=5000)
+    found = dicom.read(tmp_path / "a.dcm")
+    np.testing.assert_array_equal(found, [[255, 0, 128], [255, 0, 0]])
+
+
+def test_a_deep_png_is_stretched_and_a_flat_one_black(tmp_path):
+    Image.fromarray(np.array([[1000, 2000], [3000, 1000]], np.uint16)).save(tmp_path / "a.png")
+    np.testing.assert_array_equal(dicom.read(tmp_path / "a.png"), [[0, 128], [255, 0]])
+    Image.fromarray(np.full((2, 2), 700, np.uint16)).save(tmp_path / "b.png")
+    assert not dicom.read(tmp_path / "b.png").any()
+
+
+def test_jpeg_inside_dicom_is_decoded(tmp_path):
+    pixels = np.full((16, 16), 90, np.uint8)
+    write_dicom(tmp_path / "a.dcm", pixels, bits=8, jpeg=True)
+    assert abs(dicom.read(tmp_path / "a.dcm").astype(int) - 90).max() <= 2
+
+
+@pytest.mark.parametrize(
+    ("tags", "message"),
+    [
+        ({"PhotometricInterpretation": "RGB"}, "PhotometricInterpretation RGB; accepted is one"),
+        ({"NumberOfFrames": 3}, "has 3 frames"),
+        ({"Rows": 60000, "Columns": 60000}, "60000 x 60000 pixels; accepted are 1 to"),
+        ({"WindowCenter": 5, "WindowWidth": 0}, "cannot be decoded"),
+        ({"Rows": 400}, "cannot be decoded"),
+    ],
+)
+def test_what_is_no_radiograph_is_refused_by_name(tmp_path, tags, message):
+    write_dicom(tmp_path / "a.dcm", ramp(100), bits=12)
+    data = pydicom.dcmread(tmp_path / "a.dcm")
+    for name, value in tags.items():
+        setattr(data, name, value)
+    data.save_as(tmp_path / "a.dcm")
+    with pytest.raises(UserError, match=rf"image .*a\.dcm .*{message}"):
+        dicom.read(tmp_path / "a.dcm")
+
+
+def test_a_missing_or_broken_file_is_refused_by_name(tmp_path):
+    with pytest.raises(UserError, match=r"image .*none\.dcm is missing"):
+        dicom.read(tmp_path / "none.dcm")
+    for name in ("a.dcm", "a.png", "a.jpg"):
+        (tmp_path / name).write_bytes(b"no image at all")
+        with pytest.raises(UserError, match=rf"image .*{name} cannot be decoded"):
+            dicom.read(tmp_path / name)
