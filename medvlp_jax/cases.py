@@ -15,8 +15,8 @@ import numpy as np
 import scipy.special
 
 from medvlp_jax import assemble, distributed, ground, tables
-from medvlp_jax.evaluate import Evaluator
 from medvlp_jax.evaluation import attention, classify, plots, retrieval
+from medvlp_jax.evaluator import Evaluator
 from medvlp_jax.recipes.base import classifies
 from medvlp_jax.training.step import make_embed
 

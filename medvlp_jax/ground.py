@@ -33,7 +33,7 @@ class Grounder:
         """Read the boxes of the split.
 
         Args:
-          evaluator: of the run, see evaluate.Evaluator.
+          evaluator: of the run, see evaluator.Evaluator.
 
         Raises:
           UserError: where no image of the split has a box, or a setting does not exist.

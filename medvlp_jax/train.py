@@ -28,7 +28,6 @@ from medvlp_jax import (
     cases,
     cli,
     distributed,
-    evaluate,
     export,
     plan,
     sharding,
@@ -39,7 +38,8 @@ from medvlp_jax import config as configs
 from medvlp_jax.config import UserError
 from medvlp_jax.data import pairing
 from medvlp_jax.evaluation import plots
-from medvlp_jax.evaluation.results import results_table
+from medvlp_jax.evaluation.results import results_table, scalars, write_results
+from medvlp_jax.evaluator import Evaluator, full
 from medvlp_jax.training import lock, loop, optim
 from medvlp_jax.training import params as paths
 from medvlp_jax.training import step as training
@@ -55,8 +55,8 @@ class _Job(NamedTuple):
     """A run that has passed every check, at its newest checkpoint or at its start."""
 
     parts: assemble.Parts
-    evaluator: evaluate.Evaluator
-    validator: evaluate.Evaluator
+    evaluator: Evaluator
+    validator: Evaluator
     selection: Selection | None
     state: training.TrainState
     step_fn: Callable
@@ -103,10 +103,10 @@ def _prepare(config, workdir, stop) -> _Job:
         export.check(parts)
     _check_batch(settings["batch_size"], settings["chunks"], parts)
     sources = assemble.open_corpora(config["data"], config["data"]["split"])
-    evaluator = validator = evaluate.Evaluator(parts, config["evals"], stop)
+    evaluator = validator = Evaluator(parts, config["evals"], stop)
     if settings["select"]:
         _check_select(config)
-        validator = evaluate.Evaluator(parts, {**config["evals"], "split": VALIDATION}, stop)
+        validator = Evaluator(parts, {**config["evals"], "split": VALIDATION}, stop)
     variables = assemble.initial_variables(parts)
     untrained = jax.device_get(variables)  # the control; the step donates the originals
     frozen = assemble.frozen_patterns(parts)
@@ -183,7 +183,7 @@ def _fit(job, workdir, stop):
     limit = 0 if select else settings["evaluate_limit"]
 
     def validate(step, state):
-        values = evaluate.scalars(job.validator.quick(state.evaluated, limit=limit))
+        values = scalars(job.validator.quick(state.evaluated, limit=limit))
         if job.selection:
             job.selection.offer(step, state, values, config)
         return values
@@ -218,9 +218,9 @@ def _finish(job, state, workdir, began) -> dict:
     if job.selection:
         variables = assemble.place(weights.read_variables(workdir, job.untrained), job.parts)
     trained = distributed.fetch(variables)
-    results = evaluate.full(job.evaluator, variables, job.untrained)
+    results = full(job.evaluator, variables, job.untrained)
     if distributed.is_writer():
-        evaluate.write_results(results, workdir)  # before the pictures, should one fail
+        write_results(results, workdir)  # before the pictures, should one fail
     cases.show(job.evaluator, variables, workdir)
     if distributed.is_writer():
         plots.curves(workdir / "metrics.jsonl", workdir / "curves.png")

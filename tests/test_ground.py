@@ -8,9 +8,10 @@ import pytest
 from PIL import Image
 from tiny_config import get_config
 
-from medvlp_jax import assemble, evaluate, ground
+from medvlp_jax import assemble, ground
 from medvlp_jax.config import UserError
 from medvlp_jax.evaluation import grounding
+from medvlp_jax.evaluator import Evaluator, full
 
 
 @pytest.fixture(scope="module")
@@ -23,11 +24,11 @@ def evaluator(tmp_path_factory):
     config["evals"] |= {"protocols": ("grounding",), "limit": 24, "split": "train"}
     config["evals"]["controls"] = ("shuffled_phrases",)
     parts = assemble.parts(config)
-    return evaluate.Evaluator(parts, config["evals"]), assemble.initial_variables(parts)
+    return Evaluator(parts, config["evals"]), assemble.initial_variables(parts)
 
 
 def test_every_phrase_is_scored_and_so_are_wrong_ones(evaluator):
-    found = evaluate.full(*evaluator)
+    found = full(*evaluator)
     entry = found["grounding/cosine/cnr_micro"]
     assert entry["n"] == len(evaluator[0].grounder.pairs) > 5
     assert 0 <= entry["low"] <= entry["value"] <= entry["high"]
@@ -115,7 +116,7 @@ def test_bad_settings_are_refused(evaluator):
         ({"protocols": ("retrieval",)}, "shuffled_phrases goes with protocol grounding"),
     ):
         with pytest.raises(UserError, match=message):
-            evaluate.Evaluator(parts, {**settings, **changes})
+            Evaluator(parts, {**settings, **changes})
 
 
 def test_a_split_without_boxes_is_refused(evaluator):

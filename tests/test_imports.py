@@ -18,7 +18,7 @@ LEVELS = (
     ("training", "evaluation", "evidence"),
     ("clinical", "tables", "weights"),
     ("assemble",),
-    ("unpaired", "ground"),
+    ("unpaired", "ground", "embedder", "evaluator"),
     ("cli", "cases", "export", "evaluate", "plan", "train"),
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}

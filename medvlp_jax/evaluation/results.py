@@ -13,6 +13,8 @@ K, resamples, ...): numbers with different hashes are not comparable.
 import hashlib
 import json
 import math
+import os
+import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -130,3 +132,20 @@ def results_table(results: Results, *, markdown: bool = False, per_class: bool =
         rows.append(_row(name, entry))
     foot = [f"* {r}" for r in remarks] if markdown else remarks
     return "\n".join([*_lines(rows, markdown=markdown), "", *foot]).rstrip()
+
+
+def write_results(results: Results, folder: pathlib.Path) -> None:
+    """Write results.json under a temporary name, then rename."""
+    file = pathlib.Path(folder) / "results.json"
+    scratch = file.with_suffix(".tmp")
+    scratch.write_text(json.dumps(results, indent=1, allow_nan=False))
+    os.replace(scratch, file)
+
+
+def scalars(results: Results) -> dict[str, float]:
+    """Return the numbers worth a line in metrics.jsonl: no per-class rows, no intervals."""
+    return {
+        key: entry["value"]
+        for key, entry in results.items()
+        if entry.get("value") is not None and key.count("/") == 2
+    }
