@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from medvlp_jax import assemble, plan, train
+from medvlp_jax import assemble, evaluate, plan, train
 from medvlp_jax.config import UserError
 from medvlp_jax.data.datasets.ham10000.ham10000_dataset_builder import DIAGNOSES
 from medvlp_jax.evaluator import Evaluator
