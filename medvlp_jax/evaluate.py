@@ -18,7 +18,7 @@ import numpy as np
 
 from medvlp_jax import assemble, cli, distributed, sharding, tables
 from medvlp_jax.config import UserError, nearest
-from medvlp_jax.data import datasets, pipeline
+from medvlp_jax.data import datasets, leakage, pipeline
 from medvlp_jax.data import text as tokenisation
 from medvlp_jax.evaluation import baselines, classify, probe, retrieval, zero_shot
 from medvlp_jax.evaluation import features as extraction
@@ -59,6 +59,9 @@ class Evaluator:
         self._embed = make_embed(parts.recipe, parts.mesh)
         self.corpus = settings["corpus"] or parts.config["data"]["corpora"][0]
         self.source = assemble.open_corpus(self.corpus, parts.config["data"], settings["split"])
+        said = leakage.warning(parts.config["data"]["corpora"], self.corpus)
+        if said:
+            distributed.say(f"medvlp: {said}")
         needed = "zero_shot" in settings["protocols"]
         self.prompts = _read_prompts(settings["prompts"], self.corpus, needed)
         self._check_protocols()

@@ -39,7 +39,7 @@ class Builder(building.Builder):
         "frontal": "Frontal views; train, validation and, where it is there, test.",
         "images": "Frontal and lateral views.",
         "5x200": "MGCA's 200 frontal images of each of five classes as the test split.",
-        "train_without_5x200": "Frontal training views of all patients who are not in 5x200.",
+        "train_without_5x200": "All training views of the patients who are not in 5x200.",
     }
     PUBLISHED = {"train (images)": 223_414, "train (frontal)": 191_027, "validation (images)": 234}
 
@@ -83,7 +83,7 @@ class Builder(building.Builder):
             if patient_of(row, row["Path"]) in held:
                 self.left_out("patient of 5x200")
             else:
-                yield from self._views(folder, "train", [row])
+                yield to_sample(folder, row, row["Path"], "train")
 
 
 def draw_5x200(rows: Sequence[files.Row]) -> dict[str, list[str]]:
