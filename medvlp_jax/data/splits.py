@@ -143,7 +143,12 @@ def halves(ids: Sequence[str], *, held: float, seed: int = 0) -> dict[str, list[
       ids: in the order of the table they split.
       held: share that is not trained on.
       seed: of both cuts.
+
+    Raises:
+      UserError: for fewer than four ids.
     """
+    if len(ids) < 4:
+        raise UserError(f"{len(ids)} images cannot be cut in three; four or more are needed.")
     train, rest = train_and_rest(ids, held=held, seed=seed)
     test, validation = train_and_rest(rest, held=0.5, seed=seed)
     return {"train": train, "validation": validation, "test": test}

@@ -67,8 +67,7 @@ def test_unusable_images_are_named_all_at_once(folder, capsys, tmp_path, damage,
 def test_damage_inside_an_image_is_found_by_decoding(folder):
     path = folder / "train/00001.jpg"
     content = bytearray(path.read_bytes())
-    content[200:260] = bytes(60)
-    content[2:4] = b"\xff\x00"
+    content[2:160] = bytes(158)  # the tables a decoder needs
     path.write_bytes(bytes(content))
     assert inspect(folder).problems == []
     (problem,) = inspect(folder, decode=True).problems

@@ -38,7 +38,7 @@ def prepared(tmp_path):
     """NIH and RSNA, which holds NIH's first image at another size, and an unrelated third."""
     nih, rsna = tmp_path / "nih", tmp_path / "rsna"
     layouts.nih_cxr14(nih)
-    layouts.rsna_pneumonia(rsna, count=3)
+    layouts.rsna_pneumonia(rsna)
     smooth = np.random.default_rng(7).integers(0, 256, (9, 12), dtype=np.uint8)
     picture = Image.fromarray(smooth).resize((480, 360), Image.Resampling.BICUBIC)
     picture.save(nih / "images_001/images/00000001_000.png")
