@@ -3,8 +3,8 @@
 Source folder: `train.csv`, `dev.csv` (`image_name,annotation`), `test.csv`
 (`image_path,annotation`) where it is there, `train/`, `dev/`, `test/`. An annotation holds objects
 joined by ";", each "type n n ...": 0 a rectangle and 1 an ellipse, x1 y1 x2 y2; 2 a polygon, x y
-pairs; empty for none. CC BY-NC 4.0. The challenge's site no longer serves the files, the torrent has
-train and dev only: compare the hashes that `medvlp data check` prints with those of others.
+pairs; empty for none. CC BY-NC 4.0. The challenge's site no longer serves the files, the torrent
+has train and dev only: compare the hashes that `medvlp data check` prints with those of others.
 """
 
 import functools
