@@ -42,6 +42,8 @@ def _prepare(options: argparse.Namespace) -> None:
     )
     counts = [f"{split} {info.num_examples:,}" for split, info in corpus.info.splits.items()]
     print(f"{options.name} is in {folder}: {', '.join(counts)} records.")
+    for reason, count in corpus.info.metadata.get("left_out", {}).items():
+        print(f"left out: {count:,} rows: {reason}")
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -81,9 +83,9 @@ def _look_through(corpus: building.Builder, folder: Path, options: argparse.Name
 
 
 def _leakage(options: argparse.Namespace) -> None:
-    first, second = (_prepared(name, options) for name in (options.trained, options.tested))
     said = leakage.warning([options.trained], options.tested)
     print(said or f"{options.trained} and {options.tested} have no known origin in common.")
+    first, second = (_prepared(name, options) for name in (options.trained, options.tested))
     lines = leakage.table(first, second, look=options.images)
     print("\n".join(lines) or "Their records share nothing.")
 

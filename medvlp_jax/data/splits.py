@@ -43,6 +43,11 @@ ANCHORS: Mapping[str, Mapping[str, Anchor]] = {
     },
     "chexpert:5x200": {"test": Anchor(1_000, "4d61ce58bd4fc6a7")},
     "chexpert:train_without_5x200": {"train": Anchor(216_180)},
+    "chexpert:mgca_legacy": {
+        "train": Anchor(185_771),
+        "validation": Anchor(4_284),
+        "test": Anchor(202),
+    },
     "covidx:9a": {
         "train": Anchor(23_988),
         "validation": Anchor(5_998),
