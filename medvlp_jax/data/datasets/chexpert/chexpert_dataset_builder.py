@@ -52,11 +52,12 @@ class Builder(building.Builder):
         return cxr_labels.CHEXPERT_TASKS | five
 
     def samples(self, folder: Path) -> Iterator[building.Sample]:
-        rows = TABLES["train"].rows(folder, filled=("Path", "Frontal/Lateral"), unique="Path")
+        needed = ("Path", "Frontal/Lateral")
+        rows = TABLES["train"].rows(folder, filled=needed, unique="Path")
         if "5x200" in self.variant:
             yield from self._five(folder, rows)
             return
-        valid = TABLES["validation"].rows(folder, filled=("Path",), unique="Path")
+        valid = TABLES["validation"].rows(folder, filled=needed, unique="Path")
         if self.variant.startswith("mgca"):
             for split, part in self._mgca(rows).items():
                 yield from self._views(folder, split, part)
