@@ -5,9 +5,9 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from medvlp_jax import assemble, ground
+from medvlp_jax import assemble, distributed, ground
 from medvlp_jax.config import UserError, nearest
-from medvlp_jax.data import datasets
+from medvlp_jax.data import datasets, leakage
 from medvlp_jax.embedder import Embedder
 from medvlp_jax.evaluation import (
     baselines,
@@ -55,6 +55,9 @@ class Evaluator(Embedder):
         super().__init__(parts, settings["batch_size"], stop)
         self.settings = settings
         self.corpus = settings["corpus"] or parts.config["data"]["corpora"][0]
+        said = leakage.warning(parts.config["data"]["corpora"], self.corpus)
+        if said:
+            distributed.say(f"medvlp: {said}")
         self.source = assemble.open_corpus(self.corpus, parts.config["data"], settings["split"])
         needed = "zero_shot" in settings["protocols"]
         self.prompts = _read_prompts(settings["prompts"], self.corpus, needed)

@@ -1,10 +1,12 @@
-"""Prepare and check corpora: `medvlp data list | prepare NAME | check NAME`."""
+"""Prepare and check corpora: `medvlp data list | prepare NAME | check NAME | leakage A B`."""
 
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
-from medvlp_jax.data import corpora
+from medvlp_jax.config import UserError
+from medvlp_jax.data import building, checking, corpora, leakage
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -40,9 +42,16 @@ def _prepare(options: argparse.Namespace) -> None:
     )
     counts = [f"{split} {info.num_examples:,}" for split, info in corpus.info.splits.items()]
     print(f"{options.name} is in {folder}: {', '.join(counts)} records.")
+    for reason, count in corpus.info.metadata.get("left_out", {}).items():
+        print(f"left out: {count:,} rows: {reason}")
 
 
 def _check(options: argparse.Namespace) -> None:
+    corpus, folder = corpora.with_source(
+        options.name, manual_dir=options.manual_dir, builder_config=options.builder_config
+    )
+    if isinstance(corpus, building.Builder):
+        return _look_through(corpus, folder, options)
     splits = corpora.check(
         options.name, manual_dir=options.manual_dir, builder_config=options.builder_config
     )
@@ -50,16 +59,64 @@ def _check(options: argparse.Namespace) -> None:
         print(f"{split}: " + ", ".join(f"{count:,} {what}" for what, count in counts.items()))
 
 
+def _look_through(corpus: building.Builder, folder: Path, options: argparse.Namespace) -> None:
+    """Print what a source folder of a published corpus holds.
+
+    Raises:
+      UserError: where images cannot be used, after naming them.
+    """
+    found = checking.inspect(corpus, folder, decode=options.decode)
+    print("\n".join(found.lines()))
+    if options.json:
+        Path(options.json).write_text(checking.as_json(found))
+    if not found.problems:
+        return
+    where = options.write_skip_list
+    if where:
+        entries = [(p.image_id, p.what.partition(" (")[0]) for p in found.problems]
+        building.write_skip_list(Path(where), entries)
+    raise UserError(
+        f"{len(found.problems):,} images of {folder} cannot be used. Get them again, or leave them "
+        f"out by name: put a list with image_id and reason at {folder / building.SKIP_LIST}"
+        + (f" ({where} is one)." if where else " (--write-skip-list FILE writes one).")
+    )
+
+
+def _leakage(options: argparse.Namespace) -> None:
+    said = leakage.warning([options.trained], options.tested)
+    print(said or f"{options.trained} and {options.tested} have no known origin in common.")
+    first, second = (_prepared(name, options) for name in (options.trained, options.tested))
+    lines = leakage.table(first, second, look=options.images)
+    print("\n".join(lines) or "Their records share nothing.")
+
+
+def _prepared(name: str, options: argparse.Namespace) -> list[corpora.Source]:
+    name, _, variant = name.partition(":")
+    return corpora.open_all(name, data_dir=options.data_dir, builder_config=variant)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="medvlp data", description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="list | prepare | check")
+    commands = parser.add_subparsers(required=True, metavar="list | prepare | check | leakage")
     listing = commands.add_parser("list", help="name the corpora")
     listing.set_defaults(run=_list)
     prepare = commands.add_parser("prepare", help="write a corpus as array_record files")
     prepare.set_defaults(run=_prepare)
     check = commands.add_parser("check", help="read every row and image of a corpus, write nothing")
     check.set_defaults(run=_check)
-    for command in (listing, prepare):
+    check.add_argument(
+        "--decode", action="store_true", help="decode every image: hours, not minutes"
+    )
+    check.add_argument("--json", default="", help="write everything found to this file")
+    check.add_argument(
+        "--write-skip-list", default="", metavar="FILE", help="write the unusable images to a list"
+    )
+    shared = commands.add_parser("leakage", help="count what two prepared corpora share")
+    shared.set_defaults(run=_leakage)
+    shared.add_argument("trained", help="NAME or NAME:VARIANT")
+    shared.add_argument("tested", help="NAME or NAME:VARIANT")
+    shared.add_argument("--images", action="store_true", help="compare the pictures, too")
+    for command in (listing, prepare, shared):
         command.add_argument(
             "--data-dir",
             default="",

@@ -201,6 +201,19 @@ def prepare(
     return folder
 
 
+def with_source(name: str, *, manual_dir: str | Path = "", builder_config: str = ""):
+    """Return a builder that looks at no prepared corpus, and the folder with the source's files.
+
+    Raises:
+      UserError: for an unknown name or variant, or a missing source folder.
+    """
+    with tempfile.TemporaryDirectory() as nowhere:
+        corpus = builder(name, data_dir=nowhere, builder_config=builder_config)
+        source = _source_folder(corpus, manual_dir)
+        corpus = builder(name, data_dir=nowhere, builder_config=builder_config, source=source)
+    return corpus, source
+
+
 def check(name: str, *, manual_dir: str | Path = "", builder_config: str = "") -> dict[str, Any]:
     """Read a corpus from its source without writing it.
 
@@ -211,10 +224,8 @@ def check(name: str, *, manual_dir: str | Path = "", builder_config: str = "") -
     Raises:
       UserError: for the first defect, with file and row.
     """
+    corpus, source = with_source(name, manual_dir=manual_dir, builder_config=builder_config)
     with tempfile.TemporaryDirectory() as scratch:
-        corpus = builder(name, data_dir=scratch, builder_config=builder_config)
-        source = _source_folder(corpus, manual_dir)
-        corpus = builder(name, data_dir=scratch, builder_config=builder_config, source=source)
         manager = tfds.download.DownloadManager(
             download_dir=scratch,
             manual_dir=source,

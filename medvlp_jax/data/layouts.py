@@ -130,7 +130,11 @@ def member(folder: Path, row: files.Row, name: str) -> Path:
     parts = PurePosixPath(name).parts
     if not parts or parts[0] == "/" or ".." in parts or "\\" in name or "\0" in name:
         raise row.error(f"'{name[:80]}' is no path inside {folder}.")
-    if len(name) > 1024 or max(map(len, parts)) > 255:
+    try:
+        longest = max(len(part.encode()) for part in parts)
+    except UnicodeEncodeError:
+        raise row.error(f"{name[:80]!a} is no path: it has half a character in it.") from None
+    if len(name) > 1024 or longest > 255:
         raise row.error(f"'{name[:80]}...' is too long for a path.")
     return folder.joinpath(*parts)
 

@@ -29,19 +29,56 @@ class Anchor(NamedTuple):
     hash: str = ""
 
 
-# reference: MGCA, GLoRIA and BenchX code, recomputed from the public label files.
+# Per "corpus:variant": published numbers, and hashes recomputed from the public label files.
 ANCHORS: Mapping[str, Mapping[str, Anchor]] = {
-    "rsna@gloria": {
+    "rsna_pneumonia:gloria": {
         "train": Anchor(18_678, "fdea2323542c4f7d"),
         "validation": Anchor(4_003, "6279287fa3e3d1e3"),
         "test": Anchor(4_003, "00eda73bce215e4b"),
     },
-    "rsna@mgca": {
+    "rsna_pneumonia:mgca": {
         "train": Anchor(16_010, "3941bdb6a942688b"),
         "validation": Anchor(5_337, "93e72ac638814123"),
         "test": Anchor(5_337, "e75061d168ffcae0"),
     },
-    "chexpert5x200@mgca": {"test": Anchor(1_000, "4d61ce58bd4fc6a7")},
+    "chexpert:5x200": {"test": Anchor(1_000, "4d61ce58bd4fc6a7")},
+    "chexpert:train_without_5x200": {"train": Anchor(216_180)},
+    "chexpert:mgca_legacy": {
+        "train": Anchor(185_771),
+        "validation": Anchor(4_284),
+        "test": Anchor(202),
+    },
+    "covidx:9a": {
+        "train": Anchor(23_988),
+        "validation": Anchor(5_998),
+        "test": Anchor(400),
+    },
+    "covidx:cxr4": {
+        "train": Anchor(67_863),
+        "validation": Anchor(8_473),
+        "test": Anchor(8_482),
+    },
+    "mimic_cxr:images": {
+        "train": Anchor(368_960),
+        "validation": Anchor(2_991),
+        "test": Anchor(5_159),
+    },
+    "nih_cxr14:official": {"test": Anchor(25_596)},
+    "rocov2:captions": {
+        "train": Anchor(59_958),
+        "validation": Anchor(9_904),
+        "test": Anchor(9_927),
+    },
+    "siim_acr:gloria_legacy": {
+        "train": Anchor(8_578),
+        "validation": Anchor(1_910),
+        "test": Anchor(1_903),
+    },
+    "vindr_cxr:physionet": {
+        "train": Anchor(12_000),
+        "validation": Anchor(3_000),
+        "test": Anchor(3_000),
+    },
 }
 
 
@@ -111,7 +148,12 @@ def halves(ids: Sequence[str], *, held: float, seed: int = 0) -> dict[str, list[
       ids: in the order of the table they split.
       held: share that is not trained on.
       seed: of both cuts.
+
+    Raises:
+      UserError: for fewer than four ids.
     """
+    if len(ids) < 4:
+        raise UserError(f"{len(ids)} images cannot be cut in three; four or more are needed.")
     train, rest = train_and_rest(ids, held=held, seed=seed)
     test, validation = train_and_rest(rest, held=0.5, seed=seed)
     return {"train": train, "validation": validation, "test": test}

@@ -130,7 +130,6 @@ def chexpert(folder):
 
 def chexpert_plus(folder):
     """A JPEG with a report and labels, a PNG without findings, a study without text."""
-    blank = ",".join([""] * 12)
     header = (
         "path_to_image,path_to_dcm,frontal_lateral,ap_pa,deid_patient_id,"
         "patient_report_date_order,report,section_narrative,section_clinical_history,"
@@ -142,7 +141,7 @@ def chexpert_plus(folder):
     names = [f"train/patient4214{k}/study5/view1_frontal.jpg" for k in range(3)]
     texts = ['"Clear lungs,\nno effusion.",Normal.', ",Edema.", ","]
     lines = [
-        f'{name},{name}.dcm,Frontal,AP,p{k},1,"all",{",".join([""] * 6)},{text}{blank[1:-2]},'
+        f'{name},{name}.dcm,Frontal,AP,p{k},1,"all",{"," * 6}{text}{"," * 12}'
         f"{'valid' if k == 1 else 'train'}"
         for k, (name, text) in enumerate(zip(names, texts, strict=True))
     ]
@@ -325,6 +324,28 @@ def vindr_cxr(folder):
     image(folder / "test/t.dicom")
 
 
+def tbx11k(folder):
+    """Two images with a box, one of them of an unknown kind of tuberculosis, and a healthy one."""
+    names = ("tb/tb0005.png", "tb/tb0007.png")
+    kinds = ("ActiveTuberculosis", "PulmonaryTuberculosis")
+    coco = {
+        "categories": [{"id": k, "name": name} for k, name in enumerate(kinds)],
+        "images": [
+            {"id": k, "file_name": name, "width": 60, "height": 40} for k, name in enumerate(names)
+        ],
+        "annotations": [
+            {"id": k, "image_id": k, "category_id": k, "bbox": [6, 4, 30, 20]} for k in range(2)
+        ],
+    }
+    path = folder / "annotations/json/TBX11K_train.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(coco))
+    (folder / "lists").mkdir()
+    (folder / "lists/TBX11K_train.txt").write_text("tb/tb0005.png\nhealth/h0001.png\n")
+    for k, name in enumerate((*names, "health/h0001.png")):
+        image(folder / "imgs" / name, k)
+
+
 WRITERS = {
     "mimic_cxr": mimic_cxr,
     "chexpert": chexpert,
@@ -337,4 +358,5 @@ WRITERS = {
     "covidx": covidx,
     "object_cxr": object_cxr,
     "vindr_cxr": vindr_cxr,
+    "tbx11k": tbx11k,
 }

@@ -215,6 +215,12 @@ def test_vindr_counts_readers_and_knows_both_names_of_other_diseases(records_of)
     assert len(found["c"]["boxes"]["bbox"]) == 0
 
 
+def test_tbx11k_lists_add_the_images_without_a_box(records_of):
+    found = records_of("tbx11k")["train"]
+    assert sorted(found) == ["health/h0001.png", "tb/tb0005.png", "tb/tb0007.png"]
+    assert [found[name]["labels"]["finding"].sum() for name in sorted(found)] == [0, 1, 1]
+
+
 # ----- what holds for all of them -----------------------------------------------------------------
 
 
@@ -238,7 +244,7 @@ def test_a_changed_header_names_file_column_and_source(name, tmp_path):
             assert "renamed" in message
             assert "get the table from" in message
         path.write_text(kept)
-    assert changed or name in ("covidx", "mimic_cxr", "padchest")  # no plain table
+    assert changed or name in ("covidx", "mimic_cxr", "padchest", "tbx11k")  # no plain table
 
 
 @pytest.mark.parametrize("name", sorted(layouts.WRITERS))

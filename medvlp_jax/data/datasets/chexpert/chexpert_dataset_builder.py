@@ -6,7 +6,9 @@ split, the first view of each study.
 
 `valid` and `test` are labelled by radiologists. Variant `5x200` holds MGCA's draw of 200 images a
 class out of `train.csv`, which has to be left out of a pretraining, better with all images of
-its 969 patients: `train_without_5x200` does.
+its 969 patients: `train_without_5x200` does. `mgca_legacy` and `mgca_clean` are MGCA's split for
+fine-tuning, with its defect (98 % of the validation rows are trained on) and without; the test
+split is then `valid.csv`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -39,7 +41,9 @@ class Builder(building.Builder):
         "frontal": "Frontal views; train, validation and, where it is there, test.",
         "images": "Frontal and lateral views.",
         "5x200": "MGCA's 200 frontal images of each of five classes as the test split.",
-        "train_without_5x200": "Frontal training views of all patients who are not in 5x200.",
+        "train_without_5x200": "All training views of the patients who are not in 5x200.",
+        "mgca_legacy": "MGCA's frontal views to train and validate on, overlap included.",
+        "mgca_clean": "As many to validate on, all their patients taken from training.",
     }
     PUBLISHED = {"train (images)": 223_414, "train (frontal)": 191_027, "validation (images)": 234}
 
@@ -48,13 +52,19 @@ class Builder(building.Builder):
         return cxr_labels.CHEXPERT_TASKS | five
 
     def samples(self, folder: Path) -> Iterator[building.Sample]:
-        rows = TABLES["train"].rows(folder, filled=("Path", "Frontal/Lateral"), unique="Path")
+        needed = ("Path", "Frontal/Lateral")
+        rows = TABLES["train"].rows(folder, filled=needed, unique="Path")
         if "5x200" in self.variant:
             yield from self._five(folder, rows)
             return
+        valid = TABLES["validation"].rows(folder, filled=needed, unique="Path")
+        if self.variant.startswith("mgca"):
+            for split, part in self._mgca(rows).items():
+                yield from self._views(folder, split, part)
+            yield from self._views(folder, "test", valid)
+            return
         yield from self._views(folder, "train", rows)
-        valid = TABLES["validation"]
-        yield from self._views(folder, "validation", valid.rows(folder, unique="Path"))
+        yield from self._views(folder, "validation", valid)
         if TEST.find(folder):
             for row in TEST.rows(folder, filled=("Study",), unique="Study"):
                 path = f"{row['Study']}/view1_frontal.jpg"
@@ -66,6 +76,15 @@ class Builder(building.Builder):
                 yield to_sample(folder, row, row["Path"], split)
             else:
                 self.left_out("lateral view")
+
+    def _mgca(self, rows: Sequence[files.Row]) -> dict[str, list[files.Row]]:
+        drawn = {path for paths in draw_5x200(rows).values() for path in paths}
+        patients = [patient_of(row, row["Path"]) for row in rows]
+        is_drawn = np.array([row["Path"] in drawn for row in rows])
+        parts = splits.chexpert_mgca(patients, is_drawn, self.variant.removeprefix("mgca_"))
+        used = np.union1d(*parts.values())
+        self.left_out("5x200, or a patient of 5x200 or of validation", len(rows) - len(used))
+        return {split: [rows[k] for k in part] for split, part in parts.items()}
 
     def _five(self, folder: Path, rows: Sequence[files.Row]) -> Iterator[building.Sample]:
         by_path = {row["Path"]: row for row in rows}
@@ -83,7 +102,7 @@ class Builder(building.Builder):
             if patient_of(row, row["Path"]) in held:
                 self.left_out("patient of 5x200")
             else:
-                yield from self._views(folder, "train", [row])
+                yield to_sample(folder, row, row["Path"], "train")
 
 
 def draw_5x200(rows: Sequence[files.Row]) -> dict[str, list[str]]:

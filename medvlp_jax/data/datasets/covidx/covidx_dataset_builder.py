@@ -78,15 +78,14 @@ def read_line(folder: Path, row: files.Row, images: str, classes: tuple[str, ...
     """
     words = row["line"].rsplit(maxsplit=2)
     head = words[0].split(" ")
-    if len(words) != 3 or len(head) < 2 or words[1] not in classes:
+    choices = [(" ".join(head[:k]), " ".join(head[k:])) for k in range(len(head) - 1, 0, -1)]
+    choices = [pair for pair in choices if all(map(str.strip, pair))]
+    if len(words) != 3 or not choices or words[1] not in classes:
         raise row.error(
             f"'{row['line'][:80]}' is no line of COVIDx; accepted is 'patient file class source' "
             f"with the class {', '.join(classes)}."
         )
-    choices = [(" ".join(head[:k]), " ".join(head[k:])) for k in range(len(head) - 1, 0, -1)]
-    for _, file in choices:
-        layouts.member(folder, row, f"{images}/{file}")
-    exists = [pair for pair in choices if (folder / images / pair[1]).is_file()]
+    exists = [p for p in choices if layouts.member(folder, row, f"{images}/{p[1]}").is_file()]
     patient, file = (exists or choices)[0]
     cells = {"patient": patient, "file": file, "class": words[1], "source": words[2]}
     return row._replace(cells=cells)

@@ -1,10 +1,10 @@
 """Object-CXR: radiographs with foreign objects as boxes, ellipses and polygons.
 
 Source folder: `train.csv`, `dev.csv` (`image_name,annotation`), `test.csv`
-(`image_path,annotation`), `train/`, `dev/`, `test/`. An annotation holds objects joined by ";",
-each "type n n ...": 0 a rectangle and 1 an ellipse, x1 y1 x2 y2; 2 a polygon, x y pairs; empty for
-none. CC BY-NC 4.0. The original site and its torrent are gone; mirrors are on Zenodo and
-academictorrents, and the hashes `medvlp data check` prints are what to compare.
+(`image_path,annotation`) where it is there, `train/`, `dev/`, `test/`. An annotation holds objects
+joined by ";", each "type n n ...": 0 a rectangle and 1 an ellipse, x1 y1 x2 y2; 2 a polygon, x y
+pairs; empty for none. CC BY-NC 4.0. The challenge's site no longer serves the files, the torrent
+has train and dev only: compare the hashes that `medvlp data check` prints with those of others.
 """
 
 import functools
@@ -16,9 +16,9 @@ import numpy as np
 
 from medvlp_jax.data import building, files, layouts, masks
 
-WHERE = "a mirror of Object-CXR (MIDL 2020 challenge), such as https://zenodo.org/records/5137454"
+WHERE = "https://academictorrents.com/details/fdc91f11d7010f7259a05403fc9d00079a09f5d5, or a mirror"
 SPLITS = {"train": "train", "dev": "validation", "test": "test"}
-COLUMN = {"train": "image_name", "dev": "image_name", "test": "image_path"}
+COLUMNS = ("image_name", "image_path")
 PHRASE = "Foreign object"
 RECTANGLE, ELLIPSE, POLYGON = "0", "1", "2"
 
@@ -48,24 +48,31 @@ class Builder(building.Builder):
         return {"finding": (PHRASE,)}
 
     def samples(self, folder: Path) -> Iterator[building.Sample]:
+        headers = tuple(f"{column},annotation" for column in COLUMNS)
         for part, split in SPLITS.items():
-            column = COLUMN[part]
-            table = layouts.Table((f"{part}.csv",), (f"{column},annotation",), WHERE)
-            for row in table.rows(folder, filled=(column,), unique=column):
-                layouts.member(folder, row, row[column])
-                name = f"{part}/{PurePosixPath(row[column]).name}"
-                shapes = parse(row)
-                yield building.Sample(
-                    row=row,
-                    path=layouts.member(folder, row, name),
-                    split=split,
-                    image_id=name,
-                    patient_id=name,
-                    study_id=name,
-                    labels={"finding": np.array([bool(shapes)], np.int8)},
-                    boxes=[(shape.box, PHRASE) for shape in shapes],
-                    mask=functools.partial(fill, shapes),
-                )
+            table = layouts.Table((f"{part}.csv",), headers, WHERE)
+            if part == "test" and table.find(folder) is None:
+                continue  # never published with the rest
+            for row in table.rows(folder):
+                yield _sample(folder, row, part, split)
+
+
+def _sample(folder: Path, row: files.Row, part: str, split: str) -> building.Sample:
+    column = next(name for name in COLUMNS if name in row.cells)
+    layouts.member(folder, row, row[column])
+    name = f"{part}/{PurePosixPath(row[column]).name}"
+    shapes = parse(row)
+    return building.Sample(
+        row=row,
+        path=layouts.member(folder, row, name),
+        split=split,
+        image_id=name,
+        patient_id=name,
+        study_id=name,
+        labels={"finding": np.array([bool(shapes)], np.int8)},
+        boxes=[(shape.box, PHRASE) for shape in shapes],
+        mask=functools.partial(fill, shapes),
+    )
 
 
 def parse(row: files.Row) -> list[Shape]:

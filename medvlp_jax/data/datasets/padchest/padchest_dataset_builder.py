@@ -74,11 +74,9 @@ class Builder(building.Builder):
 
     def _sample(self, folder: Path, row: files.Row) -> building.Sample:
         image, patient = row["ImageID"], row["PatientID"]
-        layouts.member(folder, row, f"{row['ImageDir']}/{image}")
-        layout = _layout(folder, image, row["ImageDir"])
         return building.Sample(
             row=row,
-            path=folder / layout.format(dir=row["ImageDir"]) / image,
+            path=_path(folder, row),
             split="test" if self.variant == "physician" else files.split_of(patient),
             image_id=image,
             patient_id=patient,
@@ -88,10 +86,12 @@ class Builder(building.Builder):
         )
 
 
-def _layout(folder: Path, image: str, number: str) -> str:
-    """Return where this source folder keeps its images, "{dir}" for their archive's number."""
-    known = _found_layout(folder)
-    return known if (folder / known.format(dir=number) / image).exists() else "{dir}"
+def _path(folder: Path, row: files.Row) -> Path:
+    """Return where this source folder keeps an image; "{dir}" stands for its archive's number."""
+    number, image = row["ImageDir"], row["ImageID"]
+    layout = _found_layout(folder).format(dir=number)
+    path = layouts.member(folder, row, f"{layout}/{image}")
+    return path if path.is_file() else layouts.member(folder, row, f"{number}/{image}")
 
 
 @functools.lru_cache(maxsize=8)

@@ -44,7 +44,7 @@ class Builder(building.Builder):
         kinds = read_kinds(folder)
         ids = splits.rsna(list(patients), self.variant)
         if len(patients) == IMAGES:
-            splits.require(f"rsna@{self.variant}", ids, LABELS.names[0])
+            splits.require(f"{self.name}:{self.variant}", ids, LABELS.names[0])
         part = {name: split for split, names in ids.items() for name in names}
         for name, rows in patients.items():
             boxes = boxes_of(rows)

@@ -1,0 +1,151 @@
+"""What two corpora share: by where their images come from, and by what their records hold.
+
+RSNA, SIIM-ACR and part of COVIDx are NIH's images under other names; MS-CXR is a part of MIMIC-CXR;
+CheXpert Plus is CheXpert. A model pretrained on one has seen the other's test images. Ids do not
+tell, because the challenges renamed the files; ORIGINS does, and fingerprints of the images do.
+"""
+
+import collections
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from medvlp_jax.data import building
+from medvlp_jax.data.corpora import Source
+
+# Where the images of a corpus come from; one that is not here is its own origin.
+ORIGINS: Mapping[str, tuple[str, ...]] = {
+    "nih_cxr14": ("NIH ChestX-ray14",),
+    "rsna_pneumonia": ("NIH ChestX-ray14",),
+    "siim_acr": ("NIH ChestX-ray14",),
+    "covidx": ("NIH ChestX-ray14", "covid-chestxray-dataset"),
+    "cxr_pairs": ("covid-chestxray-dataset",),
+    "mimic_cxr": ("MIMIC-CXR",),
+    "ms_cxr": ("MIMIC-CXR",),
+    "chexpert": ("CheXpert",),
+    "chexpert_plus": ("CheXpert",),
+    "vindr_cxr": ("VinDr-CXR",),
+    "vinbigdata": ("VinDr-CXR",),
+    "ham10000": ("HAM10000",),
+    "isic2018": ("HAM10000",),
+    "isic2019": ("HAM10000",),
+    "roco": ("ROCO",),
+    "rocov2": ("ROCO",),
+}
+SIDE, BANDS = 16, 8
+# Of 256 bits; a radiograph and its copy in another size and compression differ in fewer.
+MOST_DIFFERENT = 12
+
+
+class Shared(NamedTuple):
+    """What two splits share."""
+
+    images: int
+    patients: int
+    texts: int
+    alike: int | None = None
+
+
+def origins(name: str) -> set[str]:
+    """Return where the images of a corpus come from; a variant counts as its corpus."""
+    corpus = name.partition(":")[0]
+    return {*ORIGINS.get(corpus, (corpus,))}
+
+
+def warning(trained: Iterable[str], tested: str) -> str:
+    """Return a sentence where a corpus to test on has images of one that was trained on; else "".
+
+    The same corpus under the same variant is no leak: its splits are apart.
+    """
+    found = []
+    for name in dict.fromkeys(trained):
+        common = origins(name) & origins(tested)
+        if common and name != tested:
+            found.append(f"{name} ({', '.join(sorted(common))})")
+    if not found:
+        return ""
+    return (
+        f"leakage: {tested} shares images or patients with what was trained on: "
+        f"{'; '.join(found)}. `medvlp data leakage` counts them; a number on it is no held-out one."
+    )
+
+
+def measure(first: Source, second: Source, *, look: bool = False) -> Shared:
+    """Count the records of `second` that share something with `first`.
+
+    Patients and ids are compared only where both corpora have an origin in common: "1" is a patient
+    in many of them.
+
+    Args:
+      first: what is trained on.
+      second: what is tested on.
+      look: compare the pictures, too.
+    """
+    related = bool(origins(first.name) & origins(second.name))
+    keys = ("image_id", "patient_id", "text_id")
+    known = {key: {entry[key] for entry in _entries(first)} for key in keys}
+    count = collections.Counter()
+    for entry in _entries(second):
+        has_text = bool(entry["findings"] or entry["impression"])
+        count["texts"] += has_text and entry["text_id"] in known["text_id"]
+        count["images"] += related and entry["image_id"] in known["image_id"]
+        count["patients"] += related and entry["patient_id"] in known["patient_id"]
+    alike = count_alike(first, second) if look else None
+    return Shared(count["images"], count["patients"], count["texts"], alike)
+
+
+def count_alike(first: Source, second: Source) -> int:
+    """Count the images of `second` that look like one of `first`: fingerprints nearly equal."""
+    known, seen = (np.stack(list(_fingerprints(source))) for source in (first, second))
+    # Two prints with at most MOST_DIFFERENT bits apart need not share a band, but copies do.
+    bands: dict[tuple[int, bytes], list[int]] = {}
+    for k, row in enumerate(known):
+        for band, part in enumerate(np.split(row, BANDS)):
+            bands.setdefault((band, part.tobytes()), []).append(k)
+    count = 0
+    for row in seen:
+        candidates = {
+            k
+            for band, part in enumerate(np.split(row, BANDS))
+            for k in bands.get((band, part.tobytes()), ())
+        }
+        different = np.bitwise_count(known[sorted(candidates)] ^ row).sum(-1)
+        count += bool((different <= MOST_DIFFERENT).any())
+    return count
+
+
+def fingerprint(encoded: bytes) -> np.ndarray:
+    """Return 256 bits as uint8 [32]: whether each of 16 x 16 places is brighter than the next."""
+    with Image.open(io.BytesIO(encoded)) as image:
+        image.draft("L", (4 * SIDE, 4 * SIDE))
+        small = image.convert("L").resize((SIDE + 1, SIDE), Image.Resampling.BOX)
+    pixels = np.asarray(small, np.int16)
+    return np.packbits(pixels[:, 1:] > pixels[:, :-1])
+
+
+def _entries(source: Source) -> Iterable[Mapping]:
+    return (source[k] for k in range(len(source)))
+
+
+def _fingerprints(source: Source) -> Iterable[np.ndarray]:
+    return building.in_order(lambda k: fingerprint(source[k]["image"]), range(len(source)))
+
+
+def table(first: Sequence[Source], second: Sequence[Source], *, look: bool = False) -> list[str]:
+    """Return a line for every pair of splits that shares something."""
+    lines = []
+    for a in first:
+        for b in second:
+            if a.name == b.name and a.split == b.split and a.folder == b.folder:
+                continue
+            shared = measure(a, b, look=look)
+            counts = ", ".join(f"{n:,} {what}" for what, n in shared._asdict().items() if n)
+            if counts:
+                lines.append(
+                    f"{b.name} {b.split} ({len(b):,} records) shares with {a.name} {a.split}: "
+                    f"{counts}"
+                )
+    return lines
