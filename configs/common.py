@@ -47,8 +47,7 @@ def data(**fields) -> ConfigDict:
             "evidence": {"folder": "", "unit": "phrase", "negated": False}  # "" = by rules
             | {"phrases": 12, "length": 24},
             "decode_cache": 0,  # decoded images kept in memory, size^2 bytes each
-            "threads": 2,
-            "prefetch": 4,
+            **{"threads": 2, "prefetch": 4},
         },
         fields,
     )
