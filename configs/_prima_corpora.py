@@ -101,6 +101,7 @@ def small(config, stage, epoch):
     """From random weights, so all of image encoder and language model train; 72 x 72 pixels."""
     no_lora = ConfigDict({"rank": 0, "alpha": 1.0, "dropout": 0.0, "layers": "", "fused": False})
     config.recipe.text.update({"variant": "tiny", "dtype": "float32", "lora": no_lora})
+    config.recipe.text.pooling = "mean"  # masked words alone do not train the class token
     config.init.update({"image": "", "text": "", "llm": ""})
     config.data.update({"tokenizer": "risk", "llm_tokenizer": "risk"})
     config.data.update({"size": 80, "crop": 72, "text_length": 96})

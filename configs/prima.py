@@ -55,7 +55,7 @@ def recipe() -> ConfigDict:
     """Stages 2 and 3; every field is explained in recipes/prima.py, every choice in the docs."""
     lora = {"dropout": 0.05, "layers": "", "fused": False}  # all linears: the paper's "1 %", twice
     image = {"name": "dinov3", "variant": "B/16", "dtype": "bfloat16", "remat": "none"}
-    text = {"name": "modernbert", "variant": "base", "dtype": "bfloat16"}
+    text = {"name": "modernbert", "variant": "base", "pooling": "cls", "dtype": "bfloat16"}
     return ConfigDict(
         {
             "name": "prima",

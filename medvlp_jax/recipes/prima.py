@@ -24,7 +24,7 @@ from flax import linen as nn
 
 from medvlp_jax.config import UserError, nearest
 from medvlp_jax.data.prompts import Prompt
-from medvlp_jax.encoders.base import Encoded, Tokens, normalise
+from medvlp_jax.encoders.base import Encoded, Tokens, normalise, pool
 from medvlp_jax.layers import Fusion, Linear, Projector
 from medvlp_jax.losses import contrastive, local
 from medvlp_jax.recipes import base
@@ -211,7 +211,7 @@ class Prima(nn.Module):
         return Encoded(split(encoded.pooled), split(encoded.tokens))
 
     def _read(self, batch) -> Encoded | None:
-        """Return the text's class token [B, D], the other tokens [B, T-1, D] and their mask.
+        """Return the text pooled [B, D], the tokens after the first [B, T-1, D] and their mask.
 
         The encoder is frozen and not in training mode: cached tokens are what it would give.
         """
@@ -222,7 +222,7 @@ class Prima(nn.Module):
         x = (self.text(tokens).tokens if x is None else x).astype(jnp.float32)
         # A token is a word where another follows it: the last one closes the text.
         follows = jnp.pad(tokens.mask[:, 2:], ((0, 0), (0, 1)))
-        return Encoded(x[:, 0], x[:, 1:], follows)
+        return Encoded(pool(x, tokens.mask, self.text.pooling), x[:, 1:], follows)
 
     def _align(self, image, text, train):
         features = {}
