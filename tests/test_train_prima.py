@@ -37,9 +37,9 @@ def resolve(folder, monkeypatch):
     def resolved(variant, *, corpus="cxr_phantom:clinic_tiny", **overrides):
         settings = SMALL | {"data.data_dir": folder / "data", "data.corpora": f"('{corpus}',)"}
         settings |= {key.replace("__", "."): value for key, value in overrides.items()}
-        arguments = [f"--config.{key}={value}" for key, value in settings.items()]
         run = folder / "runs" / variant
-        arguments += [f"--config=configs/prima.py:{variant}", f"--workdir={run}"]
+        arguments = [f"--config=configs/prima.py:{variant}", f"--workdir={run}"]
+        arguments += [f"--config.{key}={value}" for key, value in settings.items()]
         config, workdir = train.resolve(arguments)
         recipe = config["recipe"]
         recipe["image"] |= {**BLOCK, "patch_size": 8}

@@ -282,7 +282,7 @@ def test_class_logits_are_those_of_the_whole_vocabulary_at_the_classes(stages):
     llm, params = stages("fuse").recipe.llm, stages("fuse").variables["params"]["llm"]
     x = np.random.default_rng(0).normal(size=(2, 16)).astype(np.float32)
     decode = lambda *ids: llm.apply({"params": params}, x, *ids, method="decode")
-    np.testing.assert_allclose(decode(jnp.asarray([6, 7, 8])), decode()[:, 6:9], rtol=1e-6)
+    np.testing.assert_allclose(decode(jnp.asarray([6, 7, 8])), decode()[:, 6:9], rtol=1e-5)
 
 
 @pytest.mark.parametrize(
