@@ -181,7 +181,7 @@ def padchest(folder):
         for k, (name, view, method, labels) in enumerate(rows)
     ]
     table(folder / "PADCHEST_chest_x_ray_images_labels_160K_01.02.19.csv.gz", PADCHEST, *lines)
-    (folder / "0").mkdir()
+    (folder / "0").mkdir(exist_ok=True)
     for k, (name, *_) in enumerate(rows):
         if name != broken:
             pixels = np.random.default_rng(k).integers(0, 4096, SHAPE).astype(np.uint16)
