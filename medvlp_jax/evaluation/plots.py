@@ -270,8 +270,8 @@ def classifier(truth, chances, classes: Sequence[str], out_png: str | Path) -> N
     truth, chances = np.asarray(truth), np.asarray(chances)
     if not len(truth):
         raise UserError("No case of a known class to draw: classifier.png needs at least one.")
-    side = 3.2 + 0.28 * len(classes)
-    figure = Figure(figsize=(3 * side, side), layout="constrained", facecolor="white")
+    side = 3.2 + 0.28 * len(classes)  # of a square; titles stand above it, slanted names below
+    figure = Figure(figsize=(3 * side, side + 0.8), layout="compressed", facecolor="white")
     left, middle, right = figure.subplots(1, 3)
     _draw_confusion(left, truth, chances.argmax(1), classes)
     _draw_roc(middle, truth, chances, classes)
