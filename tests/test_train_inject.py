@@ -60,8 +60,13 @@ def home(tmp_path_factory):
 
 
 def settings(home, *more):
-    knowledge = f"--config.data.knowledge.folder={home / 'corpus'}"
-    return [*SETTINGS, knowledge, f"--config.init.text={home / 'bert'}", *more]
+    """Return the flags; one in `more` takes the place of its like, for tuples would be joined."""
+    folders = (
+        f"--config.data.knowledge.folder={home / 'corpus'}",
+        f"--config.init.text={home / 'bert'}",
+    )
+    given = {flag.split("=")[0]: flag for flag in (*SETTINGS, *folders, *more)}
+    return list(given.values())
 
 
 @pytest.fixture(scope="module")

@@ -76,7 +76,8 @@ def _row(name: str, entry: Mapping[str, Any]) -> tuple[str, ...]:
 def _remarks(entry: Mapping[str, Any]) -> list[str]:
     """What stands below a task's rows: the protocol, and what was skipped."""
     known = {"protocol", "hash", "settings", "skipped", "left_out", "patients", "prevalence"}
-    remarks = [f"{entry['protocol']} #{entry['hash']}, {entry.get('patients', '?')} patients"]
+    patients = f", {entry['patients']} patients" if "patients" in entry else ""
+    remarks = [f"{entry['protocol']} #{entry['hash']}{patients}"]
     if entry.get("left_out"):
         remarks.append(f"{entry['left_out']} rows left out (unknown label or no text)")
     if entry.get("skipped"):
