@@ -25,9 +25,10 @@ from collections.abc import Mapping
 import numpy as np
 from absl import flags
 
-from medvlp_jax import assemble, cases, evaluate, train
+from medvlp_jax import assemble, cases, train
 from medvlp_jax.config import UserError
 from medvlp_jax.evaluation import baselines, classify, statistics
+from medvlp_jax.evaluator import Evaluator
 
 NO_RELATIONS = {"weights": {"sample": 0.0, "unimodal": 0.0, "crossmodal": 0.0}}
 # Features of the encoder's last stage, pooled; no relations, which one modality would not have.
@@ -72,7 +73,7 @@ def run_row(config: dict, row: str, folder: pathlib.Path) -> dict:
 
 def regressions(config: dict, folder: pathlib.Path) -> dict[str, dict]:
     """Fit the regressions on the raw input and keep their predictions as those of a run."""
-    evaluator = evaluate.Evaluator(assemble.parts(config), config["evals"])
+    evaluator = Evaluator(assemble.parts(config), config["evals"])
     task, source = config["recipe"]["task"], evaluator.source
     fitted = assemble.open_corpus(evaluator.corpus, config["data"], "train")
     train_rows, test_rows = evaluator.raw_features(fitted), evaluator.raw_features(source)

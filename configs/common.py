@@ -41,13 +41,13 @@ def data(**fields) -> ConfigDict:
                 "tower": "",  # "text" where that holds an image encoder too
                 "pooling": "",  # "projection" for CLIP; "" = the architecture's default
             },
-            # By patient, see data/folds.py; count 0 = the corpus' own splits.
-            "folds": {"count": 0, "index": 0, "task": "", "seed": 0},
-            "pairing": {"ratio": 1.0, "variant": "disjoint", "share": 0.5},  # rows without partner
-            "evidence": {"folder": "", "phrases": 12, "length": 24},  # "" = by rules from reports
+            "folds": {"count": 0, "index": 0, "task": "", "seed": 0}  # data/folds.py; count 0 = the
+            | {"group": "patient_id", "inner": 0},  # corpus' own splits
+            "pairing": {"ratio": 1.0, "variant": "disjoint", "share": 0.5, "related": 0.5},
+            "evidence": {"folder": "", "unit": "phrase", "negated": False}  # "" = by rules
+            | {"phrases": 12, "length": 24},
             "decode_cache": 0,  # decoded images kept in memory, size^2 bytes each
-            "threads": 2,
-            "prefetch": 4,
+            **{"threads": 2, "prefetch": 4},
         },
         fields,
     )
@@ -111,10 +111,11 @@ def evals(**fields) -> ConfigDict:
             "limit": 0,  # only the first examples; 0 = all
             "probe_limit": 0,  # training examples of the linear probe; 0 = all
             "resamples": 2000,  # of the bootstrap over patients
-            "controls": ("untrained",),  # "masked_edge", "regression" (on a classifier's input)
+            "controls": ("untrained",),  # "masked_edge", "regression", "shuffled_phrases"
             "positive": "",  # class whose sensitivity and specificity count; "" = mean of all
             "views": 1,  # flips and turns over which class probabilities are averaged: 1, 4, 8
             "masked_edge": 0.12,
+            "grounding": {"interpolation": "bilinear", "smoothing": 0.0},  # BioViL: nearest, 1.5
         },
         fields,
     )
@@ -126,8 +127,7 @@ def rest(**fields) -> dict:
         "seed": fields.pop("seed", 0),
         "mesh": ConfigDict({"data": -1, "fsdp": 1, "tensor": 1, "rules": ()}),
         "init": _section({"params": "", "image": "", "text": ""}, fields.pop("init", {})),
-        # Our choice throughout: for corpora without a published text encoder at hand.
-        "mlm": _section(
+        "mlm": _section(  # our choice throughout
             {
                 "steps": 400,
                 "batch_size": 32,

@@ -1,10 +1,10 @@
-"""LGDEA, images and reports that are mostly no pairs. Variants: "" (ViT-B/16), demo, smoke."""
+"""LGDEA, images and reports that are mostly no pairs: "" (ViT-B/16), demo, study, smoke."""
 
 from ml_collections import ConfigDict
 
 from configs import common
 
-VARIANTS = ("", "demo", "smoke")
+VARIANTS = ("", "demo", "study", "smoke")
 
 
 def get_config(variant: str = "") -> ConfigDict:
@@ -58,6 +58,7 @@ def recipe() -> ConfigDict:
             "kept": 50,
             "confidence": "evidence",  # "link", the specification's, trusts no unpaired image
             "least_confidence": 0.2,
+            "global_on": "pairs",
             "loss_tile": 512,
         }
     )
@@ -67,6 +68,8 @@ def small(config):
     """Sizes for two CPU cores."""
     block = {"depth": 4, "width": 96, "num_heads": 4, "mlp_dim": 192, "dtype": "float32"}
     config.recipe.image = ConfigDict({"name": "vit", "variant": "tiny", **block, "patch_size": 8})
+    # The mean over the patches, so that each has its share in what meets the report.
+    config.recipe.image.pooling = "mean"
     config.recipe.text = ConfigDict({"name": "bert", "variant": "tiny", "pooling": "mean"})
     config.recipe.text.update({"dropout": 0.0, "attention_dropout": 0.0, "dtype": "float32"})
     config.recipe.update({"dim": 64, "prototypes": 32, "num_heads": 4})
@@ -83,6 +86,19 @@ def demo(config):
     config.data.corpora = ("cxr_phantom:demo",)
     config.train.update({"steps": 800, "refresh_every": 100, "checkpoint_every": 200})
     config.train.update({"evaluate_every": 200, "evaluate_limit": 256})
+    config.evals.protocols = ("zero_shot", "retrieval", "grounding", "probe")
+    config.evals.controls = ("untrained", "shuffled_phrases")
+
+
+def study(config):
+    """Smaller pictures and texts than in demo: a cell of benchmarks/methods_lgdea.py."""
+    demo(config)
+    config.recipe.image.update({"patch_size": 10, "image_size": 80})
+    config.data.update({"size": 88, "crop": 80, "text_length": 48})
+    config.data.evidence.update({"phrases": 4, "length": 12})
+    config.train.update({"steps": 300, "refresh_every": 60, "checkpoint_every": 100})
+    config.train.update({"evaluate_every": 0, "export": False})
+    config.evals.update({"protocols": ("zero_shot", "retrieval", "grounding"), "resamples": 500})
 
 
 def smoke(config):

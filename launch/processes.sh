@@ -35,12 +35,13 @@ run_ranks() {
   port="${MEDVLP_PORT:-$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')}"
   mkdir -p "$workdir/logs"
   pids=() codes=() code=0
-  local rank failed="" deadline=0 left="$processes"
+  local rank out failed="" deadline=0 left="$processes"
   for ((rank = 0; rank < processes; rank++)); do
-    log="$workdir/logs/rank-$rank.log"
-    if ((rank == 0)); then log=/dev/stderr; fi # rank 0 speaks for all
+    # Rank 0 speaks for all, through our own descriptor: opening /dev/stderr anew would write over a file.
+    if ((rank == 0)); then exec {out}>&2; else exec {out}> "$workdir/logs/rank-$rank.log"; fi
     # shellcheck disable=SC2046
-    env $(rank_environment "$rank") "${command[@]}" > "$log" 2>&1 &
+    env $(rank_environment "$rank") "${command[@]}" >&"$out" 2>&1 &
+    exec {out}>&-
     pids+=("$!") codes+=("")
   done
   while ((left > 0)); do

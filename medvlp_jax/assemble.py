@@ -12,30 +12,21 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from medvlp_jax import clinical, convert, distributed, sharding, tables, weights
 from medvlp_jax import config as configs
-from medvlp_jax import convert, distributed, sharding, tables
 from medvlp_jax.config import UserError
-from medvlp_jax.data import corpora, folds, pipeline, records, transforms, volumes
+from medvlp_jax.data import corpora, folds, knowledge, pipeline, records, transforms, volumes
 from medvlp_jax.data import text as tokenisation
 from medvlp_jax.encoders.base import Tokens
 from medvlp_jax.evidence import phrases
-from medvlp_jax.training import optim, selection
+from medvlp_jax.recipes import mlm
 from medvlp_jax.training import params as paths
 from medvlp_jax.training import text as text_stage
-from medvlp_jax.training.checkpoint import Checkpointer
 from medvlp_jax.training.step import init_variables
 
 CONFIG = "config.json"
 VOLUME_VIEW = "men"
-HOW_IT_RUNS = (
-    "pooling",
-    "attention",
-    "layout",
-    "remat",
-    "bn_momentum",
-    "dropout",
-    "attention_dropout",
-)
+SECTIONS = ("findings", "impression", "report")
 
 
 class Parts(NamedTuple):
@@ -80,6 +71,8 @@ def open_corpora(data: Mapping[str, Any], split: str) -> list[corpora.Source]:
 
 def open_corpus(name: str, data: Mapping[str, Any], split: str) -> corpora.Source:
     """Open one corpus, "name" or "name:variant"; with data.folds, a split of a fold of it."""
+    if name == knowledge.NAME:
+        return knowledge.open_texts(split=split, **data["knowledge"])
     name, _, variant = name.partition(":")
     where = {"data_dir": data["data_dir"], "manual_dir": data["manual_dir"]}
     where["builder_config"] = variant
@@ -111,6 +104,9 @@ def parts(config: Mapping[str, Any], *, pretrained: bool = True) -> Parts:
     loaded = {}
     tokenizer = None
     folders = {"image": init["image"]}
+    if "llm" in spec:
+        spec |= language_model(spec, config)
+        folders["llm"] = init["llm"]
     if "text" in spec:
         tokenizer = load_tokenizer(config)
         spec["text"] = _text_spec(spec["text"], tokenizer, data)
@@ -121,14 +117,12 @@ def parts(config: Mapping[str, Any], *, pretrained: bool = True) -> Parts:
         # The spec says all about this encoder; only its weights lie in a folder.
         trained = text_encoder_folder(config, spec["text"], tokenizer, mesh) if pretrained else ""
         folders["text"] = trained
+    if name == "mlm":
+        spec = mlm.completed(spec, tokenizer)
     for side, folder in folders.items():
         if folder:
             # The folder says what the architecture is, the config how it is run.
-            fields = {k: v for k, v in spec[side].items() if k in HOW_IT_RUNS}
-            dtype = spec[side].get("dtype")
-            extra = {"mlm_head": False, "pooler": False} if side == "text" else {}
-            module, variables = convert.load(folder, dtype=dtype, **fields, **extra)
-            spec[side] = module
+            spec[side], variables = weights.load_encoder(folder, spec[side], config["seed"])
             if pretrained:
                 loaded[side] = variables
     recipe = configs.build("medvlp_jax.recipes", name, **spec)
@@ -156,7 +150,7 @@ def text_encoder_folder(config, spec, tokenizer, mesh) -> pathlib.Path:
     texts = pipeline.mlm_texts(sources)
     return text_stage.pretrain(
         texts,
-        encoder=spec,
+        encoder={key: value for key, value in spec.items() if key != "lora"},
         tokenizer=tokenizer,
         mesh=mesh,
         folder=_derived(config) / "text_encoder",
@@ -173,6 +167,8 @@ def record_transform(
     features=None,
     table: tables.Rows | None = None,
     images: records.Images | None = None,
+    told=None,
+    pair_from: Sequence[corpora.Source] = (),
     mask=None,
 ):
     """Return record -> example for the given batch keys: random views in training, else the centre.
@@ -184,6 +180,8 @@ def record_transform(
       features: cached text features by text.
       table: see `tables.rows_of`, for the key "tabular".
       images: further images of the corpus, see `corpora.Source.images`.
+      told: how tables become texts, see `clinical.told_of`.
+      pair_from: sources in which the second of two scans is looked for.
       mask: share of the lower edge to blacken; None takes data.mask_lower_edge.
     """
     data = parts.config["data"]
@@ -210,15 +208,20 @@ def record_transform(
         for name, spec in (images or {}).items()
         if name in inputs
     }
+    pair = None
+    if train and "image_2" in inputs and "siblings" in data:
+        pair = clinical.pair_of(data, pair_from, parts.recipe.images, decode)
     return pipeline.record_transform(
         inputs=inputs,
         decode=decode,
         view=view,
         tokenizer=parts.tokenizer,
-        lengths=dict.fromkeys(("findings", "impression", "report"), data["text_length"]),
+        lengths=dict.fromkeys((*SECTIONS, "metadata"), data["text_length"]),
         features=features,
         table=table,
         images=further,
+        told=told,
+        pair=pair,
         evidence=evidence_of(data) if "evidence" in inputs else None,
         train=train,
     )
@@ -227,7 +230,7 @@ def record_transform(
 def evidence_of(data: Mapping[str, Any]) -> pipeline.Evidence:
     """Return where the phrases of a report come from, as data.evidence says."""
     settings = data["evidence"]
-    read = phrases.reader(settings["folder"])
+    read = phrases.reader(**{name: settings[name] for name in ("folder", "unit", "negated")})
     return pipeline.Evidence(read, settings["phrases"], settings["length"])
 
 
@@ -239,7 +242,9 @@ def _further_image(name, spec, decode, view, data, *, train) -> pipeline.Transfo
     """
     is_volume, settings = "slices" in spec, data["view"]
     if is_volume != (settings["name"] == VOLUME_VIEW):
-        kind, fits = ("a volume", VOLUME_VIEW) if is_volume else ("an image", "cfcml, imitate")
+        kind, fits = (
+            ("a volume", VOLUME_VIEW) if is_volume else ("an image", "cfcml, imitate, prima")
+        )
         raise UserError(
             f"data.view.name={settings['name']} does not fit '{name}', {kind}; accepted: {fits}."
         )
@@ -295,6 +300,7 @@ def random_view(data: Mapping[str, Any]) -> Callable:
     views = {
         "imitate": transforms.imitate_view,
         "cfcml": transforms.cfcml_view,
+        "prima": transforms.prima_view,
         VOLUME_VIEW: volumes.men_view,
     }
     if name not in views:
@@ -321,7 +327,10 @@ def train_batches(parts: Parts, sources, features=None, *, shares=None):
       shares: of each source in a batch; None takes data.shares.
     """
     data = parts.config["data"]
-    reads_table = "tabular" in parts.recipe.inputs
+    recipe = parts.recipe
+    reads_table, told = "tabular" in recipe.inputs, None
+    if clinical.reads_metadata(recipe):
+        told = clinical.told_of(data, sources, recipe.task)
     return iter(
         pipeline.train_dataset(
             sources,
@@ -332,6 +341,8 @@ def train_batches(parts: Parts, sources, features=None, *, shares=None):
                 features=features,
                 table=tables.rows_of(data, sources) if reads_table else None,
                 images=sources[0].images,
+                told=told,
+                pair_from=sources,
             ),
             batch_size=parts.config["train"]["batch_size"],
             seed=parts.config["seed"],
@@ -358,7 +369,9 @@ def initial_variables(parts: Parts) -> dict:
         batch[name] = np.zeros((2, *one), dtype)
     if parts.tokenizer:
         tokens = tokenisation.tokenize(parts.tokenizer, ["a", "b"], data["text_length"])
-        batch |= dict.fromkeys(("findings", "impression", "report"), tokens)
+        batch |= dict.fromkeys(SECTIONS, tokens)
+    if clinical.reads_metadata(parts.recipe) or hasattr(parts.recipe, "evaluated"):
+        batch |= clinical.empty_metadata(data, parts.tokenizer, 2)
     if "evidence" in parts.recipe.inputs:
         batch |= empty_evidence(parts.tokenizer, data, 2)
     if "tabular" in parts.recipe.inputs:
@@ -374,7 +387,7 @@ def initial_variables(parts: Parts) -> dict:
                 variables[kind] = paths.replace(variables[kind], side, values.get(kind, {}), source)
     if parts.config["init"]["params"]:
         folder = pathlib.Path(parts.config["init"]["params"])
-        variables = read_variables(folder, variables)
+        variables = weights.begin_from(folder, variables, parts.recipe)
     return variables
 
 
@@ -382,11 +395,16 @@ def cached_text(parts: Parts, variables: Mapping, sources) -> dict[str, np.ndarr
     """Encode all training texts once, where the recipe reads cached features; else None."""
     if not any(key.endswith("_feature") for key in parts.recipe.inputs):
         return None
-    encode = jax.jit(lambda p, tokens: parts.recipe.text.apply({"params": p}, tokens).pooled)
-    weights = jax.device_put(variables["params"]["text"])
+    wanted, texts = "pooled", pipeline.mlm_texts
+    if "metadata_feature" in parts.recipe.inputs:
+        told = clinical.told_of(parts.config["data"], sources, parts.recipe.task)
+        wanted, texts = "tokens", functools.partial(clinical.texts_of, told)
+    apply = parts.recipe.text.apply
+    encode = jax.jit(lambda p, tokens: getattr(apply({"params": p}, tokens), wanted))
+    held = jax.device_put(variables["params"]["text"])
     return text_stage.cache_features(
-        pipeline.mlm_texts(sources),
-        lambda tokens: encode(weights, tokens),
+        texts(sources),
+        lambda tokens: encode(held, tokens),
         tokenizer=parts.tokenizer,
         length=parts.config["data"]["text_length"],
     )
@@ -403,38 +421,14 @@ def place(tree, parts: Parts):
     return sharding.place(tree, sharding.shardings(tree, parts.mesh, rules))
 
 
-def read_variables(folder: pathlib.Path, template: Mapping) -> dict:
-    """Read parameters (averaged, if the run averages) and collections of a run.
-
-    Those of its newest checkpoint, or of the step it selected.
-
-    Args:
-      folder: a run folder.
-      template: variables of the wanted shapes.
-
-    Raises:
-      UserError: if there is no checkpoint, or it does not fit.
-    """
-    folder = pathlib.Path(folder)
-    kept = folder / selection.FOLDER if (folder / selection.FOLDER).is_dir() else folder
-    if not (kept / "checkpoints").is_dir():
-        raise UserError(f"{folder} has no checkpoint.")
-    checkpointer = Checkpointer(kept / "checkpoints")
-    step = checkpointer.latest()
-    if step is None:
-        raise UserError(f"{folder} has no checkpoint.")
-    restored = checkpointer.read(step)
-    checkpointer.close()
-    average = optim.find_average(restored["optimizer"])
-    params = restored["params"] if average is None else average
-    variables = {"params": paths.merge(params, restored["frozen"] or {})}
-    variables |= restored["collections"] or {}
-    checked = {}
-    for kind, tree in template.items():
-        checked[kind] = paths.replace({"all": tree}, "all", variables.get(kind, {}), str(folder))[
-            "all"
-        ]
-    return checked
+def language_model(spec: Mapping, config) -> dict[str, Any]:
+    """Return the spec of a language model that knows its vocabulary, and the tokenised prompt."""
+    data = config["data"]
+    tokenizer = tokenisation.load_tokenizer(
+        data["llm_tokenizer"] or _fetched(config["init"]["llm"], "data.llm_tokenizer", "init.llm")
+    )
+    llm = {**spec["llm"], "vocab_size": tokenizer.get_vocab_size()}
+    return {"llm": llm, "prompt": clinical.prompt_of(data, spec, tokenizer)}
 
 
 def _text_spec(spec: Mapping, tokenizer, data) -> dict:
@@ -452,10 +446,10 @@ def _text_spec(spec: Mapping, tokenizer, data) -> dict:
     return spec
 
 
-def _fetched(source: str) -> str:
+def _fetched(source: str, setting="data.tokenizer", init="init.text") -> str:
     """Return the folder whose tokenizer files go with a pretrained text encoder."""
     if not source or source == "mlm":
-        raise UserError("data.tokenizer is empty: name a tokenizer file, or init.text=HF_FOLDER.")
+        raise UserError(f"{setting} is empty: name a tokenizer file, or {init}=HF_FOLDER.")
     return str(convert.fetch(source))
 
 

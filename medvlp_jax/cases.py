@@ -3,7 +3,7 @@
 predictions.csv has one row a case: ids, the true class (empty where unknown), and the probability
 of each class. Two runs on the same split are compared case by case with it. classifier.png has the
 confusion matrix, ROC curves and calibration; attention.png, for CFCML with a table, where in the
-image the table's attention goes.
+image the table's attention goes. grounding.png, where that protocol ran, has maps of phrases.
 """
 
 import csv
@@ -14,9 +14,10 @@ from collections.abc import Mapping
 import numpy as np
 import scipy.special
 
-from medvlp_jax import assemble, distributed, tables
-from medvlp_jax.evaluate import Evaluator
+from medvlp_jax import assemble, distributed, ground, tables
 from medvlp_jax.evaluation import attention, classify, plots, retrieval
+from medvlp_jax.evaluator import Evaluator
+from medvlp_jax.recipes.base import classifies
 from medvlp_jax.training.step import make_embed
 
 EXAMPLES, ATTENDED = 8, 4
@@ -31,22 +32,24 @@ def show(evaluator: Evaluator, variables: Mapping, folder: pathlib.Path) -> None
       folder: of the run.
     """
     settings = evaluator.settings
+    labelled = classifies(evaluator.parts.recipe)
+    if not (labelled or evaluator.parts.recipe.spaces):
+        return  # a stage without answers of its own
     found = evaluator.features(
         variables, evaluator.source, limit=settings["limit"], views=settings["views"]
     )
     maps = _attended(evaluator, variables)
+    if "grounding" in settings["protocols"]:
+        evaluator.grounder.draw(assemble.place(variables, evaluator.parts), folder / ground.PICTURE)
     if not distributed.is_writer():
         return
-    classifies = hasattr(evaluator.parts.recipe, "task")
-    drawn, caption = (
-        (_classified, plots.CLASSIFIED) if classifies else (_retrieved, plots.RETRIEVED)
-    )
+    drawn, caption = (_classified, plots.CLASSIFIED) if labelled else (_retrieved, plots.RETRIEVED)
     picked, texts, scores, truth = drawn(evaluator, found, np.random.default_rng(0))
     transform = assemble.record_transform(evaluator.parts, ("image",), train=False)
     images = [transform(evaluator.source[i], None)["image"] for i in picked]
     if images:  # none where no case has a known class
         plots.examples(images, texts, scores, truth, folder / "examples.png", caption=caption)
-    if classifies:
+    if labelled:
         write_predictions(evaluator, found, folder / "predictions.csv")
         _draw_classifier(evaluator, found, folder / "classifier.png")
     if maps:

@@ -15,7 +15,7 @@ import numpy as np
 
 from medvlp_jax import __version__, assemble, convert
 from medvlp_jax.config import UserError, to_json
-from medvlp_jax.convert import dual
+from medvlp_jax.convert import dual, lora
 from medvlp_jax.convert.files import write_tensors
 from medvlp_jax.encoders.base import IMAGENET_MEAN, IMAGENET_STD
 from medvlp_jax.evaluation.results import Results, results_table
@@ -91,7 +91,7 @@ def similarity(images, reports):
 def export(
     parts: assemble.Parts, variables: Mapping, out: pathlib.Path, results: Results | None = None
 ) -> None:
-    """Write both encoders, the heads and a model card.
+    """Write both encoders, the heads and a model card; of a recipe without images OUT/text alone.
 
     Args:
       parts: of the run.
@@ -100,9 +100,12 @@ def export(
       results: for the model card.
 
     Raises:
-      UserError: if the recipe has not two encoders, or one of them cannot be written.
+      UserError: if the recipe has no text encoder, or an encoder cannot be written.
     """
     check(parts)
+    if not hasattr(parts.recipe, "image"):
+        write_text(parts.recipe.text, variables["params"]["text"], out, parts.tokenizer)
+        return
     write_weights(parts.recipe, variables, out, parts.tokenizer, crop=parts.config["data"]["crop"])
     (pathlib.Path(out) / "README.md").write_text(_card(parts, variables, results or {}))
 
@@ -119,6 +122,23 @@ def check(parts: assemble.Parts) -> None:
             f"Recipe {name} has no text encoder, and only pairs of encoders are exported; accepted "
             "is train.export=False."
         )
+
+
+def write_text(module: Any, params: Mapping, out: pathlib.Path, tokenizer: Any) -> None:
+    """Write a text encoder as OUT/text, its low-rank factors folded into the kernels.
+
+    Args:
+      module: the encoder.
+      params: its own, on the host.
+      out: folder, made if absent.
+      tokenizer: of the encoder.
+    """
+    variables, out = {"params": params}, pathlib.Path(out)
+    if getattr(module, "lora", None) is not None:
+        variables = lora.merge(variables, module.lora).variables
+        module = module.clone(lora=None, parent=None)
+    _write_tokenizer(tokenizer, out / "text")
+    convert.save(module, variables, out / "text", tokenizer=out / "text")
 
 
 def write_weights(recipe: Any, variables: Mapping, out: pathlib.Path, tokenizer: Any, *, crop: int):

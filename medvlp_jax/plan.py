@@ -15,21 +15,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from medvlp_jax import assemble, sharding, tables
+from medvlp_jax import assemble, clinical, sharding, tables, weights
 from medvlp_jax import config as configs
 from medvlp_jax.config import UserError
 from medvlp_jax.convert import architectures
 from medvlp_jax.convert.checkpoint import read_config
 from medvlp_jax.data import text as tokenisation
+from medvlp_jax.data.prompts import Prompt
 from medvlp_jax.encoders.base import Tokens, construct
+from medvlp_jax.recipes import base, mlm
 from medvlp_jax.training import flops, optim
 from medvlp_jax.training import params as paths
 from medvlp_jax.training import step as training
 
 SECTIONS = ("findings", "impression", "report")
+PROMPT = 60  # tokens of a question with six options, where its tokenizer is not here
 # Generating fast machine code takes most of a compilation for the CPU and moves no byte.
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-PARTS = ("image encoder", "text encoder", "heads", "loss", "optimiser")
+PARTS = ("image encoder", "text encoder", "language model", "heads", "loss", "optimiser")
 
 
 class Blueprint(NamedTuple):
@@ -110,7 +113,7 @@ def blueprint(config: Mapping[str, Any], devices: Sequence[jax.Device] | None = 
     recipe, notes = _recipe(config)
     everything = _batch(recipe, config["data"], 2)
     keys = ("image", "image_2", *getattr(recipe, "images", ()), "tabular", *SECTIONS)
-    keys += ("evidence", "evidence_mask")
+    keys += ("evidence", "evidence_mask", "metadata", "metadata_vector")
     try:
         variables = jax.eval_shape(
             lambda batch: training.init_variables(recipe, batch, 0),
@@ -166,7 +169,7 @@ def make(blueprint: Blueprint) -> Plan:
     return Plan(
         memory | {"activations and gradients": temporary},
         _loss_memory(blueprint),
-        {part: found[part] for part in PARTS},
+        {part: found[part] for part in PARTS if found[part] or part != "language model"},
         sum(again.values()),
         (paths.count(state.params), paths.count(state.frozen)),
     )
@@ -227,12 +230,22 @@ def _recipe(config) -> tuple[Any, tuple[str, ...]]:
     spec, data, init = dict(config["recipe"]), config["data"], config["init"]
     name = spec.pop("name")
     notes = []
-    for side in ("image", "text"):
+    if name == "mlm":
+        spec = mlm.completed(spec, None)
+    if "llm" in spec:
+        if data["llm_tokenizer"] or pathlib.Path(init["llm"]).is_dir():
+            spec |= assemble.language_model(spec, config)
+        else:
+            spec["prompt"] = _usual_prompt(spec)
+            notes.append(
+                f"init.llm={init['llm']} is not here: a prompt of {PROMPT} tokens is taken."
+            )
+    for side in ("image", "text", "llm"):
         if side not in spec:
             continue
         source, fields = init[side], dict(spec[side])
         if source and pathlib.Path(source).is_dir():
-            spec[side] = _described(pathlib.Path(source), fields, side)
+            spec[side] = _described(pathlib.Path(source), fields)
             continue
         if side == "text":
             size, origin = _vocabulary(data, source)
@@ -244,15 +257,20 @@ def _recipe(config) -> tuple[Any, tuple[str, ...]]:
     return configs.build("medvlp_jax.recipes", name, **spec), tuple(notes)
 
 
-def _described(folder, fields, side):
+def _usual_prompt(spec) -> Prompt:
+    """Return a prompt of the usual length, for where its tokenizer is not here."""
+    marks = ((0,),) * len(spec["prompt"]["delimiters"])
+    return Prompt((0,) * PROMPT, (0, 0, 0), tuple(range(spec["num_classes"])), marks)
+
+
+def _described(folder, fields):
     """Build the encoder a Hugging Face folder describes; the config says how it is run."""
     described = read_config(folder)
     table = architectures.table_of_config(described, folder)
-    how = {k: v for k, v in fields.items() if k in (*assemble.HOW_IT_RUNS, "dtype")}
-    heads = {"mlm_head": False, "pooler": False} if side == "text" else {}
-    return construct(
-        table.module, {**architectures.fields_of(table, described, folder), **how, **heads}
-    )
+    how = {k: v for k, v in fields.items() if k in (*weights.HOW_IT_RUNS, "dtype")}
+    factors = {"lora": base.low_rank(fields["lora"])} if "lora" in fields else {}
+    how |= factors | weights.heads_of(folder, fields)
+    return construct(table.module, {**architectures.fields_of(table, described, folder), **how})
 
 
 def _vocabulary(data, source) -> tuple[int, str]:
@@ -284,6 +302,11 @@ def _batch(recipe, data, size: int) -> dict[str, Any]:
         batch[f"{section}_valid"] = shape((size,), np.bool_)
         batch[f"{section}_id"] = shape((size,), np.int32)
         batch[f"{section}_feature"] = shape((size, recipe.text.width), np.float32)
+    if hasattr(recipe, "evaluated"):
+        length, width = data["text_length"], recipe.text.width
+        batch["metadata"] = Tokens(shape(tokens, np.int32), shape(tokens, np.bool_))
+        batch["metadata_feature"] = shape((size, length, width), np.float32)
+        batch["metadata_vector"] = shape((size, clinical.described(data).width), np.float32)
     if "evidence" in recipe.inputs:
         phrases = (size, data["evidence"]["phrases"])
         words = (*phrases, data["evidence"]["length"])

@@ -28,16 +28,18 @@ from medvlp_jax import (
     cases,
     cli,
     distributed,
-    evaluate,
     export,
     plan,
     sharding,
     unpaired,
+    weights,
 )
 from medvlp_jax import config as configs
 from medvlp_jax.config import UserError
+from medvlp_jax.data import pairing
 from medvlp_jax.evaluation import plots
-from medvlp_jax.evaluation.results import results_table
+from medvlp_jax.evaluation.results import results_table, scalars, write_results
+from medvlp_jax.evaluator import Evaluator, full
 from medvlp_jax.training import lock, loop, optim
 from medvlp_jax.training import params as paths
 from medvlp_jax.training import step as training
@@ -53,8 +55,8 @@ class _Job(NamedTuple):
     """A run that has passed every check, at its newest checkpoint or at its start."""
 
     parts: assemble.Parts
-    evaluator: evaluate.Evaluator
-    validator: evaluate.Evaluator
+    evaluator: Evaluator
+    validator: Evaluator
     selection: Selection | None
     state: training.TrainState
     step_fn: Callable
@@ -101,10 +103,10 @@ def _prepare(config, workdir, stop) -> _Job:
         export.check(parts)
     _check_batch(settings["batch_size"], settings["chunks"], parts)
     sources = assemble.open_corpora(config["data"], config["data"]["split"])
-    evaluator = validator = evaluate.Evaluator(parts, config["evals"], stop)
+    evaluator = validator = Evaluator(parts, config["evals"], stop)
     if settings["select"]:
         _check_select(config)
-        validator = evaluate.Evaluator(parts, {**config["evals"], "split": VALIDATION}, stop)
+        validator = Evaluator(parts, {**config["evals"], "split": VALIDATION}, stop)
     variables = assemble.initial_variables(parts)
     untrained = jax.device_get(variables)  # the control; the step donates the originals
     frozen = assemble.frozen_patterns(parts)
@@ -115,8 +117,9 @@ def _prepare(config, workdir, stop) -> _Job:
     rows, shares, refresh = sources, None, None
     if (pools := unpaired.pools(parts, sources)) is not None:
         variables = unpaired.begin(parts, variables, sources[0], pools)
-        rows, shares = unpaired.streams(parts, sources[0], pools)
-        refresh = unpaired.refresher(parts, sources[0], pools)
+        related = pairing.Related()
+        rows, shares = unpaired.streams(parts, sources[0], pools, related)
+        refresh = unpaired.refresher(parts, sources[0], pools, related)
     state = assemble.place(training.make_state(variables, tx, frozen), parts)
     features = assemble.cached_text(parts, variables, sources)
     batches = assemble.train_batches(parts, rows, features, shares=shares)
@@ -127,6 +130,8 @@ def _prepare(config, workdir, stop) -> _Job:
     restored = checkpointer.resume(state)
     if restored is not None:
         state = restored.state
+        if pools is not None:
+            unpaired.recall(state, related)
         batches.set_state(restored.position)
         distributed.say(f"Resuming {workdir} at step {int(state.step)}")
     select = settings["select"]
@@ -172,20 +177,17 @@ def _fit(job, workdir, stop):
         every=settings["log_every"],
         wandb=tracking,
         writes=distributed.is_writer(),
+        alarms=getattr(job.parts.recipe, "alarms", None),
     )
     select = settings["select"]
     limit = 0 if select else settings["evaluate_limit"]
 
     def validate(step, state):
-        values = evaluate.scalars(job.validator.quick(state.evaluated, limit=limit))
+        values = scalars(job.validator.quick(state.evaluated, limit=limit))
         if job.selection:
             job.selection.offer(step, state, values, config)
         return values
 
-    # A run may have been killed between a checkpoint and the evaluation of its step.
-    first = int(job.state.step)
-    if job.selection and first and first % settings["evaluate_every"] == 0:
-        validate(first, job.state)
     state = loop.fit(
         job.state,
         job.step_fn,
@@ -214,11 +216,11 @@ def _finish(job, state, workdir, began) -> dict:
     """Evaluate in full and export; all processes compute, process 0 writes."""
     variables = state.evaluated
     if job.selection:
-        variables = assemble.place(assemble.read_variables(workdir, job.untrained), job.parts)
+        variables = assemble.place(weights.read_variables(workdir, job.untrained), job.parts)
     trained = distributed.fetch(variables)
-    results = evaluate.full(job.evaluator, variables, job.untrained)
+    results = full(job.evaluator, variables, job.untrained)
     if distributed.is_writer():
-        evaluate.write_results(results, workdir)  # before the pictures, should one fail
+        write_results(results, workdir)  # before the pictures, should one fail
     cases.show(job.evaluator, variables, workdir)
     if distributed.is_writer():
         plots.curves(workdir / "metrics.jsonl", workdir / "curves.png")

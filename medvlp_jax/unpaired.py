@@ -47,11 +47,20 @@ def pools(parts: assemble.Parts, sources) -> pairing.Pools | None:
     )
 
 
-def streams(parts: assemble.Parts, source, found: pairing.Pools) -> tuple[list, tuple[float, ...]]:
-    """Return the sources of rows, pairs and others, and the share of each in a batch."""
+def streams(
+    parts: assemble.Parts, source, found: pairing.Pools, related: pairing.Related
+) -> tuple[list, tuple[float, ...]]:
+    """Return the sources of rows, pairs and others, and the share of each in a batch.
+
+    Raises:
+      UserError: for a share of related reports outside [0, 1].
+    """
+    settings = parts.config["data"]["pairing"]
+    share, neighbours = settings["share"], settings["related"]
+    if not 0 <= neighbours <= 1:
+        raise UserError(f"data.pairing.related must be in 0 .. 1, got {neighbours}.")
     pairs = pairing.Pairs(source, found)
-    apart = pairing.Unpaired(source, found, parts.config["seed"])
-    share = parts.config["data"]["pairing"]["share"]
+    apart = pairing.Unpaired(source, found, parts.config["seed"], neighbours, related)
     if share == 1 or len(apart) == 0:
         return [pairs], (1.0,)
     return [pairs, apart], (share, 1 - share)
@@ -77,15 +86,30 @@ def begin(parts: assemble.Parts, variables: dict, source, found: pairing.Pools) 
     return {**variables, RELATIONS: empty}
 
 
-def refresher(parts: assemble.Parts, source, found: pairing.Pools) -> Callable[[Any], Any]:
-    """Return state -> state with the relations as its own model sees the corpus."""
+def recall(state, related: pairing.Related) -> None:
+    """Let the rows know the relations of a state, as they did when it was saved."""
+    kept = distributed.fetch(state.collections[RELATIONS])
+    related.learn(kept["column"], kept["weight"], kept["confidence"])
+
+
+def refresher(
+    parts: assemble.Parts, source, found: pairing.Pools, related: pairing.Related
+) -> Callable[[Any], Any]:
+    """Return state -> state with the relations as its own model sees the corpus.
+
+    All processes encode their share of the corpus, and all devices their share of the graphs and
+    hops; `related` is told the result.
+    """
     encode = _encoder(parts, source)
+    mesh = parts.mesh if parts.mesh.size > 1 else None
 
     def refresh(state):
         variables = {k: v for k, v in state.variables.items() if k != RELATIONS}
         images = encode(variables, found.images, ("image",), "image_evidence")
         reports = encode(variables, found.reports, TOLD, "report_evidence")
-        made = jax.tree.map(np.asarray, parts.recipe.refresh(images, reports, len(found.pairs)))
+        made = parts.recipe.refresh(images, reports, len(found.pairs), mesh=mesh)
+        made = jax.tree.map(np.asarray, made)
+        related.learn(made["column"], made["weight"], made["confidence"])
         kept = state.collections[RELATIONS]
         # Where the state's own lie, so that the step is the same program.
         made = {name: jax.device_put(made[name], kept[name].sharding) for name in kept}

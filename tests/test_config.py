@@ -17,7 +17,7 @@ GOLDEN = pathlib.Path(__file__).parent / "golden"
 VARIANTS = [
     (path.stem, variant)
     for path in sorted((ROOT / "configs").glob("*.py"))
-    if path.stem not in ("__init__", "common")
+    if path.stem != "common" and not path.stem.startswith("_")
     for variant in importlib.import_module(f"configs.{path.stem}").VARIANTS
 ]
 

@@ -16,8 +16,9 @@ LEVELS = (
     ("encoders", "losses", "data", "convert"),
     ("recipes",),
     ("training", "evaluation", "evidence"),
-    ("assemble", "tables"),
-    ("unpaired",),
+    ("clinical", "tables", "weights"),
+    ("assemble",),
+    ("unpaired", "ground", "embedder", "evaluator"),
     ("cli", "cases", "export", "evaluate", "plan", "train"),
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}

@@ -50,14 +50,14 @@ DRY_RUNS = {
 ACCELERATORS = {"processes-gpu": "cuda13", "jobset-tpu": "tpu"}
 
 
-def launch(*arguments, **settings):
+def launch(*arguments, stderr=subprocess.PIPE, **settings):
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("MEDVLP_", "JAX_"))}
     return subprocess.Popen(
         ["bash", "launch/run.sh", *arguments],
         cwd=ROOT,
         env={**environment, **{k: str(v) for k, v in settings.items()}},
         stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stderr=stderr,
         text=True,
         start_new_session=True,
     )
@@ -188,6 +188,20 @@ def test_a_rank_that_dies_takes_the_others_down_and_its_log_is_shown(tmp_path, r
     assert f"rank 2 of 3 ended with code {code}" in err
     assert err.rstrip().endswith("the reason")
     assert not any(is_running(int((tmp_path / f"pid-{k}").read_text())) for k in (0, 1))
+
+
+def test_a_log_keeps_what_rank_0_said_when_the_launcher_speaks_after_it(tmp_path, ranks):
+    script = "[[ $JAX_PROCESS_ID == 1 ]] && { sleep 1; exit 3; }; echo first; sleep 60"
+    with (tmp_path / "log").open("w") as log:
+        log.write("before\n")
+        log.flush()
+        process = launch("--processes=2", f"--workdir={tmp_path}/run", stderr=log, **ranks(script))
+        assert finish(process)[0] == 3
+    assert (
+        (tmp_path / "log")
+        .read_text()
+        .startswith("before\nfirst\nmedvlp: rank 1 of 2 ended with code 3")
+    )
 
 
 def test_a_rank_that_jax_aborts_for_its_peer_is_not_taken_for_the_cause(tmp_path, ranks):

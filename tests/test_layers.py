@@ -575,3 +575,20 @@ def test_an_unrolled_block_can_branch_on_its_own():
     y, outputs = jax.jit(lambda x: stack.apply({}, x, each=each))(jnp.full((1, 1, 1), 5.0))
     assert y == 13
     assert outputs is None
+
+
+def test_the_attention_that_is_shown_is_what_mixes_the_values():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2, 3, 8)).astype(np.float32)
+    context = rng.normal(size=(2, 5, 8)).astype(np.float32)
+    module = Attention(num_heads=1)
+    variables = module.init(jax.random.key(0), x, context=context)
+    y, paid = module.apply(variables, x, context=context, shows=True)
+    assert paid.shape == (2, 3, 5)
+    np.testing.assert_allclose(paid.sum(-1), 1, rtol=1e-6)
+    p = variables["params"]
+    values = context @ p["value"]["kernel"] + p["value"]["bias"]
+    mixed = np.einsum("btu,bus->bts", paid, values) @ p["out"]["kernel"] + p["out"]["bias"]
+    np.testing.assert_allclose(y, mixed, atol=1e-5)
+    with pytest.raises(ValueError, match="'xla' shows"):
+        module.clone(implementation="cudnn").apply(variables, x, context=context, shows=True)

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from medvlp_jax import assemble, cli, evaluate, train
+from medvlp_jax import assemble, cli, evaluate, train, weights
 from medvlp_jax.config import UserError
 from medvlp_jax.convert import __main__ as convert_cli
 
@@ -76,7 +76,7 @@ def test_transformers_loads_the_export_and_gives_the_same_features(finished):
 
     folder, _ = finished
     parts = assemble.parts(assemble.read_config(folder), pretrained=False)
-    variables = assemble.read_variables(folder, assemble.initial_variables(parts))
+    variables = weights.read_variables(folder, assemble.initial_variables(parts))
     images = np.random.default_rng(0).normal(size=(2, 64, 64, 3)).astype(np.float32)
     theirs = transformers.AutoModel.from_pretrained(folder / "export" / "image").eval()
     with torch.no_grad():

@@ -13,6 +13,7 @@ from PIL import Image
 from medvlp_jax import assemble, evaluate, plan, train
 from medvlp_jax.config import UserError
 from medvlp_jax.data.datasets.ham10000.ham10000_dataset_builder import DIAGNOSES
+from medvlp_jax.evaluator import Evaluator
 
 ROOT = pathlib.Path(__file__).parents[1]
 SMALL = (
@@ -161,8 +162,8 @@ def test_a_classifier_protocol_does_not_fit_two_towers(monkeypatch, tmp_path):
     arguments = ("--config=configs/imitate.py:smoke", "--config.evals.protocols=('classify',)")
     config, _ = train.resolve([*arguments, f"--workdir={tmp_path / 'run'}"])
     parts = assemble.parts(config, pretrained=False)
-    with pytest.raises(UserError, match="accepted are zero_shot, retrieval, probe"):
-        evaluate.Evaluator(parts, config["evals"])
+    with pytest.raises(UserError, match="accepted are zero_shot, retrieval, grounding, probe"):
+        Evaluator(parts, config["evals"])
 
 
 def test_a_step_on_a_table_is_planned_without_data(resolve):

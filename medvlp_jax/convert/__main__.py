@@ -113,11 +113,11 @@ def export_(arguments: argparse.Namespace) -> None:
     Raises:
       UserError: if OUT holds files already, or the folder holds no run.
     """
-    from medvlp_jax import assemble, export
+    from medvlp_jax import assemble, export, weights
 
     _refuse_full(arguments.out)
     parts = assemble.parts(assemble.read_config(arguments.run_folder), pretrained=False)
-    variables = assemble.read_variables(arguments.run_folder, assemble.initial_variables(parts))
+    variables = weights.read_variables(arguments.run_folder, assemble.initial_variables(parts))
     results = arguments.run_folder / "results.json"
     measured = json.loads(results.read_text()) if results.is_file() else {}
     export.export(parts, variables, arguments.out, measured)

@@ -7,7 +7,7 @@
   read under either.
 * Where PyTorch has one Linear for several of ours (ModernBERT's Wqkv), PEFT has one pair of
   factors. Read: each of ours gets the same A and its own rows of B. Written: all of ours must still
-  have that same A, or the module is refused by name.
+  have that same A, as with `Lora.fused` they share one, or the module is refused by name.
 
 Layout: our A is [in, rank] and our B [rank, out], PEFT's are the transposes.
 """
@@ -30,7 +30,6 @@ from medvlp_jax.layers import Lora, torch_uniform
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
-PARTS = ("kernel", "lora_a", "lora_b")
 ROOT = "base_model.model."  # what PEFT puts before every name
 
 # Settings of LoraConfig that would change the arithmetic, and the values that do not.
@@ -98,6 +97,17 @@ def _factor_shapes(adapted, module):
     return shapes
 
 
+def _layers_of(flat):
+    """Return the paths of all layers with factors."""
+    return [path.removesuffix("/lora_b") for path in flat if path.endswith("/lora_b")]
+
+
+def _a_of(flat, layer):
+    """Return the path of a layer's A: its own, or one it shares with its neighbours."""
+    own = f"{layer}/lora_a"
+    return own if own in flat else f"{layer.rsplit('/', 1)[0]}/lora_a"
+
+
 def _is_factor(path):
     return path.endswith(("/lora_a", "/lora_b"))
 
@@ -127,17 +137,19 @@ def merge(variables: Mapping[str, Any], lora: Lora) -> Merged:
       UserError: if there are no factors.
     """
     flat = flatten_dict(variables, sep="/")
-    layers = [path.removesuffix("/lora_a") for path in flat if path.endswith("/lora_a")]
+    layers = _layers_of(flat)
     if not layers:
-        raise UserError("There are no low-rank factors to merge: no array is called lora_a.")
-    kept = {f"{layer}/{name}": flat.pop(f"{layer}/{name}") for layer in layers for name in PARTS}
+        raise UserError("There are no low-rank factors to merge: no array is called lora_b.")
+    kernels = [f"{layer}/kernel" for layer in layers]
+    kept = {path: flat.pop(path) for path in [*kernels, *filter(_is_factor, [*flat])]}
     flat |= {f"{layer}/kernel": _folded(kept, layer, lora.scale) for layer in layers}
     return Merged(unflatten_dict(flat, sep="/"), kept, lora.scale)
 
 
 def _folded(kept, layer, scale):
     """Return one kernel with its factors, [in, out] or, of a scanned stack, [L, in, out]."""
-    kernel, a, b = (np.asarray(kept[f"{layer}/{name}"], np.float64) for name in PARTS)
+    paths = (f"{layer}/kernel", _a_of(kept, layer), f"{layer}/lora_b")
+    kernel, a, b = (np.asarray(kept[path], np.float64) for path in paths)
     return (kernel + scale * (a @ b)).astype(kept[f"{layer}/kernel"].dtype)
 
 
@@ -148,7 +160,7 @@ def unmerge(merged: Merged) -> dict[str, Any]:
       UserError: listing merged kernels that have changed since, which no factors stand for.
     """
     flat = flatten_dict(merged.variables, sep="/")
-    layers = [path.removesuffix("/lora_a") for path in merged.kept if path.endswith("/lora_a")]
+    layers = _layers_of(merged.kept)
     changed = [
         layer
         for layer in layers
@@ -183,11 +195,12 @@ def save_adapter(
     tensors, refused, written = {}, [], set()
     for name, rules in _modules(table, module).items():
         layers = [_layer(rule) for rule in rules]
-        covered = [layer for layer in layers if f"{layer}/lora_a" in flat]
+        covered = [layer for layer in layers if f"{layer}/lora_b" in flat]
         if not covered:
             continue
-        written |= {f"{layer}/{part}" for layer in covered for part in PARTS[1:]}
-        a, *others = (flat[f"{layer}/lora_a"] for layer in covered)
+        written |= {f"{layer}/lora_b" for layer in covered}
+        written |= {_a_of(flat, layer) for layer in covered}
+        a, *others = (flat[_a_of(flat, layer)] for layer in covered)
         if covered != layers or not all(np.array_equal(a, other) for other in others):
             refused.append(f"{name} (one A for all of {', '.join(layers)})")
             continue

@@ -1,7 +1,9 @@
 """Cross-validation: the records of a corpus dealt anew, by patient and with like shares of classes.
 
 Of K folds, fold k is the test split, the next one the validation split, all others the training
-split. No patient (lesion) is in two of them. The corpus' own splits play no part.
+split; or validation is an inner share of what is not tested, the same for any K. No patient is in
+two of them, or no study (lesion) where the dealing is by study: other lesions of one patient may
+then be in train and test. The corpus' own splits play no part.
 """
 
 import warnings
@@ -14,6 +16,7 @@ from medvlp_jax.config import UserError, nearest
 from medvlp_jax.data.corpora import Source
 
 SPLITS = ("train", "validation", "test")
+GROUPS = ("patient_id", "study_id")
 
 
 class _Rows(Sequence):
@@ -30,7 +33,9 @@ class _Rows(Sequence):
         return self.parts[part][int(row)]
 
 
-def deal(groups: Sequence[str], labels: np.ndarray, *, count: int, seed: int) -> np.ndarray:
+def deal(
+    groups: Sequence[str], labels: np.ndarray, *, count: int, seed: int, setting: str = "count"
+) -> np.ndarray:
     """Return the fold of every row [N].
 
     Args:
@@ -38,17 +43,18 @@ def deal(groups: Sequence[str], labels: np.ndarray, *, count: int, seed: int) ->
       labels: [N] class of each row, -1 unknown.
       count: K, at least 3.
       seed: of the dealing.
+      setting: of data.folds that says so, for messages.
 
     Raises:
       UserError: for fewer than 3 folds, or fewer patients than folds.
     """
     if count < 3:
         raise UserError(
-            f"data.folds.count={count} must be 0, or at least 3: train, validate, test."
+            f"data.folds.{setting}={count} must be 0, or at least 3: train, validate, test."
         )
     patients = len(set(groups))
     if patients < count:
-        raise UserError(f"data.folds.count={count}, but there are only {patients} patients.")
+        raise UserError(f"data.folds.{setting}={count}, but there are only {patients} patients.")
     dealt = np.zeros(len(groups), int)
     dealer = StratifiedGroupKFold(count, shuffle=True, random_state=seed)
     try:
@@ -58,12 +64,20 @@ def deal(groups: Sequence[str], labels: np.ndarray, *, count: int, seed: int) ->
             for fold, (_, held) in enumerate(dealer.split(labels, labels, groups)):
                 dealt[held] = fold
     except ValueError as error:
-        raise UserError(f"data.folds.count={count}: {error}.") from None
+        raise UserError(f"data.folds.{setting}={count}: {error}.") from None
     return dealt
 
 
 def open_fold(
-    sources: Sequence[Source], split: str, *, count: int, index: int, task: str, seed: int
+    sources: Sequence[Source],
+    split: str,
+    *,
+    count: int,
+    index: int,
+    task: str,
+    seed: int,
+    group: str = GROUPS[0],
+    inner: int = 0,
 ) -> Source:
     """Return one split of one fold of a corpus.
 
@@ -74,25 +88,34 @@ def open_fold(
       index: k, from 0.
       task: label task whose classes are shared out evenly; "" ignores classes.
       seed: of the dealing.
+      group: "patient_id" or "study_id", what stays together.
+      inner: validation is one of this many parts of what is not tested; 0 is the next fold.
 
     Raises:
-      UserError: for a split, fold or task that does not exist.
+      UserError: for a split, fold, task or group that does not exist.
     """
     if split not in SPLITS:
         raise UserError(f"Folds have no split '{split}'. {nearest(split, SPLITS)}")
+    if group not in GROUPS:
+        raise UserError(f"data.folds.group is '{group}'. {nearest(group, GROUPS)}")
     if not 0 <= index < count:
         raise UserError(f"data.folds.index={index} must be at least 0 and below count={count}.")
     where = np.array([(k, i) for k, source in enumerate(sources) for i in range(len(source))])
-    groups = [sources[k][i]["patient_id"] for k, i in where]
+    groups = np.array([sources[k][i][group] for k, i in where])
     labels = np.zeros(len(where), int)
     if task:
         one_hot = np.concatenate([source.labels(task) for source in sources])
         labels = np.where((one_hot == 1).any(1), one_hot.argmax(1), -1)
     fold = deal(groups, labels, count=count, seed=seed)
-    role = np.full(count, "train", object)
-    role[index], role[(index + 1) % count] = "test", "validation"
+    role = np.where(fold == index, "test", "train").astype(object)
+    rest = np.flatnonzero(fold != index)
+    held = fold[rest] == (index + 1) % count
+    if inner:
+        inside = {"count": inner, "seed": seed, "setting": "inner"}
+        held = deal(groups[rest], labels[rest], **inside) == 0
+    role[rest[held]] = "validation"
     first = sources[0]
-    rows = _Rows([source.serialised for source in sources], where[role[fold] == split])
+    rows = _Rows([source.serialised for source in sources], where[role == split])
     return Source(first.name, split, first.metadata, first.folder, rows)
 
 

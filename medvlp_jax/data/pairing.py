@@ -92,11 +92,32 @@ class Pairs(_Rows):
         return {**record, "paired": True, "image_row": k, "report_row": k}
 
 
+class Related:
+    """The related reports of each image, by number in the pools; nothing before `learn`."""
+
+    def __init__(self):
+        self.found: tuple[np.ndarray, np.ndarray] | None = None
+
+    def learn(self, column: np.ndarray, weight: np.ndarray, confidence: np.ndarray) -> None:
+        """Take relations [I, m]; an image with confidence 0 has none."""
+        weight = np.where(np.asarray(confidence)[:, None] > 0, weight, 0)
+        self.found = np.asarray(column), weight  # at once: other threads read it
+
+
 @dataclasses.dataclass(frozen=True)
 class Unpaired(_Rows):
-    """Images and reports that are no pairs, as a source: in each round an image meets another."""
+    """Images and reports that are no pairs, as a source: in each round an image meets another.
+
+    Attributes:
+      seed: of the meetings.
+      share: of the rows in which the report is one that the image is related to, drawn by weight
+        from those that have no image of their own; where it is related to none, any.
+      related: which these are.
+    """
 
     seed: int
+    share: float = 0.0
+    related: Related = dataclasses.field(default_factory=Related)
 
     def __len__(self) -> int:
         apart = [len(x) - len(self.pools.pairs) for x in (self.pools.images, self.pools.reports)]
@@ -107,10 +128,23 @@ class Unpaired(_Rows):
         images, reports = len(self.pools.images) - pairs, len(self.pools.reports) - pairs
         turn, place = divmod(k, max(images, reports))
         image = pairs + place % images
-        report = pairs + int(self._order(turn, reports)[place % reports])
+        report = self._neighbour(k, image)
+        if report is None:
+            report = pairs + int(self._order(turn, reports)[place % reports])
         record = self.source[int(self.pools.images[image])]
         other = self.source[int(self.pools.reports[report])]
         return {**_told_by(record, other), "image_row": image, "report_row": report}
+
+    def _neighbour(self, k: int, image: int) -> int | None:
+        found = self.related.found
+        if found is None:
+            return None
+        rng = np.random.default_rng((self.seed, 43, k))
+        column, weight = found[0][image], found[1][image].astype(np.float64)
+        weight[column < len(self.pools.pairs)] = 0
+        if rng.random() >= self.share or not weight.any():
+            return None
+        return int(rng.choice(column, p=weight / weight.sum()))
 
     def _order(self, turn: int, count: int) -> np.ndarray:
         return _permutation((self.seed, 42, turn), count)

@@ -22,8 +22,9 @@ import tokenizers
 from absl import flags
 
 from medvlp_jax.config import UserError
-from medvlp_jax.data import text
+from medvlp_jax.data import scans, text
 from medvlp_jax.data.corpora import Source, open_source
+from medvlp_jax.data.metadata import Metadata
 from medvlp_jax.encoders.base import Tokens
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
 
 SECTIONS = ("findings", "impression", "report")  # report: both sections as one text
 PAIRING = ("paired", "image_row", "report_row")  # see `pairing`
+METADATA = ("metadata", "metadata_feature", "metadata_vector")  # see `metadata`
 
 Example = dict[str, Any]
 Transform = Callable[[Any, np.random.Generator | None], Example]
@@ -150,6 +152,8 @@ def record_transform(
     table: Callable[[Mapping[str, float]], np.ndarray] | None = None,
     evidence: Evidence | None = None,
     images: Mapping[str, Transform] | None = None,
+    told: Metadata | None = None,
+    pair: scans.Pair | None = None,
     train: bool = True,
 ) -> Transform:
     """Return the function from a record to the example a recipe reads.
@@ -159,8 +163,9 @@ def record_transform(
         names of further images,
         "findings", "impression" and "report", both as one text (token ids), "<section>_feature"
         (cached features of frozen text encoders), "tabular", "label/<task>", "evidence" (token ids
-        of N phrases) with "evidence_mask" (which of them exist), and of limited pairing "paired",
-        "image_row" and "report_row". Keys made anyway:
+        of N phrases) with "evidence_mask" (which of them exist), of limited pairing "paired",
+        "image_row" and "report_row", and of the table as PRIMA reads it "metadata" (token ids of a
+        text), "metadata_feature" (its cached tokens) and "metadata_vector". Keys made anyway:
         "text_id" and, for every section asked for, "<section>_valid" and "<section>_id" (equal for
         equal texts); in evaluation also the labels of all tasks, "image_id" and "patient_id".
       decode: encoded bytes -> uint8 [R, R, C], for example a partial of `transforms.decode`; wrap
@@ -173,6 +178,8 @@ def record_transform(
       evidence: where the phrases come from, and how many of which length.
       images: by name, (record, rng) -> view of a further image. All images of a case get the same
         random draws: what is turned in one is turned in the others.
+      told: how the table becomes text and vector.
+      pair: (record, rng) -> what the two views of a training example show; None is the image twice.
       train: two views where asked for, and no labels beyond `inputs`.
 
     Raises:
@@ -185,6 +192,8 @@ def record_transform(
     further = [name for name in images if name in inputs]
     if "tabular" in inputs and table is None:
         raise UserError("The recipe reads a table, and the corpus has none.")
+    if any(key in inputs for key in METADATA) and told is None:
+        raise UserError("The recipe reads metadata, and the corpus has no table.")
     if "evidence" in inputs and (evidence is None or tokenizer is None):
         raise UserError("Evidence phrases need a reader and a tokenizer.")
     tokens = functools.lru_cache(maxsize=1 << 16)(functools.partial(_tokens, tokenizer))
@@ -193,11 +202,11 @@ def record_transform(
         example: Example = {"text_id": text_hash(record["text_id"])}
         for name in further:
             example[name] = images[name](record, copy.deepcopy(rng))
-        if "image" in inputs:
-            image = decode(record["image"])
-            example["image"] = view(image, rng)
-            if train and "image_2" in inputs:
-                example["image_2"] = view(image, rng)
+        if train and "image_2" in inputs:
+            first, second = pair(record, rng) if pair else [decode(record["image"])] * 2
+            example |= {"image": view(first, rng), "image_2": view(second, rng)}
+        elif "image" in inputs:
+            example["image"] = view(decode(record["image"]), rng)
         if "tabular" in inputs:
             example["tabular"] = table(record["table"])
         if "evidence" in inputs:
@@ -205,6 +214,14 @@ def record_transform(
         for key in PAIRING:
             if key in inputs:
                 example[key] = np.asarray(record[key], bool if key == "paired" else np.int32)
+        if told:
+            words = told.text(record["table"])
+            made = {
+                "metadata": lambda: tokens(words, lengths["metadata"]),
+                "metadata_feature": lambda: features[words],
+                "metadata_vector": lambda: told.vector(record["table"]),
+            }
+            example |= {key: made[key]() for key in METADATA if key in inputs}
         for key in {*tokenised, *looked_up}:
             words = section_text(record, key)
             if key in tokenised:
@@ -214,7 +231,7 @@ def record_transform(
             example[f"{key}_valid"] = np.asarray(bool(words))
             example[f"{key}_id"] = text_hash(words)
         if not train:
-            for key in ("image_id", "patient_id"):
+            for key in ("image_id", "patient_id", "study_id"):
                 example[key] = np.asarray(record[key])
         for task, label in record.get("labels", {}).items():
             if not train or f"label/{task}" in inputs:
@@ -255,7 +272,7 @@ def text_hash(text_id: str) -> np.ndarray:
 
 def _check_inputs(inputs, images, tokenised, tokenizer, lengths, looked_up, features) -> None:
     known = ("image", "image_2", *images, "tabular", "text_id", *SECTIONS)
-    known = (*known, "evidence", "evidence_mask", *PAIRING)
+    known = (*known, "evidence", "evidence_mask", *PAIRING, *METADATA)
     made = (*known, *(f"{s}_{kind}" for s in SECTIONS for kind in ("feature", "valid", "id")))
     for key in inputs:
         if key not in made and not key.startswith("label/"):

@@ -3,7 +3,8 @@
 Image and mask stay encoded bytes (JPEG, PNG) from the source file to the training pipeline, which
 decodes them grey and at reduced scale. Boxes are (ymin, xmin, ymax, xmax) as fractions of the
 image. A missing text section is "". A label is 1 present, 0 absent, -1 unknown. A missing table
-value is NaN. A set without masks stores a 1x1 zero PNG and names no mask bits.
+value is NaN. A set without masks stores a 1x1 zero PNG and names no mask bits; a text without an
+image has a black one. A box may have a category besides its phrase.
 
 A case with several images names the further ones in its metadata, each with what it is:
 {} another encoded image, {"slices": S} a volume (see `encode_volume`), or {"channel": c} a channel
@@ -41,6 +42,7 @@ def features(
     table: Iterable[str] | None = None,
     channels: int = 1,
     images: Images | None = None,
+    categories: bool = False,
 ) -> tfds.features.FeaturesDict:
     """Return the features of a corpus.
 
@@ -49,13 +51,16 @@ def features(
       table: column names of the patient table; None or empty leaves the key `table` out.
       channels: of the image, 1 grey or 3.
       images: further images of a case.
+      categories: True where boxes have one.
     """
     text = tfds.features.Text
+    box = {"bbox": tfds.features.BBoxFeature(), "phrase": text()}
+    box |= {"category": text()} if categories else {}
     entries = {
         "image": tfds.features.Image(shape=(None, None, channels), encoding_format="jpeg"),
         "mask": tfds.features.Image(shape=(None, None, 1), encoding_format="png"),
         **{key: text() for key in TEXT_KEYS},
-        "boxes": tfds.features.Sequence({"bbox": tfds.features.BBoxFeature(), "phrase": text()}),
+        "boxes": tfds.features.Sequence(box),
     }
     if tasks:
         entries["labels"] = {
@@ -138,6 +143,14 @@ def empty_mask() -> bytes:
     return encode_mask(np.zeros((1, 1), np.uint8))
 
 
+@functools.cache
+def empty_image() -> bytes:
+    """Return the black JPEG that stands for "no image"."""
+    buffer = io.BytesIO()
+    Image.fromarray(np.zeros((16, 16), np.uint8)).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
 def record(
     *,
     image: bytes,
@@ -148,6 +161,7 @@ def record(
     impression: str = "",
     labels: Mapping[str, np.ndarray] | None = None,
     boxes: Sequence[tuple[tuple[float, float, float, float], str]] = (),
+    categories: Sequence[str] = (),
     mask: bytes = b"",
     table: Mapping[str, float] | None = None,
     images: Mapping[str, bytes] | None = None,
@@ -163,6 +177,7 @@ def record(
       impression: the report's conclusion, "" where missing.
       labels: int8 vector per task, see `one_hot`; leave out where the corpus has no task.
       boxes: ((ymin, xmin, ymax, xmax), phrase), fractions of the image in [0, 1].
+      categories: of each box; leave out where the corpus has none.
       mask: encoded PNG bit field, see `encode_mask`; empty for none.
       table: float per column, NaN = missing; leave out where the corpus has no table.
       images: encoded further images by name; leave out where the corpus has none.
@@ -182,6 +197,9 @@ def record(
             for box, phrase in boxes
         ],
     }
+    if categories:
+        for box, category in zip(entry["boxes"], categories, strict=True):
+            box["category"] = category
     if labels:
         entry["labels"] = dict(labels)
     if table:
@@ -202,9 +220,9 @@ def parse(serialised: bytes, info: Mapping[str, Any]) -> dict[str, Any]:
       info: what `metadata` stored with the corpus.
 
     Returns:
-      image, mask: bytes; texts: str; boxes: {"bbox": float32 [n, 4], "phrase": n str};
-      labels: {task: int8 [C]}, table: {column: float} and images: {name: bytes} where the corpus
-      has them.
+      image, mask: bytes; texts: str; boxes: {"bbox": float32 [n, 4], "phrase": n str}, and
+      "category" where they have one; labels: {task: int8 [C]}, table: {column: float} and images:
+      {name: bytes} where the corpus has them.
     """
     features = tf_example_pb2.Example.FromString(serialised).features.feature
     entry: dict[str, Any] = {key: features[key].bytes_list.value[0] for key in ("image", "mask")}
@@ -213,6 +231,8 @@ def parse(serialised: bytes, info: Mapping[str, Any]) -> dict[str, Any]:
     boxes = np.array(features["boxes/bbox"].float_list.value, np.float32).reshape(-1, 4)
     phrases = [phrase.decode() for phrase in features["boxes/phrase"].bytes_list.value]
     entry["boxes"] = {"bbox": boxes, "phrase": phrases}
+    if kinds := features["boxes/category"].bytes_list.value:
+        entry["boxes"]["category"] = [kind.decode() for kind in kinds]
     if tasks := info["tasks"]:
         entry["labels"] = {
             task: np.array(features[f"labels/{task}"].int64_list.value, np.int8) for task in tasks

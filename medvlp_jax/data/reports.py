@@ -36,12 +36,13 @@ SUFFIXES = (".xml", ".txt")
 
 
 class Report(NamedTuple):
-    """One report: what an image can show, and the headings an annotator gave it."""
+    """One report: what an image can show, an annotator's headings, and its images' names."""
 
     id: str
     findings: str
     impression: str
     headings: tuple[str, ...] = ()
+    images: tuple[str, ...] = ()
 
     @property
     def text(self) -> str:
@@ -111,7 +112,7 @@ def _document(name: str, content: bytes) -> Report:
 
 
 def _openi(name: str, content: bytes) -> Report:
-    """Read an Open-i file: labelled abstract texts, MeSH "major" headings."""
+    """Read an Open-i file: labelled abstract texts, MeSH "major" headings, parent images."""
     try:
         root = ElementTree.fromstring(content)
     except ElementTree.ParseError as error:
@@ -123,6 +124,7 @@ def _openi(name: str, content: bytes) -> Report:
         sections.get("FINDINGS", ""),
         sections.get("IMPRESSION", ""),
         tuple(heading.text or "" for heading in root.iterfind("MeSH/major")),
+        tuple(image.get("id", "") for image in root.iterfind("parentImage")),
     )
 
 

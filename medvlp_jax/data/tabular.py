@@ -10,9 +10,12 @@ A schema says what a column holds. It is a JSON object {column: entry}, kept wit
 
 `leakage` names why a column gives the answer away; such a column is left out unless asked for.
 `censored` of a number says that "-inf" and "inf" stand for values beyond what can be measured; they
-become the ends of its range.
-Records store a number as it is and a category by its index; a missing value is NaN, and models see
-that it is missing.
+become the ends of its range. `missing` of any column lists what else than an empty cell says that
+nothing was recorded, `unknown` of a category what says that somebody was asked and did not know.
+`same` maps spellings of a category to the one that is listed, and `other` names the category that
+takes whatever is not.
+Records store a number as it is and a category by its index; a missing value is NaN, one that is
+unknown UNKNOWN. Rows of numbers show both as missing; PRIMA's sentences tell them apart.
 
 Axis letters: T attributes, D numbers of a row.
 """
@@ -30,6 +33,8 @@ from medvlp_jax.data.files import Row
 
 KINDS = ("numeric", "categorical", "ordinal")
 FIELDS = ("kind", "unit", "range", "categories", "missing", "sentence", "leakage", "censored")
+FIELDS += ("unknown", "same", "other")
+UNKNOWN = -1.0  # a category: somebody was asked, and did not know
 
 Schema = Mapping[str, Mapping[str, Any]]
 
@@ -71,6 +76,10 @@ def _check_entry(where: str, entry: Any) -> None:
         names = entry.get("categories")
         if not isinstance(names, list) or len(names) < 2 or len(set(names)) != len(names):
             raise UserError(f"{where} has categories {names!r}; two or more different are needed.")
+        listed = (*entry.get("same", {}).values(), *filter(None, [entry.get("other")]))
+        for name in listed:
+            if name not in names:
+                raise UserError(f"{where} has no category '{name}'. {nearest(name, names)}")
     if "{value}" not in entry.get("sentence", "{value}"):
         raise UserError(f"{where}: the sentence {entry['sentence']!r} has no place for {{value}}.")
 
@@ -102,6 +111,11 @@ def _parse_cell(row: Row, column: str, entry: Mapping[str, Any]) -> float:
     if text in ("", *entry.get("missing", ())):
         return math.nan
     if entry["kind"] != "numeric":
+        if text in entry.get("unknown", ()):
+            return UNKNOWN
+        text = entry.get("same", {}).get(text, text)
+        if text not in entry["categories"] and "other" in entry:
+            text = entry["other"]
         if text not in entry["categories"]:
             raise row.error(
                 f"{column} is '{text}'; accepted are {', '.join(entry['categories'])}, "
@@ -156,15 +170,24 @@ def sentences(values: Mapping[str, float], schema: Schema, names: Sequence[str])
 
 
 def _sentence(name: str, value: float, entry: Mapping[str, Any]) -> str:
-    if math.isnan(value):
-        said = "unknown"
-    elif entry["kind"] == "numeric":
-        said = f"{value:.2f}".rstrip("0").rstrip(".")
-    else:
-        said = entry["categories"][int(value)]
+    said = say(value, entry)
     unit = f" {entry['unit']}" if "unit" in entry and said != "unknown" else ""
     plain = f"{name.replace('_', ' ').capitalize()}: {{value}}{unit}."
     return entry.get("sentence", plain).replace("{value}", said)
+
+
+def say(value: float, entry: Mapping[str, Any]) -> str:
+    """Write a value: at most two decimals, a category by its name, "unknown" where it is."""
+    if is_unknown(value, entry):
+        return "unknown"
+    if entry["kind"] == "numeric":
+        return f"{value:.2f}".rstrip("0").rstrip(".")
+    return entry["categories"][int(value)]
+
+
+def is_unknown(value: float, entry: Mapping[str, Any]) -> bool:
+    """Say whether a value is missing, or a category that nobody knew."""
+    return math.isnan(value) or (entry["kind"] != "numeric" and value == UNKNOWN)
 
 
 def rows(values: Mapping[str, float], schema: Schema, names: Sequence[str]) -> np.ndarray:
@@ -186,7 +209,7 @@ def rows(values: Mapping[str, float], schema: Schema, names: Sequence[str]) -> n
 def _block(value: float, entry: Mapping[str, Any]) -> np.ndarray:
     size = len(entry["categories"]) if entry["kind"] == "categorical" else 1
     block = np.zeros(size + 1, np.float32)
-    if math.isnan(value):
+    if is_unknown(value, entry):
         block[-1] = 1
     elif entry["kind"] == "categorical":
         block[int(value)] = 1

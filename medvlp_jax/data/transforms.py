@@ -10,7 +10,7 @@ rotated out of the crop may come back at a corner where the paper's chain has bl
 import io
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageEnhance, ImageOps
 
 from medvlp_jax.config import UserError
 
@@ -47,10 +47,7 @@ def decode(
     """
     if fit not in ("squash", "pad"):
         raise UserError(f"fit is '{fit}'; accepted are squash and pad.")
-    image = Image.open(io.BytesIO(encoded))
-    # Pillow decodes at 1/2, 1/4 or 1/8 where that is still at least this large.
-    image.draft(_MODES[channels], (size, size))
-    image = image.convert(_MODES[channels])
+    image = _opened(encoded, size, channels)
     if crop_black_border:
         image = image.crop(image.getbbox())
     if legacy_wrap:
@@ -62,6 +59,35 @@ def decode(
     else:
         image = image.resize((size, size), Image.Resampling.BILINEAR)
     return np.asarray(image).reshape(size, size, channels)
+
+
+def placed(
+    boxes: np.ndarray,
+    encoded: bytes,
+    *,
+    size: int,
+    channels: int = 1,
+    crop_black_border: bool = True,
+    fit: str = "squash",
+) -> np.ndarray:
+    """Return where boxes of the stored image lie in what `decode` makes of it, in its pixels.
+
+    Args:
+      boxes: [n, 4], (ymin, xmin, ymax, xmax) as fractions of the stored image.
+      encoded: as for `decode`, and so are the rest.
+    """
+    image = _opened(encoded, size, channels)
+    left, top, right, bottom = (0, 0, *image.size)
+    if crop_black_border:
+        left, top, right, bottom = image.getbbox() or (left, top, right, bottom)
+    width, height = right - left, bottom - top
+    scale = np.array([size / height, size / width])
+    if fit == "pad":
+        scale = np.full(2, scale.min())
+    # What `ImageOps.pad` leaves free lies evenly on both sides.
+    offset = (size - scale * (height, width)) / 2
+    corners = boxes.reshape(-1, 2, 2) * (image.height, image.width) - (top, left)
+    return (corners * scale + offset).reshape(-1, 4)
 
 
 def imitate_view(
@@ -167,6 +193,59 @@ def cfcml_view(
     return view
 
 
+def prima_view(
+    image: np.ndarray,
+    rng: np.random.Generator,
+    *,
+    size: int,
+    smallest: float = 0.6,
+    flip: float = 0.5,
+    rotation: float = 20.0,
+    jitter: float = 0.2,
+    hue: float = 0.05,
+) -> np.ndarray:
+    """Return one random view: crop of random size, flips, rotation, colour; our choice for PRIMA.
+
+    Crop, flips and rotation are one bilinear resampling; what lies outside is mirrored.
+
+    Args:
+      image: [R, R, C] uint8.
+      rng: source of all randomness of this view.
+      size: side of the result, pixels.
+      smallest: smallest share of the image's area that is kept, at an aspect of 3/4 to 4/3.
+      flip: probability of a flip, for each axis.
+      rotation: largest angle either way, degrees.
+      jitter: largest relative change of brightness, contrast and saturation.
+      hue: largest turn of the hue, as a share of the circle; for colour images.
+
+    Returns:
+      [size, size, C] uint8.
+    """
+    side = image.shape[0]
+    area, ratio = rng.uniform(smallest, 1), np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
+    box = np.minimum(np.sqrt(area * np.array([ratio, 1 / ratio])), 1) * side  # width, height
+    corner = rng.uniform(0, 1, 2) * (side - box)
+    sign = np.where(rng.random(2) < flip, -1, 1)
+    to_source = np.diag([*(sign * box / size), 1.0])
+    to_source[:2, 2] = corner + np.where(sign < 0, box, 0)
+    to_source = to_source @ rotation_map(rng.uniform(-rotation, rotation), size)
+    return _coloured(warp(image, to_source, mirror=True, size=size), rng, jitter, hue)
+
+
+def _coloured(image, rng, jitter, hue):
+    """Change brightness, contrast and, of colour images, saturation and hue."""
+    changed = _to_pil(image)
+    kinds = [ImageEnhance.Brightness, ImageEnhance.Contrast]
+    kinds += [ImageEnhance.Color] if image.shape[-1] == 3 else []
+    for kind in kinds:
+        changed = kind(changed).enhance(rng.uniform(1 - jitter, 1 + jitter))
+    if image.shape[-1] == 3 and hue:
+        bands = np.array(changed.convert("HSV"))
+        bands[..., 0] += np.uint8(round(rng.uniform(-hue, hue) * 255) % 256)
+        changed = Image.fromarray(bands, "HSV").convert("RGB")
+    return _pixels(changed)
+
+
 def center_view(
     image: np.ndarray, rng: np.random.Generator | None = None, *, size: int
 ) -> np.ndarray:
@@ -219,29 +298,33 @@ def homography(source: np.ndarray, target: np.ndarray) -> np.ndarray:
     return np.append(h, 1.0).reshape(3, 3)
 
 
-def warp(image: np.ndarray, to_source: np.ndarray, *, mirror: bool = False) -> np.ndarray:
+def warp(
+    image: np.ndarray, to_source: np.ndarray, *, mirror: bool = False, size: int = 0
+) -> np.ndarray:
     """Resample an image bilinearly; outside it is black, or mirrored as far as one side away.
 
     Args:
       image: [H, W, C] uint8.
       to_source: 3x3 matrix from output to source coordinates (x, y, 1), pixel centres at .5.
       mirror: continue the image beyond its edges.
+      size: side of the result; 0 is that of the image.
 
     Returns:
       [H, W, C] uint8.
     """
     height, width, channels = image.shape
+    out = (size, size) if size else (width, height)
     if mirror:
         image = np.pad(image, ((height, height), (width, width), (0, 0)), "symmetric")
         to_source = np.array([[1, 0, width], [0, 1, height], [0, 0, 1]]) @ to_source
     coefficients = (to_source / to_source[2, 2]).ravel()[:8]
     warped = _to_pil(image).transform(
-        (width, height),
+        out,
         Image.Transform.PERSPECTIVE,
         coefficients.tolist(),
         Image.Resampling.BILINEAR,
     )
-    return np.asarray(warped).reshape(height, width, channels)
+    return np.asarray(warped).reshape(out[1], out[0], channels)
 
 
 def stretched(image: np.ndarray) -> np.ndarray:
@@ -251,6 +334,13 @@ def stretched(image: np.ndarray) -> np.ndarray:
         return image
     table = np.clip((np.arange(256) - low) * 255 / (high - low), 0, 255)
     return np.rint(table).astype(np.uint8)[image]
+
+
+def _opened(encoded: bytes, size: int, channels: int) -> Image.Image:
+    image = Image.open(io.BytesIO(encoded))
+    # Pillow decodes at 1/2, 1/4 or 1/8 where that is still at least this large.
+    image.draft(_MODES[channels], (size, size))
+    return image.convert(_MODES[channels])
 
 
 def _to_pil(image: np.ndarray) -> Image.Image:

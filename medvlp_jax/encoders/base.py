@@ -52,6 +52,29 @@ def pairs_of(mask, segments):
     return (segments[:, :, None] == segments[:, None, :]) & mask[:, None, :]
 
 
+def members_of(mask, segments, num_segments: int):
+    """Return which tokens are real ones of each text of a row, [B, T, G]; G = 1 without segments.
+
+    Args:
+      mask: [B, T], True = real.
+      segments: [B, T]; None where a row is one text.
+      num_segments: G, given with `segments`.
+
+    Raises:
+      ValueError: if `segments` come without their number, or it without them.
+    """
+    if (segments is None) != (num_segments == 0):
+        raise ValueError(f"segments and num_segments come together, got {num_segments} of them.")
+    groups = jnp.zeros_like(mask, jnp.int32) if segments is None else segments
+    return (groups[..., None] == jnp.arange(max(num_segments, 1))) & mask[..., None]
+
+
+def pick(x, at, *, is_packed: bool):
+    """Return the tokens of [B, T, D] at places [B, G]: [B, G, D], or [B, D] where not packed."""
+    picked = jnp.take_along_axis(x, at[..., None], axis=1)
+    return picked if is_packed else picked[:, 0]
+
+
 def pool(x, mask, pooling: Literal["cls", "mean"], *, segments=None, num_segments: int = 0):
     """Pool each text of a row: its first real token, or the mean of its real tokens in float32.
 
@@ -68,18 +91,14 @@ def pool(x, mask, pooling: Literal["cls", "mean"], *, segments=None, num_segment
     Raises:
       ValueError: if `segments` come without their number, or it without them.
     """
-    if (segments is None) != (num_segments == 0):
-        raise ValueError(f"segments and num_segments come together, got {num_segments} of them.")
-    groups = jnp.zeros_like(mask, jnp.int32) if segments is None else segments
-    members = groups[..., None] == jnp.arange(max(num_segments, 1))  # [B, T, G]
-    members &= mask[..., None]
+    members = members_of(mask, segments, num_segments)
+    is_packed = segments is not None
     if pooling == "cls":
-        pooled = jnp.take_along_axis(x, members.argmax(1)[..., None], axis=1)  # [B, G, D]
-    else:
-        weight = members.astype(jnp.float32)
-        total = jnp.einsum("btg,btd->bgd", weight, x.astype(jnp.float32))
-        pooled = total / jnp.maximum(weight.sum(1)[..., None], 1.0)
-    return pooled[:, 0] if segments is None else pooled
+        return pick(x, members.argmax(1), is_packed=is_packed)
+    weight = members.astype(jnp.float32)
+    total = jnp.einsum("btg,btd->bgd", weight, x.astype(jnp.float32))
+    pooled = total / jnp.maximum(weight.sum(1)[..., None], 1.0)
+    return pooled if is_packed else pooled[:, 0]
 
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)

@@ -5,8 +5,10 @@
 * `pooled` is the token that ends the text, at the first `eos_id`. Configs older than
   transformers 4.31 say 2 there, which is no such token: then it is the largest id.
 * GELU is x sigmoid(1.702 x) in OpenAI's weights.
+* Several texts can be packed into one row by segment ids: attention, positions and pooling then
+  keep to a segment.
 
-Axis letters: B batch, T tokens, D width, E joint width, V vocabulary.
+Axis letters: B batch, T tokens, D width, E joint width, V vocabulary, G texts in a row.
 """
 
 from typing import Any, Literal
@@ -14,7 +16,15 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax.numpy as jnp
 
-from medvlp_jax.encoders.base import Encoded, Tokens, from_variant
+from medvlp_jax.encoders.base import (
+    Encoded,
+    Tokens,
+    from_variant,
+    members_of,
+    pairs_of,
+    pick,
+    positions_of,
+)
 from medvlp_jax.layers import ACTIVATIONS, Block, LayerNorm, Linear, Lora, Stack
 
 # Radford et al. 2021, Table 20, of ViT-B/32 and ViT-L/14; ViT-B/16 has the former's. "tiny" is our
@@ -68,29 +78,41 @@ class ClipText(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, tokens: Tokens, *, train=False) -> Encoded:
+    def __call__(self, tokens: Tokens, *, train=False, segments=None, num_segments=0) -> Encoded:
         """Encode Tokens(ids [B, T], mask [B, T]); a text without its end is pooled at its start.
 
+        Args:
+          tokens: one text a row, or several behind one another.
+          train: apply dropout.
+          segments: [B, T] in [0, G), which text of the row a token belongs to; equal ids adjacent.
+          num_segments: G, given with `segments`.
+
         Returns:
-          Encoded with pooled [B, D] or [B, E], tokens [B, T, D] and the mask [B, T]; tokens where
-          the mask is False hold values without meaning.
+          Encoded with pooled [B, D] or [B, E], tokens [B, T, D] and the mask [B, T]; with segments
+          pooled is [B, G, D] or [B, G, E]. Tokens where the mask is False, and pooled segments
+          without a token, hold values without meaning.
 
         Raises:
-          ValueError: if the text is longer than the position table, or `pooling` is not to be had.
+          ValueError: if the row is longer than the position table, `pooling` is not to be had, or
+            `segments` come without their number.
         """
         names = ("num_heads", "mlp_dim", "attention_dropout", "epsilon", "attention", "lora")
         fields = {name: getattr(self, name) for name in (*names, "dtype")}
         fields |= {"activation": ACTIVATIONS[self.activation], "causal": True}
         fields |= {"kernel_init": normal}
         stack = Stack(Block, fields, self.depth, self.layout, self.remat, name="stack")
-        x = stack(self._embed(tokens.ids), tokens.mask, train=train)  # [B, T, D]
+        mask = tokens.mask if segments is None else pairs_of(tokens.mask, segments)
+        x = stack(self._embed(tokens.ids, segments), mask, train=train)  # [B, T, D]
         x = LayerNorm(self.epsilon, self.dtype, name="norm")(x)
         end = tokens.ids if self.eos_id == OLD_EOS else tokens.ids == self.eos_id
-        eos = jnp.take_along_axis(x, end.argmax(-1)[:, None, None], axis=1)[:, 0]  # [B, D]
+        # A padding that says "end" too stands behind the first one: it need not be masked.
+        members = members_of(jnp.ones_like(tokens.mask), segments, num_segments)
+        at = jnp.where(members, end[..., None].astype(jnp.int32), -1).argmax(1)  # [B, G]
+        eos = pick(x, at, is_packed=segments is not None)  # [B, D] or [B, G, D]
         pooled = {"eos": eos}
         if self.projection:
             project = Linear(self.projection_dim, False, self.dtype, normal, name="projection")
-            pooled["projection"] = project(eos)  # [B, E]
+            pooled["projection"] = project(eos)  # [..., E]
         if self.pooling not in pooled:
             raise ValueError(
                 f"No pooling {self.pooling!r} in this ClipText, only {', '.join(pooled)}; "
@@ -98,7 +120,7 @@ class ClipText(nn.Module):
             )
         return Encoded(pooled=pooled[self.pooling], tokens=x, mask=tokens.mask)
 
-    def _embed(self, ids):
+    def _embed(self, ids, segments):
         length = ids.shape[1]
         if length > self.max_length:
             raise ValueError(
@@ -108,7 +130,8 @@ class ClipText(nn.Module):
         words = self.param("word_embedding", normal, (self.vocab_size, self.width))
         positions = self.param("position_embedding", normal, (self.max_length, self.width))
         # `take` turns an id outside the vocabulary into NaN; indexing would clamp it in silence.
-        return (jnp.take(words, ids, axis=0) + positions[:length]).astype(self.dtype)
+        positions = positions[:length] if segments is None else positions[positions_of(segments)]
+        return (jnp.take(words, ids, axis=0) + positions).astype(self.dtype)
 
 
 def make(variant: str = "B/32", **overrides: Any) -> ClipText:

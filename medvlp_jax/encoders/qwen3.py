@@ -6,10 +6,12 @@
 * The width of a head is a field of its own: the smaller models have more heads than fit the width.
 * Input is token ids, or embeddings in their place: Tokens(ids [B, T, D] float, mask [B, T]).
 * Padding may stand on either side: positions count the real tokens.
+* Several texts can be packed into one row by segment ids: attention, positions and pooling then
+  keep to a segment.
 * `generate` extends a prompt with a cache of keys and values, greedily or by sampling.
 
 Axis letters: B batch, T tokens, D width, V vocabulary, L layers, M room in the cache, K heads of
-key and value, S head width.
+key and value, S head width, G texts in a row.
 """
 
 from typing import Any, Literal, NamedTuple
@@ -18,7 +20,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from medvlp_jax.encoders.base import Encoded, Tokens, from_variant
+from medvlp_jax.encoders.base import Encoded, Tokens, from_variant, members_of, pairs_of, pick
 from medvlp_jax.layers import Attention, Cache, GatedMlp, Lora, RMSNorm, Stack, rope_1d
 
 # Yang et al. 2025, Table 1, and the config.json of Qwen/Qwen3-*. "tiny" is our choice, for CPU
@@ -155,35 +157,47 @@ class Qwen3(nn.Module):
         if self.lm_head and not self.is_tied:
             self.head = self.param("head", normal, shape)
 
-    def __call__(self, tokens: Tokens, *, train=False) -> Encoded:
+    def __call__(self, tokens: Tokens, *, train=False, segments=None, num_segments=0) -> Encoded:
         """Encode Tokens(ids [B, T], mask [B, T]), or embeddings [B, T, D] in place of the ids.
+
+        Args:
+          tokens: one text a row, or several behind one another.
+          train: apply dropout.
+          segments: [B, T] in [0, G), which text of the row a token belongs to; equal ids adjacent.
+          num_segments: G, given with `segments`.
 
         Returns:
           Encoded with pooled [B, D], the last real token of each row, tokens [B, T, D] and the mask
-          [B, T]; tokens where the mask is False hold values without meaning.
+          [B, T]; with segments pooled is [B, G, D], the last real token of each. Tokens where the
+          mask is False, and pooled segments without a token, hold values without meaning.
 
         Raises:
-          ValueError: if the text is longer than `max_length`.
+          ValueError: if the row is longer than `max_length`, or `segments` come without their
+            number.
         """
+        x = self._encode(tokens, train, segments)
+        pooled = last(x, tokens.mask, segments=segments, num_segments=num_segments)
+        return Encoded(pooled=pooled, tokens=x, mask=tokens.mask)
+
+    def logits(self, tokens: Tokens, *, train=False, segments=None):
+        """Return the logits [B, T, V] of each next token, float32; segments as for features.
+
+        Raises:
+          ValueError: if this module has no head.
+        """
+        return self.decode(self._encode(tokens, train, segments))
+
+    def _encode(self, tokens, train, segments):
         length = tokens.mask.shape[1]
         if length > self.max_length:
             raise ValueError(
                 f"A text of {length} tokens is longer than the {self.max_length} this model is "
                 "made for: truncate it."
             )
-        positions = jnp.maximum(jnp.cumsum(tokens.mask, axis=1) - 1, 0)  # [B, T]
+        mask = tokens.mask if segments is None else pairs_of(tokens.mask, segments)
+        positions = real_positions(tokens.mask, segments)  # [B, T]
         rope = rope_1d(positions, self.head_width, self.rope_base)
-        x = self.stack(self.embed(tokens.ids), tokens.mask, train=train, rope=rope)
-        x = self.norm(x)
-        return Encoded(pooled=last(x, tokens.mask), tokens=x, mask=tokens.mask)
-
-    def logits(self, tokens: Tokens, *, train=False):
-        """Return the logits [B, T, V] of each next token, float32.
-
-        Raises:
-          ValueError: if this module has no head.
-        """
-        return self.decode(self(tokens, train=train).tokens)
+        return self.norm(self.stack(self.embed(tokens.ids), mask, train=train, rope=rope))
 
     def embed(self, ids):
         """Return the embeddings [B, T, D] of token ids [B, T]; embeddings stay as they are."""
@@ -192,8 +206,12 @@ class Qwen3(nn.Module):
         # `take` turns an id outside the vocabulary into NaN; indexing would clamp it in silence.
         return jnp.take(self.word_embedding, ids, axis=0).astype(self.dtype)
 
-    def decode(self, x):
+    def decode(self, x, ids=None):
         """Return the logits [..., V] that follow features [..., D], float32.
+
+        Args:
+          x: features.
+          ids: the tokens [C] whose logits [..., C] are wanted; None is all.
 
         Raises:
           ValueError: if this module has no head.
@@ -201,6 +219,7 @@ class Qwen3(nn.Module):
         if not (self.is_tied or self.lm_head):
             raise ValueError("This Qwen3 has no head: set is_tied=True or lm_head=True.")
         head = self.word_embedding if self.is_tied else self.head
+        head = head if ids is None else jnp.take(head, ids, axis=0)
         return jnp.einsum(
             "...d,vd->...v", x, head.astype(self.dtype), preferred_element_type=jnp.float32
         )
@@ -228,10 +247,20 @@ class Qwen3(nn.Module):
         return Encoded(last(x, tokens.mask), x, tokens.mask), State(cache, seen)
 
 
-def last(x, mask):
-    """Return the last real token [B, D] of [B, T, D]."""
-    at = mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1)
-    return jnp.take_along_axis(x, at[:, None, None], axis=1)[:, 0]
+def real_positions(mask, segments=None):
+    """Return how many real tokens [B, T] stand before each in its text; 0 before the first."""
+    count = jnp.cumsum(mask, axis=1)
+    if segments is not None:  # less what was counted before the segment began
+        begins = jnp.diff(segments, axis=1, prepend=segments[:, :1]) != 0
+        count -= jax.lax.cummax(jnp.where(begins, count - mask, 0), axis=1)
+    return jnp.maximum(count - 1, 0)
+
+
+def last(x, mask, *, segments=None, num_segments=0):
+    """Return the last real token [B, D] of [B, T, D], or that of each segment [B, G, D]."""
+    members = members_of(mask, segments, num_segments)  # [B, T, G]
+    at = mask.shape[1] - 1 - jnp.argmax(members[:, ::-1], axis=1)
+    return pick(x, at, is_packed=segments is not None)
 
 
 def start(module: Qwen3, batch: int, room: int) -> State:

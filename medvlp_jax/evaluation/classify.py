@@ -64,6 +64,22 @@ def run(
     return assemble(PROTOCOL, task, scored.numbers, settings=settings, notes=scored.notes)
 
 
+def by_study(found: Mapping[str, np.ndarray], task: str) -> dict[str, np.ndarray]:
+    """Return one row a study: its images' mean probabilities as `logits`, label and patient.
+
+    Args:
+      found: `logits`, labels of the task, `study_id` and `patient_id`, a row an image.
+      task: whose labels; those of the first image of each study count.
+    """
+    _, first, study = np.unique(found["study_id"], return_index=True, return_inverse=True)
+    logits = np.asarray(found["logits"], np.float64)
+    total = np.zeros((len(first), logits.shape[1]))
+    np.add.at(total, study, scipy.special.softmax(logits, axis=1))
+    mean = total / np.bincount(study)[:, None]
+    kept = {key: found[key][first] for key in (f"label/{task}", "patient_id", "study_id")}
+    return kept | {"logits": np.log(np.maximum(mean, 1e-300))}
+
+
 def _check(labels, scores, classes):
     labels, scores = np.asarray(labels), np.asarray(scores, np.float64)
     if labels.shape != scores.shape or labels.shape[1:] != (len(classes),):

@@ -164,7 +164,7 @@ def curves(metrics_jsonl: str | Path, out_png: str | Path) -> None:
         ax.set_visible(False)
     for ax in axes[max(0, len(grid) - columns) : len(grid)]:
         ax.set_xlabel("step", fontsize=8, color=MUTED)
-    _save(figure, out_png)
+    save(figure, out_png)
 
 
 def _wrapped(text: str) -> str:
@@ -250,7 +250,7 @@ def examples(
         picture = figure.add_subplot(grid[row, 2 * column])
         answers = figure.add_subplot(grid[row, 2 * column + 1])
         _draw_example(picture, answers, *example)
-    _save(figure, out_png)
+    save(figure, out_png)
 
 
 def classifier(truth, chances, classes: Sequence[str], out_png: str | Path) -> None:
@@ -276,7 +276,7 @@ def classifier(truth, chances, classes: Sequence[str], out_png: str | Path) -> N
     _draw_confusion(left, truth, chances.argmax(1), classes)
     _draw_roc(middle, truth, chances, classes)
     _draw_calibration(right, chances.argmax(1) == truth, chances.max(1))
-    _save(figure, out_png)
+    save(figure, out_png)
 
 
 def _draw_confusion(ax: Axes, truth, predicted, classes) -> None:
@@ -360,10 +360,10 @@ def attention(images, maps: Sequence[Sequence], titles: Sequence[str], out_png: 
             ax.set_title(note, fontsize=7, color=MUTED, loc="left")
     for ax in axes.ravel():
         ax.set_axis_off()
-    _save(figure, out_png)
+    save(figure, out_png)
 
 
-def _save(figure: Figure, out_png: str | Path) -> None:
+def save(figure: Figure, out_png: str | Path) -> None:
     """Write a PNG under a temporary name beside its own, then rename."""
     out_png = Path(out_png)
     out_png.parent.mkdir(parents=True, exist_ok=True)

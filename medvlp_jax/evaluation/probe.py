@@ -107,23 +107,17 @@ def _macro_auroc(labels, scores, multi_label: bool) -> float:
     return float(metrics.over_present(per_class))
 
 
-def choose_strength(features, labels, groups, *, multi_label: bool, seed: int) -> float:
+def choose_strength(features, labels, groups, *, multi_label: bool, seed: int) -> float | None:
     """Return the inverse L2 strength with the best validation macro AUROC; the smaller on a tie.
 
-    Raises:
-      UserError: if no class can be fitted and scored.
+    None where so few patients leave no class that can be fitted and scored.
     """
     fit, held = validation_split(groups, seed=seed)
     path = _fit_path(
         features[fit], labels[fit], features[held], multi_label=multi_label, strengths=STRENGTHS
     )
     values = [_macro_auroc(labels[held], scores, multi_label) for scores, _ in path]
-    if np.isnan(values).all():
-        raise UserError(
-            f"The linear probe has {len(np.unique(groups))} training patients, and no class with "
-            "both labels in its fitting and in its validation part: give it more patients."
-        )
-    return STRENGTHS[int(np.nanargmax(values))]
+    return None if np.isnan(values).all() else STRENGTHS[int(np.nanargmax(values))]
 
 
 def fit(
@@ -141,7 +135,8 @@ def fit(
     Args as in `run`.
 
     Returns:
-      Scores [n, C], and what was fitted: strength, train_rows, converged.
+      Scores [n, C], and what was fitted: strength, whether it was chosen (else it is 1, and a run
+      of hours does not end in an error), train_rows, converged.
 
     Raises:
       UserError: if there is too little to fit, or features are not finite.
@@ -152,10 +147,12 @@ def fit(
     groups, _ = statistics.group_index(train_groups, len(train_features))
     rows = take_patients(groups, fraction, seed=seed)
     x, y, groups = train_features[rows], np.asarray(train_labels)[rows], groups[rows]
-    strength = choose_strength(x, y, groups, multi_label=multi_label, seed=seed)
+    chosen = choose_strength(x, y, groups, multi_label=multi_label, seed=seed)
+    strength = 1.0 if chosen is None else chosen
     path = _fit_path(x, y, test_features, multi_label=multi_label, strengths=(strength,))
     scores, converged = next(path)
-    return scores, {"strength": strength, "train_rows": len(rows), "converged": converged}
+    fitted = {"strength": strength, "strength_chosen": chosen is not None}
+    return scores, {**fitted, "train_rows": len(rows), "converged": converged}
 
 
 def run(

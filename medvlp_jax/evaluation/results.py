@@ -13,6 +13,8 @@ K, resamples, ...): numbers with different hashes are not comparable.
 import hashlib
 import json
 import math
+import os
+import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -76,7 +78,8 @@ def _row(name: str, entry: Mapping[str, Any]) -> tuple[str, ...]:
 def _remarks(entry: Mapping[str, Any]) -> list[str]:
     """What stands below a task's rows: the protocol, and what was skipped."""
     known = {"protocol", "hash", "settings", "skipped", "left_out", "patients", "prevalence"}
-    remarks = [f"{entry['protocol']} #{entry['hash']}, {entry.get('patients', '?')} patients"]
+    patients = f", {entry['patients']} patients" if "patients" in entry else ""
+    remarks = [f"{entry['protocol']} #{entry['hash']}{patients}"]
     if entry.get("left_out"):
         remarks.append(f"{entry['left_out']} rows left out (unknown label or no text)")
     if entry.get("skipped"):
@@ -130,3 +133,20 @@ def results_table(results: Results, *, markdown: bool = False, per_class: bool =
         rows.append(_row(name, entry))
     foot = [f"* {r}" for r in remarks] if markdown else remarks
     return "\n".join([*_lines(rows, markdown=markdown), "", *foot]).rstrip()
+
+
+def write_results(results: Results, folder: pathlib.Path) -> None:
+    """Write results.json under a temporary name, then rename."""
+    file = pathlib.Path(folder) / "results.json"
+    scratch = file.with_suffix(".tmp")
+    scratch.write_text(json.dumps(results, indent=1, allow_nan=False))
+    os.replace(scratch, file)
+
+
+def scalars(results: Results) -> dict[str, float]:
+    """Return the numbers worth a line in metrics.jsonl: no per-class rows, no intervals."""
+    return {
+        key: entry["value"]
+        for key, entry in results.items()
+        if entry.get("value") is not None and key.count("/") == 2
+    }

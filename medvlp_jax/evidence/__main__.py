@@ -1,11 +1,23 @@
-"""Evidence from reports: `medvlp evidence extract --reports PATH --out DIR [--backend NAME]`."""
+"""Texts by rules, templates and language models, offline.
+
+medvlp evidence extract --reports PATH --out DIR [--backend NAME]   diagnostic evidence of reports
+medvlp evidence corpus --risk NAME --out DIR [--articles PATH]      what risk factors mean
+medvlp evidence review --corpus DIR [--review FILE]                 physicians' verdicts on that
+"""
 
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
+from medvlp_jax.config import UserError
 from medvlp_jax.data import reports
-from medvlp_jax.evidence import backends, extract
+from medvlp_jax.evidence import backends, corpus, extract, retrieval, review, risk, template
+from medvlp_jax.evidence.answers import Estimate
+
+# Keys come from environment variables alone, see `endpoint.KEYS`.
+SETTINGS = ("url", "model", "allow_remote", "in_flight", "timeout")
+NOTHING_DONE = "Nothing was sent and nothing written."
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -21,14 +33,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _extract(options: argparse.Namespace) -> None:
     found = list(reports.read_reports(options.reports))
     found = found[: options.limit] if options.limit else found
-    settings = ("url", "model", "allow_remote", "in_flight", "timeout")
-    backend = backends.make(
-        options.backend,
-        write=extract.write_rules,
-        **{name: getattr(options, name) for name in settings},
-    )
+    backend = _backend(options, {"rules": extract.write_rules}, "reports are patients' data")
     if options.dry_run:
-        print(_estimate(extract.plan(found, backend, options.out), backend, options))
+        plan = extract.plan(found, backend, options.out)
+        print(
+            f"{plan.reports:,} reports, {plan.texts:,} different texts, {plan.empty:,} empty; "
+            f"{plan.cached:,} answered before, {plan.to_do:,} to do with {backend.name}."
+        )
+        print(_cost(plan.tokens, backend, options))
         return
     summary = extract.run(found, backend, options.out)
     counts = ", ".join(f"{count:,} {status}" for status, count in summary["status"].items())
@@ -37,44 +49,132 @@ def _extract(options: argparse.Namespace) -> None:
     print(f"Odd: {odd or 'none'}. The ids are in {options.out}/summary.json.")
 
 
-def _estimate(plan: extract.Plan, backend: backends.Backend, options) -> str:
-    lines = [
-        f"{plan.reports:,} reports, {plan.texts:,} different texts, {plan.empty:,} empty; "
-        f"{plan.cached:,} answered before, {plan.to_do:,} to do with {backend.name}.",
-    ]
-    if backend.counts_tokens:
-        cost = plan.cost(options.price_in, options.price_out)
-        lines.append(
-            f"About {plan.prompt_tokens:,} tokens to read and {plan.answer_tokens:,} to write: "
-            f"{cost:,.2f} at {options.price_in} and {options.price_out} per million."
+def _corpus(options: argparse.Namespace) -> None:
+    table = risk.read(options.risk).narrowed(_names(options.factors), _names(options.diseases))
+    out, silent, passages = Path(options.out), [], []
+    if options.backend == "template":
+        if options.articles:
+            raise UserError("The template reads the risk table alone: --articles needs a model.")
+        backend = backends.writer("template", template.writer(table))
+        tasks = corpus.from_table(table, variants=options.variants)
+    else:
+        sent = "articles may be licensed to you alone"
+        backend = _backend(options, {"template": str}, sent)
+        if not options.articles:
+            raise UserError(
+                f"--backend {options.backend} writes from literature: name a .jsonl or folder of "
+                "articles with --articles."
+            )
+        passages = retrieval.read_articles(options.articles)
+        words = options.retriever == "bm25"
+        search = (
+            retrieval.by_words(passages)
+            if words
+            else retrieval.by_meaning(passages, options.retriever)
         )
-    return "\n".join([*lines, "Nothing was sent and nothing written."])
+        tasks, silent = corpus.from_articles(
+            table, passages, search, writer=backend.name, count=options.passages
+        )
+    if options.dry_run:
+        plan = corpus.plan(tasks, backend, out, silent=len(silent))
+        print(
+            f"{plan.tasks:,} paragraphs, {plan.cached:,} written before, {plan.to_do:,} to do with "
+            f"{backend.name}; {plan.without_passages:,} pairs no passage speaks of."
+        )
+        print(_cost(plan.tokens, backend, options))
+        return
+    summary = corpus.run(tasks, backend, out, passages=passages, silent=silent)
+    sources = ", ".join(f"{count:,} of {source}" for source, count in summary["sources"].items())
+    print(
+        f"{summary['texts']:,} texts ({sources}), {summary['vetted']:,} of them vetted; "
+        f"{len(summary['failed']):,} failed, {len(silent):,} pairs without a passage: see "
+        f"{out / 'summary.json'}."
+    )
+    if summary["vetted"] < summary["texts"]:
+        print(
+            f"For physicians: {out / review.REVIEW}; then `medvlp evidence review --corpus {out}`."
+        )
+
+
+def _review(options: argparse.Namespace) -> None:
+    out = Path(options.corpus)
+    standing = review.take(out, Path(options.review or out / review.REVIEW))
+    vetted = sum(record.vetted for record in standing.values())
+    print(f"{len(standing):,} texts stand, {vetted:,} of them vetted; {out / review.REVIEW} has")
+    print("the others.")
+
+
+def _backend(options: argparse.Namespace, writers, sent: str) -> backends.Backend:
+    settings = {name: getattr(options, name) for name in SETTINGS}
+    return backends.make(options.backend, writers=writers, sent=sent, **settings)
+
+
+def _cost(tokens: Estimate, backend: backends.Backend, options: argparse.Namespace) -> str:
+    lines = [NOTHING_DONE]
+    if backend.counts_tokens:
+        cost = tokens.cost(options.price_in, options.price_out)
+        lines.insert(
+            0,
+            f"About {tokens.prompt_tokens:,} tokens to read and {tokens.answer_tokens:,} to write: "
+            f"{cost:,.2f} at {options.price_in} and {options.price_out} per million.",
+        )
+    return "\n".join(lines)
+
+
+def _names(listed: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in listed.split(",") if name.strip())
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="medvlp evidence", description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="extract")
+    parser = argparse.ArgumentParser(
+        prog="medvlp evidence",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(required=True, metavar="extract | corpus | review")
     command = commands.add_parser("extract", help="list the diagnostic evidence of each report")
     command.set_defaults(run=_extract)
     command.add_argument(
         "--reports", required=True, help=".jsonl, .csv, .tgz or a folder of .xml or .txt files"
     )
+    command.add_argument("--limit", type=int, default=0, help="only the first reports")
+    _add_backend(command, "rules", "send report text to another machine")
+    command = commands.add_parser("corpus", help="write what risk factors mean for diseases")
+    command.set_defaults(run=_corpus)
+    command.add_argument(
+        "--risk", required=True, help="factors and diseases: a corpus that ships them, or a file"
+    )
+    command.add_argument("--articles", default="", help=".jsonl, or a folder of .txt and .md files")
+    command.add_argument("--factors", default="", help="only these, with commas")
+    command.add_argument("--diseases", default="", help="only these, with commas")
+    command.add_argument(
+        "--retriever", default="bm25", help="bm25, or the folder of a text encoder"
+    )
+    command.add_argument("--passages", type=int, default=corpus.PASSAGES, help="for a paragraph")
+    command.add_argument("--variants", type=int, default=4, help="paraphrases, of the template")
+    _add_backend(command, "template", "send passages of articles to another machine")
+    command = commands.add_parser("review", help="take in what physicians said of a corpus")
+    command.set_defaults(run=_review)
+    command.add_argument("--corpus", required=True, help="folder of `medvlp evidence corpus`")
+    command.add_argument("--review", default="", help="the table; default: the folder's review.csv")
+    return parser
+
+
+def _add_backend(command: argparse.ArgumentParser, writer: str, remote: str) -> None:
+    """Add what every command that asks somebody takes."""
+    names = (writer, *backends.MODELS)
     command.add_argument("--out", required=True, help="folder of the answers; resumes if it exists")
-    command.add_argument("--backend", default="rules", help=f"{', '.join(backends.NAMES)}")
+    command.add_argument("--backend", default=writer, help=f"{', '.join(names)}")
     command.add_argument("--model", default="", help="its name at the endpoint, or a folder")
     command.add_argument(
         "--url", default="http://localhost:8000/v1", help="of the endpoint; keys: see the docs"
     )
-    command.add_argument(
-        "--allow-remote", action="store_true", help="send report text to another machine"
-    )
+    command.add_argument("--allow-remote", action="store_true", help=remote)
     command.add_argument("--in-flight", type=int, default=16, help="requests at the same time")
     command.add_argument("--timeout", type=float, default=120.0, help="seconds, of a request")
-    command.add_argument("--limit", type=int, default=0, help="only the first reports")
     command.add_argument("--dry-run", action="store_true", help="count and estimate; send nothing")
     command.add_argument("--price-in", type=float, default=0.0, help="per million tokens read")
     command.add_argument("--price-out", type=float, default=0.0, help="per million tokens written")
-    return parser
 
 
 if __name__ == "__main__":

@@ -1,12 +1,11 @@
-"""Who answers a prompt: rules, an HTTP endpoint, a local PyTorch model, or our Qwen3 under jit.
+"""Who answers a prompt: a writer, an HTTP endpoint, a local PyTorch model, or our Qwen3 under jit.
 
 A backend takes requests one by one and yields replies in any order; what it is asked and how the
 answer is read is its caller's. Greedy everywhere: the same prompt gets the same answer.
 """
 
 import ipaddress
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import islice
 from typing import Any
 from urllib.parse import urlsplit
@@ -15,11 +14,16 @@ from medvlp_jax.config import UserError, nearest
 from medvlp_jax.evidence import endpoint
 from medvlp_jax.evidence.protocol import Backend, Reply
 
-NAMES = ("rules", "endpoint", "transformers", "qwen3")
+MODELS = ("endpoint", "transformers", "qwen3")
 
 
-def check_remote(url: str, *, allow_remote: bool) -> None:
-    """Refuse to send reports to another machine unless that was asked for.
+def check_remote(url: str, *, allow_remote: bool, sent: str) -> None:
+    """Refuse to send texts to another machine unless that was asked for.
+
+    Args:
+      url: of the endpoint.
+      allow_remote: whether it was.
+      sent: what would be sent and why that is no matter of course, for the message.
 
     Raises:
       UserError: naming the host, and why.
@@ -30,8 +34,8 @@ def check_remote(url: str, *, allow_remote: bool) -> None:
     if allow_remote or _is_this_machine(host):
         return
     raise UserError(
-        f"{host} is another machine, and reports are patients' data: they are not sent there "
-        "unless you add --allow-remote, which is yours to decide under the data's terms of use."
+        f"{host} is another machine, and {sent}: they are not sent there unless you add "
+        "--allow-remote, which is yours to decide under the data's terms of use."
     )
 
 
@@ -166,30 +170,27 @@ def _problem(answer: str, check: Callable[[str], Any]) -> str:
     return ""
 
 
-def make(name: str, *, write: Callable[[str], str], **options: Any) -> Backend:
+def make(name: str, *, writers: Mapping[str, Callable[[str], str]], sent: str, **options: Any):
     """Build a backend by name.
 
     Args:
-      name: one of NAMES.
-      write: what `rules` answers to a text, as JSON.
+      name: one of `writers` or of MODELS.
+      writers: {name: what it answers to a text}, such as `rules`.
+      sent: what goes to an endpoint, see `check_remote`.
       **options: url, model, allow_remote, in_flight, timeout for "endpoint"; model for the others.
 
     Raises:
       UserError: for an unknown name, or options that are missing.
     """
-    if name not in NAMES:
-        raise UserError(f"No backend '{name}'. {nearest(name, NAMES)}")
-    if name == "rules":
-        return writer("rules", write)
+    names = (*writers, *MODELS)
+    if name not in names:
+        raise UserError(f"No backend '{name}'. {nearest(name, names)}")
+    if name in writers:
+        return writer(name, writers[name])
     if not options.get("model"):
         raise UserError(f"--backend {name} needs --model: a name at the endpoint, or a folder.")
     if name == "endpoint":
-        check_remote(options["url"], allow_remote=options["allow_remote"])
+        check_remote(options["url"], allow_remote=options["allow_remote"], sent=sent)
         settings = {key: options[key] for key in ("in_flight", "timeout")}
         return endpoint.endpoint(options["url"], options["model"], **settings)
     return {"transformers": transformers, "qwen3": qwen3}[name](options["model"])
-
-
-def dumps(value: Any) -> str:
-    """Return JSON that reads the same everywhere: sorted keys, no ASCII escapes."""
-    return json.dumps(value, sort_keys=True, ensure_ascii=False)

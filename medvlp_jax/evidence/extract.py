@@ -11,27 +11,21 @@ are asked about again by the next start. No file but these holds report text.
 """
 
 import collections
-import fcntl
 import hashlib
 import json
-import os
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from tqdm import tqdm
-
 from medvlp_jax.config import UserError
 from medvlp_jax.data.reports import Report
-from medvlp_jax.evidence import rules, schema
-from medvlp_jax.evidence.backends import dumps
+from medvlp_jax.evidence import answers, rules, schema
 from medvlp_jax.evidence.protocol import Backend, Request
 
-FAILED, EMPTY, OK, NOTHING = "failed", "empty", "ok", "nothing recognised"
+EMPTY, OK, NOTHING = "empty", "ok", "nothing recognised"
+CACHE = "cache.jsonl"
 LISTED = 200  # ids a kind of oddity in the summary
 OUTPUT_TOKENS = 300  # of an answer, for the estimate: five items of sixty tokens
-CHARACTERS_PER_TOKEN = 4.0
 
 
 class Plan(NamedTuple):
@@ -42,12 +36,7 @@ class Plan(NamedTuple):
     empty: int
     cached: int
     to_do: int
-    prompt_tokens: int
-    answer_tokens: int
-
-    def cost(self, price_in: float, price_out: float) -> float:
-        """Return the price, from prices per million tokens."""
-        return (self.prompt_tokens * price_in + self.answer_tokens * price_out) / 1e6
+    tokens: answers.Estimate
 
 
 def write_rules(text: str) -> str:
@@ -67,7 +56,7 @@ def text_key(text: str) -> str:
 
 def plan(reports: Iterable[Report], backend: Backend, out: str | Path) -> Plan:
     """Count what `run` would do, and write nothing."""
-    cached = _Cache.read(Path(out), backend.name)[0]
+    cached = answers.read_cache(Path(out) / CACHE, _header(backend))
     total = empty = 0
     prompts: dict[str, int] = {}
     for report in reports:
@@ -77,11 +66,9 @@ def plan(reports: Iterable[Report], backend: Backend, out: str | Path) -> Plan:
         else:
             prompts[text_key(report.text)] = len(schema.prompt(report.text))
     missing = [key for key in prompts if key not in cached]
-    characters = sum(prompts[key] for key in missing)
-    tokens = (int(characters / CHARACTERS_PER_TOKEN), OUTPUT_TOKENS * len(missing))
-    tokens = tokens if backend.counts_tokens else (0, 0)
-    done = len(prompts) - len(missing)
-    return Plan(total, len(prompts), empty, done, len(missing), *tokens)
+    lengths = (prompts[key] for key in missing)
+    tokens = answers.estimate(lengths, backend, answer_tokens=OUTPUT_TOKENS)
+    return Plan(total, len(prompts), empty, len(prompts) - len(missing), len(missing), tokens)
 
 
 def run(reports: Iterable[Report], backend: Backend, out: str | Path) -> dict:
@@ -101,9 +88,17 @@ def run(reports: Iterable[Report], backend: Backend, out: str | Path) -> dict:
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    with _Cache(out, backend.name) as cache:
+    with answers.Cache(out / CACHE, _header(backend)) as cache:
         order, texts = _survey(reports, cache.records)
-        _answer(texts, backend, cache)
+        answers.ask(
+            (Request(key, schema.prompt(text), text) for key, text in texts.items()),
+            backend,
+            cache,
+            check=schema.load,
+            read=lambda key, answer: _record(answer, texts[key]),
+            total=len(texts),
+            unit="report",
+        )
         summary = _write(out, order, cache.records)
     return summary
 
@@ -123,95 +118,14 @@ def _survey(reports: Iterable[Report], cached: Mapping) -> tuple[list, dict[str,
     return order, texts
 
 
-def _answer(texts: dict[str, str], backend: Backend, cache: "_Cache") -> None:
-    """Ask about all texts; a record is on the disk before the next answer is taken."""
-    requests = (Request(key, schema.prompt(text), text) for key, text in texts.items())
-    # On a file (a cluster log) a bar that redraws ten times a second is noise.
-    interval = 0.1 if sys.stderr.isatty() else 30.0
-    failures = 0
-    with tqdm(total=len(texts), unit="report", mininterval=interval, dynamic_ncols=True) as bar:
-        for reply in backend.complete(requests, schema.load):
-            if reply.error:
-                failures += 1
-                bar.set_postfix(failed=failures, refresh=False)
-                cache.fail(reply.key, reply.error)
-            else:
-                cache.add(reply.key, schema.parse(reply.answer, texts[reply.key]))
-            bar.update(1)
+def _record(answer: str, text: str) -> dict:
+    parsed = schema.parse(answer, text)
+    status = OK if parsed.evidence else NOTHING
+    return {"status": status, "evidence": list(parsed.evidence), "dropped": parsed.dropped}
 
 
-class _Cache:
-    """The open, locked cache file and its records by key; failures are kept in memory only."""
-
-    def __init__(self, folder: Path, backend: str):
-        self.path, self.header = folder / "cache.jsonl", _header(backend)
-        self.file = self.path.open("a+b")
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self.file.close()
-            raise UserError(f"Another process is writing to {folder}; wait for it.") from None
-        self.records, end = self.read(folder, backend)
-        self.file.truncate(end)  # a line that a kill cut in two
-        if not end:
-            self._append(self.header)
-
-    @staticmethod
-    def read(folder: Path, backend: str) -> tuple[dict[str, dict], int]:
-        """Return the records of a folder, and where its last whole line ends.
-
-        Raises:
-          UserError: if they are the answers of another backend or prompt.
-        """
-        path = folder / "cache.jsonl"
-        if not path.exists():
-            return {}, 0
-        records, end = {}, 0
-        with path.open("rb") as file:
-            for line in file:
-                if not line.endswith(b"\n"):
-                    break
-                try:
-                    record = json.loads(line)
-                except ValueError:
-                    break
-                if end == 0:
-                    _check_header(record, _header(backend), path)
-                else:
-                    records[record.pop("key")] = record
-                end += len(line)
-        return records, end
-
-    def add(self, key: str, parsed: schema.Parsed) -> None:
-        record = {"status": OK if parsed.evidence else NOTHING}
-        record |= {"evidence": list(parsed.evidence), "dropped": parsed.dropped}
-        self.records[key] = record
-        self._append({"key": key, **record})
-
-    def fail(self, key: str, error: str) -> None:
-        self.records[key] = {"status": FAILED, "error": error, "evidence": [], "dropped": {}}
-
-    def _append(self, record: dict) -> None:
-        self.file.write(dumps(record).encode() + b"\n")
-        self.file.flush()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.file.close()
-
-
-def _header(backend: str) -> dict:
-    return {"backend": backend, "prompt": schema.PROMPT_VERSION}
-
-
-def _check_header(found: dict, wanted: dict, path: Path) -> None:
-    if found != wanted:
-        raise UserError(
-            f"{path} holds answers of {found.get('backend')} to prompt {found.get('prompt')}, not "
-            f"of {wanted['backend']} to prompt {wanted['prompt']}: choose another --out."
-        )
+def _header(backend: Backend) -> dict:
+    return {"backend": backend.name, "prompt": schema.PROMPT_VERSION}
 
 
 def _write(out: Path, order: list, records: Mapping[str, dict]) -> dict:
@@ -221,18 +135,19 @@ def _write(out: Path, order: list, records: Mapping[str, dict]) -> dict:
 
     def lines() -> Iterator[str]:
         for name, key, odd in order:
-            record = records[key] if odd != ("empty",) else {"status": EMPTY, "evidence": []}
+            record = records[key] if odd != ("empty",) else {"status": EMPTY}
+            found = record.get("evidence", [])
             counts[record["status"]] += 1
             dropped.update(record.get("dropped", {}))
-            items.update(item["certainty"] for item in record["evidence"])
+            items.update(item["certainty"] for item in found)
             kinds = {*odd, *([] if record["status"] == OK else [record["status"]])}
             for kind in sorted(kinds):
                 listed.setdefault(kind, []).append(name)
             row = {"id": name, "key": key, "status": record["status"], "notes": list(odd)}
             row |= {"error": record["error"]} if "error" in record else {}
-            yield dumps({**row, "evidence": record["evidence"]}) + "\n"
+            yield answers.dumps({**row, "evidence": found}) + "\n"
 
-    _replace(out / "evidence.jsonl", lines())
+    answers.replace(out / "evidence.jsonl", lines())
     summary = {
         "reports": len(order),
         "status": dict(sorted(counts.items())),
@@ -240,15 +155,5 @@ def _write(out: Path, order: list, records: Mapping[str, dict]) -> dict:
         "dropped": dict(sorted(dropped.items())),
         "odd": {kind: {"count": len(n), "ids": n[:LISTED]} for kind, n in sorted(listed.items())},
     }
-    _replace(out / "summary.json", [json.dumps(summary, indent=2, sort_keys=True) + "\n"])
+    answers.replace(out / "summary.json", [json.dumps(summary, indent=2, sort_keys=True) + "\n"])
     return summary
-
-
-def _replace(path: Path, lines: Iterable[str]) -> None:
-    """Write a file under another name first, so that it is there whole or not at all."""
-    part = path.with_suffix(".part")
-    with part.open("w", encoding="utf-8") as file:
-        file.writelines(lines)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)

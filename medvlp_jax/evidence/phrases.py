@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
@@ -10,26 +11,48 @@ from medvlp_jax.data.reports import Report
 from medvlp_jax.evidence import extract
 
 SHOWN = ("present", "uncertain")  # a lesion query cannot find what is absent
+UNITS = ("phrase", "sentence")
+_SENTENCE = re.compile(r"(?<=[.;?!])\s+|\n")
 
 
-def shown(items: Iterable[Mapping]) -> tuple[str, ...]:
+def shown(items: Iterable[Mapping], certainty=SHOWN) -> tuple[str, ...]:
     """Return the different phrases of what may be seen on the image, in order."""
-    return tuple(dict.fromkeys(i["phrase"] for i in items if i["certainty"] in SHOWN))
+    return tuple(dict.fromkeys(i["phrase"] for i in items if i["certainty"] in certainty))
 
 
-def reader(folder: str = "") -> Callable[[Mapping], tuple[str, ...]]:
+def sentences(text: str) -> tuple[str, ...]:
+    """Return the different sentences of a report in order: evidence without any extraction."""
+    return tuple(dict.fromkeys(part.strip() for part in _SENTENCE.split(text) if part.strip()))
+
+
+def reader(
+    folder: str = "", *, unit: str = "phrase", negated: bool = False
+) -> Callable[[Mapping], tuple[str, ...]]:
     """Return the function from a record to its phrases.
 
     Args:
       folder: of `medvlp evidence extract`; "" reads each report by rules, a thousandth of what its
         image takes.
+      unit: "phrase", or "sentence": the report's sentences as they are, an ablation.
+      negated: take what is absent, too; an ablation.
 
     Raises:
-      UserError: where the folder holds no extraction; when called, for a report it does not hold.
+      UserError: where the folder holds no extraction, or for settings that do not go together; when
+        called, for a report it does not hold.
     """
+    if unit not in UNITS:
+        raise UserError(f"data.evidence.unit must be {' or '.join(UNITS)}, got '{unit}'.")
+    if unit == "sentence":
+        if folder or negated:
+            raise UserError(
+                "data.evidence.unit=sentence takes whole reports: it goes neither with "
+                "data.evidence.folder nor with data.evidence.negated."
+            )
+        return lambda record: sentences(_text(record))
+    taken = (*SHOWN, *(("absent",) if negated else ()))
     if not folder:
         by_rules = functools.lru_cache(maxsize=1 << 16)(
-            lambda text: shown(json.loads(extract.write_rules(text))["evidence"])
+            lambda text: shown(json.loads(extract.write_rules(text))["evidence"], taken)
         )
         return lambda record: by_rules(_text(record))
     file = Path(folder).expanduser() / "evidence.jsonl"
@@ -37,7 +60,7 @@ def reader(folder: str = "") -> Callable[[Mapping], tuple[str, ...]]:
         raise UserError(f"data.evidence.folder={folder} has no evidence.jsonl.")
     with file.open(encoding="utf-8") as lines:
         rows = map(json.loads, lines)
-        known = {row["key"]: shown(row["evidence"]) for row in rows}
+        known = {row["key"]: shown(row["evidence"], taken) for row in rows}
 
     def phrases(record):
         text = _text(record)

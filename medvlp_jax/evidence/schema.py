@@ -40,6 +40,8 @@ OVERLAP = 0.6  # share of a phrase's words that the report has to hold
 LONG = 2000  # words; a longer report is noted, and clipped for language models
 MASKED = 0.3  # share of XXXX words from which a report is noted as masked
 _WORD = re.compile(r"[^\W_]+")
+_OPENING = re.compile(r"[{\[]")
+_DECODER = json.JSONDecoder()
 _LANGUAGE = frozenset(LANGUAGE.split())
 
 
@@ -126,9 +128,16 @@ def notes(text: str) -> tuple[str, ...]:
 
 def is_english(words: Sequence[str]) -> bool:
     """Say whether a tenth of the words are common ones of English reports; short texts may be."""
-    spoken = [word.strip(".,;:()").lower() for word in words[:500]]
-    spoken = [word for word in spoken if word.isalpha() and word != "xxxx"]
-    return len(spoken) < 6 or 10 * sum(word in _LANGUAGE for word in spoken) >= len(spoken)
+    words = words[:500]
+    spoken = common = 0
+    for word in words:
+        word = word.strip(".,;:()").lower()
+        if word in _LANGUAGE:
+            common += 1
+            if 10 * common >= len(words):  # whatever the others are
+                return True
+        spoken += word.isalpha() and word != "xxxx"
+    return spoken < 6 or 10 * common >= spoken
 
 
 def normal() -> dict:
@@ -139,10 +148,12 @@ def normal() -> dict:
 
 
 def _valid(raw: Any) -> dict | None:
-    if not isinstance(raw, Mapping):
+    if not isinstance(raw, dict | Mapping):
         return None
     item = {name: raw.get(name) for name in FIELDS}
     for name, choices in CHOICES.items():
+        if item[name] in choices:
+            continue
         value = item[name].lower() if isinstance(item[name], str) else item[name]
         item[name] = None if value in ("null", "none", "") and None in choices else value
         if isinstance(value, (list, dict)) or item[name] not in choices:
@@ -161,17 +172,15 @@ def _valid(raw: Any) -> dict | None:
 
 def _supported(phrase: str, spoken: frozenset[str]) -> bool:
     words = _WORD.findall(phrase.lower())
-    if " ".join(words) == NORMAL_PHRASE:
-        return True
-    return bool(words) and sum(word in spoken for word in words) >= OVERLAP * len(words)
+    held = len([word for word in words if word in spoken])
+    return (held > 0 and held >= OVERLAP * len(words)) or " ".join(words) == NORMAL_PHRASE
 
 
 def _first(answer: str) -> list | None:
     """Return the first evidence list that json reads whole, from any { or [ on."""
-    decoder = json.JSONDecoder()
-    for match in re.finditer(r"[{\[]", answer):
+    for match in _OPENING.finditer(answer):
         try:
-            value, _ = decoder.raw_decode(answer, match.start())
+            value, _ = _DECODER.raw_decode(answer, match.start())
         except ValueError:
             continue
         if isinstance(value, dict) and isinstance(value.get("evidence"), list):

@@ -8,6 +8,7 @@ P patch size, N patches.
 
 from medvlp_jax.layers.attention import Attention, Cache
 from medvlp_jax.layers.blocks import REMAT, Block, Stack
+from medvlp_jax.layers.fusion import Fusion, Projector
 from medvlp_jax.layers.linear import (
     ACTIVATIONS,
     GatedMlp,
@@ -22,6 +23,7 @@ from medvlp_jax.layers.linear import (
 )
 from medvlp_jax.layers.norms import BatchNorm, LayerNorm, RMSNorm
 from medvlp_jax.layers.patches import PatchEmbedding, bicubic_matrix, patch_grid, resize_positions
+from medvlp_jax.layers.queries import Queries
 from medvlp_jax.layers.rope import Rope, rope_1d, rope_2d, rotate
 
 __all__ = [
@@ -31,6 +33,7 @@ __all__ = [
     "BatchNorm",
     "Block",
     "Cache",
+    "Fusion",
     "GatedMlp",
     "Initializer",
     "LayerNorm",
@@ -38,6 +41,8 @@ __all__ = [
     "Lora",
     "Mlp",
     "PatchEmbedding",
+    "Projector",
+    "Queries",
     "RMSNorm",
     "Rope",
     "Stack",

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from medvlp_jax.layers.linear import Initializer, Linear, Lora
+from medvlp_jax.layers.linear import Initializer, Linear, Lora, shared_low
 from medvlp_jax.layers.norms import RMSNorm
 from medvlp_jax.layers.rope import rotate
 
@@ -85,7 +85,9 @@ class Attention(nn.Module):
     bias_init: Initializer = nn.initializers.zeros
 
     @nn.compact
-    def __call__(self, x, mask=None, *, train=False, rope=None, cache=None, context=None):
+    def __call__(
+        self, x, mask=None, *, train=False, rope=None, cache=None, context=None, shows=False
+    ):
         """Attend.
 
         Args:
@@ -97,12 +99,13 @@ class Attention(nn.Module):
           cache: attend to its tokens and these; the mask then says all about who sees whom, and
             `causal` and `window` nothing.
           context: [B, U, D], what is attended to instead of x itself.
+          shows: also return the attention [B, T, U], a mean over heads; "xla" alone.
 
         Returns:
-          [B, T, D]; with a cache the pair of that and the longer cache.
+          [B, T, D]; with a cache the pair of that and the longer cache, or with the attention.
 
         Raises:
-          ValueError: if the heads do not divide D, or dropout is asked of cuDNN.
+          ValueError: if the heads do not divide D, or dropout or the attention is asked of cuDNN.
         """
         width = x.shape[-1]
         if not self.head_width and width % self.num_heads:
@@ -110,9 +113,10 @@ class Attention(nn.Module):
         head_width = self.head_width or width // self.num_heads
         heads = {"query": self.num_heads, "key": self.num_kv_heads or self.num_heads}
         heads["value"] = heads["key"]
+        low = shared_low(self, x, tuple(heads), train) if context is None else None
         context = x if context is None else context
         query, key, value = (
-            self._linear(name, count * head_width)(source, train=train).reshape(
+            self._linear(name, count * head_width)(source, train=train, low=low).reshape(
                 *source.shape[:-1], count, head_width
             )
             for source, (name, count) in zip((x, context, context), heads.items(), strict=True)
@@ -132,7 +136,11 @@ class Attention(nn.Module):
         drop = nn.Dropout(self.dropout, deterministic=not train)
         if self.implementation == "xla":
             near = _near(query.shape[1], is_causal, window)
-            y = _attend(query, key, value, _both(mask, near), drop)
+            y, paid = _attend(query, key, value, _both(mask, near), drop)
+        elif shows:
+            raise ValueError(
+                f"Only implementation 'xla' shows its attention, not {self.implementation!r}."
+            )
         elif train and self.dropout > 0:
             raise ValueError(
                 f"Attention dropout {self.dropout} needs implementation 'xla', not "
@@ -149,6 +157,8 @@ class Attention(nn.Module):
                 implementation=self.implementation,
             )
         y = self._linear("out", width)(y.reshape(*x.shape[:-1], -1), train=train)
+        if shows:
+            return y, paid
         return y if cache is None else (y, cache)
 
     def _linear(self, name, features):
@@ -177,7 +187,7 @@ def _attend(query, key, value, mask, drop):
       drop: on the probabilities.
 
     Returns:
-      [B, T, A, S].
+      [B, T, A, S], and the attention [B, T, U]: the probabilities' mean over heads.
     """
     (batch, steps, _, width), (_, others, heads, _) = query.shape, key.shape
     groups = query.shape[2] // heads
@@ -188,10 +198,12 @@ def _attend(query, key, value, mask, drop):
     logits = logits.reshape(batch, heads, groups, steps, others)  # [B, K, G, T, U]
     if mask is not None:
         logits = jnp.where(mask[:, :, None], logits, jnp.finfo(jnp.float32).min)
-    probabilities = drop(jax.nn.softmax(logits)).astype(value.dtype)
+    probabilities = jax.nn.softmax(logits)
+    paid = probabilities.mean((1, 2))
+    probabilities = drop(probabilities).astype(value.dtype)
     y = probabilities.reshape(batch, heads, groups * steps, others) @ value  # [B, K, G T, S]
     y = y.reshape(batch, heads, groups, steps, width).transpose(0, 3, 1, 2, 4)
-    return y.reshape(batch, steps, heads * groups, width)
+    return y.reshape(batch, steps, heads * groups, width), paid
 
 
 def _near(length, is_causal, window):

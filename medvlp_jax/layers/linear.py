@@ -2,7 +2,7 @@
 
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -49,12 +49,15 @@ class Lora(NamedTuple):
       dropout: on the input of the low-rank branch, in training only.
       layers: regular expression searched in the path of a Linear: "attention/(query|value)"; the
         empty one is found in all.
+      fused: query, key and value share one A, as gate and up do: the factors of what in PyTorch is
+        one Linear, such as ModernBERT's.
     """
 
     rank: int
     alpha: float
     dropout: float = 0.0
     layers: str = ""
+    fused: bool = False
 
     @property
     def scale(self) -> float:
@@ -66,6 +69,7 @@ class Linear(nn.Module):
     """x W + b over the last axis, plus a low-rank branch where `lora` covers this layer.
 
     Parameters: kernel [in, features], bias [features]; lora_a [in, rank], lora_b [rank, features].
+    Where `low` is given, lora_a is the caller's, see `shared_low`.
     """
 
     features: int
@@ -76,24 +80,50 @@ class Linear(nn.Module):
     lora: Lora | None = None
 
     @nn.compact
-    def __call__(self, x, *, train=False):
+    def __call__(self, x, *, train=False, low=None):
         """Map [..., in] to [..., features]; `train` switches the low-rank branch's dropout on."""
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
         x = x.astype(self.dtype)
         y = x @ kernel.astype(self.dtype)
         if self.use_bias:
             y += self.param("bias", self.bias_init, (self.features,)).astype(self.dtype)
-        if self.lora is not None and re.search(self.lora.layers, "/".join(self.path)):
-            y += self._low_rank(x, train)
+        if covers(self.lora, self.path):
+            low = _low(self, x, self.lora, train) if low is None else low
+            up = self.param("lora_b", nn.initializers.zeros, (self.lora.rank, self.features))
+            y += low.astype(self.dtype) @ up.astype(self.dtype) * self.lora.scale
         return y
 
-    def _low_rank(self, x, train):
-        rank = self.lora.rank
-        # torch's Kaiming uniform with a = sqrt(5), as PEFT starts A.
-        down = self.param("lora_a", torch_uniform(x.shape[-1]), (x.shape[-1], rank))
-        up = self.param("lora_b", nn.initializers.zeros, (rank, self.features))
-        x = nn.Dropout(self.lora.dropout, deterministic=not train)(x)
-        return (x @ down.astype(self.dtype)) @ up.astype(self.dtype) * self.lora.scale
+
+def covers(lora: Lora | None, path: Sequence[str]) -> bool:
+    """Say whether the Linear at a path has low-rank factors."""
+    return lora is not None and re.search(lora.layers, "/".join(path)) is not None
+
+
+def shared_low(module: nn.Module, x, names: Sequence[str], train: bool):
+    """Return dropout(x) A for several Linears of a compact module, A being its own parameter.
+
+    Args:
+      module: with `lora`.
+      x: what all of them read.
+      names: of the Linears.
+      train: apply the dropout.
+
+    Returns:
+      [..., rank]; None where each has its own A.
+    """
+    lora = module.lora
+    if lora is None or not lora.fused:
+        return None
+    if not all(covers(lora, (*module.path, name)) for name in names):
+        return None
+    return _low(module, x.astype(module.dtype), lora, train)
+
+
+def _low(module, x, lora, train):
+    # torch's Kaiming uniform with a = sqrt(5), as PEFT starts A.
+    down = module.param("lora_a", torch_uniform(x.shape[-1]), (x.shape[-1], lora.rank))
+    x = nn.Dropout(lora.dropout, deterministic=not train)(x)
+    return x @ down.astype(x.dtype)
 
 
 def torch_linear(x, features: int, name: str):
@@ -144,6 +174,7 @@ class GatedMlp(nn.Module):
             kernel_init=self.kernel_init,
             lora=self.lora,
         )
-        gate = self.activation(linear(self.mlp_dim, name="gate")(x, train=train))
-        y = gate * linear(self.mlp_dim, name="up")(x, train=train)
+        low = shared_low(self, x, ("gate", "up"), train)
+        gate = self.activation(linear(self.mlp_dim, name="gate")(x, train=train, low=low))
+        y = gate * linear(self.mlp_dim, name="up")(x, train=train, low=low)
         return linear(x.shape[-1], name="down")(y, train=train)

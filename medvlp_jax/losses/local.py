@@ -1,15 +1,18 @@
 """Losses between parts: words of a text and places of an image, inside each example.
 
   token-patch alignment   PRIMA, Wang et al. 2026, https://arxiv.org/abs/2602.23297, Eq. 4-5
+  direct alignment        its ablation L_loc_dir
 
 Axis letters: B batch, J views, L text tokens, K patches, D width.
 """
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from medvlp_jax.losses.contrastive import at_least_float32
+from medvlp_jax.losses.contrastive import at_least_float32, info_nce
 
 
 def token_patch_alignment(
@@ -56,6 +59,33 @@ def token_patch_alignment(
     back = forth if printed else log_share(-2)
     valid = jnp.broadcast_to(mask[:, None], own.shape)
     return -jnp.where(valid, (forth + back) / 2, 0.0).sum() / jnp.maximum(valid.sum(), 1)
+
+
+def direct_alignment(
+    tokens: Float[Array, "B L D"],
+    mask: Bool[Array, "B L"],
+    patches: Float[Array, "B J K D"],
+    *,
+    temperature: float | Float[Array, ""],
+    loss: Callable[..., Array] = info_nce,
+) -> Float[Array, ""]:
+    """Contrast mean words with mean patches over the batch, averaged over views: L_loc_dir.
+
+    PRIMA's ablation without the attention; the paper gives no equation, this one is our choice.
+
+    Args:
+      tokens: q, as projected, not unit-norm.
+      mask: False for padding; a text without a token is no anchor and no negative.
+      patches: p, likewise.
+      temperature: of the cosines.
+      loss: this info_nce, or tiled.info_nce.
+    """
+    q, p = at_least_float32(tokens), at_least_float32(patches)
+    some = mask.any(1)
+    mean = jnp.where(mask[..., None], q, 0.0).sum(1) / jnp.maximum(mask.sum(1, keepdims=True), 1)
+    words, seen = _unit(mean, some[:, None]), _unit(p.mean(2))
+    views = [loss(seen[:, j], words, 1 / temperature, valid=some) for j in range(p.shape[1])]
+    return sum(views) / len(views)
 
 
 def _unit(x, real=True):

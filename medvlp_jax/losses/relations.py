@@ -10,6 +10,8 @@ forms here are our choice (docs/lgdea.md). Nodes are described by their evidence
 S is row-stochastic and alpha below 1, so that this contracts to one fixed point. Nothing is ever
 N x N: graphs keep `degree` edges a node, A the `top` largest entries a row after each product, and
 rows are worked on in blocks. With `top` and `degree` as large as the corpus the result is exact.
+Given a mesh, its devices, of all processes, share the blocks; what they found is gathered after
+each product. A `shard_map` does that: left to itself, `jit` runs such a loop whole on each device.
 
 Axis letters: N nodes (I images, R reports), K prototypes, d edges a node, m entries a row.
 """
@@ -20,7 +22,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
+
+from medvlp_jax import sharding
 
 
 class Graph(NamedTuple):
@@ -60,24 +66,30 @@ class Relations(NamedTuple):
     confidence: Float[Array, " I"]
 
 
-@functools.partial(jax.jit, static_argnames=("k", "block"))
-def nearest(q: Float[Array, "N K"], *, k: int, block: int = 1024) -> Sparse:
+def nearest(
+    q: Float[Array, "N K"], *, k: int, block: int = 1024, mesh: Mesh | None = None
+) -> Sparse:
     """Return the k nearest other nodes by the Bhattacharyya coefficient, and the coefficients.
 
     Equal texts have equal distributions, and thousands of reports one text: among ties the nodes
     that follow in number come first, round the end, so that no node is everybody's neighbour.
 
     Args:
-      q: evidence distributions, rows sum to 1.
+      q: evidence distributions, rows sum to 1; with a mesh the same in all processes.
       k: at most N - 1.
       block: rows at the same time; memory is block * N.
+      mesh: whose devices share the blocks; None is one device.
     """
-    count = len(q)
-    if not 0 < k < count:
-        raise ValueError(f"k must be in 1 .. {count - 1} for {count} nodes, got {k}.")
-    root = jnp.sqrt(q.astype(jnp.float32))
+    if not 0 < k < len(q):
+        raise ValueError(f"k must be in 1 .. {len(q) - 1} for {len(q)} nodes, got {k}.")
+    return _on(mesh, _nearest, (jnp.asarray(q),), k=k, block=block)
 
-    def rows(start):
+
+@functools.partial(jax.jit, static_argnames=("k", "block", "mesh"))
+def _nearest(q, *, k, block, mesh):
+    count = len(q)
+
+    def rows(root, start):
         row = start + jnp.arange(block)
         own = root[jnp.minimum(row, count - 1)]
         coefficient = jnp.einsum("bk,nk->bn", own, root, precision="highest")
@@ -87,8 +99,31 @@ def nearest(q: Float[Array, "N K"], *, k: int, block: int = 1024) -> Sparse:
         _, column = jax.lax.top_k(ranked, k)
         return column, jnp.take_along_axis(coefficient, column, 1)
 
-    column, value = jax.lax.map(rows, jnp.arange(0, count, block))
+    root, starts = jnp.sqrt(q.astype(jnp.float32)), jnp.arange(0, count, block)
+    column, value = _by_blocks(rows, root, starts, mesh)
     return Sparse(column.reshape(-1, k)[:count], value.reshape(-1, k)[:count])
+
+
+def _on(mesh, function, given, **settings):
+    """Call a jitted function, its arrays on all devices of a mesh; then on the host again."""
+    if mesh is None:
+        return function(*given, mesh=None, **settings)
+    everywhere = jax.tree.map(lambda _: NamedSharding(mesh, P()), given)
+    found = function(*sharding.place(given, everywhere), mesh=mesh, **settings)
+    return jax.tree.map(np.asarray, found)
+
+
+def _by_blocks(one, given, starts, mesh):
+    """Return one(given, start) of every block, stacked; the devices of a mesh share the blocks."""
+    if mesh is None:
+        return jax.lax.map(functools.partial(one, given), starts)
+    run = lambda given, starts: jax.lax.map(functools.partial(one, given), starts)
+    shared = P(mesh.axis_names)
+    run = jax.shard_map(run, mesh=mesh, in_specs=(P(), shared), out_specs=shared, check_vma=False)
+    # Blocks beyond the last repeat it, and are cut off again.
+    found = run(given, jnp.pad(starts, (0, -len(starts) % mesh.size), mode="edge"))
+    found = jax.lax.with_sharding_constraint(found, NamedSharding(mesh, P()))
+    return jax.tree.map(lambda x: x[: len(starts)], found)
 
 
 def graph(neighbours: Sparse, *, width: float = 0.1, degree: int = 64) -> Graph:
@@ -150,7 +185,6 @@ def seeds(image: np.ndarray, report: np.ndarray, *, images: int, top: int) -> Sp
     return Sparse(column, value)
 
 
-@functools.partial(jax.jit, static_argnames=("reports", "block"))
 def propagate(
     start: Sparse,
     images: Graph,
@@ -160,6 +194,7 @@ def propagate(
     alpha: float = 0.8,
     hops: int = 5,
     block: int = 256,
+    mesh: Mesh | None = None,
 ) -> Sparse:
     """Return A_hops of A_{t+1} = alpha S_I A_t S_R^T + (1 - alpha) A_0, the largest of each row.
 
@@ -171,10 +206,16 @@ def propagate(
       alpha: in [0, 1).
       hops: T; each reaches one neighbour further on both sides.
       block: rows at the same time; memory is block * R.
+      mesh: whose devices share the blocks; None is one device.
     """
+    given = jax.tree.map(jnp.asarray, (start, images, reports_graph))
+    return _on(mesh, _propagate, (*given, alpha, hops), reports=reports, block=block)
+
+
+@functools.partial(jax.jit, static_argnames=("reports", "block", "mesh"))
+def _propagate(start, images, reports_graph, alpha, hops, *, reports, block, mesh):
     count, top = start.column.shape
     starts = jnp.arange(0, count, block)
-    start = Sparse(jnp.asarray(start.column), jnp.asarray(start.value))
     # Rows beyond the end repeat the last one and are cut off again.
     rows_of = lambda first: jnp.minimum(first + jnp.arange(block), count - 1)
 
@@ -187,28 +228,32 @@ def propagate(
         column = jnp.where(value > 0, column, 0)
         return jnp.pad(column, room), jnp.pad(value, room)
 
-    def from_left(a, first):
+    def from_left(given, first):
+        a, images = given
         row = rows_of(first)
         node, weight = images.node[row], images.forward[row]  # [b, d]
         value = a.value[node] * weight[..., None]  # [b, d, m]
         return largest(a.column[node].reshape(block, -1), value.reshape(block, -1))
 
-    def from_right(b, first):
+    def from_right(given, first):
+        b, start, graph, alpha = given
         row = rows_of(first)
         column, value = b.column[row], b.value[row]  # [b, m]
-        spread = alpha * value[..., None] * reports_graph.backward[column]  # [b, m, d]
-        column = reports_graph.node[column].reshape(block, -1)
+        spread = alpha * value[..., None] * graph.backward[column]  # [b, m, d]
+        column = graph.node[column].reshape(block, -1)
         column = jnp.concatenate([column, start.column[row]], 1)
         kept = (1 - alpha) * start.value[row]
         return largest(column, jnp.concatenate([spread.reshape(block, -1), kept], 1))
 
-    def product(one_side, a):
-        column, value = jax.lax.map(functools.partial(one_side, a), starts)
+    def product(one_side, *given):
+        column, value = _by_blocks(one_side, given, starts, mesh)
         return Sparse(column.reshape(-1, top)[:count], value.reshape(-1, top)[:count])
 
-    return jax.lax.fori_loop(
-        0, hops, lambda _, a: product(from_right, product(from_left, a)), start
-    )
+    def hop(_, a):
+        left = product(from_left, a, images)
+        return product(from_right, left, start, reports_graph, alpha)
+
+    return jax.lax.fori_loop(0, hops, hop, start)
 
 
 def relations(

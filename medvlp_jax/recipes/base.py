@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from medvlp_jax import config
+from medvlp_jax.layers import Lora
 from medvlp_jax.losses import contrastive, tiled
 from medvlp_jax.schedules import Knots
 
@@ -31,8 +32,21 @@ class Recipe(Protocol):
       spaces: where a report section meets the image: {section: (image feature, text feature)}; a
         section that is not named is encoded as the first that is.
 
-    A recipe may also have `heads_in_torch`, the PyTorch source of embed(pooled, "image" or "text"):
-    what lies between the encoders and the joint space, for the model card of an export.
+    A recipe may also have
+
+    * `task` and `num_classes`: it gives `logits` of that label task; `classifies` says False in a
+      stage that does not;
+    * `images`: batch keys of several images of a case;
+    * `evaluated`: batch keys read in evaluation, where these are not those of training;
+    * `fresh` and `left`: parts the run before may lack, and patterns of what it may have besides,
+      for stages that start from one another;
+    * `alarms`, {term: (most, sentence)}: what is said once when a term rises above `most`, though
+      its weight may be 0;
+    * localise(batch), with patch tokens: for "image" {map: [B, N, F]}, one vector a patch, for
+      "phrase" {map: [B, F]}; their inner product is a map of where in the image the phrase is. See
+      evaluation/grounding.py;
+    * `heads_in_torch`: the PyTorch source of embed(pooled, "image" or "text"), what lies between
+      the encoders and the joint space, for the model card of an export.
     """
 
     inputs: tuple[str, ...]
@@ -51,11 +65,35 @@ class Recipe(Protocol):
 
 
 def encoder(spec: Mapping | nn.Module) -> nn.Module:
-    """Build an encoder from {"name": ..., **fields}; a module that exists already is returned."""
+    """Build an encoder from {"name": ..., **fields}; a module that exists already is returned.
+
+    `lora` is {"rank", "alpha", "dropout", "layers"} there, see layers.Lora; rank 0 is none.
+    """
     if isinstance(spec, nn.Module):
         return spec
     fields = dict(spec)
+    if "lora" in fields:
+        fields["lora"] = low_rank(fields["lora"])
     return config.build("medvlp_jax.encoders", fields.pop("name"), **fields)
+
+
+def low_rank(spec: Mapping) -> Lora | None:
+    """Return what a config says of low-rank factors; None where their rank is 0.
+
+    Raises:
+      UserError: for an unknown field or a negative rank.
+    """
+    for field in spec:
+        if field not in Lora._fields:
+            raise config.UserError(f"lora has no '{field}'. {config.nearest(field, Lora._fields)}")
+    if spec["rank"] < 0:
+        raise config.UserError(f"lora.rank={spec['rank']} must be at least 1, or 0 for none.")
+    return Lora(**spec) if spec["rank"] else None
+
+
+def classifies(recipe) -> bool:
+    """Say whether a recipe gives `logits` of the classes of its `task`."""
+    return getattr(recipe, "classifies", hasattr(recipe, "task"))
 
 
 def contrastive_loss(name: str, tile: int) -> Callable[..., jax.Array]:

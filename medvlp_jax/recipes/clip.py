@@ -93,6 +93,19 @@ class Clip(nn.Module):
             features["text"] = base.unit(self.text_projection(pooled))
         return features
 
+    def localise(self, batch):
+        """Return cosine [B, N, E] of the patches of `image`, and [B, E] of `phrase`.
+
+        A patch is projected as the pooled feature is: it is its part where the pooling is a mean.
+        """
+        found = {}
+        if "image" in batch:
+            patches = self.image(normalise(batch["image"])).tokens
+            found["cosine"] = base.unit(self.image_projection(patches))
+        if "phrase" in batch:
+            found["cosine"] = base.unit(self.text_projection(self.text(batch["phrase"]).pooled))
+        return found
+
     def objective(self, features, batch, *, train=False):
         """Return {"contrastive": scalar} over the global batch."""
         scale = jnp.minimum(jnp.exp(self.log_scale), MAX_SCALE)

@@ -260,6 +260,22 @@ class Imitate(nn.Module):
                 features[name] = base.unit(self.text_head(report, train=train, source=source))
         return features
 
+    def localise(self, batch):
+        """Return cosine [B, N, E] of the pixels of the last level, and [B, E] of `phrase`.
+
+        The diagnosis branch, which is trained on the mean over these pixels, meets the Impression.
+        """
+        found = {}
+        if "image" in batch:
+            pixels = self.image(normalise(batch["image"])).tokens  # [B, N, D]
+            flat = self.diagnosis(rearrange(pixels, "b n d -> (b n) d"), train=False)
+            found["cosine"] = base.unit(rearrange(flat, "(b n) e -> b n e", b=len(pixels)))
+        if "phrase" in batch:
+            report = self.text(batch["phrase"]).pooled
+            source = "" if self.legacy_shared_statistics else "impression"
+            found["cosine"] = base.unit(self.text_head(report, train=False, source=source))
+        return found
+
     def _encode_report(self, batch, section, train):
         """Return raw report features [B, D] of one section, cached or computed; None if absent."""
         if f"{section}_feature" in batch:

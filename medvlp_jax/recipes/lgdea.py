@@ -26,38 +26,17 @@ from flax import linen as nn
 
 from medvlp_jax.config import UserError
 from medvlp_jax.encoders.base import Tokens, normalise
-from medvlp_jax.layers import Attention, LayerNorm, Linear, Mlp
+from medvlp_jax.layers import Linear, Queries
 from medvlp_jax.losses import evidence, relations, tiled
 from medvlp_jax.recipes import base
 from medvlp_jax.schedules import Knots
 
 TERMS = ("reconstruction", "paired", "unpaired", "alignment", "global", "usage")
 CONFIDENCES = ("evidence", "link")
+GLOBALS = ("pairs", "relations")
+COLLAPSED = 0.5  # of `usage`
 SECTION = "report"
 RELATIONS = "relations"  # the collection that `refresh` fills
-
-
-class Lesions(nn.Module):
-    """Learned queries that look at the patches: self-attention, cross-attention, MLP; pre-norm."""
-
-    count: int
-    depth: int
-    num_heads: int
-
-    @nn.compact
-    def __call__(self, patches, *, train):
-        """Map patches [B, P, D] to lesions [B, M, D]."""
-        batch, _, width = patches.shape
-        queries = self.param("queries", nn.initializers.normal(0.02), (self.count, width))
-        x = jnp.broadcast_to(queries, (batch, *queries.shape)).astype(patches.dtype)
-        context = LayerNorm(name="patch_norm")(patches)
-        for i in range(self.depth):
-            norm = lambda name, i=i: LayerNorm(name=f"{name}_norm_{i}")
-            attend = lambda name, i=i: Attention(self.num_heads, name=f"{name}_{i}")
-            x += attend("self")(norm("self")(x), train=train)
-            x += attend("cross")(norm("cross")(x), train=train, context=context)
-            x += Mlp(4 * width, name=f"mlp_{i}")(norm("mlp")(x), train=train)
-        return LayerNorm(name="norm")(x)
 
 
 class Lgdea(nn.Module):
@@ -82,6 +61,7 @@ class Lgdea(nn.Module):
     kept: int
     confidence: str
     least_confidence: float
+    global_on: str
     loss_tile: int
     weights: Mapping[str, float | Knots]
 
@@ -92,11 +72,14 @@ class Lgdea(nn.Module):
         return ("image", SECTION, f"{SECTION}_valid", "evidence", "evidence_mask", *rows)
 
     frozen = ()
+    alarms = {  # noqa: RUF012 (a Linen class attribute without a type)
+        "usage": (COLLAPSED, "prototypes collapse: their usage entropy is below 0.5 ln K")
+    }
     spaces = {SECTION: ("image", "text")}  # noqa: RUF012 (a Linen class attribute without a type)
 
     def setup(self):
         """Name the heads and the prototypes."""
-        self.lesion_decoder = Lesions(self.lesions, self.depth, self.num_heads)
+        self.lesion_decoder = Queries(self.lesions, self.depth, self.num_heads)
         self.lesion_hidden = Linear(self.image.width)
         self.lesion_projection = Linear(self.dim)
         self.phrase_projection = Linear(self.dim)
@@ -118,11 +101,9 @@ class Lgdea(nn.Module):
         features = {}
         if "image" in batch:
             encoded = self.image(normalise(batch["image"]), train=train)
-            found = self.lesion_decoder(encoded.tokens, train=train)
-            found = self.lesion_projection(nn.gelu(self.lesion_hidden(found)))
             features["image_pooled"] = encoded.pooled
             features["image"] = base.unit(self.image_projection(encoded.pooled))
-            features["lesions"] = base.unit(found)
+            features["lesions"], _ = self._lesions(encoded.tokens, train)
             shares = evidence.assignments(
                 features["lesions"], self.mu, temperature=self.image_temperature
             )
@@ -141,6 +122,33 @@ class Lgdea(nn.Module):
             features["report_evidence"] = evidence.distribution(shares, batch["evidence_mask"])
         return features
 
+    def _lesions(self, patches, train):
+        """Return phi(v) [B, M, E] and where each lesion looks [B, M, P]."""
+        found, paid = self.lesion_decoder(patches, train=train)
+        return base.unit(self.lesion_projection(nn.gelu(self.lesion_hidden(found)))), paid
+
+    def localise(self, batch):
+        """Return two maps of `phrase` over the patches of `image`, see recipes.base.
+
+        cosine   of the patch and the phrase in the global space [B, P, E], [B, E]
+        lesions  sum_l w_l Attn_l(x) with w_l = sum_k sqrt(p(k|z) Q_I(l,k)): [B, P, K], [B, K]
+        """
+        maps = {}
+        if "image" in batch:
+            patches = self.image(normalise(batch["image"])).tokens
+            maps["cosine"] = base.unit(self.image_projection(patches))
+            lesions, paid = self._lesions(patches, False)
+            shares = evidence.assignments(lesions, self.mu, temperature=self.image_temperature)
+            maps["lesions"] = jnp.einsum("bmp,bmk->bpk", paid, jnp.sqrt(shares))
+        if "phrase" in batch:
+            pooled = self.text(batch["phrase"]).pooled
+            maps["cosine"] = base.unit(self.text_projection(pooled))
+            z = base.unit(self.phrase_projection(pooled))
+            maps["lesions"] = jnp.sqrt(
+                evidence.assignments(z, self.mu, temperature=self.temperature)
+            )
+        return maps
+
     def objective(self, features, batch, *, train=False):
         """Return the terms over the global batch."""
         mask, paired = batch["evidence_mask"], batch["paired"]
@@ -154,6 +162,7 @@ class Lgdea(nn.Module):
         target = jnp.where(told, target * (confidence > 0)[:, None], 0)
         target = jnp.where(paired[:, None], jnp.diag(pair.astype(target.dtype)), target)  # [B, B]
         trust = jnp.where(pair, 1, confidence)
+        trusts = {"image_confidence": trust, "report_confidence": _mean_trust(target, trust)}
         return {
             "reconstruction": evidence.reconstruction(
                 features["phrases"],
@@ -168,19 +177,22 @@ class Lgdea(nn.Module):
                 evidence.mean_direction(features["lesions"]),
                 evidence.mean_direction(features["phrases"], mask),
                 target,
-                image_confidence=trust,
-                report_confidence=_mean_trust(target, trust),
+                **trusts,
                 temperature=self.alignment_temperature,
             ),
-            "global": base.contrastive_loss("info_nce", self.loss_tile)(
-                features["image"],
-                features["text"],
-                jnp.float32(1 / self.global_temperature),
-                valid=paired & batch[f"{SECTION}_valid"],
-            ),
+            "global": self._global(features, paired & batch[f"{SECTION}_valid"], target, trusts),
             "usage": 1
             - evidence.usage_entropy(jnp.where(told[:, None], (image + report) / 2, image)),
         }
+
+    def _global(self, features, valid, target, trusts):
+        """Return InfoNCE of the global embeddings of pairs, or with relations as L_evi-align."""
+        image, text = features["image"], features["text"]
+        if self.global_on == "relations":
+            settings = {**trusts, "temperature": self.global_temperature}
+            return evidence.alignment(image, text, target, **settings)
+        loss = base.contrastive_loss("info_nce", self.loss_tile)
+        return loss(image, text, jnp.float32(1 / self.global_temperature), valid=valid)
 
     def start(self, phrases, seed: int) -> jax.Array:
         """Return the prototypes [K, E] to begin with: centres of the phrases of a first pass.
@@ -206,13 +218,16 @@ class Lgdea(nn.Module):
         shapes = _shapes(images, self.related, self.prototypes)
         return {name: np.zeros(*shape) for name, shape in shapes.items()}
 
-    def refresh(self, image_evidence, report_evidence, pairs: int) -> dict[str, jax.Array]:
+    def refresh(
+        self, image_evidence, report_evidence, pairs: int, *, mesh=None
+    ) -> dict[str, jax.Array]:
         """Relate the images of the corpus to its reports, from their evidence distributions.
 
         Args:
           image_evidence: Qbar_I [I, K].
           report_evidence: Qbar_R [R, K].
           pairs: the first ones of both are pairs.
+          mesh: whose devices share the work.
 
         Returns:
           The collection that `objective` reads.
@@ -226,14 +241,13 @@ class Lgdea(nn.Module):
                 f"recipe.neighbours={self.neighbours} needs more than {smallest} images or reports."
             )
         graphs = [
-            relations.graph(relations.nearest(q, k=self.neighbours))
+            relations.graph(relations.nearest(q, k=self.neighbours, mesh=mesh))
             for q in (image_evidence, report_evidence)
         ]
         row = np.arange(pairs)
         start = relations.seeds(row, row, images=len(image_evidence), top=self.kept)
-        spread = relations.propagate(
-            start, *graphs, reports=len(report_evidence), alpha=self.alpha, hops=self.hops
-        )
+        settings = {"alpha": self.alpha, "hops": self.hops, "mesh": mesh}
+        spread = relations.propagate(start, *graphs, reports=len(report_evidence), **settings)
         told = jnp.asarray(report_evidence, jnp.float32)
         found = relations.relations(
             spread,
@@ -287,6 +301,7 @@ def make(
     kept: int = 50,
     confidence: str = "evidence",
     least_confidence: float = 0.2,
+    global_on: str = "pairs",
     loss_tile: int = tiled.TILE,
 ) -> Lgdea:
     """Build the recipe; all defaults are our choice, none is published.
@@ -313,6 +328,7 @@ def make(
       confidence: "evidence", do the related reports say the same; "link", is it one report: the
         specification's, which trusts no unpaired image (docs/lgdea.md).
       least_confidence: below it a relation does not count.
+      global_on: what L_glob contrasts: "pairs", or "relations", pairs and what is related.
       loss_tile: side of the tiles of the global InfoNCE; 0 keeps the whole logits.
 
     Raises:
@@ -335,6 +351,8 @@ def make(
     if confidence not in CONFIDENCES:
         known = " or ".join(CONFIDENCES)
         raise UserError(f"recipe.confidence must be {known}, got '{confidence}'.")
+    if global_on not in GLOBALS:
+        raise UserError(f"recipe.global_on must be {' or '.join(GLOBALS)}, got '{global_on}'.")
     image, text = base.encoder(image), base.encoder(text)
     if image.width % num_heads:
         raise UserError(
@@ -360,6 +378,7 @@ def make(
         kept,
         confidence,
         least_confidence,
+        global_on,
         loss_tile,
         weights=weights,
     )

@@ -1,26 +1,31 @@
-"""Masked language modelling: how the demo's small BERT learns the language of the reports.
+"""Masked language modelling: how a text encoder learns a language, or PRIMA's risk knowledge.
 
-Devlin et al. 2019, https://arxiv.org/abs/1810.04805, section 3.1: 15 % of the tokens are chosen;
-of these 80 % become [MASK], 10 % a random token, 10 % stay. Drawn anew at every step (RoBERTa).
+Devlin et al. 2019, https://arxiv.org/abs/1810.04805, section 3.1: some tokens are chosen (BERT
+15 %, ModernBERT 30 %); of these 80 % become [MASK], 10 % a random token, 10 % stay. Drawn anew at
+every step (RoBERTa). With low-rank factors on the encoder they alone train, as in PRIMA's stage
+"inject" (https://arxiv.org/abs/2602.23297); the head, tied to the word embedding, stays as it is.
 
 Axis letters: B batch, T text tokens, V vocabulary.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from medvlp_jax.config import UserError
 from medvlp_jax.encoders.base import Tokens
 from medvlp_jax.recipes import base
 from medvlp_jax.schedules import Knots
 
 TERMS = ("mlm",)
+SPECIAL = ("[PAD]", "[CLS]", "[SEP]")
 
 
 class MaskedLanguageModel(nn.Module):
-    """A text encoder with its MLM head."""
+    """A text encoder with its MLM head; see `make` for the fields."""
 
     text: nn.Module
     weights: Mapping[str, float | Knots]
@@ -30,34 +35,48 @@ class MaskedLanguageModel(nn.Module):
     rate: float
 
     inputs = ("report",)
-    frozen = ()
+
+    @property
+    def spaces(self) -> dict[str, tuple[str, str]]:
+        """No text meets an image here."""
+        return {}
+
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """All but the low-rank factors, where there are any."""
+        return ("^(?!.*/lora_[ab]$)",) if getattr(self.text, "lora", None) else ()
 
     def __call__(self, batch, *, train=False):
         """Run both halves."""
         return self.objective(self.encode(batch, train=train), batch, train=train)
 
     def encode(self, batch, *, train=False):
-        """Return {"logits": [B, T, V], "chosen": [B, T]} for freshly masked reports."""
+        """Return {"loss": [B, T], "chosen": [B, T]} of masked reports: cross entropy where chosen.
+
+        In training the masks are new in every step. In evaluation those of a text are a function of
+        its tokens alone, and the features are "masked_loss" [B], the sum, and "masked_count" [B].
+        """
         tokens = batch["report"]
-        key = self.make_rng("draws") if self.has_rng("draws") else jax.random.key(0)
-        masked, chosen = mask_tokens(
-            key,
-            tokens,
-            vocab_size=self.vocab_size,
-            mask_id=self.mask_id,
-            special_ids=self.special_ids,
-            rate=self.rate,
-        )
-        logits = self.text.mlm_logits(masked, train=train)
-        return {"logits": logits, "chosen": chosen}
+        settings = {name: getattr(self, name) for name in ("vocab_size", "mask_id", "special_ids")}
+        settings["rate"] = self.rate
+        if train:
+            masked, chosen = mask_tokens(self.make_rng("draws"), tokens, **settings)
+        else:
+            masked, chosen = mask_by_content(tokens, **settings)
+        logits = self.text.mlm_logits(masked, train=train).astype(jnp.float32)
+        target = jnp.take_along_axis(logits, tokens.ids[..., None], axis=-1)[..., 0]
+        loss = jnp.where(chosen, jax.nn.logsumexp(logits, axis=-1) - target, 0.0)  # [B, T]
+        if train:
+            return {"loss": loss, "chosen": chosen}
+        return {"masked_loss": loss.sum(-1), "masked_count": chosen.sum(-1).astype(jnp.float32)}
 
     def objective(self, features, batch, *, train=False):
         """Return {"mlm": mean cross entropy over the chosen tokens of the whole batch}."""
-        chosen = features["chosen"]
-        log_probability = jax.nn.log_softmax(features["logits"].astype(jnp.float32))
-        target = batch["report"].ids[..., None]
-        loss = -jnp.take_along_axis(log_probability, target, axis=-1)[..., 0]  # [B, T]
-        return {"mlm": jnp.where(chosen, loss, 0.0).sum() / jnp.maximum(chosen.sum(), 1)}
+        if "masked_loss" in features:
+            total, count = features["masked_loss"].sum(), features["masked_count"].sum()
+        else:
+            total, count = features["loss"].sum(), features["chosen"].sum()
+        return {"mlm": total / jnp.maximum(count, 1)}
 
 
 def mask_tokens(
@@ -67,14 +86,14 @@ def mask_tokens(
 
     Args:
       key: randomness of this step.
-      tokens: ids and mask [B, T].
+      tokens: ids and mask [..., T].
       vocab_size: V, the range of random replacements.
       mask_id: id of [MASK].
       special_ids: ids never chosen ([CLS], [SEP], [PAD]).
       rate: share of real tokens chosen.
 
     Returns:
-      The corrupted tokens and the chosen positions [B, T] bool.
+      The corrupted tokens and the chosen positions [..., T] bool.
     """
     choose, action, replace = jax.random.split(key, 3)
     ordinary = tokens.mask & ~jnp.isin(tokens.ids, jnp.asarray(special_ids))
@@ -83,6 +102,51 @@ def mask_tokens(
     random_ids = jax.random.randint(replace, tokens.ids.shape, 0, vocab_size, tokens.ids.dtype)
     corrupted = jnp.where(dice < 0.8, mask_id, jnp.where(dice < 0.9, random_ids, tokens.ids))
     return Tokens(jnp.where(chosen, corrupted, tokens.ids), tokens.mask), chosen
+
+
+def mask_by_content(tokens: Tokens, **settings: Any) -> tuple[Tokens, jax.Array]:
+    """Corrupt tokens [B, T] by draws that a row's own tokens decide: alike wherever it stands."""
+    places = 2 * jnp.arange(tokens.ids.shape[-1], dtype=jnp.uint32) + 1
+    words = jnp.where(tokens.mask, tokens.ids.astype(jnp.uint32) + 1, 0)
+    content = (words * places * jnp.uint32(2654435761)).sum(-1, dtype=jnp.uint32)  # [B]
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), content)
+    return jax.vmap(lambda key, row: mask_tokens(key, row, **settings))(keys, tokens)
+
+
+def token_fields(tokenizer) -> dict[str, Any]:
+    """Return the fields of `make` that a tokenizer decides.
+
+    Args:
+      tokenizer: of the `tokenizers` library; None gives what serves where only shapes count.
+
+    Raises:
+      UserError: for one without [PAD], [CLS], [SEP] or [MASK].
+    """
+    if tokenizer is None:
+        return {"vocab_size": 1, "mask_id": 0, "special_ids": (0,)}
+    special = [tokenizer.token_to_id(name) for name in SPECIAL]
+    mask_id = tokenizer.token_to_id("[MASK]")
+    if mask_id is None or None in special:
+        raise UserError(
+            "Masked language modelling (init.text='mlm', recipe mlm) needs a tokenizer with [PAD], "
+            "[CLS], [SEP] and [MASK]."
+        )
+    return {
+        "vocab_size": tokenizer.get_vocab_size(),
+        "mask_id": mask_id,
+        "special_ids": tuple(special),
+    }
+
+
+def completed(spec: Mapping[str, Any], tokenizer) -> dict[str, Any]:
+    """Fill in what a config leaves to the tokenizer, and ask for the encoder's head.
+
+    Args:
+      spec: fields of `make` as a config has them.
+      tokenizer: see `token_fields`.
+    """
+    text = {**spec["text"], "mlm_head": True}
+    return {**spec, "text": text, **token_fields(tokenizer)}
 
 
 def make(
@@ -97,12 +161,17 @@ def make(
     """Build the recipe.
 
     Args:
-      text: encoder spec or module with `mlm_logits`.
+      text: encoder spec or module with `mlm_logits`; with `lora` its factors alone train.
       weights: {"mlm": 1.0}.
-      vocab_size: V of the tokenizer.
+      vocab_size: V of the tokenizer; this and the next two are filled in by `completed`.
       mask_id: id of [MASK].
       special_ids: ids never masked.
-      rate: share of tokens chosen, BERT's 0.15.
+      rate: share of tokens chosen, in (0, 1]; BERT's is 0.15, ModernBERT's 0.3.
+
+    Raises:
+      UserError: for another rate.
     """
     base.check_weights(weights, TERMS)
+    if not 0 < rate <= 1:
+        raise UserError(f"recipe.rate={rate} must be above 0 and at most 1.")
     return MaskedLanguageModel(base.encoder(text), weights, vocab_size, mask_id, special_ids, rate)

@@ -29,6 +29,7 @@ REDUCTIONS = (
     "cumlogsumexp", "cumprod",
 )
 # fmt: on
+SIDES = {"image": "image encoder", "text": "text encoder", "llm": "language model"}
 RECOMPUTED = "rematted_computation"  # how JAX names what a backward pass makes again
 
 
@@ -65,11 +66,12 @@ def by_part(jaxpr, part_of: Callable[[str], str]) -> tuple[Counter, Counter]:
 def step_part(name: str) -> str:
     """Name the part of a training step an operation belongs to.
 
-    The encoders are the submodules `image` and `text` of a recipe; "heads" is the rest of `encode`.
+    The encoders are the submodules `image`, `text` and `llm` of a recipe; "heads" is the rest of
+    `encode`.
     """
-    for side in ("image", "text"):
+    for side, part in SIDES.items():
         if re.search(rf"(^|[/(]){side}([/)]|$)", name):
-            return f"{side} encoder"
+            return part
     if ".objective" in name:
         return "loss"
     return "heads" if ".encode" in name or "jvp(" in name else "optimiser"

@@ -43,7 +43,8 @@ def fit(
     Args:
       state: donated to `step_fn`.
       step_fn: from step.make_train_step.
-      batches: iterator of this process's rows, with get_state() for checkpoints.
+      batches: iterator of this process's rows, with get_state() for checkpoints, and set_state()
+        where there is a `refresh`.
       recipe: its `inputs` are what is sent to the device.
       mesh: global batches are split over it.
       steps: last step.
@@ -69,12 +70,22 @@ def fit(
     first = done = int(state.step)
     reporter.start(first, steps)
     pending = None
+
+    def is_due(step):
+        return evaluate and evaluate_every and step % evaluate_every == 0 and 0 < step < steps
+
     try:
+        # A run may have been killed between a checkpoint and the evaluation of its step.
+        if is_due(first):
+            with breakable():
+                reporter.write(first, evaluate(first, state))
         for step in range(first + 1, steps + 1):
             # Before a step and not after one: a run that saved and stopped in between does it too.
             if refresh and refresh_every and step > 1 and (step - 1) % refresh_every == 0:
                 pending = _flush(reporter, pending)
                 state = refresh(state)
+                # Rows that were read ahead may rest on what the last look found.
+                batches.set_state(batches.get_state())
             began = time.perf_counter()
             with breakable():
                 rows = next(batches)
@@ -94,7 +105,7 @@ def fit(
             if save and checkpointer:
                 pending = _flush(reporter, pending)
                 checkpointer.save(step, state, position, config or {})
-            if evaluate and evaluate_every and step % evaluate_every == 0 and step < steps:
+            if is_due(step):
                 pending = _flush(reporter, pending)
                 with breakable():
                     values = evaluate(step, state)

@@ -26,6 +26,7 @@ class Reporter:
         every: int,
         wandb: Mapping | None = None,
         writes: bool = True,
+        alarms: Mapping[str, tuple[float, str]] | None = None,
     ):
         """Open `folder`/metrics.jsonl.
 
@@ -34,14 +35,16 @@ class Reporter:
           every: steps between two lines; evaluations are always written.
           wandb: keyword arguments of `wandb.init`, or None for no tracking.
           writes: False only checks that the metrics are finite: all processes but one.
+          alarms: by loss term, above which value to say what, see recipes.base.
         """
+        self.alarms, self.sounding = alarms or {}, set()
         self.path, self.every, self.writes = pathlib.Path(folder) / "metrics.jsonl", every, writes
         self.tracker = _start_wandb(wandb, folder) if writes and wandb is not None else None
         self.bar = self.file = None
         self.last = 0.0
 
     def start(self, step: int, steps: int) -> None:
-        """Show the bar from `step` on, and drop lines of steps a killed run did after it."""
+        """Show the bar from `step` on, and drop what comes after its metrics."""
         if not self.writes:
             return
         _keep_until(self.path, step)
@@ -68,6 +71,7 @@ class Reporter:
         check_finite(step, metrics)
         if not self.writes:
             return
+        self._sound(step, metrics)
         now = time.perf_counter()
         seconds, self.last = now - self.last, now
         self.bar.update(1)
@@ -81,6 +85,16 @@ class Reporter:
             "time/pairs_per_second": pairs / seconds,
         }
         self.write(step, {**metrics, **speed})
+
+    def _sound(self, step, metrics) -> None:
+        """Say on the console what rises above its bound, once each time it does."""
+        for name, (most, sentence) in self.alarms.items():
+            value = metrics.get(f"loss/{name}", most)
+            if value <= most:
+                self.sounding.discard(name)
+            elif name not in self.sounding:
+                self.sounding.add(name)
+                tqdm.write(f"WARNING, step {step}: {sentence} ({name} {value:.2f}).", sys.stderr)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Append one line and pass it to the tracker."""
@@ -118,13 +132,17 @@ def check_finite(step: int, metrics: Mapping[str, float]) -> None:
 
 
 def _keep_until(path: pathlib.Path, step: int) -> None:
-    """Rewrite the file without lines after `step`, and without a half-written last one."""
+    """Rewrite the file without lines after `step`, and without a half-written last one.
+
+    The evaluation of `step` goes too: it is done again, since the run may have ended before it.
+    """
     if not path.exists():
         return
     kept = []
     for line in path.read_text().splitlines():
         try:
-            if json.loads(line)["step"] <= step:
+            found = json.loads(line)
+            if found["step"] < step or (found["step"] == step and "loss" in found):
                 kept.append(line)
         except (ValueError, KeyError):
             break

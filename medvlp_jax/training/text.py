@@ -15,7 +15,6 @@ import numpy as np
 from tqdm import tqdm
 
 from medvlp_jax import convert, distributed, sharding
-from medvlp_jax.config import UserError
 from medvlp_jax.data import pipeline
 from medvlp_jax.data import text as tokenisation
 from medvlp_jax.recipes import mlm
@@ -75,17 +74,8 @@ def pretrain(
     if distributed.writer_decides((target / "model.safetensors").is_file()):
         return target
     distributed.say(f"Text encoder: masked language modelling on {len(texts)} different sections")
-    special = [tokenizer.token_to_id(t) for t in ("[PAD]", "[CLS]", "[SEP]")]
-    mask_id = tokenizer.token_to_id("[MASK]")
-    if mask_id is None or None in special:
-        raise UserError("init.text='mlm' needs a tokenizer with [PAD], [CLS], [SEP] and [MASK].")
     recipe = mlm.make(
-        text={**encoder, "mlm_head": True},
-        weights={"mlm": 1.0},
-        vocab_size=tokenizer.get_vocab_size(),
-        mask_id=mask_id,
-        special_ids=tuple(special),
-        rate=rate,
+        **mlm.completed({"text": encoder, "weights": {"mlm": 1.0}, "rate": rate}, tokenizer)
     )
     transform = pipeline.mlm_transform(tokenizer, length=text_length)
     part = sharding.part_of(mesh)
@@ -148,13 +138,13 @@ def cache_features(
 
     Args:
       texts: different texts.
-      encode: Tokens [b, T] -> features [b, D] on the host.
+      encode: Tokens [b, T] -> features [b, ...] on the host.
       tokenizer: of the texts.
       length: T.
       batch_size: b; the last batch is filled up so that one program serves all.
 
     Returns:
-      {text: float32 [D]}.
+      {text: float32 [...]}.
     """
     if not texts:
         return {}
@@ -168,4 +158,4 @@ def cache_features(
     encoded = [encode(tokenisation.tokenize(tokenizer, texts, length)) for texts in own]
     # Round r of process p is batch r * P + p.
     whole = np.swapaxes(distributed.gather(np.asarray(encoded, np.float32)), 0, 1)
-    return dict(zip(ordered, whole.reshape(-1, whole.shape[-1]), strict=False))
+    return dict(zip(ordered, whole.reshape(-1, *whole.shape[3:]), strict=False))

@@ -15,7 +15,7 @@ from medvlp_jax.config import UserError
 from medvlp_jax.convert import architectures, lora
 from medvlp_jax.convert.bert import TABLE
 from medvlp_jax.convert.table import fused
-from medvlp_jax.encoders import bert, swin
+from medvlp_jax.encoders import bert, modernbert, swin
 from medvlp_jax.encoders.base import Tokens
 from medvlp_jax.layers import Lora
 from medvlp_jax.training import params as paths
@@ -186,6 +186,31 @@ def test_an_adapter_goes_out_and_comes_back_bit_for_bit(tmp_path):
         assert len(tensors) == 8
         assert tensors[f"{query}.lora_A.weight"].shape == (4, 16)
         assert tensors[f"{query}.lora_B.weight"].shape == (16, 4)
+
+
+def test_fused_factors_share_one_a_as_one_linear_of_pytorch_has(tmp_path):
+    module = modernbert.make("tiny", **SMALL, lora=Lora(4, 8.0, fused=True))
+    variables = draw(module)
+    flat = flatten_dict(variables, sep="/")
+    block = "params/stack/block_0"
+    of_block = [p.removeprefix(f"{block}/") for p in flat if p.startswith(block) and "lora" in p]
+    shared = ["attention/lora_a", "mlp/lora_a"]
+    own = ["attention/out/lora_a", "mlp/down/lora_a"]
+    assert sorted(p for p in of_block if p.endswith("a")) == sorted([*shared, *own])
+    layers = ("query", "key", "value", "out"), ("gate", "up", "down")
+    pairs = zip(("attention", "mlp"), layers, strict=True)
+    assert sorted(p for p in of_block if p.endswith("b")) == sorted(
+        f"{part}/{name}/lora_b" for part, names in pairs for name in names
+    )
+    expected = tokens_of(module, variables)
+    merged = lora.merge(variables, module.lora)
+    assert_close(tokens_of(module.clone(lora=None), merged.variables), expected)
+    assert_same(lora.unmerge(merged), variables)
+    lora.save_adapter(module, variables, tmp_path)
+    assert len(load_file(tmp_path / "adapter_model.safetensors")) == 2 * 2 * 4  # blocks, Linears
+    base = unflatten_dict({p: v for p, v in flat.items() if "lora_" not in p}, sep="/")
+    loaded, back = lora.load_adapter(module.clone(lora=None), base, tmp_path)
+    assert_close(tokens_of(loaded, back), expected)
 
 
 @pytest.mark.hf

@@ -31,6 +31,20 @@ def test_tiny_has_about_200_images_in_three_splits(prepared):
     assert min(sizes.values()) >= 10
 
 
+def test_clinic_has_studies_of_one_diagnosis_which_is_the_one_that_was_drawn(tmp_path):
+    where = {"data_dir": tmp_path, "builder_config": "clinic_tiny"}
+    source = corpora.open_source("cxr_phantom", "test", **where)
+    assert source.tasks == {"diagnosis": list(phantom.DIAGNOSES)}
+    for i in range(len(source)):
+        entry = source[i]
+        who, number = int(entry["patient_id"].split("-")[1]), int(entry["image_id"].split("-")[-1])
+        visit = patients.visit(3, patients.patient(3, who), number)
+        expected = visit.findings or ("normal",)
+        assert len(expected) == 1
+        named = phantom.DIAGNOSES[entry["labels"]["diagnosis"].argmax()]
+        assert (entry["labels"]["diagnosis"].sum(), named) == (1, expected[0])
+
+
 def test_no_patient_is_in_two_splits(prepared):
     people = [{source[i]["patient_id"] for i in range(len(source))} for source in prepared.values()]
     assert sum(map(len, people)) == len(set.union(*people))

@@ -41,7 +41,8 @@ def make_sources():
     groups, labels = make_labels()
     one_hot = np.eye(3, dtype=np.int8)[labels]
     rows = [
-        {"image_id": f"i{i}", "patient_id": groups[i], "labels": {"d": one_hot[i]}}
+        {"image_id": f"i{i}", "patient_id": groups[i], "study_id": f"{groups[i]}/{i % 2}"}
+        | {"labels": {"d": one_hot[i]}}
         for i in range(200)
     ]
     info = types.MappingProxyType({"tasks": {"d": ["a", "b", "c"]}, "table": {}})
@@ -65,6 +66,22 @@ def test_the_test_splits_of_all_folds_are_the_corpus_and_the_three_of_a_fold_are
     assert sorted(tested) == sorted(f"i{i}" for i in range(200))
 
 
+def test_dealing_by_study_parts_patients_and_validation_may_be_an_inner_share():
+    fields = {"count": 5, "index": 1, "task": "d", "seed": 0, "group": "study_id", "inner": 10}
+    found = {s: folds.open_fold(make_sources(), s, **fields).serialised for s in folds.SPLITS}
+    assert sum(map(len, found.values())) == 200
+    assert len(found["validation"]) == pytest.approx(0.1 * 160, abs=4)
+    studies = {s: {row["study_id"] for row in rows} for s, rows in found.items()}
+    assert not studies["train"] & studies["test"]
+    assert not studies["train"] & studies["validation"]
+    patients = {s: {row["patient_id"] for row in rows} for s, rows in found.items()}
+    assert patients["train"] & patients["test"]
+    # The test fold is the same with and without an inner share.
+    plain = folds.open_fold(make_sources(), "test", **{**fields, "inner": 0}).serialised
+    ids = lambda rows: [row["image_id"] for row in rows]
+    assert ids(plain) == ids(found["test"])
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -73,6 +90,8 @@ def test_the_test_splits_of_all_folds_are_the_corpus_and_the_three_of_a_fold_are
         ({"index": 4}, "data.folds.index=4 must be at least 0 and below count=4"),
         ({"task": "e"}, "made has no task 'e'"),
         ({"split": "val"}, "Folds have no split 'val'"),
+        ({"group": "lesion_id"}, "data.folds.group is 'lesion_id'. Did you mean"),
+        ({"inner": 2}, "data.folds.inner=2 must be 0, or at least 3"),
     ],
 )
 def test_a_fold_that_cannot_be_dealt_is_one_sentence(fields, message):

@@ -118,3 +118,26 @@ def test_what_cannot_be_is_refused_by_name():
         pools(variant="mixed")
     assert np.all(pools(1e-9).pairs >= 0)
     assert len(pools(1e-9).pairs) >= 1
+
+
+def test_a_share_of_the_reports_is_drawn_from_those_an_image_is_related_to():
+    found, related = pools(), pairing.Related()
+    pairs, images, reports = len(found.pairs), len(found.images), len(found.reports)
+    rows = pairing.Unpaired(Corpus(), found, 0, 0.5, related)
+    before = [rows[k]["report_row"] for k in range(500)]
+    # Every image is related to a pair's report, to the first and, thrice as much, to the last.
+    column = np.tile([0, pairs, reports - 1], (images, 1))
+    weight = np.tile([0.2, 0.2, 0.6], (images, 1))
+    confidence = np.ones(images)
+    confidence[pairs] = 0
+    related.learn(column, weight, confidence)
+    after = [rows[k] for k in range(500)]
+    changed = [k for k in range(500) if after[k]["report_row"] != before[k]]
+    assert {after[k]["report_row"] for k in changed} == {pairs, reports - 1}
+    assert {after[k]["image_row"] for k in changed} == {*range(pairs + 1, images)}
+    assert 0.4 < len(changed) / 500 < 0.55
+    last = sum(after[k]["report_row"] == reports - 1 for k in changed) / len(changed)
+    assert 0.65 < last < 0.85
+    assert [rows[k]["report_row"] for k in range(500)] == [r["report_row"] for r in after]
+    texts = {row["report_row"]: row["findings"] for row in after}
+    assert texts[reports - 1] == f"findings {found.reports[-1]}"

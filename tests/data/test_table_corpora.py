@@ -123,7 +123,7 @@ def test_pad_ufes_20_splits_by_patient_and_says_what_is_missing(pad_folder, tmp_
     assert 0 < len(held) < 10
     assert len(found) == 2 * len(held)
     table = found[0]["table"]
-    assert math.isnan(table["itch"])
+    assert table["itch"] == tabular.UNKNOWN
     assert math.isnan(table["smoke"])
     assert (table["grew"], table["fitspatrick"], table["region"]) == (1.0, 1.0, 13.0)
     assert "biopsed" not in tabular.columns(source.metadata["table"])
@@ -218,6 +218,31 @@ def test_the_phantom_is_prepared_as_three_volumes(tmp_path):
         np.testing.assert_array_equal(found, volume)
     assert entry["labels"]["grade"].tolist() == [0, 0, 1]
     assert entry["table"] == pytest.approx(expected.table)
+
+
+def test_the_flat_phantom_is_three_images_that_show_all_three_masses(tmp_path):
+    where = {"data_dir": tmp_path, "builder_config": "flat_tiny"}
+    source = corpora.open_source("men_phantom", "train", **where)
+    assert source.images == {name: {} for name in ("t1", "t2", "adc")}
+    assert len(source) == 24
+    for number in range(6):
+        found = generate.case(0, number, flat=True)
+        t1 = found.volumes["t1"].astype(float)
+        assert t1.shape == (128, 128, 1)
+        y, x, _ = (np.array(generate.PLACES[int(found.table["location"])]) * 128).astype(int)
+        near = t1[y - 16 : y + 17, x - 16 : x + 17]
+        rim = (near > generate.MASS["t1"] + 0.6 * generate.RIM).mean() > 0.02
+        assert rim == (generate.CLASSES[found.label] != "grade 1")
+
+
+def test_countries_have_one_spelling_and_unlisted_ones_are_other():
+    schema = {"father": pad.SCHEMA["background_father"]}
+    names = schema["father"]["categories"]
+    read = lambda text: tabular.parse_row({"father": text}, schema)["father"]
+    assert read("BRASIL") == read("BRAZIL") == names.index("BRAZIL")
+    assert read("ATLANTIS") == names.index("OTHER")
+    assert read("UNK") == tabular.UNKNOWN
+    assert math.isnan(read(""))
 
 
 def test_the_real_hannover_sample_is_read_whole(test_data):

@@ -131,6 +131,22 @@ def test_decode_gives_three_channels_where_asked():
     np.testing.assert_array_equal(grey[..., 0], grey[..., 2])
 
 
+@pytest.mark.parametrize("fit", ["squash", "pad"])
+def test_boxes_are_placed_where_decode_puts_them(fit):
+    """A bright square in a frame of black, which is cropped: its box follows it."""
+    image = np.zeros((60, 100), np.uint8)
+    image[10:50, 20:90] = 60
+    image[20:30, 40:75] = 250
+    box = np.array([[20 / 60, 40 / 100, 30 / 60, 75 / 100]])
+    encoded = io.BytesIO()
+    Image.fromarray(image).save(encoded, "PNG")
+    seen = transforms.decode(encoded.getvalue(), size=140, fit=fit, stretch=False)[..., 0]
+    top, left, bottom, right = transforms.placed(box, encoded.getvalue(), size=140, fit=fit)[0]
+    rows, columns = np.nonzero(seen > 155)
+    found = rows.min(), columns.min(), rows.max() + 1, columns.max() + 1
+    np.testing.assert_allclose(found, (top, left, bottom, right), atol=1)
+
+
 def test_unknown_fit_names_the_accepted_ones():
     with pytest.raises(UserError, match="'crop'; accepted are squash and pad"):
         transforms.decode(encode(np.ones((4, 4), np.uint8)), size=4, fit="crop")
@@ -271,3 +287,25 @@ def test_brightness_and_contrast_stay_within_their_limits():
         assert (np.diff(y) >= 0).all()
         assert (y <= np.clip(x * 1.2 + 51, 0, 255) + 0.51).all()
         assert (y >= np.clip(x * 0.8 - 51, 0, 255) - 0.51).all()
+
+
+def test_primas_view_without_change_is_the_image_and_its_flips():
+    image = smooth(32, 32)[..., None].repeat(3, 2)
+    still = {"smallest": 1.0, "rotation": 0.0, "jitter": 0.0, "hue": 0.0, "size": 32}
+    rng = np.random.default_rng(0)
+    # The aspect is drawn all the same: at area 1 a side that would be too long is cut.
+    plain = [transforms.prima_view(image, rng, flip=0.0, **still) for _ in range(40)]
+    nearest = min(np.abs(p.astype(int) - image).mean() for p in plain)
+    assert nearest < 6
+    flipped = transforms.prima_view(image, np.random.default_rng(1), flip=1.0, **still)
+    again = transforms.prima_view(image, np.random.default_rng(1), flip=0.0, **still)
+    np.testing.assert_allclose(flipped[::-1, ::-1].astype(int), again, atol=2)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_primas_view_has_its_size_and_is_a_function_of_the_generator(channels):
+    image = smooth(40, 40)[..., None].repeat(channels, 2)
+    view = lambda seed: transforms.prima_view(image, np.random.default_rng(seed), size=24)
+    assert view(0).shape == (24, 24, channels)
+    np.testing.assert_array_equal(view(0), view(0))
+    assert (view(0) != view(1)).any()

@@ -63,23 +63,32 @@ def packed(padded, rows):
     return Tokens(ids, segments >= 0), segments
 
 
-def assert_packed_equals_padded(module, variables, padded, rows):
-    """Hold pooled, tokens and mlm_logits of packed texts equal to those of padded ones."""
-    expected = jax.jit(module.apply)(variables, padded)
-    logits = jax.jit(lambda v: module.apply(v, padded, method="mlm_logits"))(variables)
+def assert_packed_equals_padded(module, variables, padded, rows, *, logits="mlm_logits"):
+    """Hold pooled, tokens and the logits of packed texts equal to those of padded ones.
+
+    Args:
+      module: an encoder.
+      variables: its own.
+      padded: Tokens [B, T].
+      rows: for each row which texts lie in it.
+      logits: the method that gives them; "" where the encoder has none.
+    """
     tokens, segments = packed(padded, rows)
     packing = {"segments": segments, "num_segments": max(map(len, rows))}
+    expected = jax.jit(module.apply)(variables, padded)
     ours = jax.jit(lambda v: module.apply(v, tokens, **packing))(variables)
-    ours_logits = jax.jit(
-        lambda v: module.apply(v, tokens, segments=segments, method="mlm_logits")
-    )(variables)
+    pairs = [(ours.tokens, expected.tokens)]
+    if logits:
+        theirs = jax.jit(lambda v: module.apply(v, padded, method=logits))(variables)
+        packed_logits = lambda v: module.apply(v, tokens, segments=segments, method=logits)
+        pairs.append((jax.jit(packed_logits)(variables), theirs))
     for row, texts in enumerate(rows):
         for segment, text in enumerate(texts):
             here, there = segments[row] == segment, padded.mask[text]
             assert_close(ours.pooled[row, segment], expected.pooled[text])
-            assert_close(ours.tokens[row][here], expected.tokens[text][there])
-            assert_close(ours_logits[row][here], logits[text][there])
-    assert ours.pooled.shape == (len(rows), max(map(len, rows)), module.width)
+            for found, wanted in pairs:
+                assert_close(found[row][here], wanted[text][there])
+    assert ours.pooled.shape == (len(rows), max(map(len, rows)), expected.pooled.shape[-1])
     assert np.isfinite(ours.pooled).all()
 
 

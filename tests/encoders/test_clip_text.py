@@ -1,9 +1,12 @@
 """CLIP's text tower against transformers with random weights, and its published sizes."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from parity import assert_packed_equals_padded
 from twins import (
     RNG,
     assert_close,
@@ -151,6 +154,22 @@ def test_what_follows_changes_nothing_before(variables_of):
     assert error(after[:, 5:], before[:, 5:]) > 0.1
 
 
+@pytest.mark.parametrize(
+    ("eos_id", "layout", "heads"),
+    [
+        (EOS, "unrolled", {}),
+        (clip_text.OLD_EOS, "scan", {"projection": True, "pooling": "projection"}),
+    ],
+)
+def test_texts_packed_into_rows_equal_padded_texts(variables_of, eos_id, layout, heads):
+    sizes = {"vocab_size": VOCAB, "depth": 2, "max_length": 32, "projection_dim": 20}
+    module = clip_text.make("tiny", eos_id=eos_id, layout=layout, **sizes, **heads)
+    padded = texts(np.array([9, 30, 17, 1, 5]), PAD)
+    padded.ids[2, 4] = EOS  # a text is pooled at its first end
+    rows = [[0, 2], [1], [3, 4]]
+    assert_packed_equals_padded(module, variables_of(module, padded), padded, rows, logits="")
+
+
 def test_compute_in_bfloat16_stays_near_with_a_text_that_is_all_padding(variables_of):
     module = clip_text.make("tiny", vocab_size=VOCAB, eos_id=EOS, max_length=640)
     tokens = texts(np.array([640, 300, 1]), PAD)
@@ -176,5 +195,9 @@ def test_bad_input_is_refused_before_compiling():
         tokens = Tokens(jnp.zeros((1, length), jnp.int32), jnp.ones((1, length), bool))
         with pytest.raises(ValueError, match=message):
             jax.eval_shape(module.init, jax.random.key(0), tokens)
+    tokens = Tokens(np.zeros((1, 7), np.int32), np.ones((1, 7), bool))
+    init = functools.partial(clip_text.make("tiny").init, segments=tokens.ids)
+    with pytest.raises(ValueError, match="come together"):
+        jax.eval_shape(init, jax.random.key(0), tokens)
     with pytest.raises(UserError, match="No ClipText variant 'H/14'"):
         clip_text.make("H/14")

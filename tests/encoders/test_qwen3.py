@@ -8,7 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from parity import as_torch, assert_close, error, gradients_and_step, random_tokens, shake
+from parity import (
+    as_torch,
+    assert_close,
+    assert_packed_equals_padded,
+    error,
+    gradients_and_step,
+    random_tokens,
+    shake,
+)
 from safetensors.numpy import load_file
 
 from medvlp_jax import convert
@@ -301,6 +309,25 @@ def test_several_ends_of_text_survive_the_config(variables_of, tmp_path):
         module = small(eos_ids=ends)
         convert.save(module, variables_of(module, random_tokens([2], 2, VOCAB)), tmp_path)
         assert convert.load(tmp_path)[0] == module
+
+
+@pytest.mark.parametrize("layout", ["unrolled", "scan"])
+def test_texts_packed_into_rows_equal_padded_texts(variables_of, layout):
+    module = qwen3.make("tiny", **SMALL, layout=layout)
+    padded = random_tokens([9, 30, 17, 1, 5], 32, VOCAB)
+    variables = variables_of(module, padded)
+    rows = [[0, 2, 4], [1, 3]]  # 31 of 32 tokens each
+    assert_packed_equals_padded(module, variables, padded, rows, logits="logits")
+
+
+def test_positions_count_the_real_tokens_of_each_packed_text():
+    mask = np.array([[0, 1, 1, 0, 1, 0, 1, 1, 0, 0]], bool)
+    segments = np.array([[0, 0, 0, 1, 1, 1, 1, 2, 3, 3]])
+    found = qwen3.real_positions(mask, segments)
+    np.testing.assert_array_equal(found, [[0, 0, 1, 0, 0, 0, 1, 0, 0, 0]])
+    x = np.arange(10.0)[None, :, None]
+    found = qwen3.last(x, mask, segments=segments, num_segments=3)
+    np.testing.assert_array_equal(found[0, :, 0], [2, 6, 7])
 
 
 @pytest.mark.parametrize("side", ["right", "left"])

@@ -46,6 +46,7 @@ def test_probe_finds_the_signal_and_only_the_signal(found):
 def test_protocol_entry_says_what_was_fitted(found):
     note = found["probe/finding/protocol"]
     assert note["strength"] in probe.STRENGTHS
+    assert note["strength_chosen"]
     assert note["train_rows"] == 240
     assert note["converged"] is True
     assert json.loads(json.dumps(found, allow_nan=False)) == found
@@ -99,11 +100,16 @@ def test_scale_of_the_features_does_not_matter():
     np.testing.assert_allclose(scores[0], scores[1], atol=1e-6)
 
 
-def test_too_little_data_is_refused():
+def test_too_little_data_to_choose_a_strength_is_noted_and_ends_nothing():
     rng = np.random.default_rng(0)
     x, y, groups = make(40, rng)
-    with pytest.raises(UserError, match="linear probe has 20 training patients"):
-        probe.choose_strength(x, 0 * y, groups, multi_label=True, seed=0)
+    y[:, 1] = 0
+    y[:, 0] = np.arange(40) == 7  # one patient: never on both sides of the split
+    scores, fitted = probe.fit(x, y, x, multi_label=True, seed=0, train_groups=groups)
+    assert not fitted["strength_chosen"]
+    assert fitted["strength"] == 1.0
+    assert scores[7, 0] == scores[:, 0].max()
+    assert not scores[:, 1].any()
 
 
 def test_same_seed_same_numbers():

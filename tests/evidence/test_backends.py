@@ -123,27 +123,27 @@ def test_the_key_comes_from_the_environment_and_is_in_no_message(monkeypatch):
 @pytest.mark.parametrize("url", ["https://api.vendor.com/v1", "http://10.0.0.7:8000/v1"])
 def test_reports_go_to_another_machine_only_when_asked(url):
     with pytest.raises(UserError, match="--allow-remote"):
-        backends.check_remote(url, allow_remote=False)
-    backends.check_remote(url, allow_remote=True)
+        backends.check_remote(url, allow_remote=False, sent="reports are patients' data")
+    backends.check_remote(url, allow_remote=True, sent="")
 
 
 @pytest.mark.parametrize(
     "url", ["http://localhost:8000/v1", "http://127.0.0.1/v1", "http://[::1]:80/v1"]
 )
 def test_this_machine_is_not_another(url):
-    backends.check_remote(url, allow_remote=False)
+    backends.check_remote(url, allow_remote=False, sent="")
 
 
 def test_an_address_that_is_none_is_refused():
     with pytest.raises(UserError, match="--url"):
-        backends.check_remote("localhost:8000", allow_remote=True)
+        backends.check_remote("localhost:8000", allow_remote=True, sent="")
 
 
 def test_an_unknown_backend_or_a_missing_model_is_named():
     with pytest.raises(UserError, match="rules"):
-        backends.make("rule", write=str)
+        backends.make("rule", writers={"rules": str}, sent="")
     with pytest.raises(UserError, match="--model"):
-        backends.make("qwen3", write=str)
+        backends.make("qwen3", writers={"rules": str}, sent="")
 
 
 @pytest.fixture(scope="module")

@@ -200,9 +200,9 @@ def test_a_dry_run_counts_and_writes_nothing(tmp_path):
     assert plan[:5] == (8, 6, 1, 0, 6)
     texts = {r.text for r in REPORTS if r.text}
     characters = sum(len(schema.prompt(text)) for text in texts)
-    assert plan.prompt_tokens == int(characters / 4)
-    assert plan.cost(2.0, 10.0) == pytest.approx(
-        2e-6 * plan.prompt_tokens + 1e-5 * plan.answer_tokens
+    assert plan.tokens.prompt_tokens == int(characters / 4)
+    assert plan.tokens.cost(2.0, 10.0) == pytest.approx(
+        2e-6 * plan.tokens.prompt_tokens + 1e-5 * plan.tokens.answer_tokens
     )
 
 

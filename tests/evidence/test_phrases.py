@@ -28,6 +28,18 @@ def test_what_may_be_seen_is_shown_and_what_is_absent_is_not():
     assert phrases.reader()({"findings": "", "impression": ""}) == ()
 
 
+def test_sentences_and_what_is_absent_are_ablations():
+    read = phrases.reader(unit="sentence")
+    whole = ("Small right pleural effusion.", "No pneumothorax.", "The heart is enlarged.")
+    assert read(RECORD) == (*whole, "Possible pneumonia.")
+    read = phrases.reader(negated=True)
+    assert read(RECORD) == (EXPECTED[0], "pneumothorax", *EXPECTED[1:])
+    with pytest.raises(UserError, match="phrase or sentence, got 'word'"):
+        phrases.reader(unit="word")
+    with pytest.raises(UserError, match=r"neither with data\.evidence\.folder"):
+        phrases.reader("somewhere", unit="sentence")
+
+
 def test_an_extraction_gives_the_phrases_it_holds(tmp_path):
     report = Report("a", RECORD["findings"], RECORD["impression"])
     extract.run([report], writer("rules", extract.write_rules), tmp_path)

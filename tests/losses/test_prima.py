@@ -153,6 +153,14 @@ def test_with_the_identity_as_target_the_soft_loss_is_equation_3():
     np.testing.assert_allclose(sum(pair) / 2, expected, rtol=1e-12)
 
 
+def test_identical_orthonormal_views_and_texts_have_a_global_loss_near_zero():
+    q = np.eye(8)
+    same = contrastive.info_nce(q, q, 1 / TAU)
+    np.testing.assert_allclose(same, np.log1p(7 * np.exp(-1 / TAU)), rtol=1e-9)
+    assert same < 1e-5
+    assert contrastive.info_nce(q, np.roll(q, 1, 0), 1 / TAU) > 14
+
+
 def test_an_unknown_normalisation_is_refused():
     p, q = views(2)
     with pytest.raises(ValueError, match="'mean' or 'paper', got 'sum'"):

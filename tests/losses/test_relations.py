@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from medvlp_jax import sharding
 from medvlp_jax.losses import relations
 
 WIDTH, ALPHA = 0.1, 0.8
@@ -251,3 +252,33 @@ def test_more_hops_reach_more_images_and_still_the_right_reports():
     assert 0.40 < np.mean(reached[1]) < 0.55
     assert 0.82 < np.mean(reached[3]) < 0.95
     assert min(np.mean(right[1]), np.mean(right[3])) >= 0.95
+
+
+def test_devices_share_the_blocks_and_find_the_same():
+    """Eight emulated devices, with fewer and with more blocks than devices."""
+    rng, mesh = np.random.default_rng(3), sharding.make_mesh(data=4, fsdp=2)
+    for block in (64, 9):
+        images, reports = (rng.dirichlet(np.full(6, 0.5), n) for n in (90, 70))
+        listed = [
+            [relations.nearest(q, k=4, block=block, mesh=m) for m in (None, mesh)]
+            for q in (images, reports)
+        ]
+        for one, shared in listed:
+            np.testing.assert_array_equal(one.column, shared.column)
+            np.testing.assert_allclose(one.value, shared.value, rtol=1e-6)
+        graphs = [relations.graph(one) for one, _ in listed]
+        start = relations.seeds(np.arange(12), np.arange(12), images=90, top=20)
+        spread = [
+            relations.propagate(start, *graphs, reports=70, hops=3, block=block, mesh=m)
+            for m in (None, mesh)
+        ]
+        np.testing.assert_array_equal(spread[0].column, spread[1].column)
+        np.testing.assert_allclose(spread[0].value, spread[1].value, rtol=1e-5, atol=1e-8)
+
+
+def test_no_hop_leaves_the_pairs_alone():
+    rng = np.random.default_rng(3)
+    graphs = [relations.graph(relations.nearest(rng.dirichlet(np.ones(4), 20), k=3))] * 2
+    start = relations.seeds(np.arange(5), np.arange(5), images=20, top=4)
+    found = relations.propagate(start, *graphs, reports=20, hops=0)
+    np.testing.assert_array_equal(found.value, start.value)

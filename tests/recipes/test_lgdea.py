@@ -75,6 +75,42 @@ def related(none, batch):
     return made
 
 
+def test_maps_are_the_attention_of_lesions_that_share_the_evidence_of_a_phrase(model):
+    recipe, batch, variables, _, features, _ = model
+    phrase = Tokens(batch["evidence"].ids[:, 0], batch["evidence"].mask[:, 0])
+    see = jax.jit(lambda v, b: recipe.apply(v, b, method="localise"))
+    found = see(variables, {"image": batch["image"]})
+    said = see(variables, {"phrase": phrase})
+    # Attention sums to 1 over the patches: what is left is sqrt(Q_I(l, k)) summed over lesions.
+    logits = np.einsum("bme,ke->bmk", features["lesions"], variables["params"]["prototypes"])
+    shares = np.exp(logits / recipe.image_temperature)
+    shares /= shares.sum(-1, keepdims=True)
+    np.testing.assert_allclose(found["lesions"].sum(1), np.sqrt(shares).sum(1), rtol=1e-4)
+    np.testing.assert_allclose((said["lesions"] ** 2).sum(-1), 1, rtol=1e-5)
+    assert found["lesions"].min() >= 0
+    # The phrase is read as the report is, in the space of the global embedding.
+    text = see(variables, {"phrase": batch["report"]})["cosine"]
+    np.testing.assert_allclose(text, features["text"], atol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(found["cosine"], axis=-1), 1, rtol=1e-5)
+
+
+def test_the_global_term_may_follow_the_relations(model):
+    _, batch, _, _, features, _ = model
+    recipe, target = make(global_on="relations", global_temperature=0.2), np.eye(6)
+    target[4, [3, 5]] = 0.75, 0.25
+    trusts = {"image_confidence": np.r_[np.ones(4), 0.6, 0], "report_confidence": np.ones(6)}
+    found = recipe._global(features, batch["paired"], target, trusts)
+    logits = np.asarray(features["image"], np.float64) @ np.asarray(features["text"]).T / 0.2
+    total = 0.0
+    for x, t, c in ((logits, target, trusts["image_confidence"]), (logits.T, target.T, np.ones(6))):
+        for i in range(6):
+            log_share = x[i] - np.log(np.exp(x[i]).sum())
+            total -= c[i] * sum(t[i] / t[i].sum() * log_share) / 6 / 2
+    np.testing.assert_allclose(found, total, rtol=1e-5)
+    with pytest.raises(UserError, match="pairs or relations, got 'all'"):
+        make(global_on="all")
+
+
 @pytest.mark.slow
 def test_features_are_those_of_the_modalities_in_the_batch(model):
     _, batch, variables, _, whole, _ = model

@@ -34,6 +34,9 @@ class Batches:
     def get_state(self):
         return {"next_index": self.next}
 
+    def set_state(self, state):
+        self.next = state["next_index"]
+
 
 def state_of(step=0):
     params = {"w": jnp.float32(1)}
@@ -121,6 +124,40 @@ def test_evaluations_stand_beside_their_step(tmp_path):
     assert found == {2: 4.0, 4: 11.0}  # the end of a run is evaluated in full, elsewhere
 
 
+def test_a_run_killed_between_a_checkpoint_and_the_evaluation_of_its_step_makes_up_for_it(tmp_path):
+    value = lambda step, state: {"eval/w": float(state.params["w"])}
+    alone, killed = tmp_path / "alone", tmp_path / "killed"
+    for folder in (alone, killed):
+        folder.mkdir()
+    fit(alone, 6, evaluate=value, evaluate_every=2)
+
+    def dies_in_its_second(step, state):
+        if step == 4:
+            raise KeyboardInterrupt
+        return value(step, state)
+
+    checkpointer = Checkpointer(killed / "c", keep=9)
+    with pytest.raises(KeyboardInterrupt):
+        fit(
+            killed,
+            6,
+            checkpointer=checkpointer,
+            checkpoint_every=2,
+            evaluate=dies_in_its_second,
+            evaluate_every=2,
+        )
+    for _ in range(2):  # from a run without the evaluation of step 4, then from one that has it
+        saved, batches = checkpointer.restore(4, state_of()), Batches()
+        batches.set_state(saved.position)
+        state = jax.device_get(saved.state)
+        fit(killed, 6, state=state, batches=batches, evaluate=value, evaluate_every=2)
+        without_times = [
+            [{k: v for k, v in line.items() if not k.startswith("time/")} for line in lines(folder)]
+            for folder in (alone, killed)
+        ]
+        assert without_times[0] == without_times[1]
+
+
 def test_the_corpus_is_looked_at_between_steps_and_again_by_a_run_that_stopped_there(tmp_path):
     seen = []
     for name in "ab":
@@ -146,3 +183,30 @@ def test_the_corpus_is_looked_at_between_steps_and_again_by_a_run_that_stopped_t
     )
     assert seen == [4, 8, 4, 8]
     assert rest.params["w"] == whole.params["w"]
+
+
+def test_what_was_read_ahead_of_a_refresh_is_read_again(tmp_path):
+    class Ahead(Batches):
+        told = 0
+
+        def set_state(self, state):
+            super().set_state(state)
+            self.told += 1
+            assert self.next == 4 * self.told
+
+    batches = Ahead()
+    fit(tmp_path, 9, batches=batches, refresh=lambda state: state, refresh_every=4)
+    assert batches.told == 2
+
+
+def test_an_alarm_sounds_once_each_time_a_term_rises_above_its_bound(tmp_path, capsys):
+    reporter = Reporter(tmp_path, every=10, alarms={"usage": (0.5, "prototypes collapse")})
+    reporter.start(0, 6)
+    for step, value in enumerate((0.2, 0.6, 0.7, 0.4, 0.9, 0.1), start=1):
+        reporter.step(step, {"loss": 1.0, "loss/usage": value}, pairs=1, waited=0)
+    reporter.close()
+    said = [line for line in capsys.readouterr().err.splitlines() if "WARNING" in line]
+    assert [line[line.index("WARNING") :] for line in said] == [
+        "WARNING, step 2: prototypes collapse (usage 0.60).",
+        "WARNING, step 5: prototypes collapse (usage 0.90).",
+    ]

@@ -19,6 +19,9 @@ from medvlp_jax.data.datasets.cxr_phantom import generate, patients
 from medvlp_jax.data.datasets.cxr_phantom.findings import MASK_BITS
 
 TASKS = {"finding": list(generate.CLASSES)}
+# One of these and nothing else, for methods that take one class a study: findings whose odds the
+# table shifts, and that can be seen on small images.
+DIAGNOSES = ("consolidation", "effusion", "pneumothorax", "cardiomegaly", "edema", "normal")
 SPLITS = ("train", "validation", "test")
 SMALLEST, LARGEST = 64, 1024  # image sizes at which ribs and vessels still make sense
 
@@ -31,11 +34,13 @@ class Config(tfds.core.BuilderConfig):
       num_patients: in all splits together.
       seed: of the population; equal seeds share their first patients.
       size: of the square images, pixels.
+      one_class: only studies of one of DIAGNOSES, as the task "diagnosis".
     """
 
     num_patients: int
     seed: int = 0
     size: int = 256
+    one_class: bool = False
 
 
 def make_config(num_patients: int, seed: int = 0, size: int = 256) -> Config:
@@ -79,17 +84,33 @@ class Builder(tfds.core.GeneratorBasedBuilder):
         dataclasses.replace(
             make_config(110, size=128), name="tiny", description="Generated: about 200 images."
         ),
+        dataclasses.replace(
+            make_config(2000, seed=3, size=96),
+            name="clinic",
+            description="Generated: about 2,200 training images of one diagnosis each.",
+            one_class=True,
+        ),
+        dataclasses.replace(
+            make_config(90, seed=3, size=64),
+            name="clinic_tiny",
+            description="Generated: about 100 images of one diagnosis each.",
+            one_class=True,
+        ),
     )
 
     def _info(self) -> tfds.core.DatasetInfo:
         return tfds.core.DatasetInfo(
             builder=self,
             description=__doc__,
-            features=records.features(tasks=TASKS, table=patients.TABLE),
+            features=records.features(tasks=self._tasks, table=patients.TABLE),
             metadata=records.metadata(
-                tasks=TASKS, mask_bits=MASK_BITS, table=patients.TABLE, generated=True
+                tasks=self._tasks, mask_bits=MASK_BITS, table=patients.TABLE, generated=True
             ),
         )
+
+    @property
+    def _tasks(self):
+        return {"diagnosis": list(DIAGNOSES)} if self.builder_config.one_class else TASKS
 
     def _split_generators(self, dl_manager):
         return {split: self._generate_examples(split) for split in SPLITS}
@@ -100,12 +121,24 @@ class Builder(tfds.core.GeneratorBasedBuilder):
             if split_of(who.id) != split:
                 continue
             for number in range(who.visits):
+                if config.one_class and not diagnosis(patients.visit(config.seed, who, number)):
+                    continue
                 study = generate.study(config.seed, who, number, config.size)
-                yield study.id, to_record(study)
+                yield study.id, to_record(study, one_class=config.one_class)
 
 
-def to_record(study: generate.Study) -> dict:
-    """Return the record of one generated study."""
+def diagnosis(visit: patients.Visit) -> str:
+    """Return the one of DIAGNOSES a visit is of; "" where it is of several or of none."""
+    names = visit.findings or ("normal",)
+    return names[0] if len(names) == 1 and names[0] in DIAGNOSES else ""
+
+
+def to_record(study: generate.Study, *, one_class: bool = False) -> dict:
+    """Return the record of one generated study, labelled with its findings or its diagnosis."""
+    labels = {"finding": study.labels.astype(np.int8)}
+    if one_class:
+        name = study.found[0].name if study.found else "normal"
+        labels = {"diagnosis": records.one_hot(name, DIAGNOSES)}
     return records.record(
         image=generate.encode_jpeg(study.image),
         image_id=study.id,
@@ -113,7 +146,7 @@ def to_record(study: generate.Study) -> dict:
         study_id=study.id,
         findings=study.report.findings,
         impression=study.report.impression,
-        labels={"finding": study.labels.astype(np.int8)},
+        labels=labels,
         boxes=study.boxes,
         mask=records.encode_mask(study.mask),
         table=study.table,

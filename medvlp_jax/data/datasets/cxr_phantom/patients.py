@@ -13,15 +13,16 @@ import numpy as np
 
 from medvlp_jax.data.datasets.cxr_phantom.findings import FINDINGS
 
-TABLE = {
-    "age": {"unit": "years"},
-    "sex": {"categories": ["female", "male"]},
-    "smoking": {"unit": "pack-years"},
-    "fever": {"categories": ["no", "yes"]},
-    "cough": {"categories": ["no", "yes"]},
-    "oxygen_saturation": {"unit": "%"},
-    "white_cells": {"unit": "10^9/L"},
-    "bnp": {"unit": "pg/mL"},
+NO_YES = {"kind": "categorical", "categories": ["no", "yes"]}
+TABLE = {  # a schema as data/tabular.py reads it; ranges are those of the draws below
+    "age": {"kind": "numeric", "unit": "years", "range": [0, 120]},
+    "sex": {"kind": "categorical", "categories": ["female", "male"]},
+    "smoking": {"kind": "numeric", "unit": "pack-years", "range": [0, 120]},
+    "fever": NO_YES,
+    "cough": NO_YES,
+    "oxygen_saturation": {"kind": "numeric", "unit": "%", "range": [70, 100]},
+    "white_cells": {"kind": "numeric", "unit": "10^9/L", "range": [2, 35]},
+    "bnp": {"kind": "numeric", "unit": "pg/mL", "range": [5, 5000]},
 }
 MISSING = {  # probability that a value was not recorded
     "age": 0.02,

@@ -37,8 +37,14 @@ class Case(NamedTuple):
     label: int
 
 
-def case(seed: int, number: int) -> Case:
-    """Return case `number` of a population; classes take turns."""
+def case(seed: int, number: int, *, flat: bool = False) -> Case:
+    """Return case `number` of a population; classes take turns.
+
+    Args:
+      seed: of the population.
+      number: of the case.
+      flat: all three masses lie in the middle slice, and volumes are that slice [H, W, 1].
+    """
     rng = np.random.default_rng((seed, number))
     label = number % len(CLASSES)
     named = int(rng.integers(len(PLACES)))
@@ -49,7 +55,10 @@ def case(seed: int, number: int) -> Case:
     oedema = rng.uniform(900, 1600) if large else rng.uniform(100, 800)
     radii = rng.uniform(0.07, 0.1, len(PLACES))
     centres = np.array(PLACES) + rng.uniform(-0.03, 0.03, (len(PLACES), 3))
-    volumes = {name: _volume(rng, name, centres, radii, rims) for name in SEQUENCES}
+    if flat:
+        centres[:, 2] = 0.5
+    slices = (0.5,) if flat else np.linspace(0, 1, SLICES, endpoint=False)
+    volumes = {name: _volume(rng, name, centres, radii, rims, slices) for name in SEQUENCES}
     table = {
         "location": float(named),
         "sex": float(rng.integers(2)),
@@ -61,10 +70,10 @@ def case(seed: int, number: int) -> Case:
     return Case(volumes, table, label)
 
 
-def _volume(rng, name, centres, radii, rims) -> np.ndarray:
+def _volume(rng, name, centres, radii, rims, slices) -> np.ndarray:
     """Draw one sequence, uint16 [H, W, S]."""
-    axes = [np.linspace(0, 1, n, endpoint=False, dtype=np.float32) for n in (SIDE, SIDE, SLICES)]
-    y, x, s = np.ix_(*axes)
+    in_plane = np.linspace(0, 1, SIDE, endpoint=False, dtype=np.float32)
+    y, x, s = np.ix_(in_plane, in_plane, np.float32(slices))
     distance = lambda c, r: np.sqrt(
         ((y - c[0]) / r) ** 2 + ((x - c[1]) / r) ** 2 + ((s - c[2]) / (2 * r)) ** 2
     )

@@ -56,7 +56,7 @@ FOLDERS = ("images", *(f"images/{part}" for part in PARTS), *PARTS)
 class Builder(tfds.core.GeneratorBasedBuilder):
     """TFDS builder of `pad_ufes_20`."""
 
-    VERSION = tfds.core.Version("1.0.0")
+    VERSION = tfds.core.Version("1.1.0")  # 1.1: parents' background; UNK apart from missing
     MANUAL_DOWNLOAD_INSTRUCTIONS = (
         "A folder with metadata.csv and images/ (https://doi.org/10.17632/zr7vgbcyr2.1)."
     )

@@ -1,0 +1,303 @@
+"""LGDEA with few pairs beside what trains on the pairs alone: the claim of the paper, on phantoms.
+
+  python benchmarks/methods_lgdea.py [--ratios 0.01 0.05 0.1 0.2 1] [--seeds 3] [--steps 400]
+      [--arms pairs no_unpaired lgdea ...] [--config configs/lgdea.py:study]
+      [--out benchmarks/results/lgdea.json] [--config.KEY=VALUE ...]
+
+A cell is one training: a share of the studies that stay pairs, an arm, a seed. All arms have the
+same network, start, steps and rows a batch; they differ in which rows they see and which terms
+count. A finished cell is written to --out at once and never run again; an interrupted one goes on
+from its checkpoint: run the same command again. Beside the numbers come a Markdown table (mean and
+spread over seeds, and how much of the way from the control to 100 % pairs LGDEA goes) and a curve.
+"""
+
+import argparse
+import json
+import math
+import os
+import pathlib
+import shutil
+import sys
+import time
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from absl import flags
+from matplotlib.figure import Figure
+
+from medvlp_jax import train
+from medvlp_jax.config import UserError
+from medvlp_jax.evaluation import plots
+
+TERMS = ("reconstruction", "paired", "unpaired", "alignment", "global", "usage")
+PAIRS_ALONE = {"data": {"pairing": {"share": 1.0}}, "train": {"refresh_every": 0}}
+
+
+def without(*terms: str) -> dict:
+    """Return the change that switches loss terms off."""
+    return {"recipe": {"weights": dict.fromkeys(terms, 0.0)}}
+
+
+# By name: title, and what differs from LGDEA. The first three are the study, the rest section B.6.
+ARMS = {
+    "pairs": ("pairs alone, global InfoNCE", PAIRS_ALONE | without(*(set(TERMS) - {"global"}))),
+    "no_unpaired": ("LGDEA on the pairs alone", PAIRS_ALONE),
+    "lgdea": ("LGDEA", {}),
+    "no_rec": ("without L_rec", without("reconstruction")),
+    "no_paired": ("without L_evid^p", without("paired")),
+    "no_pseudo": ("without L_evid^u", without("unpaired")),
+    "no_alignment": ("without L_evi-align", without("alignment")),
+    "no_global": ("without L_glob", without("global")),
+    "no_prototypes": (
+        "without prototypes",
+        {**without("reconstruction", "paired", "unpaired"), "train": {"refresh_every": 0}},
+    ),
+    "no_neighbours": ("no report from neighbours", {"data": {"pairing": {"related": 0.0}}}),
+    "global_relations": ("L_glob on relations too", {"recipe": {"global_on": "relations"}}),
+    "hops_0": ("no hop", {"recipe": {"hops": 0}}),
+    "hops_1": ("1 hop", {"recipe": {"hops": 1}}),
+    "hops_3": ("3 hops", {"recipe": {"hops": 3}}),
+    "sentences": ("sentences for evidence", {"data": {"evidence": {"unit": "sentence"}}}),
+    "negated": ("with what is absent", {"data": {"evidence": {"negated": True}}}),
+}
+STUDY = ("pairs", "no_unpaired", "lgdea")
+METRICS = {
+    "zero_shot/finding/macro_auroc": "zero-shot macro AUROC",
+    "retrieval/image_to_text/P@1": "image to text P@1",
+    "retrieval/image_to_text/R@10": "image to text R@10",
+    "retrieval/text_to_image/R@10": "text to image R@10",
+    "grounding/cosine/cnr": "CNR, cosine",
+    "grounding/lesions/cnr": "CNR, lesions",
+    "grounding/cosine/pointing": "pointing, cosine",
+}
+CONTROLS = {"untrained": "untrained", "shuffled phrases": "wrong phrases"}
+COLLAPSED = 0.5  # of ln K, below which the prototypes have collapsed
+LAST = 10  # logged steps whose mean is the usage entropy of a run
+
+
+def cell_config(
+    arm: str, ratio: float, seed: int, arguments: argparse.Namespace, overrides: list[str]
+) -> dict:
+    """Return the resolved config of a cell."""
+    config, _ = train.resolve([f"--config={arguments.config}", *overrides])
+    _change(config, ARMS[arm][1])
+    config["seed"] = seed
+    config["data"]["pairing"]["ratio"] = ratio
+    settings = {"evaluate_every": 0, "export": False, "checkpoint_every": 100, "log_every": 5}
+    config["train"] |= settings | ({"steps": arguments.steps} if arguments.steps else {})
+    config["evals"] |= {"protocols": ("zero_shot", "retrieval", "grounding")}
+    # The controls ask what the full method's maps owe to training and to the words.
+    config["evals"]["controls"] = ("untrained", "shuffled_phrases") if arm == "lgdea" else ()
+    return config
+
+
+def _change(config: dict, changes: Mapping) -> None:
+    """Write changes into a nested config."""
+    for key, value in changes.items():
+        if isinstance(value, Mapping):
+            _change(config[key], value)
+        else:
+            config[key] = value
+
+
+def run_cell(config: dict, folder: pathlib.Path) -> dict:
+    """Train and score one cell; its checkpoints are dropped, pictures and metrics stay."""
+    began = time.time()
+    results = train.run(config, folder)
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    kept = {key: entry for key, entry in results.items() if _is_kept(key)}
+    return {
+        "results": kept,
+        "usage_entropy": usage_entropy(folder / "metrics.jsonl"),
+        "minutes": (time.time() - began) / 60,
+    }
+
+
+def _is_kept(key: str) -> bool:
+    """Keep headline numbers and CNR by category, of controls too."""
+    head, task, metric = key.split("/", 2)
+    plain = f"{head}/{task.partition(' (')[0]}/{metric}"
+    return plain in METRICS or (head == "grounding" and metric.startswith("cnr"))
+
+
+def usage_entropy(metrics_jsonl: pathlib.Path) -> float:
+    """Return the entropy of the mean assignment over ln K, a mean over the last logged steps."""
+    lines = map(json.loads, metrics_jsonl.read_text().splitlines())
+    return float(
+        np.mean([1 - line["loss/usage"] for line in lines if "loss/usage" in line][-LAST:])
+    )
+
+
+def values_of(cells: Mapping, arm: str, ratio: float, metric: str) -> np.ndarray:
+    """Return a number of every seed that is done, NaN where a cell lacks it."""
+    found = [cell for key, cell in sorted(cells.items()) if key.startswith(f"{arm}/{ratio:g}/")]
+    entries = [cell["results"].get(metric, {"value": None})["value"] for cell in found]
+    return np.array([np.nan if value is None else value for value in entries], float)
+
+
+def gap_closed(cells: Mapping, ratio: float, metric: str) -> float:
+    """Return (LGDEA - control) / (control at 100 % pairs - control), of means over seeds."""
+    at = lambda arm, ratio: _mean(values_of(cells, arm, ratio, metric))
+    control, full = at("pairs", ratio), at("pairs", 1.0)
+    return (at("lgdea", ratio) - control) / (full - control) if full > control else math.nan
+
+
+def _mean(values: np.ndarray) -> float:
+    return float(values.mean()) if len(values) else math.nan
+
+
+def ratios_of(cells: Mapping) -> list[float]:
+    """Return the shares of pairs that have a cell."""
+    return sorted({float(key.split("/")[1]) for key in cells})
+
+
+def table(cells: Mapping) -> str:
+    """Lay out mean and spread over seeds, one line a share of pairs and arm."""
+    header = ("pairs", "", *METRICS.values(), "usage", "seeds", "min")
+    lines = [f"| {' | '.join(header)} |", f"|---|---|{'---|' * (len(header) - 2)}"]
+    for ratio in ratios_of(cells):
+        for arm, (title, _) in ARMS.items():
+            own = [c for key, c in cells.items() if key.startswith(f"{arm}/{ratio:g}/")]
+            if not own:
+                continue
+            texts = [_cell(values_of(cells, arm, ratio, metric)) for metric in METRICS]
+            # The control's prototypes are not trained: its usage says nothing.
+            usage = "-" if arm == "pairs" else f"{min(c['usage_entropy'] for c in own):.2f}"
+            minutes = f"{np.mean([c['minutes'] for c in own]):.1f}"
+            row = (f"{ratio:.0%}", title, *texts, usage, str(len(own)), minutes)
+            lines.append(f"| {' | '.join(row)} |")
+        for control, title in CONTROLS.items():
+            names = [_of_control(metric, control) for metric in METRICS]
+            found = [values_of(cells, "lgdea", ratio, name) for name in names]
+            if any(np.isfinite(values).any() for values in found):
+                texts = [_cell(values) for values in found]
+                lines.append(f"| {ratio:.0%} | LGDEA, {title} | {' | '.join(texts)} | | | |")
+    closed = [
+        f"{ratio:.0%}: " + ", ".join(f"{METRICS[m]} {g:+.0%}" for m, g in gaps.items())
+        for ratio in ratios_of(cells)
+        if ratio < 1 and (gaps := _gaps(cells, ratio))
+    ]
+    if closed:
+        lines += ["", "Of the way from the control to 100 % pairs LGDEA goes:", ""]
+        lines += [f"* {line}" for line in closed]
+    return "\n".join(lines)
+
+
+def _gaps(cells: Mapping, ratio: float) -> dict[str, float]:
+    found = {metric: gap_closed(cells, ratio, metric) for metric in METRICS}
+    return {metric: gap for metric, gap in found.items() if math.isfinite(gap)}
+
+
+def _of_control(metric: str, control: str) -> str:
+    head, task, name = metric.split("/", 2)
+    return f"{head}/{task} ({control})/{name}"
+
+
+def _cell(values: np.ndarray) -> str:
+    values = values[np.isfinite(values)]
+    if not len(values):
+        return "-"
+    spread = f" ± {values.std(ddof=1):.3f}" if len(values) > 1 else ""
+    return f"{values.mean():.3f}{spread}"
+
+
+def draw(cells: Mapping, out_png: pathlib.Path) -> None:
+    """Draw every metric over the share of pairs, one line an arm of the study, spread as bars."""
+    columns = 4
+    rows = math.ceil(len(METRICS) / columns)
+    figure = Figure(figsize=(3.3 * columns, 2.8 * rows), layout="constrained", facecolor="white")
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for ax, (metric, title) in zip(axes, METRICS.items(), strict=False):
+        for colour, arm in zip(plots.COLOURS, STUDY, strict=False):
+            points = [(r, values_of(cells, arm, r, metric)) for r in ratios_of(cells)]
+            points = [(100 * r, v.mean(), v.std()) for r, v in points if len(v) and v.size]
+            if points:
+                x, y, spread = np.array(points).T
+                style = {"color": colour, "marker": "o", "ms": 3.5, "lw": 1.5, "capsize": 2}
+                ax.errorbar(x, y, spread, label=ARMS[arm][0], **style)
+        ax.set_xscale("log")
+        ax.set_xticks(ticks := [100 * r for r in ratios_of(cells)], [f"{t:g}" for t in ticks])
+        ax.minorticks_off()
+        ax.set_title(title, fontsize=9, color=plots.INK, loc="left", fontweight="bold")
+        ax.set_xlabel("studies that are pairs, %", fontsize=8, color=plots.MUTED)
+        ax.tick_params(labelsize=8, colors=plots.MUTED)
+        ax.grid(True, color=plots.RULE, linewidth=0.6)
+    for ax in axes[len(METRICS) :]:
+        ax.set_axis_off()
+    handles, labels = axes[0].get_legend_handles_labels()
+    axes[-1].legend(handles, labels, loc="center", frameon=False, fontsize=9)
+    plots.save(figure, out_png)
+
+
+def read_finished(out: pathlib.Path, settings: dict) -> dict:
+    """Return the cells that are done.
+
+    Raises:
+      UserError: if they were made with other settings.
+    """
+    if not out.is_file():
+        return {}
+    saved = json.loads(out.read_text())
+    if saved.get("settings") != settings:
+        raise UserError(
+            f"{out} holds cells of settings {saved.get('settings')}, not {settings}: name another "
+            "--out, or move it away."
+        )
+    return saved["cells"]
+
+
+def write(out: pathlib.Path, settings: dict, cells: Mapping) -> None:
+    """Write numbers, table and curve, each under a temporary name first."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    whole = json.dumps({"settings": settings, "cells": cells}, indent=1, sort_keys=True)
+    for file, text in ((out, whole), (out.with_suffix(".md"), table(cells))):
+        scratch = file.with_suffix(".tmp")
+        scratch.write_text(text + "\n")
+        os.replace(scratch, file)
+    draw(cells, out.with_suffix(".png"))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the cells that are not done yet, seed by seed."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", default="configs/lgdea.py:study")
+    parser.add_argument("--ratios", nargs="+", type=float, default=[0.01, 0.05, 0.1, 0.2, 1.0])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=0, help="0: as the config says")
+    parser.add_argument("--arms", nargs="+", default=list(STUDY), choices=list(ARMS))
+    folder = pathlib.Path("runs/methods_lgdea")
+    parser.add_argument("--folder", type=pathlib.Path, default=folder, help="runs")
+    out = pathlib.Path("benchmarks/results/lgdea.json")
+    parser.add_argument("--out", type=pathlib.Path, default=out)
+    arguments, overrides = parser.parse_known_args(argv)
+    flags.FLAGS.mark_as_parsed()
+    steps = cell_config("lgdea", 1.0, 0, arguments, overrides)["train"]["steps"]
+    settings = {"config": arguments.config, "steps": steps, "overrides": overrides}
+    cells = read_finished(arguments.out, settings)
+    # Seeds outermost: an interrupted study is still one of all arms.
+    todo = [
+        (seed, ratio, arm)
+        for seed in range(arguments.seeds)
+        for ratio in arguments.ratios
+        for arm in arguments.arms
+        if f"{arm}/{ratio:g}/{seed}" not in cells
+    ]
+    for done, (seed, ratio, arm) in enumerate(todo, start=1):
+        name = f"{arm}/{ratio:g}/{seed}"
+        place = arguments.folder / name.replace("/", "-")
+        config = cell_config(arm, ratio, seed, arguments, overrides)
+        cells[name] = run_cell(config, place.absolute())
+        write(arguments.out, settings, cells)
+        cell = cells[name]
+        print(f"\n{done} of {len(todo)}: {name}, {cell['minutes']:.1f} minutes", flush=True)
+        if arm != "pairs" and cell["usage_entropy"] < COLLAPSED:
+            print(f"WARNING: prototypes collapsed, usage {cell['usage_entropy']:.2f} ln K")
+    print(table(cells))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,125 @@
+"""What PRIMA reads of a corpus besides images: metadata texts, scans of one patient, the prompt.
+
+Glue between a config and data/metadata.py, data/scans.py and data/prompts.py, for train, evaluate
+and plan alike.
+"""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from medvlp_jax.config import UserError
+from medvlp_jax.data import corpora, metadata, prompts, scans
+from medvlp_jax.data import text as tokenisation
+
+KEYS = ("metadata", "metadata_feature", "metadata_vector")
+
+
+def reads_metadata(recipe) -> bool:
+    """Say whether a recipe reads the table as text or as the vector of Eq. 6."""
+    return any(key in recipe.inputs for key in KEYS)
+
+
+def told_of(
+    data: Mapping[str, Any], sources: Sequence[corpora.Source], label: str
+) -> metadata.Metadata:
+    """Return how the tables of some sources are told, after holding them against their labels.
+
+    Args:
+      data: config.data.
+      sources: of one schema.
+      label: task whose classes must not be told.
+
+    Raises:
+      UserError: for sources without a table or with different ones, for settings that do not fit
+        it, and for a label that leaks.
+    """
+    schema = sources[0].metadata["table"]
+    if any(source.metadata["table"] != schema for source in sources):
+        names = ", ".join(source.name for source in sources)
+        raise UserError(f"The tables of {names} differ; accepted are corpora of one schema.")
+    told = _told(data, schema, sources[0].name, sources[0].tasks.get(label, ()))
+    for source in sources:
+        if label in source.tasks:
+            metadata.check_labels(told, source.tables(), source.labels(label))
+    return told
+
+
+def described(data: Mapping[str, Any]) -> metadata.Metadata:
+    """Return the same for the first corpus as it describes itself, no record read."""
+    corpus = _builder(data)
+    return _told(data, corpus.info.metadata["table"], corpus.name, ())
+
+
+def _told(data, schema, name, classes):
+    if not schema:
+        raise UserError(f"The recipe reads a table as text, and corpus {name} has none.")
+    return metadata.read(
+        schema, exclude=data["table"]["exclude"], classes=classes, **data["metadata"]
+    )
+
+
+def texts_of(told: metadata.Metadata, sources: Sequence[corpora.Source]) -> list[str]:
+    """Return every different metadata text of the sources."""
+    texts = (told.text(values) for source in sources for values in source.tables())
+    return list(dict.fromkeys(texts))
+
+
+def empty_metadata(data: Mapping[str, Any], tokenizer, size: int) -> dict[str, Any]:
+    """Return metadata of `size` patients of whom nothing is known."""
+    tokens = tokenisation.tokenize(tokenizer, [""] * size, data["text_length"])
+    return {
+        "metadata": tokens,
+        "metadata_vector": np.zeros((size, described(data).width), np.float32),
+    }
+
+
+def prompt_of(data: Mapping[str, Any], spec: Mapping[str, Any], tokenizer) -> prompts.Prompt:
+    """Return the prompt of a recipe over the classes of the first corpus.
+
+    Raises:
+      UserError: for a label task the corpus does not have.
+    """
+    tasks = _builder(data).info.metadata["tasks"]
+    if spec["label"] not in tasks:
+        raise UserError(
+            f"{data['corpora'][0]} has no task '{spec['label']}'; accepted: {', '.join(tasks)}."
+        )
+    return prompts.tokenise(tokenizer, spec["prompt"], tasks[spec["label"]])
+
+
+def pair_of(
+    data: Mapping[str, Any],
+    sources: Sequence[corpora.Source],
+    images: Sequence[str],
+    decode: Callable[[bytes], np.ndarray],
+) -> scans.Pair:
+    """Return (record, rng) -> two images of a patient: modalities, siblings, or the same twice.
+
+    Raises:
+      UserError: for an image the corpus does not have, or a volume.
+    """
+    if len(images) < 2:
+        return scans.siblings(sources, data["siblings"], decode)
+    known = {"image": {}, **sources[0].images}
+    for name in images:
+        if name not in known or "slices" in known[name]:
+            flat = [other for other, spec in known.items() if "slices" not in spec]
+            raise UserError(f"'{name}' is no image to align; accepted: {', '.join(flat)}.")
+    readers = {name: functools.partial(_read, name, known[name], decode) for name in images}
+    return scans.modalities(readers)
+
+
+def _read(name, spec, decode, record):
+    if name == "image":
+        return decode(record["image"])
+    if "channel" in spec:
+        return decode(record["image"])[..., spec["channel"] : spec["channel"] + 1]
+    return decode(record["images"][name])
+
+
+def _builder(data):
+    name, _, variant = data["corpora"][0].partition(":")
+    return corpora.builder(name, data_dir=data["data_dir"], builder_config=variant)

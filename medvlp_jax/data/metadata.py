@@ -1,0 +1,217 @@
+"""A patient's table as PRIMA reads it: one text, and one vector that says who is like whom.
+
+Wang et al. 2026, https://arxiv.org/abs/2602.23297, section "risk-integrated alignment"; the wording
+and the bins are our choice (docs/prima.md). The text t is a sentence an attribute, in a fixed
+order: what is missing is left out, what nobody knew is "unknown". The vector y of Eq. 6 has a block
+an attribute: one place a category or bin, one for "unknown", all zero where the value is missing.
+
+What gives the diagnosis away never enters either: columns the schema marks as leakage, sentences
+that name a class, columns whose values go with one class each.
+
+Axis letters: D places of the vector.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from medvlp_jax.config import UserError, nearest
+from medvlp_jax.data import tabular
+
+PLACE = re.compile(r"\{(\w+)\}")
+FEWEST = 20  # rows below which a column that goes with the class may do so by chance
+
+
+class Metadata(NamedTuple):
+    """How the tables of a schema are told.
+
+    Attributes:
+      schema: of the corpus.
+      templates: sentences with {column} where a value goes.
+      words: what a category is called in a sentence; others in lower case.
+      bins: inner edges (b_1, ..., b_n) of each number: up to b_1, above it up to b_2, ...
+      factors: by which a column's block of y is multiplied; 1 where it is not named.
+    """
+
+    schema: tabular.Schema
+    templates: tuple[str, ...]
+    words: Mapping[str, str]
+    bins: Mapping[str, tuple[float, ...]]
+    factors: Mapping[str, float]
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Every column that is told, in order."""
+        return tuple(dict.fromkeys(c for text in self.templates for c in PLACE.findall(text)))
+
+    @property
+    def width(self) -> int:
+        """D."""
+        return sum(self._size(column) for column in self.columns)
+
+    def text(self, values: Mapping[str, float]) -> str:
+        """Write t; "" where everything is missing."""
+        return " ".join(filter(None, (self._sentence(text, values) for text in self.templates)))
+
+    def vector(self, values: Mapping[str, float]) -> np.ndarray:
+        """Return y float32 [D], without the diagnosis."""
+        blocks = [self._block(column, values[column]) for column in self.columns]
+        return np.concatenate(blocks)
+
+    def _sentence(self, template, values):
+        names = PLACE.findall(template)
+        if all(math.isnan(values[name]) for name in names):
+            return ""
+        return PLACE.sub(lambda found: self._say(found[1], values[found[1]]), template)
+
+    def _say(self, column, value):
+        entry = self.schema[column]
+        said = tabular.say(value, entry)
+        if entry["kind"] == "numeric" or tabular.is_unknown(value, entry):
+            return said
+        return self.words.get(said, said.lower())
+
+    def _size(self, column):
+        entry = self.schema[column]
+        if entry["kind"] == "numeric":
+            return len(self.bins[column]) + 1
+        return len(entry["categories"]) + ("unknown" in entry)
+
+    def _block(self, column, value):
+        block = np.zeros(self._size(column), np.float32)
+        if math.isnan(value):
+            return block
+        if self.schema[column]["kind"] == "numeric":
+            place = int(np.searchsorted(self.bins[column], value, side="left"))
+        else:
+            place = int(value)  # UNKNOWN = -1 is the last
+        block[place] = self.factors.get(column, 1.0)
+        return block
+
+
+def read(
+    schema: tabular.Schema,
+    *,
+    sentences: Sequence[str] = (),
+    words: Sequence[tuple[str, str]] = (),
+    bins: Sequence[tuple[str, Sequence[float]]] = (),
+    emphasised: Sequence[str] = (),
+    emphasis: float = 3.0,
+    exclude: Sequence[str] = (),
+    classes: Sequence[str] = (),
+) -> Metadata:
+    """Check a config's settings against a schema.
+
+    Args:
+      schema: of the corpus.
+      sentences: templates with {column} places, in the order of the text; () tells every column of
+        the schema but those that give the label away.
+      words: (category, how it is written) pairs.
+      bins: (column, inner edges) of every number that is told, ascending; others do no harm.
+      emphasised: columns whose block counts `emphasis`-fold before the inner product, one reading
+        of the paper's "disease-related dimensions".
+      emphasis: that factor.
+      exclude: columns left out where `sentences` is ().
+      classes: names of the diagnoses, which no sentence may say.
+
+    Raises:
+      UserError: naming a column that does not exist, that gives the label away, a number without
+        bins, or a sentence that names a class.
+    """
+    templates = tuple(sentences) or _plain(schema, exclude)
+    told = Metadata(schema, templates, dict(words), {}, dict.fromkeys(emphasised, float(emphasis)))
+    for name in told.columns:
+        if name not in schema:
+            raise UserError(
+                f"data.metadata.sentences: the table has no column '{name}'. "
+                f"{nearest(name, list(schema))}"
+            )
+        if "leakage" in schema[name]:
+            raise UserError(
+                f"data.metadata.sentences tells '{name}', which gives the label away: "
+                f"{schema[name]['leakage']}."
+            )
+    numbers = [name for name in schema if schema[name]["kind"] == "numeric"]
+    edges = {name: tuple(map(float, inner)) for name, inner in bins}
+    for setting, names, known in (
+        ("bins", edges, numbers),
+        ("emphasised", emphasised, told.columns),
+    ):
+        for name in names:
+            if name not in known:
+                kind = "number of the table" if setting == "bins" else "column that is told"
+                raise UserError(
+                    f"data.metadata.{setting}: '{name}' is no {kind}. {nearest(name, list(known))}"
+                )
+    for name in filter(numbers.__contains__, told.columns):
+        inner = edges.get(name, ())
+        if not inner or list(inner) != sorted(set(inner)):
+            raise UserError(
+                f"data.metadata.bins has {inner} for the number '{name}'; accepted are ascending "
+                "inner edges, such as (20, 40, 60)."
+            )
+    told = told._replace(bins=edges)
+    _check_words(told, classes)
+    return told
+
+
+def check_labels(told: Metadata, tables: Sequence[Mapping[str, float]], labels: np.ndarray) -> None:
+    """Refuse a column whose every value goes with one class: it is the label under another name.
+
+    Args:
+      told: what is told.
+      tables: values of the training rows.
+      labels: [N, C] int8 of these rows, 1 present.
+
+    Raises:
+      UserError: naming the column.
+    """
+    known = np.flatnonzero((labels == 1).any(1))
+    truth = labels[known].argmax(1)
+    if len(known) < FEWEST or len(set(truth)) < 2:
+        return
+    for column in told.columns:
+        if told.schema[column]["kind"] == "numeric":
+            continue
+        values = np.array([tables[row][column] for row in known])
+        seen = [truth[values == value] for value in set(values[~np.isnan(values)])]
+        rows, pure = sum(map(len, seen)), all(len(set(classes)) == 1 for classes in seen)
+        if rows >= FEWEST and len(seen) > 1 and pure:
+            raise UserError(
+                f"data.metadata tells '{column}', and each of its values goes with one class: the "
+                "label leaks into the metadata. Leave that column out."
+            )
+
+
+def _plain(schema, exclude: Iterable[str]) -> tuple[str, ...]:
+    """One sentence a column, as the schema words it."""
+    templates = []
+    for name in tabular.columns(schema, exclude=tuple(exclude)):
+        entry = schema[name]
+        unit = f" {entry['unit']}" if "unit" in entry else ""
+        plain = f"{name.replace('_', ' ').capitalize()}: {{value}}{unit}."
+        templates.append(entry.get("sentence", plain).replace("{value}", f"{{{name}}}"))
+    return tuple(templates)
+
+
+def _check_words(told: Metadata, classes: Sequence[str]) -> None:
+    """Refuse templates and categories that say the name of a class."""
+    for template in told.templates:
+        said = [template]
+        for column in PLACE.findall(template):
+            names = told.schema[column].get("categories", ())
+            said += [told.words.get(name, name.lower()) for name in names]
+        for name in classes:
+            where = next((s for s in said if _says(s, name)), None)
+            if where is not None:
+                raise UserError(
+                    f"data.metadata: '{where}' of the sentence '{template}' names the class "
+                    f"'{name}': the label leaks into the metadata."
+                )
+
+
+def _says(text: str, name: str) -> bool:
+    return re.search(rf"\b{re.escape(name)}\b", text, re.IGNORECASE) is not None

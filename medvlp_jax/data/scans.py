@@ -1,0 +1,64 @@
+"""Two scans of one patient, for the two views of PRIMA: different ones where there are several.
+
+Wang et al. 2026, https://arxiv.org/abs/2602.23297, section "risk-integrated alignment": "two
+distinct scans if they exist, else the single scan duplicated", each then augmented on its own.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from medvlp_jax.config import UserError, nearest
+from medvlp_jax.data.corpora import Source
+
+KEYS = ("", "study_id", "patient_id")
+
+Pair = Callable[[Mapping[str, Any], np.random.Generator], tuple[np.ndarray, np.ndarray]]
+
+
+def siblings(sources: Sequence[Source], key: str, decode: Callable[[bytes], np.ndarray]) -> Pair:
+    """Return (record, rng) -> its image and another image of the same study or patient.
+
+    Args:
+      sources: where the others are looked for: those of the training split.
+      key: "study_id" or "patient_id", what two scans share; "" takes the same image twice.
+      decode: encoded bytes -> image.
+
+    Raises:
+      UserError: for another key.
+    """
+    if key not in KEYS:
+        raise UserError(f"data.siblings is '{key}'. {nearest(key, KEYS[1:])}")
+    places: dict[str, list[tuple[int, int, str]]] = {}
+    if key:
+        for k, source in enumerate(sources):
+            for row in range(len(source)):
+                record = source[row]
+                places.setdefault(record[key], []).append((k, row, record["image_id"]))
+
+    def pair(record, rng):
+        image = decode(record["image"])
+        there = places.get(record.get(key, ""), ())
+        others = [place for place in there if place[2] != record["image_id"]]
+        if not others:
+            return image, image
+        k, row, _ = others[rng.integers(len(others))]
+        return image, decode(sources[k][row]["image"])
+
+    return pair
+
+
+def modalities(readers: Mapping[str, Callable[[Mapping[str, Any]], np.ndarray]]) -> Pair:
+    """Return (record, rng) -> two different modalities of a record, drawn anew each time.
+
+    Args:
+      readers: by name, record -> image; at least two.
+    """
+    names = list(readers)
+
+    def pair(record, rng):
+        first, second = rng.choice(len(names), 2, replace=False)
+        return readers[names[first]](record), readers[names[second]](record)
+
+    return pair

@@ -1,0 +1,94 @@
+"""Results of several folds as one table: mean and standard deviation over the runs.
+
+  python -m medvlp_jax.evaluation.folds RUN RUN ... [--out FILE.json]
+
+Reads results.json of each run. The standard deviation is that of a sample (n - 1), as papers write
+in parentheses; it is no interval, for folds share most of their training data.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from medvlp_jax.config import UserError
+
+Summary = dict[str, dict[str, Any]]
+
+
+def read(runs: Sequence[Path]) -> list[dict]:
+    """Return the results of runs.
+
+    Raises:
+      UserError: for a run that has none, or was measured otherwise than the first.
+    """
+    found = []
+    for run in runs:
+        file = run / "results.json"
+        if not file.is_file():
+            raise UserError(f"{run} has no results.json: it has not been evaluated yet.")
+        found.append(json.loads(file.read_text()))
+    for run, results in zip(runs, found, strict=True):
+        for key, entry in results.items():
+            first = found[0].get(key, {})
+            if entry.get("protocol") != first.get("protocol"):
+                raise UserError(
+                    f"{run} has '{key}', and {runs[0]} has not, or by another protocol."
+                )
+    return found
+
+
+def summarise(results: Sequence[Mapping]) -> Summary:
+    """Return {key: {"mean", "sd", "values"}} of every number that all runs have.
+
+    One run has no standard deviation: None.
+    """
+    summary = {}
+    for key in results[0]:
+        values = [r.get(key, {}).get("value") for r in results]
+        if None not in values:
+            sd = statistics.stdev(values) if len(values) > 1 else None
+            summary[key] = {"mean": statistics.fmean(values), "sd": sd, "values": values}
+    return summary
+
+
+def table(summary: Summary) -> str:
+    """Lay it out, one number a line: 0.735 (0.034)."""
+    width = max(map(len, summary), default=0)
+    spread = lambda entry: "" if entry["sd"] is None else f" ({entry['sd']:.3f})"
+    lines = [f"{k.ljust(width)}  {e['mean']:.3f}{spread(e)}" for k, e in summary.items()]
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line.
+
+    Raises:
+      UserError: for bad input.
+    """
+    parser = argparse.ArgumentParser(
+        "medvlp_jax.evaluation.folds",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("runs", nargs="+", type=Path, help="run folders, one a fold")
+    parser.add_argument("--out", type=Path, help="where the numbers go")
+    options = parser.parse_args(argv)
+    summary = summarise(read(options.runs))
+    print(f"Mean (standard deviation) of {len(options.runs)} runs\n{table(summary)}")
+    if options.out:
+        scratch = options.out.with_suffix(".tmp")
+        scratch.write_text(json.dumps(summary, indent=1, sort_keys=True) + "\n")
+        os.replace(scratch, options.out)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        print(f"medvlp: {error}", file=sys.stderr)
+        sys.exit(2)

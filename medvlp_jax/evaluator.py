@@ -1,0 +1,324 @@
+"""Protocols and controls on a run: what `medvlp evaluate` and the evaluations of training share."""
+
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from medvlp_jax import assemble, distributed, ground
+from medvlp_jax.config import UserError, nearest
+from medvlp_jax.data import datasets, leakage
+from medvlp_jax.embedder import Embedder
+from medvlp_jax.evaluation import (
+    baselines,
+    classify,
+    masked_tokens,
+    probe,
+    retrieval,
+    shuffle,
+    zero_shot,
+)
+from medvlp_jax.evaluation.results import Results
+from medvlp_jax.recipes import mlm
+from medvlp_jax.recipes.base import classifies
+from medvlp_jax.training.stopping import Signals
+
+PROTOCOLS = ("zero_shot", "retrieval", "grounding", "probe", "classify", "classify_studies")
+PROTOCOLS += ("masked_tokens",)
+CONTROLS = ("untrained", "masked_edge", "regression", "shuffled_phrases", *shuffle.CONTROLS)
+CLASSIFIES = ("classify", "classify_studies")
+VIEWS = (1, 4, 8)
+
+
+class Evaluator(Embedder):
+    """An encoder with a corpus and prompts: what several evaluations of one run share."""
+
+    def __init__(
+        self, parts: assemble.Parts, settings: Mapping[str, Any], stop: Signals | None = None
+    ):
+        """Open the corpus.
+
+        Args:
+          parts: of the run.
+          settings: config.evals.
+          stop: notices signals.
+
+        Raises:
+          UserError: for an unknown protocol, control, corpus, split or prompt file.
+        """
+        for kind, known in (("protocol", PROTOCOLS), ("control", CONTROLS)):
+            for name in settings[f"{kind}s"]:
+                if name not in known:
+                    raise UserError(f"No {kind} '{name}'. {nearest(name, known)}")
+        if settings["views"] not in VIEWS:
+            raise UserError(f"evals.views={settings['views']} must be one of {VIEWS}.")
+        super().__init__(parts, settings["batch_size"], stop)
+        self.settings = settings
+        self.corpus = settings["corpus"] or parts.config["data"]["corpora"][0]
+        said = leakage.warning(parts.config["data"]["corpora"], self.corpus)
+        if said:
+            distributed.say(f"medvlp: {said}")
+        self.source = assemble.open_corpus(self.corpus, parts.config["data"], settings["split"])
+        needed = "zero_shot" in settings["protocols"]
+        self.prompts = _read_prompts(settings["prompts"], self.corpus, needed)
+        self._check_protocols()
+
+    def _check_protocols(self):
+        """Refuse protocols the recipe has no features for, and classes it does not have."""
+        recipe = self.parts.recipe
+        fitting = [*(("zero_shot", "retrieval") if recipe.spaces else ())]
+        fitting += ["grounding"] if hasattr(recipe, "localise") else []
+        fitting += ["probe"] if self.images() else []
+        fitting += ["classify", "classify_studies"] if classifies(recipe) else []
+        fitting += ["masked_tokens"] if isinstance(recipe, mlm.MaskedLanguageModel) else []
+        for name in self.settings["protocols"]:
+            if name not in fitting:
+                raise UserError(
+                    f"Protocol {name} does not fit recipe {self.parts.config['recipe']['name']}; "
+                    f"accepted are {', '.join(fitting)}."
+                )
+        if "masked_tokens" in self.settings["protocols"] and not len(self.source):
+            raise UserError(
+                "Protocol masked_tokens needs texts that are not trained on: name a source of the "
+                "corpus in data.knowledge.held_out."
+            )
+        if "grounding" in self.settings["protocols"]:
+            self.grounder = ground.Grounder(self)
+        elif "shuffled_phrases" in self.settings["controls"]:
+            raise UserError("The control shuffled_phrases goes with protocol grounding.")
+        if not classifies(recipe):
+            if "regression" in self.settings["controls"] or self.settings["views"] > 1:
+                raise UserError(
+                    f"evals.views and the control regression are for classifiers; recipe "
+                    f"{self.parts.config['recipe']['name']} is none."
+                )
+            return
+        if {*CLASSIFIES, "regression"} & {*self.settings["protocols"], *self.settings["controls"]}:
+            tasks = self.source.tasks
+            if recipe.task not in tasks:
+                raise UserError(
+                    f"{self.corpus} has no task '{recipe.task}'. "
+                    f"{nearest(recipe.task, list(tasks))}"
+                )
+            positive = self.settings["positive"]
+            if positive and positive not in tasks[recipe.task]:
+                raise UserError(
+                    f"evals.positive: no class '{positive}' in task {recipe.task}. "
+                    f"{nearest(positive, list(tasks[recipe.task]))}"
+                )
+            if len(tasks[recipe.task]) != recipe.num_classes:
+                raise UserError(
+                    f"recipe.num_classes={recipe.num_classes}, but task {recipe.task} of "
+                    f"{self.corpus} has {len(tasks[recipe.task])} classes."
+                )
+
+    def run(self, variables: Mapping, *, mask=None, source=None, progress="") -> Results:
+        """Run every protocol of the settings.
+
+        Args:
+          variables: of the recipe.
+          mask: share of the lower image edge to blacken; None takes data.mask_lower_edge.
+          source: another than the corpus, such as one that is shuffled.
+          progress: title of the bar; "" is silent.
+        """
+        if not self.settings["protocols"]:
+            return {}
+        # Once, should they be on the host; and always laid out alike, so that numbers repeat.
+        variables = assemble.place(variables, self.parts)
+        options = {"mask": mask, "resamples": self.settings["resamples"]}
+        views = self.settings["views"]
+        found = None
+        if set(self.settings["protocols"]) != {"grounding"}:  # which reads its own images
+            found = self.features(
+                variables,
+                source or self.source,
+                limit=self.settings["limit"],
+                mask=mask,
+                views=views,
+                progress=progress,
+            )
+        results: Results = {}
+        for name in self.settings["protocols"]:
+            results |= getattr(self, f"_{name}")(variables, found, **options)
+        return results
+
+    def quick(self, variables: Mapping, *, limit: int) -> Results:
+        """Run what is cheap enough during training: no intervals, `limit` examples."""
+        if not self.settings["protocols"]:
+            return {}
+        found = self.features(variables, self.source, limit=limit)
+        results: Results = {}
+        for name in self.settings["protocols"]:
+            if name not in ("probe", "grounding"):
+                results |= getattr(self, f"_{name}")(variables, found, mask=None, resamples=0)
+        return results
+
+    def _zero_shot(self, variables, found, *, mask, **options):
+        del mask
+        results = {}
+        for task in self.prompts["tasks"]:
+            classes = self.source.tasks.get(task)
+            if classes is None:
+                continue
+            prompts = zero_shot.prompt_texts(self.prompts, task, classes)
+            spaces = self.parts.recipe.spaces
+            image = spaces.get(prompts.section, next(iter(spaces.values())))[0]
+            embedded = zero_shot.embed_prompts(prompts, self.embed_texts(variables))
+            results |= zero_shot.run(
+                found[image],
+                found[f"label/{task}"],
+                embedded,
+                task=task,
+                groups=found["patient_id"],
+                **options,
+            )
+        return results
+
+    def _retrieval(self, variables, found, *, mask, **options):
+        del variables, mask
+        image, text = self.joint(found)
+        task = self.settings["class_task"] or next(iter(self.source.tasks))
+        return retrieval.run(
+            image,
+            text,
+            found["text_id"],
+            labels=found[f"label/{task}"],
+            groups=found["patient_id"],
+            **options,
+        )
+
+    def _grounding(self, variables, found, *, mask, **options):
+        del found
+        return self.grounder.results(variables, mask=mask, **options)
+
+    def shuffled_phrases(self, variables: Mapping) -> Results:
+        """Score the maps of wrong phrases, what an image says without the right words."""
+        variables = assemble.place(variables, self.parts)
+        options = {"resamples": self.settings["resamples"], "shuffle": True}
+        return rename(self.grounder.results(variables, **options), "shuffled phrases")
+
+    def _classify(self, variables, found, *, mask, **options):
+        del variables, mask
+        task = self.parts.recipe.task
+        return classify.run(
+            found["logits"],
+            found[f"label/{task}"],
+            self.source.tasks[task],
+            task=task,
+            multi_label=False,
+            views=self.settings["views"],
+            groups=found["patient_id"],
+            **self.positive(),
+            **options,
+        )
+
+    def _classify_studies(self, variables, found, **options):
+        """Score the mean probability of all images of a study (lesion), one row each."""
+        by_study = classify.by_study(found, self.parts.recipe.task)
+        return rename(self._classify(variables, by_study, **options), "by study")
+
+    def _masked_tokens(self, variables, found, *, mask, **options):
+        del variables, mask
+        recipe = self.parts.recipe
+        return masked_tokens.run(
+            found["masked_loss"],
+            found["masked_count"],
+            vocab_size=recipe.vocab_size,
+            rate=recipe.rate,
+            groups=found["patient_id"],  # what a text is about
+            **options,
+        )
+
+    def positive(self) -> dict[str, str]:
+        """Return the option that names the positive class; none where there is none."""
+        return {"positive": self.settings["positive"]} if self.settings["positive"] else {}
+
+    def regression(self) -> Results:
+        """Score logistic regressions on the raw input the recipe reads, with the same intervals."""
+        task = self.parts.recipe.task
+        train = assemble.open_corpus(self.corpus, self.parts.config["data"], "train")
+        test = self.raw_features(self.source, limit=self.settings["limit"])
+        return baselines.results(
+            baselines.scores(
+                self.raw_features(train, limit=self.settings["probe_limit"]), test, task=task
+            ),
+            test,
+            task=task,
+            classes=self.source.tasks[task],
+            resamples=self.settings["resamples"],
+            **self.positive(),
+        )
+
+    def _probe(self, variables, found, *, mask, **options):
+        train = assemble.open_corpus(self.corpus, self.parts.config["data"], "train")
+        fitted = self.features(
+            variables,
+            train,
+            inputs=self.images(),
+            limit=self.settings["probe_limit"],
+            mask=mask,
+            progress="probe",
+        )
+        results = {}
+        for task, classes in self.source.tasks.items():
+            multi_label = self.prompts["tasks"].get(task, {}).get("multi_label", False)
+            results |= probe.run(
+                fitted["image_pooled"],
+                fitted[f"label/{task}"],
+                found["image_pooled"],
+                found[f"label/{task}"],
+                classes=classes,
+                task=task,
+                multi_label=multi_label,
+                seed=0,
+                train_groups=fitted["patient_id"],
+                test_groups=found["patient_id"],
+                **options,
+            )
+        return results
+
+
+def rename(results: Results, variant: str) -> Results:
+    """Mark the task of every key: "zero_shot/organ/x" -> "zero_shot/organ (variant)/x"."""
+    split = [(*key.split("/", 2), entry) for key, entry in results.items()]
+    return {f"{a}/{task} ({variant})/{c}": entry for a, task, c, entry in split}
+
+
+def full(evaluator: Evaluator, variables: Mapping, untrained: Mapping | None = None) -> Results:
+    """Run the protocols and the controls of the settings.
+
+    Args:
+      evaluator: of the run.
+      variables: trained.
+      untrained: freshly initialised ones for the control "untrained"; None leaves it out.
+    """
+    controls = evaluator.settings["controls"]
+    results = evaluator.run(variables, progress="evaluation")
+    if "masked_edge" in controls:
+        fraction = evaluator.settings["masked_edge"]
+        masked = evaluator.run(variables, mask=fraction, progress="lower edge masked")
+        results |= rename(masked, f"lower {fraction:.0%} masked")
+    if "untrained" in controls and untrained is not None:
+        results |= rename(evaluator.run(untrained, progress="untrained control"), "untrained")
+    for control in shuffle.CONTROLS:
+        if control in controls:
+            moved = shuffle.shuffled(evaluator.source, control)
+            name = control.replace("_", " ")
+            found = evaluator.run(variables, source=moved, progress=name)
+            results |= rename(found, name)
+    if "shuffled_phrases" in controls:
+        results |= evaluator.shuffled_phrases(variables)
+    if "regression" in controls:
+        results |= evaluator.regression()
+    return results
+
+
+def _read_prompts(path: str, corpus: str, needed: bool) -> dict:
+    """Read a prompt file; "" takes the corpus' own, without which there is no zero-shot."""
+    name = corpus.partition(":")[0]
+    file = pathlib.Path(path or pathlib.Path(datasets.__path__[0]) / name / "prompts.json")
+    if not (path or needed or file.is_file()):
+        return {"tasks": {}}
+    if not file.is_file():
+        raise UserError(f"No prompt file {file}; set evals.prompts to one.")
+    return json.loads(file.read_text())

@@ -1,0 +1,126 @@
+"""Where the weights of a run come from: Hugging Face folders, and runs before it.
+
+A stage of a paper starts from the run of the stage before (`init.params`): what both have is taken,
+what only one has must be named by the recipe (`fresh`, `left`), else all of it is listed.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from medvlp_jax import convert, distributed
+from medvlp_jax.config import UserError
+from medvlp_jax.convert import architectures, lora
+from medvlp_jax.convert.checkpoint import read_config
+from medvlp_jax.recipes import base
+from medvlp_jax.training import optim, selection
+from medvlp_jax.training import params as paths
+from medvlp_jax.training.checkpoint import Checkpointer
+
+HOW_IT_RUNS = (
+    "pooling",
+    "attention",
+    "layout",
+    "remat",
+    "bn_momentum",
+    "dropout",
+    "attention_dropout",
+)
+
+
+def load_encoder(folder: str | pathlib.Path, spec: Mapping[str, Any], seed: int):
+    """Read a Hugging Face folder: it says what the architecture is, the config how it is run.
+
+    Args:
+      folder: or hub id.
+      spec: of the config; `lora` puts fresh low-rank factors on.
+      seed: of these.
+
+    Returns:
+      (module, variables), without heads of the folder that the config does not ask for.
+    """
+    folder = convert.fetch(folder)
+    how = {k: v for k, v in spec.items() if k in HOW_IT_RUNS}
+    how |= heads_of(folder, spec)
+    module, variables = convert.load(folder, dtype=spec.get("dtype"), **how)
+    factors = base.low_rank(spec["lora"]) if "lora" in spec else None
+    if factors is None:
+        return module, variables
+    return lora.attach(module, variables, factors, jax.random.key(seed))
+
+
+def heads_of(folder: pathlib.Path, spec: Mapping[str, Any]) -> dict[str, bool]:
+    """Return the fields that switch the heads of what a folder describes off, unless asked for."""
+    module = architectures.table_of_config(read_config(folder), folder).module
+    known = {field.name for field in dataclasses.fields(module)}
+    return {name: bool(spec.get(name)) for name in known & {"mlm_head", "pooler"}}
+
+
+def read_variables(folder: pathlib.Path, template: Mapping) -> dict:
+    """Read parameters (averaged, if the run averages) and collections of a run.
+
+    Those of its newest checkpoint, or of the step it selected.
+
+    Args:
+      folder: a run folder.
+      template: variables of the wanted shapes.
+
+    Raises:
+      UserError: if there is no checkpoint, or it does not fit.
+    """
+    variables = _read(folder)
+    return {
+        kind: _replace(tree, variables.get(kind, {}), folder) for kind, tree in template.items()
+    }
+
+
+def begin_from(folder: pathlib.Path, template: Mapping, recipe) -> dict:
+    """Read what a run has of the parameters of another stage; the rest stays as it is.
+
+    Args:
+      folder: a run folder.
+      template: initial variables.
+      recipe: for its `fresh` and `left`; one without them takes all or fails.
+
+    Raises:
+      UserError: if there is no checkpoint, or listing what does not fit.
+    """
+    found, params = _read(folder), template["params"]
+    left = getattr(recipe, "left", ())
+    kept = {p: v for p, v in paths.flatten(found["params"]).items() if not paths.matches(p, left)}
+    kept = paths.unflatten(kept)
+    begun = [name for name in getattr(recipe, "fresh", ()) if name in params and name not in kept]
+    taken = {name: tree for name, tree in params.items() if name not in begun}
+    distributed.say(
+        f"init.params={folder}: takes {', '.join(taken)}; begins {', '.join(begun) or 'nothing'}"
+    )
+    merged = {"params": _replace(taken, kept, folder) | {name: params[name] for name in begun}}
+    others = {kind: tree for kind, tree in template.items() if kind != "params"}
+    return merged | {
+        kind: _replace(tree, found.get(kind, {}), folder) for kind, tree in others.items()
+    }
+
+
+def _replace(tree, values, folder):
+    return paths.replace({"all": tree}, "all", values, str(folder))["all"]
+
+
+def _read(folder) -> dict[str, Any]:
+    """Return all variables of a run."""
+    folder = pathlib.Path(folder)
+    kept = folder / selection.FOLDER if (folder / selection.FOLDER).is_dir() else folder
+    if not (kept / "checkpoints").is_dir():
+        raise UserError(f"{folder} has no checkpoint.")
+    checkpointer = Checkpointer(kept / "checkpoints")
+    step = checkpointer.latest()
+    if step is None:
+        raise UserError(f"{folder} has no checkpoint.")
+    restored = checkpointer.read(step)
+    checkpointer.close()
+    average = optim.find_average(restored["optimizer"])
+    params = restored["params"] if average is None else average
+    variables = {"params": paths.merge(params, restored["frozen"] or {})}
+    return variables | (restored["collections"] or {})

@@ -1,0 +1,446 @@
+"""The risk corpus: every paragraph asked for once, traceable, resumable, and vetted before use."""
+
+import csv
+import json
+import re
+
+import pytest
+from server import completion, hang, hang_up, send, serve, status
+
+from medvlp_jax import cli
+from medvlp_jax.config import UserError
+from medvlp_jax.data import knowledge
+from medvlp_jax.evidence import backends, corpus, retrieval, review, risk, template
+from medvlp_jax.evidence.endpoint import endpoint
+from medvlp_jax.evidence.protocol import Backend, Reply
+
+WORDS = " ".join(["word"] * 20)
+PASSAGES = [
+    retrieval.Passage("PM1", "Fever and gout", "Fever is common in gout and in flu."),
+    retrieval.Passage("PM2", "", "High urate comes before gout."),
+    retrieval.Passage("PM3#2", "", "Flu begins with fever."),
+]
+
+
+def table(tmp_path, **factors):
+    factors = factors or {"fever": {"name": "Fever"}, "urate": {"name": "Urate"}}
+    path = tmp_path / "risk.json"
+    described = {"version": "toy-v1", "field": "medicine", "diseases": ["flu", "gout"]}
+    path.write_text(json.dumps({**described, "factors": factors}))
+    return risk.read(path)
+
+
+def tasks_of(tmp_path, writer="endpoint:m"):
+    search = retrieval.by_words(PASSAGES)
+    return corpus.from_articles(table(tmp_path), PASSAGES, search, writer=writer)
+
+
+def asked_for(prompt):
+    """Return the last JSON form of a prompt: what the model is told to fill in."""
+    return json.loads(re.findall(r"^\{.*\}$", prompt, re.M)[-1])
+
+
+def good(prompt):
+    form = asked_for(prompt)
+    return json.dumps({**form, "text": f"{form['factor']} {form['disease']} {WORDS}"})
+
+
+def local(answer, name="endpoint:m"):
+    """Return a backend that answers in this process and counts what it was asked."""
+    asked = []
+
+    def complete(requests, check):
+        for request in requests:
+            asked.append(request.prompt)
+            yield Reply(request.key, answer(request.prompt))
+
+    return Backend(name, complete), asked
+
+
+def standing(out):
+    return knowledge.read(out / knowledge.FILE)
+
+
+def test_literature_comes_before_the_instruction_and_the_form_names_the_pair(tmp_path):
+    tasks, silent = tasks_of(tmp_path)
+    assert not silent
+    assert [(t.factor, t.disease, t.kind) for t in tasks[:3]] == [
+        ("fever", "ALL", "summary"),
+        ("fever", "flu", "detail"),
+        ("fever", "gout", "detail"),
+    ]
+    for task in tasks:
+        prompt = task.request.prompt
+        places = [prompt.index(f"[{name}]") for name in task.ids]
+        assert places == sorted(places)
+        assert places[-1] < prompt.index("literature I provided above")
+        form = asked_for(prompt)
+        assert (form["factor"], form["disease"]) == (task.factor, task.disease)
+    assert tasks[1].ids[0] == "PM3#2"
+    assert "flu, gout" in tasks[0].request.prompt
+
+
+def test_a_pair_no_passage_speaks_of_is_not_asked_about_and_is_listed(tmp_path):
+    risks = table(tmp_path, zebra={"name": "Stripes"}, fever={"name": "Fever"})
+    risks = risks._replace(diseases=("flu", "kuru"))
+    tasks, silent = corpus.from_articles(
+        risks, PASSAGES, retrieval.by_words(PASSAGES), writer="endpoint:m"
+    )
+    assert silent == ["zebra/kuru"]
+    backend, asked = local(good)
+    summary = corpus.run(tasks, backend, tmp_path / "out", passages=PASSAGES, silent=silent)
+    assert summary["without_passages"] == ["zebra/kuru"]
+    assert len(asked) == len(tasks) == 5
+
+
+def test_every_record_traces_to_passages_that_lie_beside_it(tmp_path):
+    tasks, _ = tasks_of(tmp_path)
+    backend, asked = local(good)
+    out = tmp_path / "out"
+    summary = corpus.run(tasks, backend, out, passages=PASSAGES)
+    assert summary == json.loads((out / "summary.json").read_text())
+    assert (summary["texts"], summary["vetted"], summary["failed"]) == (6, 0, {})
+    lines = (out / "passages.jsonl").read_text().splitlines()
+    kept = {row["id"]: row["text"] for row in map(json.loads, lines)}
+    for name, record in standing(out).items():
+        assert name == record.id
+        assert record.ids
+        for passage in record.ids:
+            assert any(kept[passage] in prompt for prompt in asked)
+        assert set(record._fields) == {
+            "factor", "disease", "kind", "source", "ids", "text", "vetted",
+        }  # fmt: skip
+
+
+def test_a_second_start_asks_nothing_and_new_articles_ask_only_what_they_change(tmp_path):
+    tasks, _ = tasks_of(tmp_path)
+    backend, asked = local(good)
+    out = tmp_path / "out"
+    corpus.run(tasks, backend, out, passages=PASSAGES)
+    files = {f.name: f.read_bytes() for f in out.iterdir()}
+    corpus.run(tasks, backend, out, passages=PASSAGES)
+    assert len(asked) == 6
+    assert {f.name: f.read_bytes() for f in out.iterdir()} == files
+    more = [*PASSAGES, retrieval.Passage("PM9", "", "Urate and flu: nothing is known.")]
+    changed, _ = corpus.from_articles(
+        table(tmp_path), more, retrieval.by_words(more), writer="endpoint:m", count=1
+    )
+    corpus.run(changed, backend, out, passages=more)
+    assert len(asked) == 6 + len({t.request.key for t in changed} - {t.request.key for t in tasks})
+    assert len(standing(out)) == 6
+
+
+def test_two_writers_stand_side_by_side(tmp_path):
+    out = tmp_path / "out"
+    for name in ("endpoint:a", "qwen3:/b"):
+        tasks, _ = tasks_of(tmp_path, writer=name)
+        summary = corpus.run(tasks, local(good, name)[0], out, passages=PASSAGES)
+    assert summary["sources"] == {"endpoint:a": 6, "qwen3:/b": 6}
+    files = {f.name: f.read_bytes() for f in out.iterdir() if "answers" not in f.name}
+    one, _ = tasks_of(tmp_path, writer="endpoint:a")
+    urate = [task for task in one if task.factor == "urate"]
+    assert corpus.run(urate, local(good, "endpoint:a")[0], out)["sources"] == summary["sources"]
+    assert files == {f.name: f.read_bytes() for f in out.iterdir() if "answers" not in f.name}
+    # A text that is to be written anew and fails keeps the old one.
+    more = [*PASSAGES, retrieval.Passage("PM9", "", "Urate and gout: more is known.")]
+    search = retrieval.by_words(more)
+    again, _ = corpus.from_articles(table(tmp_path), more, search, writer="endpoint:a")
+    summary = corpus.run(again, local(lambda p: "no", "endpoint:a")[0], out, passages=more)
+    assert summary["failed"]
+    assert (out / "corpus.jsonl").read_bytes() == files["corpus.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "error"),
+    [
+        (lambda p: "I am sorry.", "without factor, disease and text"),
+        (lambda p: json.dumps({**asked_for(p), "text": "Too short."}), "a text of 2 words"),
+        (lambda p: good(p).replace('"flu"', '"scurvy"'), "names the disease 'scurvy', asked"),
+        (lambda p: good(p).replace('"fever"', '"cough"'), "names the factor 'cough', asked was"),
+    ],
+)
+def test_an_answer_about_something_else_is_recorded_and_asked_again(tmp_path, answer, error):
+    tasks, _ = tasks_of(tmp_path)
+    only = [task for task in tasks if (task.factor, task.disease) == ("fever", "flu")]
+    summary = corpus.run(only, local(answer)[0], tmp_path / "out", passages=PASSAGES)
+    assert re.search(error, summary["failed"]["fever/flu/endpoint:m"])
+    assert not standing(tmp_path / "out")
+    backend, asked = local(good)
+    assert corpus.run(only, backend, tmp_path / "out", passages=PASSAGES)["failed"] == {}
+    assert len(asked) == 1
+
+
+def test_prose_and_fences_around_an_answer_are_read_over():
+    said = f'Here it is:\n```json\n{{"factor": "a", "disease": "b", "text": "{WORDS}\nend"}}\n```'
+    assert corpus.read_answer(said)["text"] == f"{WORDS} end"
+
+
+def trouble(number, prompt):
+    """Time out, answer in prose, refuse, hang up, be busy: each once, then behave."""
+    return {
+        1: hang(1.0),
+        2: "I would rather talk about something else.",
+        3: lambda h: send(h, completion("no", refusal="I cannot")),
+        4: hang_up,
+        5: status(429),
+        6: lambda h: send(h, b"<html>"),
+    }.get(number, good(prompt))
+
+
+def test_an_endpoint_with_every_trouble_is_retried_recorded_and_resumed(tmp_path):
+    tasks, _ = tasks_of(tmp_path)
+    out, pauses = tmp_path / "out", []
+    settings = {"in_flight": 1, "timeout": 0.3, "sleep": pauses.append}
+    with serve(trouble) as server:
+        summary = corpus.run(tasks, endpoint(server.url, "m", **settings), out, passages=PASSAGES)
+        # The first is asked three times: time-out, prose, refusal. The second four times.
+        assert list(summary["failed"].values()) == ["refused: by the model or its filter"]
+        assert summary["texts"] == 5
+        assert len(server.prompts) == 3 + 4 + 4
+    assert len(pauses) == 2 + 3
+    with serve(lambda number, prompt: good(prompt)) as server:
+        summary = corpus.run(tasks, endpoint(server.url, "m", **settings), out, passages=PASSAGES)
+        assert len(server.prompts) == 1
+    assert (summary["texts"], summary["failed"]) == (6, {})
+
+
+def test_an_endpoint_that_dies_half_way_costs_no_paid_answer_twice(tmp_path):
+    tasks, _ = tasks_of(tmp_path)
+    out = tmp_path / "out"
+    settings = {"in_flight": 1, "attempts": 2, "patience": 2, "sleep": lambda seconds: None}
+    dies = serve(lambda n, prompt: good(prompt) if n <= 4 else hang_up)
+    with dies as server, pytest.raises(UserError, match="start the same command again"):
+        corpus.run(tasks, endpoint(server.url, "m", **settings), out, passages=PASSAGES)
+    assert not (out / knowledge.FILE).exists()
+    with serve(lambda n, prompt: good(prompt)) as server:
+        corpus.run(tasks, endpoint(server.url, "m", **settings), out, passages=PASSAGES)
+        assert len(server.prompts) == 2
+    backend, _ = local(good)
+    corpus.run(tasks, backend, tmp_path / "whole", passages=PASSAGES)
+    assert (out / "corpus.jsonl").read_bytes() == (tmp_path / "whole/corpus.jsonl").read_bytes()
+
+
+def test_the_template_says_what_the_table_says_and_seeds_paraphrase(tmp_path):
+    table = risk.read("cxr_phantom")
+    tasks = corpus.from_table(table, variants=3)
+    backend = backends.writer("template", template.writer(table))
+    corpus.run(tasks, backend, tmp_path / "a")
+    corpus.run(tasks, backend, tmp_path / "b")
+    text = (tmp_path / "a" / "corpus.jsonl").read_text()
+    assert text == (tmp_path / "b" / "corpus.jsonl").read_text()
+    records = standing(tmp_path / "a").values()
+    assert len(records) == 3 * len(table.factors) * (1 + len(table.diseases))
+    assert len({r.text for r in records}) > 0.98 * len(records)
+    assert {r.ids for r in records} == {("risk:cxr_phantom-v1",)}
+    for record in records:
+        if record.factor == "fever" and record.kind == "detail":
+            effect = table.factors["fever"].effect("yes", record.disease)
+            assert ("more likely" in record.text) == (effect > 0), record.text
+            assert ("5.0" in record.text) == (record.disease == "consolidation")
+
+
+def test_records_the_template_shows_make_their_disease_one_of_the_likeliest(tmp_path):
+    table = risk.read("cxr_phantom")
+    write, shown = template.writer(table), 0
+    for task in corpus.from_table(table, variants=2):
+        if task.kind == "detail":
+            text = json.loads(write(task.request.text))["text"]
+            found = re.search(r"(Age: [\d.]+ years\. Sex: .*)", text)
+            if found:
+                shown += 1
+                odds = {d: 0.0 for d in table.diseases}
+                for factor in table.factors.values():
+                    said = re.search(rf"{factor.name}: (\S+?)( |\.( |$))", found[1])[1]
+                    value = said if factor.levels else float(said)
+                    odds = {d: v + factor.effect(value, d) for d, v in odds.items()}
+                assert odds[task.disease] >= max(odds.values()) - template.NEAR - 0.1, text
+    assert shown > 60
+
+
+def test_a_template_without_numbers_names_the_factor(tmp_path):
+    with pytest.raises(UserError, match="toy-v1 has none for 'fever'"):
+        template.writer(table(tmp_path))
+
+
+def reviewed(out, **verdicts):
+    """Fill in review.csv: {row: (verdict, edited)}; other rows are left out."""
+    with (out / review.REVIEW).open(encoding="utf-8-sig", newline="") as file:
+        rows = list(csv.DictReader(file))
+    kept = []
+    for number, (verdict, edited) in verdicts.items():
+        row = rows[int(number[1:])]
+        kept.append({**row, "verdict": verdict, "edited": edited, "reviewer": "Dr A"})
+    path = out / "filled.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, review.COLUMNS)
+        writer.writeheader()
+        writer.writerows(kept)
+    return path, rows
+
+
+@pytest.fixture
+def written(tmp_path):
+    tasks, _ = tasks_of(tmp_path)
+    out = tmp_path / "out"
+    corpus.run(tasks, local(good)[0], out, passages=PASSAGES)
+    return out
+
+
+def test_verdicts_approve_edit_and_reject_and_outlive_another_start(written, tmp_path):
+    path, rows = reviewed(written, r0=("approve", ""), r1=("Edit", "Better."), r2=("reject", ""))
+    found = review.take(written, path)
+    assert len(found) == 5
+    assert found[rows[0]["id"]].vetted
+    assert found[rows[1]["id"]].text == "Better."
+    assert rows[2]["id"] not in found
+    assert sum(record.vetted for record in found.values()) == 2
+    with (written / review.REVIEW).open(encoding="utf-8-sig", newline="") as file:
+        assert [row["id"] for row in csv.DictReader(file)] == [row["id"] for row in rows[3:]]
+    tasks, _ = tasks_of(tmp_path)
+    backend, asked = local(good)
+    corpus.run(tasks, backend, written, passages=PASSAGES)
+    assert standing(written) == found
+    assert not asked
+
+
+def test_a_text_written_anew_has_to_be_reviewed_anew(written, tmp_path):
+    path, rows = reviewed(written, r0=("approve", ""))
+    review.take(written, path)
+    tasks, _ = tasks_of(tmp_path)
+    for file in written.glob("answers-*"):
+        file.unlink()
+    corpus.run(tasks, local(lambda p: good(p).replace("word", "term"))[0], written)
+    assert not any(record.vetted for record in standing(written).values())
+    with pytest.raises(UserError, match=f"row 2: no text has the id '{rows[0]['id']}'"):
+        review.take(written, path)
+
+
+@pytest.mark.parametrize(
+    ("verdict", "edited", "reviewer", "message"),
+    [
+        ("", "", "Dr A", "row 3: verdict is empty; accepted are approve, edit, reject"),
+        ("ok", "", "Dr A", "row 3: verdict is 'ok'; accepted are approve"),
+        ("edit", "", "Dr A", "row 3: verdict is 'edit' and 'edited' is empty"),
+        ("approve", "Other.", "Dr A", "row 3: verdict is 'approve' and 'edited' is filled"),
+        ("approve", "", "", "row 3: reviewer is empty"),
+    ],
+)
+def test_a_review_is_refused_by_row_and_nothing_changes(
+    written, verdict, edited, reviewer, message
+):
+    path, _ = reviewed(written, r0=("approve", ""), r1=(verdict, edited))
+    path.write_text(
+        path.read_text().replace("Dr A", reviewer) if not reviewer else path.read_text()
+    )
+    if not reviewer:
+        message = "row 2: reviewer is empty"
+    before = (written / knowledge.FILE).read_bytes()
+    with pytest.raises(UserError, match=message):
+        review.take(written, path)
+    assert (written / knowledge.FILE).read_bytes() == before
+    assert not (written / review.KEPT).exists()
+
+
+def test_an_unknown_or_repeated_id_is_refused_by_row(written):
+    path, rows = reviewed(written, r0=("approve", ""), r1=("approve", ""))
+    text = path.read_text()
+    path.write_text(text.replace(rows[1]["id"], "f" * 16))
+    with pytest.raises(UserError, match=r"row 3: no text has the id 'ffffffffffffffff'"):
+        review.take(written, path)
+    path.write_text(text.replace(rows[1]["id"], rows[0]["id"]))
+    with pytest.raises(UserError, match=r"row 3: id .* is also in row 2"):
+        review.take(written, path)
+
+
+def test_a_review_in_progress_is_not_written_over(written, tmp_path):
+    path, _ = reviewed(written, r0=("approve", ""))
+    path.rename(written / review.REVIEW)
+    tasks, _ = tasks_of(tmp_path)
+    with pytest.raises(UserError, match="row 2: a verdict stands here"):
+        corpus.run(tasks, local(good)[0], written)
+    review.take(written, written / review.REVIEW)
+    corpus.run(tasks, local(good)[0], written)
+
+
+def test_training_refuses_what_no_physician_approved(written):
+    with pytest.raises(UserError, match=r"6 of 6 texts .* were not approved by a physician"):
+        knowledge.open_texts(written, "train")
+    assert len(knowledge.open_texts(written, "train", allow_unvetted=True)) == 6
+    path, _ = reviewed(written, **{f"r{i}": ("approve", "") for i in range(6)})
+    review.take(written, path)
+    texts = knowledge.open_texts(written, "train")
+    assert texts[0]["findings"] == texts.texts()[0][0]
+
+
+def test_held_out_sources_are_paraphrases_that_are_not_trained_on(tmp_path):
+    table = risk.read("cxr_phantom").narrowed(["fever", "cough"], ["effusion", "edema"])
+    backend = backends.writer("template", template.writer(table))
+    out = tmp_path / "out"
+    corpus.run(corpus.from_table(table, variants=3), backend, out)
+    asked = {"held_out": ("template:2",), "allow_unvetted": True}
+    train, test = (knowledge.open_texts(out, split, **asked) for split in ("train", "test"))
+    assert {r.source for _, r in train.records} == {"template:0", "template:1"}
+    assert {r.source for _, r in test.records} == {"template:2"}
+    pairs = lambda texts: {(r.factor, r.disease) for _, r in texts.records}
+    assert pairs(test) <= pairs(train)
+    assert not {r.text for _, r in train.records} & {r.text for _, r in test.records}
+    with pytest.raises(UserError, match=r"no 'template:9'. Did you mean template:"):
+        knowledge.open_texts(out, "train", held_out=("template:9",), allow_unvetted=True)
+    assert len(knowledge.open_texts(out, "test", allow_unvetted=True)) == 0
+    every = tuple(f"template:{seed}" for seed in range(3))
+    with pytest.raises(UserError, match="no texts for split 'train'"):
+        knowledge.open_texts(out, "train", held_out=every, allow_unvetted=True)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "line 1 is not JSON"),
+        ('{"id": "a"}', "line 1 must hold exactly id, factor"),
+        (json.dumps({"id": "a", "factor": "f", "disease": "d", "kind": "x", "source": "s",
+                     "ids": [], "text": "t", "vetted": True}), "kind is 'x'; accepted are summary"),
+    ],
+)  # fmt: skip
+def test_a_corpus_file_with_a_defect_is_refused_by_line(tmp_path, line, message):
+    (tmp_path / "corpus.jsonl").write_text(line + "\n")
+    with pytest.raises(UserError, match=message):
+        knowledge.open_texts(tmp_path, "train")
+    with pytest.raises(UserError, match="is missing"):
+        knowledge.open_texts(tmp_path / "nowhere", "train")
+
+
+def test_the_command_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("MEDVLP_API_KEY", "secret-7")
+    articles, out = tmp_path / "articles.jsonl", tmp_path / "out"
+    rows = [{"pmid": p.id, "title": p.title, "abstract": p.text} for p in PASSAGES]
+    articles.write_text("\n".join(map(json.dumps, rows)))
+    table(tmp_path)
+    command = ["evidence", "corpus", "--risk", f"{tmp_path}/risk.json", "--out", str(out)]
+    asked = [*command, "--backend", "endpoint", "--model", "m"]
+    for arguments, message in (
+        ([*command], "template writes from log odds"),
+        ([*asked], "name a .jsonl or folder"),
+        ([*asked, "--articles", str(articles), "--url", "https://vendor.com/v1"], "--allow-remote"),
+        ([*command, "--factors", "fevr"], "no factor 'fevr'. Did you mean fever"),
+        ([*command, "--diseases", "gaut"], "no disease 'gaut'. Did you mean gout"),
+        ([*command, "--backend", "endpiont"], "Did you mean endpoint"),
+    ):
+        assert cli.main(arguments) == 2
+        assert message in capsys.readouterr().err
+    assert not out.exists()
+    with serve(lambda number, prompt: good(prompt)) as server:
+        asked += ["--articles", str(articles), "--url", server.url]
+        assert cli.main([*asked, "--dry-run", "--price-in", "1"]) == 0
+        said = capsys.readouterr().out
+        assert "6 paragraphs, 0 written before, 6 to do with endpoint:m; 0 pairs" in said
+        assert "Nothing was sent and nothing written." in said
+        assert not server.prompts
+        assert not out.exists()
+        assert cli.main(asked) == 0
+        assert len(server.prompts) == 6
+        assert server.headers["Authorization"] == "Bearer secret-7"
+    assert "6 texts (6 of endpoint:m), 0 of them vetted; 0 failed" in capsys.readouterr().out
+    assert not any("secret-7" in f.read_text() for f in out.iterdir())
+    path, _ = reviewed(out, r0=("approve", ""))
+    assert cli.main(["evidence", "review", "--corpus", str(out), "--review", str(path)]) == 0
+    assert "6 texts stand, 1 of them vetted" in capsys.readouterr().out

@@ -1,0 +1,129 @@
+"""Grounding of a run: maps are what the recipe says, boxes lie where they belong."""
+
+import argparse
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny_config import get_config
+
+from medvlp_jax import assemble, ground
+from medvlp_jax.config import UserError
+from medvlp_jax.evaluation import grounding
+from medvlp_jax.evaluator import Evaluator, full
+
+
+@pytest.fixture(scope="module")
+def evaluator(tmp_path_factory):
+    """CLIP as it was initialised, and the generated radiographs of "tiny"."""
+    config = get_config().to_dict()
+    config["data"]["data_dir"] = str(tmp_path_factory.mktemp("data"))
+    config["init"]["text"] = ""
+    config["recipe"]["image"]["pooling"] = "mean"
+    config["evals"] |= {"protocols": ("grounding",), "limit": 24, "split": "train"}
+    config["evals"]["controls"] = ("shuffled_phrases",)
+    parts = assemble.parts(config)
+    return Evaluator(parts, config["evals"]), assemble.initial_variables(parts)
+
+
+def test_every_phrase_is_scored_and_so_are_wrong_ones(evaluator):
+    found = full(*evaluator)
+    entry = found["grounding/cosine/cnr_micro"]
+    assert entry["n"] == len(evaluator[0].grounder.pairs) > 5
+    assert 0 <= entry["low"] <= entry["value"] <= entry["high"]
+    other = found["grounding/cosine (shuffled phrases)/cnr_micro"]
+    assert other["n"] == entry["n"]
+    assert other["value"] != entry["value"]
+    kinds = {key.rsplit("/", 1)[1] for key in found if key.startswith("grounding/cosine/cnr/")}
+    assert kinds <= {*evaluator[0].source.tasks["finding"]}
+
+
+def test_a_map_is_the_cosine_of_patches_and_phrase(evaluator):
+    grounder, variables = evaluator[0].grounder, evaluator[1]
+    parts = evaluator[0].parts
+    patches, phrases = grounder.encode(variables, grounder.pairs)["cosine"]
+    pair = grounder.pairs[-1]
+    see = assemble.record_transform(parts, ("image",), train=False)
+    image = see(evaluator[0].source[grounder.rows[pair.row]], None)["image"]
+    tokens = grounder.localise(variables, {"image": np.tile(image, (16, 1, 1, 1))})["cosine"]
+    np.testing.assert_allclose(patches[pair.row], tokens[0], atol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(phrases[pair.phrase]), 1, rtol=1e-5)
+    # A phrase lies in the space of the reports.
+    text = evaluator[0].embed_texts(variables)([pair.phrase], "report")[0]
+    np.testing.assert_allclose(phrases[pair.phrase], text, atol=1e-5)
+
+
+def test_the_truth_as_a_map_scores_all(evaluator):
+    grounder = evaluator[0].grounder
+    for pair in grounder.pairs:
+        inside = grounder.region(pair)
+        assert inside.any()
+        noise = 1e-3 * np.random.default_rng(0).random(inside.shape)
+        seen = grounding.score(inside + noise, inside)
+        assert seen.cnr > 100
+        assert seen.pointing == 1
+        assert seen.miou > 0.99
+
+
+def test_boxes_lie_over_what_the_mask_of_the_record_shows(evaluator):
+    """The phantom outlines most findings in its mask too."""
+    grounder, source, checked = evaluator[0].grounder, evaluator[0].source, 0
+    side, bits = evaluator[0].parts.config["data"]["size"], source.metadata["mask_bits"]
+    for row in range(len(grounder.rows)):
+        own = [pair for pair in grounder.pairs if pair.row == row]
+        mask = Image.open(io.BytesIO(source[grounder.rows[row]]["mask"]))
+        mask = np.asarray(mask.resize((side, side), Image.Resampling.NEAREST))
+        for kind in {pair.category for pair in own} & {*bits}:
+            shown = (mask >> bits[kind] & 1).astype(bool)
+            boxes = np.any([grounder.region(p) for p in own if p.category == kind], axis=0)
+            assert (shown & boxes).sum() >= 0.8 * shown.sum() > 0
+            checked += 1
+    assert checked > 3
+
+
+def test_the_picture_is_drawn(evaluator, tmp_path):
+    out = tmp_path / ground.PICTURE
+    evaluator[0].grounder.draw(evaluator[1], out)
+    assert min(Image.open(out).size) > 500
+    assert [p.name for p in tmp_path.iterdir()] == [ground.PICTURE]
+
+
+def test_pictures_take_turns_among_the_categories(evaluator):
+    pairs = evaluator[0].grounder.pairs
+    kinds = {pair.category for pair in pairs}
+    shown = ground.picked(pairs, len(kinds))
+    assert {pairs[i].category for i in shown} == kinds
+
+
+@pytest.mark.parametrize(
+    ("phrase", "category"),
+    [
+        ("moderate left effusion", "effusion"),
+        ("enlarged cardiac silhouette", "cardiomegaly"),
+        ("left lung", "left lung"),
+    ],
+)
+def test_the_category_of_a_phrase_is_its_finding_or_itself(phrase, category):
+    tasks = {"finding": ["Effusion", "cardiomegaly"]}
+    assert ground.category_of(phrase, tasks).lower() == category
+
+
+def test_bad_settings_are_refused(evaluator):
+    parts, settings = evaluator[0].parts, evaluator[0].settings
+    for changes, message in (
+        ({"grounding": {"interpolation": "cubic", "smoothing": 0.0}}, "bilinear, nearest"),
+        ({"protocols": ("retrieval",)}, "shuffled_phrases goes with protocol grounding"),
+    ):
+        with pytest.raises(UserError, match=message):
+            Evaluator(parts, {**settings, **changes})
+
+
+def test_a_split_without_boxes_is_refused(evaluator):
+    one = evaluator[0]
+    rows = [i for i in range(len(one.source)) if not one.source[i]["boxes"]["phrase"]]
+    bare = argparse.Namespace(
+        parts=one.parts, settings=one.settings, corpus="c", source=[one.source[rows[0]]]
+    )
+    with pytest.raises(UserError, match="c has none in train"):
+        ground.Grounder(bare)

@@ -1,0 +1,139 @@
+"""The study of few pairs: what arms differ in, cells that are kept, the table and the curve."""
+
+import argparse
+import importlib.util
+import json
+import pathlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from medvlp_jax.config import UserError, flatten
+
+ROOT = pathlib.Path(__file__).parents[1]
+SPEC = importlib.util.spec_from_file_location("methods_lgdea", ROOT / "benchmarks/methods_lgdea.py")
+bench = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(bench)
+
+ARGUMENTS = ("--ratios", "0.01", "1", "--seeds", "2", "--steps", "5")
+SMOKE = ("--config=configs/lgdea.py:smoke", "--ratios", "0.3", "--seeds", "1", "--arms", "lgdea")
+DRAW = bench.draw
+
+
+@pytest.fixture(autouse=True)
+def home(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+def config_of(arm, ratio=0.05):
+    arguments = argparse.Namespace(config="configs/lgdea.py:study", steps=5)
+    return dict(flatten(bench.cell_config(arm, ratio, 3, arguments, [])))
+
+
+def test_arms_differ_from_lgdea_in_what_they_say_and_nothing_else():
+    full = config_of("lgdea")
+    assert (full["seed"], full["data.pairing.ratio"], full["train.steps"]) == (3, 0.05, 5)
+    controls = "evals.controls"
+    changed = {
+        arm: {key for key, value in config_of(arm).items() if full[key] != value} - {controls}
+        for arm in bench.ARMS
+    }
+    assert changed["lgdea"] == set()
+    assert changed["no_unpaired"] == {"data.pairing.share", "train.refresh_every"}
+    off = {f"recipe.weights.{name}" for name in ("reconstruction", "paired", "unpaired")}
+    off |= {"recipe.weights.alignment"}
+    assert changed["pairs"] == changed["no_unpaired"] | off
+    assert all(changed[arm] for arm in bench.ARMS if arm != "lgdea")
+    for arm in bench.ARMS:  # equal compute: rows, steps, network
+        same = ("train.batch_size", "train.steps", "recipe.image.depth", "recipe.lesions")
+        assert not changed[arm] & {*same}
+
+
+def fake_run(calls):
+    """Return a training that scores better the more pairs, and more with LGDEA."""
+
+    def run(config, folder):
+        calls.append(folder.name)
+        folder.mkdir(parents=True)
+        (folder / "checkpoints").mkdir()
+        lines = [{"step": k, "loss/usage": 0.9 if k == 1 else 0.2} for k in range(1, 21)]
+        (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        ratio, is_full = config["data"]["pairing"]["ratio"], config["train"]["refresh_every"] > 0
+        value = 0.6 + 0.1 * np.log10(ratio) + 0.05 * is_full * (ratio < 1) + 0.002 * config["seed"]
+        found = {metric: {"value": value} for metric in bench.METRICS}
+        if is_full:
+            found["grounding/cosine (untrained)/cnr"] = {"value": 0.1}
+        return found | {"grounding/cosine/miou": {"value": 1.0}, "probe/finding/x": {"value": 1.0}}
+
+    return run
+
+
+@pytest.fixture
+def study(monkeypatch, tmp_path):
+    calls = []
+    monkeypatch.setattr(bench.train, "run", fake_run(calls))
+    monkeypatch.setattr(bench, "draw", lambda cells, out_png: None)
+    out = tmp_path / "lgdea.json"
+    begin = lambda *more: bench.main(
+        [*ARGUMENTS, f"--out={out}", f"--folder={tmp_path / 'runs'}", *more]
+    )
+    return begin, calls, out
+
+
+def test_a_finished_cell_is_kept_and_never_run_again(study, monkeypatch):
+    begin, calls, out = study
+    whole = bench.train.run
+
+    def break_off(config, folder):
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return whole(config, folder)
+
+    monkeypatch.setattr(bench.train, "run", break_off)
+    with pytest.raises(KeyboardInterrupt):
+        begin()
+    assert len(json.loads(out.read_text())["cells"]) == 5
+    monkeypatch.setattr(bench.train, "run", whole)
+    begin()
+    assert len(calls) == len(set(calls)) == 2 * 2 * 3
+    assert calls[:3] == ["pairs-0.01-0", "no_unpaired-0.01-0", "lgdea-0.01-0"]
+    cells = json.loads(out.read_text())["cells"]
+    assert cells["lgdea/0.01/1"]["usage_entropy"] == pytest.approx(0.8)
+    assert set(cells["pairs/1/0"]["results"]) == set(bench.METRICS)
+    assert not list(out.parent.glob("runs/*/checkpoints"))
+    with pytest.raises(UserError, match="holds cells of settings"):
+        begin("--config.recipe.hops=2")
+
+
+def test_the_table_says_what_was_gained_and_how_much_of_the_way_that_is(study, capsys):
+    begin, _, out = study
+    begin()
+    assert capsys.readouterr().out.count("of 12: ") == 12
+    lines = out.with_suffix(".md").read_text().splitlines()
+    assert lines[2].startswith("| 1% | pairs alone, global InfoNCE | 0.401 ± 0.001 |")
+    assert lines[2].split(" | ")[-3:-1] == ["-", "2"]  # usage, seeds; minutes come last
+    assert lines[4].startswith("| 1% | LGDEA | 0.451 ± 0.001 |")
+    assert lines[5].startswith("| 1% | LGDEA, untrained | - | - | - | - | 0.100 ± 0.000 |")
+    # (0.451 - 0.401) / (0.601 - 0.401) of the way.
+    assert "* 1%: zero-shot macro AUROC +25%" in lines[-1]
+    DRAW(json.loads(out.read_text())["cells"], out.with_suffix(".png"))
+    assert min(Image.open(out.with_suffix(".png")).size) > 600
+
+
+def test_a_collapse_is_said(study, monkeypatch, capsys):
+    begin, _, _ = study
+    monkeypatch.setattr(bench, "usage_entropy", lambda file: 0.3)
+    begin("--arms", "pairs", "lgdea")
+    assert capsys.readouterr().out.count("WARNING: prototypes collapsed, usage 0.30") == 4
+
+
+@pytest.mark.slow
+def test_one_cell_runs_whole(tmp_path, monkeypatch):
+    monkeypatch.setenv("MEDVLP_DATA_DIR", str(tmp_path / "data"))
+    out = tmp_path / "lgdea.json"
+    bench.main([*SMOKE, f"--out={out}", f"--folder={tmp_path / 'runs'}"])
+    cell = json.loads(out.read_text())["cells"]["lgdea/0.3/0"]
+    assert {*bench.METRICS} <= {*cell["results"]}
+    assert 0 < cell["usage_entropy"] <= 1
+    assert (tmp_path / "runs/lgdea-0.3-0/grounding.png").is_file()

@@ -1,0 +1,72 @@
+"""A stage takes what the run before has, begins what that lacks, and lists all else."""
+
+import types
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from medvlp_jax import weights
+from medvlp_jax.config import UserError
+
+LATER = types.SimpleNamespace(fresh=("classifier", "fusion"), left=("^text/mlm_",))
+
+
+def template():
+    return {
+        "params": {
+            "image": {"kernel": jnp.zeros((2, 3)), "bias": jnp.zeros(3)},
+            "text": {"kernel": jnp.zeros((4, 4))},
+            "classifier": {"kernel": jnp.full((3, 5), 7.0)},
+        }
+    }
+
+
+@pytest.fixture
+def before(monkeypatch):
+    """What the run before has; to be changed by a test."""
+    held = {
+        "image": {"kernel": np.ones((2, 3)), "bias": np.ones(3)},
+        "text": {"kernel": np.ones((4, 4)), "mlm_dense": {"kernel": np.ones((4, 4))}},
+    }
+    monkeypatch.setattr(weights, "_read", lambda folder: {"params": held})
+    return held
+
+
+def test_what_both_have_is_taken_and_what_is_new_begins(before, capsys):
+    found = weights.begin_from("RUN", template(), LATER)["params"]
+    assert np.all(np.asarray(found["image"]["kernel"]) == 1)
+    assert np.all(np.asarray(found["classifier"]["kernel"]) == 7)
+    assert set(found["text"]) == {"kernel"}
+    said = capsys.readouterr()
+    assert "takes image, text; begins classifier" in said.out + said.err
+
+
+def test_a_part_that_both_have_is_never_begun_anew(before):
+    before["classifier"] = {"kernel": np.full((3, 5), 2.0)}
+    found = weights.begin_from("RUN", template(), LATER)["params"]
+    assert np.all(np.asarray(found["classifier"]["kernel"]) == 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda held: held.pop("text"), "missing text/kernel"),
+        (lambda held: held["image"].pop("bias"), "missing image/bias"),
+        (lambda held: held.update(head={"kernel": np.ones(2)}), "unused head/kernel"),
+        (
+            lambda held: held["image"].update(kernel=np.ones((2, 4))),
+            r"image/kernel is \(2, 4\), the model has \(2, 3\)",
+        ),
+        (lambda held: held.update(classifier={"bias": np.ones(2)}), "missing classifier/kernel"),
+    ],
+)
+def test_everything_that_does_not_fit_is_listed(before, change, message):
+    change(before)
+    with pytest.raises(UserError, match=message):
+        weights.begin_from("RUN", template(), LATER)
+
+
+def test_a_recipe_without_stages_takes_all_or_fails(before):
+    with pytest.raises(UserError, match="missing classifier/kernel; unused text/mlm_dense/kernel"):
+        weights.begin_from("RUN", template(), types.SimpleNamespace())
