@@ -86,6 +86,7 @@ class Study:
         for _ in range(steps):
             rows = next(batches)
             batch = {key: rows[key] for key in self.parts.recipe.inputs}
+            batch = jax.tree.map(lambda x: x.astype(DTYPE) if x.dtype == np.float32 else x, batch)
             state, metrics = step(state, sharding.to_global(batch, mesh))
             found.append([float(metrics["loss"]), float(metrics["grad_norm"])])
         return np.array(found)

@@ -1,9 +1,8 @@
 """TBX11K: radiographs with boxes of tuberculosis (Liu et al. 2020).
 
 Source folder: `annotations/json/TBX11K_train.json`, `TBX11K_val.json` (COCO) and `imgs/`. Images
-that a file lists without a box have no tuberculosis; where `lists/TBX11K_train.txt` and
-`lists/TBX11K_val.txt` are there, the images they add have none either. The labels of the test
-images are not published.
+that a file does not list, healthy or sick without tuberculosis, come from `lists/TBX11K_train.txt`
+and `lists/TBX11K_val.txt` where these are there. The labels of the test images are not published.
 """
 
 import json
