@@ -56,7 +56,7 @@ def test_what_lies_on_a_device_is_what_the_compiled_step_is_handed(monkeypatch):
     # AdamW keeps two numbers a parameter; it, its schedule and the run each count steps.
     assert found.memory["optimiser"] == 2 * found.memory["parameters"] + 12
     assert 0 < found.loss_memory < temporary
-    assert set(found.flops) == set(plan.PARTS)
+    assert set(found.flops) == set(plan.PARTS) - {"language model"}
     assert min(found.flops.values()) > 0
     assert found.recomputed == 0
 
@@ -144,7 +144,7 @@ def test_the_command_prints_a_table_and_writes_nothing(capsys, monkeypatch, tmp_
     rows = {line.strip().rsplit("  ", 1)[0].strip() for line in printed.splitlines()}
     for row in ("parameters", "optimiser", "activations and gradients", "(the loss alone, tempora"):
         assert any(line.startswith(row) for line in rows), row
-    for part in plan.PARTS:
+    for part in set(plan.PARTS) - {"language model"}:
         assert any(line.startswith(part) for line in rows), part
     assert not list(tmp_path.iterdir())
 
