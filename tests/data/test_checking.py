@@ -89,7 +89,10 @@ def test_a_table_with_a_defect_is_refused(folder, capsys):
 
 @pytest.mark.slow
 def test_377_thousand_images_take_minutes(tmp_path, capsys):
-    """20,000 files here; what one takes times 377,110 has to stay under ten minutes."""
+    """20,000 files here; what one takes of a core, times 377,110, has to stay under ten minutes.
+
+    Of a core, because other programs may hold the machine.
+    """
     layouts.image(tmp_path / "a.jpg")
     content = (tmp_path / "a.jpg").read_bytes()
     lines = []
@@ -100,11 +103,14 @@ def test_377_thousand_images_take_minutes(tmp_path, capsys):
     layouts.table(tmp_path / "train.csv", "image_name,annotation", *lines)
     layouts.table(tmp_path / "dev.csv", "image_name,annotation")
     layouts.table(tmp_path / "test.csv", "image_path,annotation")
-    start = time.perf_counter()
+    start, wall = time.process_time(), time.perf_counter()
     assert not inspect(tmp_path).problems
-    each = (time.perf_counter() - start) / 20_000
+    each = (time.process_time() - start) / 20_000
+    waited = (time.perf_counter() - wall) / 20_000
     with capsys.disabled():
-        print(f"\n{each * 1e6:.0f} us an image, {each * 377_110 / 60:.1f} minutes for 377,110")
+        for what, seconds in (("of a core", each), ("as it went", waited)):
+            minutes = seconds * 377_110 / 60
+            print(f"\n{what}: {seconds * 1e6:.0f} us an image, {minutes:.1f} minutes for 377,110")
     assert each * 377_110 < 600
 
 
