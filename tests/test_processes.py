@@ -69,12 +69,12 @@ def test_the_demo_takes_its_first_steps_alike_in_one_two_and_four_processes(home
     """
     losses = {}
     for count in (1, 2, 4):
-        run = Run(home / f"demo-{count}", count, 3, home, settings=DEMO)
+        run = Run(home / f"demo-{count}", count, 50, home, settings=DEMO)
         assert run.wait() == 0, log_of(run)
         losses[count] = [m["loss"] for m in metrics(run.folder) if "loss" in m]
-        assert len(losses[count]) == 3
+        assert len(losses[count]) == 50
     for count in (2, 4):
-        np.testing.assert_allclose(losses[count], losses[1], rtol=1e-5, err_msg=str(count))
+        np.testing.assert_allclose(losses[count][:3], losses[1][:3], rtol=1e-5, err_msg=str(count))
 
 
 def wait_for_step(run, step):
