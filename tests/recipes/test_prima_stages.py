@@ -195,13 +195,12 @@ def test_frozen_leaves_have_no_gradient_and_no_optimiser_state_and_all_others_mo
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("stage", "term", "below"),
-    [("align", "loss", 0.9), ("sharpen", "loss", 0.05), ("fuse", "loss", 0.4)],
-)
-def test_eight_examples_are_learnt_by_heart(stages, stage, term, below):
-    _, seen = stages(stage).train(150)
-    assert seen[-1][term] < below < seen[0][term]
+@pytest.mark.parametrize(("stage", "below"), [("align", 0.9), ("sharpen", 0.05), ("fuse", 0.05)])
+def test_eight_examples_are_learnt_by_heart(stages, stage, below):
+    # Against random word embeddings that stay frozen no logit grows beyond 0.3: all of it trains.
+    each = Stage("fuse", train_llm="all") if stage == "fuse" else stages(stage)
+    _, seen = each.train(150)
+    assert seen[-1]["loss"] < below < seen[0]["loss"]
 
 
 def shapes_of(variant):
@@ -220,7 +219,6 @@ def test_injection_trains_1_1_percent_of_clinical_modernbert():
     assert paths.count(factors) / paths.count(rest) == pytest.approx(0.0113, abs=5e-4)
 
 
-@pytest.mark.slow
 def test_fusion_trains_1_0_percent_of_qwen3_besides_the_projectors():
     state = shapes_of("fuse_pad")
     assert set(state.params) == {"llm", "fusion"}
@@ -229,7 +227,6 @@ def test_fusion_trains_1_0_percent_of_qwen3_besides_the_projectors():
     assert factors / paths.count(state.frozen["llm"]) == pytest.approx(0.0101, abs=5e-4)
 
 
-@pytest.mark.slow
 def test_alignment_trains_5_31_m_of_dinov3_and_sharpening_the_same_with_a_head():
     state = shapes_of("align_pad")
     assert set(state.params) == {"image", "image_projection", "text_projection"}
