@@ -32,7 +32,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from medvlp_jax import assemble, sharding, train
+from medvlp_jax import assemble, examples, sharding, train
 from medvlp_jax.training import optim
 from medvlp_jax.training import params as paths
 from medvlp_jax.training import step as training
@@ -65,7 +65,7 @@ class Study:
         self.sources = assemble.open_corpora(config["data"], config["data"]["split"])
         variables = assemble.initial_variables(self.parts)
         self.frozen = assemble.frozen_patterns(self.parts)
-        self.features = assemble.cached_text(self.parts, variables, self.sources)
+        self.features = examples.cached_text(self.parts, variables, self.sources)
         self.variables = jax.device_get(variables)
 
     def run(self, devices: int, steps: int, *, move: bool = False) -> np.ndarray:
@@ -81,7 +81,7 @@ class Study:
         state = sharding.place(state, sharding.shardings(state, mesh, config["mesh"]["rules"]))
         step = training.make_train_step(self.parts.recipe, tx, rate, config["seed"], mesh=mesh)
         parts = self.parts._replace(mesh=mesh, part=sharding.part_of(mesh))
-        batches = iter(assemble.train_batches(parts, self.sources, self.features))
+        batches = iter(examples.train_batches(parts, self.sources, self.features))
         found = []
         for _ in range(steps):
             rows = next(batches)

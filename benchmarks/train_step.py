@@ -31,7 +31,7 @@ import numpy as np
 from absl import flags
 from jax.experimental.compilation_cache import compilation_cache
 
-from medvlp_jax import assemble, plan, sharding, train
+from medvlp_jax import assemble, examples, plan, sharding, train
 from medvlp_jax.encoders.base import Tokens
 from medvlp_jax.training import flops
 from medvlp_jax.training import params as paths
@@ -212,8 +212,8 @@ def real_batches(config, mesh):
     """Return a function that gives the next global batch of the run's own input."""
     parts = assemble.parts(config)
     sources = assemble.open_corpora(config["data"], config["data"]["split"])
-    features = assemble.cached_text(parts, assemble.initial_variables(parts), sources)
-    rows = assemble.train_batches(parts, sources, features)
+    features = examples.cached_text(parts, assemble.initial_variables(parts), sources)
+    rows = examples.train_batches(parts, sources, features)
     inputs = parts.recipe.inputs
     return lambda: sharding.to_global({k: v for k, v in next(rows).items() if k in inputs}, mesh)
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 import numpy as np
 import scipy.special
 
-from medvlp_jax import assemble, distributed, ground, tables
+from medvlp_jax import assemble, distributed, examples, ground, tables
 from medvlp_jax.evaluation import attention, classify, plots, retrieval
 from medvlp_jax.evaluator import Evaluator
 from medvlp_jax.recipes.base import classifies
@@ -45,7 +45,7 @@ def show(evaluator: Evaluator, variables: Mapping, folder: pathlib.Path) -> None
         return
     drawn, caption = (_classified, plots.CLASSIFIED) if labelled else (_retrieved, plots.RETRIEVED)
     picked, texts, scores, truth = drawn(evaluator, found, np.random.default_rng(0))
-    transform = assemble.record_transform(evaluator.parts, ("image",), train=False)
+    transform = examples.record_transform(evaluator.parts, ("image",), train=False)
     images = [transform(evaluator.source[i], None)["image"] for i in picked]
     if images:  # none where no case has a known class
         plots.examples(images, texts, scores, truth, folder / "examples.png", caption=caption)
@@ -113,7 +113,7 @@ def _attended(evaluator, variables) -> dict[str, list[np.ndarray]]:
     if not fuses or parts.part.count > 1:
         return {}
     source = evaluator.source
-    transform = assemble.record_transform(
+    transform = examples.record_transform(
         parts,
         recipe.modalities,
         train=False,
@@ -137,7 +137,7 @@ def _draw_attention(evaluator, found, maps, out_png) -> None:
     """Draw the cases of `_attended`, one row an image; of a volume the mean over its slices."""
     task, source = evaluator.parts.recipe.task, evaluator.source
     names, labels = source.tasks[task], found[f"label/{task}"]
-    transform = assemble.record_transform(
+    transform = examples.record_transform(
         evaluator.parts, tuple(maps), train=False, images=source.images
     )
     images, drawn, titles = [], [], []

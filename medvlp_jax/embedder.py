@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from medvlp_jax import assemble, clinical, distributed, sharding, tables
+from medvlp_jax import assemble, clinical, distributed, examples, sharding, tables
 from medvlp_jax.data import pipeline
 from medvlp_jax.data import text as tokenisation
 from medvlp_jax.evaluation import baselines
@@ -77,7 +77,7 @@ class Embedder:
             told = clinical.told_of(data, [source], self.parts.recipe.task)
         return pipeline.eval_batches(
             source,
-            transform=assemble.record_transform(
+            transform=examples.record_transform(
                 self.parts,
                 inputs,
                 train=False,

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from medvlp_jax import assemble, distributed
+from medvlp_jax import distributed, examples
 from medvlp_jax.config import UserError
 from medvlp_jax.data import pairing, pipeline, transforms
 from medvlp_jax.evaluation import features, grounding, heatmaps
@@ -96,7 +96,7 @@ class Grounder:
         inputs = ("image",)
         batches = pipeline.eval_batches(
             pairing.Nodes(self.evaluator.source, np.array(self.rows)),
-            transform=assemble.record_transform(self.parts, inputs, train=False, mask=mask),
+            transform=examples.record_transform(self.parts, inputs, train=False, mask=mask),
             batch_size=self.evaluator.multiple_of_devices(self.evaluator.settings["batch_size"]),
             process_index=self.parts.part.index,
             process_count=self.parts.part.count,
@@ -131,8 +131,8 @@ class Grounder:
         maps = self.encode(variables, [*self.pairs, *wrong])
         if not distributed.is_writer():
             return
-        see = assemble.record_transform(self.parts, ("image",), train=False)
-        data, examples = self.parts.config["data"], []
+        see = examples.record_transform(self.parts, ("image",), train=False)
+        data, rows = self.parts.config["data"], []
         start = (data["size"] - data["crop"]) // 2
         crop = slice(start, start + data["crop"])
         for i in picked(self.pairs, SHOWN):
@@ -149,8 +149,8 @@ class Grounder:
                     notes.append(f"{title}{phrase}: CNR {cnr:+.2f}")
             pair = self.pairs[i]
             image = see(self.evaluator.source[self.rows[pair.row]], None)["image"]
-            examples.append(heatmaps.Example(image, pair.boxes - start, pair.phrase, drawn, notes))
-        heatmaps.draw(examples, out_png)
+            rows.append(heatmaps.Example(image, pair.boxes - start, pair.phrase, drawn, notes))
+        heatmaps.draw(rows, out_png)
 
 
 def category_of(phrase: str, tasks: Mapping[str, Sequence[str]]) -> str:

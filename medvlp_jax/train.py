@@ -26,11 +26,12 @@ from ml_collections import config_flags
 from medvlp_jax import (
     assemble,
     cases,
+    checks,
     cli,
     distributed,
+    examples,
     export,
     plan,
-    sharding,
     unpaired,
     weights,
 )
@@ -47,8 +48,6 @@ from medvlp_jax.training.checkpoint import Checkpointer
 from medvlp_jax.training.report import Reporter
 from medvlp_jax.training.selection import Selection
 from medvlp_jax.training.stopping import Signals, Stopped
-
-VALIDATION = "validation"
 
 
 class _Job(NamedTuple):
@@ -83,7 +82,7 @@ def run(config: dict, workdir: pathlib.Path, stop: Signals | None = None) -> dic
     """
     began = time.time()
     stop = stop or Signals()
-    _check_processes(config, workdir)
+    checks.processes(config, workdir)
     with lock.held(workdir):
         with stop.at_once():  # nothing to save yet
             job = _prepare(config, workdir, stop)
@@ -96,17 +95,16 @@ def run(config: dict, workdir: pathlib.Path, stop: Signals | None = None) -> dic
 def _prepare(config, workdir, stop) -> _Job:
     """Check everything, build everything, and read the newest checkpoint."""
     settings = config["train"]
-    _check_resume(config, workdir)
-    _check_sizes(config["data"])
+    checks.settings(config)
+    checks.say_changes(config, workdir)
     parts = assemble.parts(config)
     if settings["export"]:
         export.check(parts)
-    _check_batch(settings["batch_size"], settings["chunks"], parts)
+    checks.batch(config, parts)
     sources = assemble.open_corpora(config["data"], config["data"]["split"])
     evaluator = validator = Evaluator(parts, config["evals"], stop)
     if settings["select"]:
-        _check_select(config)
-        validator = Evaluator(parts, {**config["evals"], "split": VALIDATION}, stop)
+        validator = Evaluator(parts, {**config["evals"], "split": checks.VALIDATION}, stop)
     variables = assemble.initial_variables(parts)
     untrained = jax.device_get(variables)  # the control; the step donates the originals
     frozen = assemble.frozen_patterns(parts)
@@ -121,8 +119,8 @@ def _prepare(config, workdir, stop) -> _Job:
         rows, shares = unpaired.streams(parts, sources[0], pools, related)
         refresh = unpaired.refresher(parts, sources[0], pools, related)
     state = assemble.place(training.make_state(variables, tx, frozen), parts)
-    features = assemble.cached_text(parts, variables, sources)
-    batches = assemble.train_batches(parts, rows, features, shares=shares)
+    features = examples.cached_text(parts, variables, sources)
+    batches = examples.train_batches(parts, rows, features, shares=shares)
 
     checkpointer = Checkpointer(
         workdir / "checkpoints", keep=settings["keep"], keep_every=settings["keep_every"]
@@ -232,13 +230,6 @@ def _finish(job, state, workdir, began) -> dict:
     return results
 
 
-def _check_processes(config, workdir):
-    """Refuse a process that was started with another config, code or folder."""
-    facts = {f"config.{k}": repr(v) for k, v in configs.flatten(config)}
-    facts |= {"--workdir": str(workdir), "the code": distributed.code_version()}
-    distributed.check_same({**facts, "jax": jax.__version__})
-
-
 def plan_of(config: dict, devices: int | None = None) -> str:
     """Say what a step of this config takes, without training.
 
@@ -250,57 +241,10 @@ def plan_of(config: dict, devices: int | None = None) -> str:
       UserError: for what `run` would refuse too, or devices that are not to be had.
     """
     emulated = None if devices is None else plan.emulate(devices)
-    _check_sizes(config["data"])
+    checks.settings(config)
     blueprint = plan.blueprint(config, emulated)
-    _check_batch(config["train"]["batch_size"], config["train"]["chunks"], blueprint)
+    checks.batch(config, blueprint)
     return plan.table(blueprint, plan.make(blueprint))
-
-
-def _check_resume(config, workdir):
-    """Show what differs from the run in `workdir`; the checkpoint refuses another architecture."""
-    if not (workdir / assemble.CONFIG).is_file():
-        return
-    changed = configs.differences(assemble.read_config(workdir), config)
-    for line in changed:
-        distributed.say(f"config differs from the run in {workdir}: {line}")
-
-
-def _check_select(config):
-    train = config["train"]
-    if not train["evaluate_every"]:
-        raise UserError("train.select needs evaluations: set train.evaluate_every.")
-    if config["evals"]["split"] == VALIDATION:
-        raise UserError(
-            f"train.select={train['select']} chooses a step on the validation split, which is the "
-            "one that evals.split reports: it would look better than it is. Accepted: "
-            "evals.split=test."
-        )
-
-
-def _check_batch(batch_size, chunks, parts):
-    pieces = sharding.batch_devices(parts.mesh)
-    if batch_size % pieces:
-        raise UserError(
-            f"train.batch_size={batch_size} cannot be split over {pieces} devices; "
-            f"accepted are multiples of {pieces}."
-        )
-    if chunks < 1 or batch_size % (pieces * chunks):
-        raise UserError(
-            f"train.batch_size={batch_size} cannot be split into train.chunks={chunks} on {pieces} "
-            f"devices; accepted are multiples of {pieces} times chunks."
-        )
-    group = getattr(parts.recipe, "contrast_group", 0)
-    if group and batch_size % group:
-        raise UserError(
-            f"train.batch_size={batch_size} cannot be split into recipe.contrast_group={group}."
-        )
-
-
-def _check_sizes(data):
-    if data["crop"] > data["size"]:
-        raise UserError(f"data.crop={data['crop']} is larger than data.size={data['size']}.")
-    if data["channels"] not in (1, 3):
-        raise UserError(f"data.channels must be 1 (grey) or 3, got {data['channels']}.")
 
 
 def _write_config(config, workdir):

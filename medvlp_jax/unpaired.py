@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from medvlp_jax import assemble, distributed
+from medvlp_jax import assemble, distributed, examples
 from medvlp_jax.config import UserError
 from medvlp_jax.data import pairing, pipeline
 from medvlp_jax.evaluation import features
@@ -125,7 +125,7 @@ def _encoder(parts: assemble.Parts, source) -> Callable:
     def encode(variables, rows, inputs, key):
         batches = pipeline.eval_batches(
             pairing.Nodes(source, rows),
-            transform=assemble.record_transform(parts, inputs, train=False),
+            transform=examples.record_transform(parts, inputs, train=False),
             batch_size=parts.config["evals"]["batch_size"],
             process_index=parts.part.index,
             process_count=parts.part.count,

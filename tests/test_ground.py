@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from tiny_config import get_config
 
-from medvlp_jax import assemble, ground
+from medvlp_jax import assemble, examples, ground
 from medvlp_jax.config import UserError
 from medvlp_jax.evaluation import grounding
 from medvlp_jax.evaluator import Evaluator, full
@@ -44,7 +44,7 @@ def test_a_map_is_the_cosine_of_patches_and_phrase(evaluator):
     parts = evaluator[0].parts
     patches, phrases = grounder.encode(variables, grounder.pairs)["cosine"]
     pair = grounder.pairs[-1]
-    see = assemble.record_transform(parts, ("image",), train=False)
+    see = examples.record_transform(parts, ("image",), train=False)
     image = see(evaluator[0].source[grounder.rows[pair.row]], None)["image"]
     tokens = grounder.localise(variables, {"image": np.tile(image, (16, 1, 1, 1))})["cosine"]
     np.testing.assert_allclose(patches[pair.row], tokens[0], atol=1e-5)

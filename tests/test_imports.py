@@ -18,8 +18,9 @@ LEVELS = (
     ("training", "evaluation", "evidence"),
     ("clinical", "tables", "weights"),
     ("assemble",),
+    ("examples",),
     ("unpaired", "ground", "embedder", "evaluator"),
-    ("cli", "cases", "export", "evaluate", "plan", "train"),
+    ("cli", "cases", "checks", "export", "evaluate", "plan", "train"),
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 

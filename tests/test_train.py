@@ -164,6 +164,22 @@ def test_bad_input_is_one_sentence_before_anything_is_written(tmp_path, override
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["--config.optim.warmup=900"], "warmup must be at least 0 and below steps=.*, got 900"),
+        (["--config.optim.name=adamm"], "optim.name must be one of .*, got 'adamm'"),
+        (["--config.train.select=x", "--config.train.evaluate_every=0"], "needs evaluations"),
+    ],
+)
+def test_settings_are_refused_before_a_text_encoder_is_trained(
+    tmp_path, monkeypatch, overrides, message
+):
+    monkeypatch.setattr(assemble, "parts", lambda *_, **__: pytest.fail("built first"))
+    with pytest.raises(UserError, match=message):
+        train.run(*resolve(*overrides, workdir=tmp_path / "run"))
+
+
 def test_evaluating_a_folder_that_is_no_run_is_one_sentence(tmp_path, capsys):
     assert cli.main(["evaluate", f"--run={tmp_path}"]) == 2
     assert "is not a run folder: it has no config.json" in capsys.readouterr().err

@@ -12,6 +12,41 @@ from medvlp_jax.config import UserError
 from medvlp_jax.training import params as paths
 
 Multipliers = Sequence[tuple[str, float]]
+SCALERS = {
+    "adam": optax.scale_by_adam,
+    "adamw": optax.scale_by_adam,
+    "lamb": optax.scale_by_adam,
+    "sgd": lambda b1, b2: optax.trace(0.9),
+}
+
+
+def check(
+    *,
+    name: str,
+    lr: float,
+    steps: int,
+    warmup: int = 0,
+    schedule: str = "cosine",
+    floor: float = 0.0,
+    average: float = 0.0,
+    **others: Any,
+) -> optax.Schedule:
+    """Return the learning rate of a step; settings that need no parameters are refused here.
+
+    Args as in `make`; `others` are not looked at.
+
+    Raises:
+      UserError: for an unknown name, a schedule that does not fit, or an average outside [0, 1).
+    """
+    del others
+    if not 0 <= average < 1:
+        raise UserError(f"optim.average={average} must be at least 0 and below 1.")
+    if name not in SCALERS:
+        raise UserError(f"optim.name must be one of {', '.join(SCALERS)}, got '{name}'.")
+    try:
+        return schedules.learning_rate(lr, steps=steps, warmup=warmup, kind=schedule, floor=floor)
+    except ValueError as error:
+        raise UserError(f"optim: {error}.") from None
 
 
 def make(
@@ -57,27 +92,23 @@ def make(
     Raises:
       UserError: for an unknown name, a pattern that matches nothing, or an average outside [0, 1).
     """
-    if not 0 <= average < 1:
-        raise UserError(f"optim.average={average} must be at least 0 and below 1.")
-    scalers = {
-        "adam": lambda: optax.scale_by_adam(b1, b2),
-        "adamw": lambda: optax.scale_by_adam(b1, b2),
-        "lamb": lambda: optax.scale_by_adam(b1, b2),
-        "sgd": lambda: optax.trace(0.9),
-    }
-    if name not in scalers:
-        raise UserError(f"optim.name must be one of {', '.join(scalers)}, got '{name}'.")
+    rate = check(
+        name=name,
+        lr=lr,
+        steps=steps,
+        warmup=warmup,
+        schedule=schedule,
+        floor=floor,
+        average=average,
+    )
     paths.check_patterns(trainable, [p for p, _ in multipliers], "optim.multipliers")
     paths.check_patterns(trainable, no_decay, "optim.no_decay")
-    try:
-        rate = schedules.learning_rate(lr, steps=steps, warmup=warmup, kind=schedule, floor=floor)
-    except ValueError as error:
-        raise UserError(f"optim: {error}.") from None
     flat = paths.flatten(trainable)
     decayed = paths.unflatten({p: not paths.matches(p, no_decay) for p in flat})
     parts = [optax.clip_by_global_norm(clip)] if clip else []
     decay = [optax.add_decayed_weights(weight_decay, mask=decayed)]
-    parts += [*decay, scalers[name]()] if name == "adam" else [scalers[name](), *decay]
+    scaled = SCALERS[name](b1, b2)
+    parts += [*decay, scaled] if name == "adam" else [scaled, *decay]
     parts += [optax.scale_by_trust_ratio()] if name == "lamb" else []
     parts += [scale_by_path(multipliers)] if multipliers else []
     parts += [optax.scale_by_learning_rate(rate)]

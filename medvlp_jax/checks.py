@@ -1,0 +1,84 @@
+"""What a run is refused for before anything is trained, compiled or written."""
+
+import pathlib
+from collections.abc import Mapping
+
+import jax
+
+from medvlp_jax import assemble, distributed, sharding
+from medvlp_jax import config as configs
+from medvlp_jax.config import UserError
+from medvlp_jax.training import optim
+
+VALIDATION = "validation"
+
+
+def processes(config: Mapping, workdir: pathlib.Path) -> None:
+    """Refuse a process that was started with another config, code or folder."""
+    facts = {f"config.{k}": repr(v) for k, v in configs.flatten(config)}
+    facts |= {"--workdir": str(workdir), "the code": distributed.code_version()}
+    distributed.check_same({**facts, "jax": jax.__version__})
+
+
+def settings(config: Mapping) -> None:
+    """Refuse settings that do not fit one another, whatever the corpus and the devices.
+
+    Raises:
+      UserError: for sizes, an optimiser or a selection that cannot be.
+    """
+    data, train = config["data"], config["train"]
+    if data["crop"] > data["size"]:
+        raise UserError(f"data.crop={data['crop']} is larger than data.size={data['size']}.")
+    if data["channels"] not in (1, 3):
+        raise UserError(f"data.channels must be 1 (grey) or 3, got {data['channels']}.")
+    optim.check(steps=train["steps"], **config["optim"])
+    if train["select"]:
+        _selection(train, config["evals"])
+
+
+def _selection(train, evals):
+    if not train["evaluate_every"]:
+        raise UserError("train.select needs evaluations: set train.evaluate_every.")
+    if evals["split"] == VALIDATION:
+        raise UserError(
+            f"train.select={train['select']} chooses a step on the validation split, which is the "
+            "one that evals.split reports: it would look better than it is. Accepted: "
+            "evals.split=test."
+        )
+
+
+def batch(config: Mapping, parts) -> None:
+    """Refuse a batch that the devices, the chunks or the recipe cannot split.
+
+    Args:
+      config: resolved.
+      parts: with `mesh` and `recipe`: assemble.Parts or a plan.Blueprint.
+
+    Raises:
+      UserError: naming both numbers.
+    """
+    size, chunks = config["train"]["batch_size"], config["train"]["chunks"]
+    pieces = sharding.batch_devices(parts.mesh)
+    if size % pieces:
+        raise UserError(
+            f"train.batch_size={size} cannot be split over {pieces} devices; "
+            f"accepted are multiples of {pieces}."
+        )
+    if chunks < 1 or size % (pieces * chunks):
+        raise UserError(
+            f"train.batch_size={size} cannot be split into train.chunks={chunks} on {pieces} "
+            f"devices; accepted are multiples of {pieces} times chunks."
+        )
+    group = getattr(parts.recipe, "contrast_group", 0)
+    if group and size % group:
+        raise UserError(
+            f"train.batch_size={size} cannot be split into recipe.contrast_group={group}."
+        )
+
+
+def say_changes(config: Mapping, workdir: pathlib.Path) -> None:
+    """Show what differs from the run in `workdir`; the checkpoint refuses another architecture."""
+    if not (workdir / assemble.CONFIG).is_file():
+        return
+    for line in configs.differences(assemble.read_config(workdir), config):
+        distributed.say(f"config differs from the run in {workdir}: {line}")
