@@ -1,4 +1,4 @@
-"""What the builders of published chest X-ray corpora share.
+"""What the builders of published image and report corpora share.
 
 A builder says in `samples` which image each row of its tables names, with its labels, texts and
 regions. What happens then is the same for all: named skip lists are taken off and counted, images
@@ -27,6 +27,7 @@ SPLITS = ("train", "validation", "test")
 # The user's own skip list in a source folder; `medvlp data check --write-skip-list` makes one.
 SKIP_LIST = "skip_list.csv"
 MIN_SIDE, MAX_SIDE = 32, 4096
+NO_IMAGE = images.Encoded(records.empty_image(), (16, 16))
 
 
 class Sample(NamedTuple):
@@ -34,17 +35,18 @@ class Sample(NamedTuple):
 
     Attributes:
       row: the table row it comes from, for errors.
-      path: of the image.
+      path: of the image; None for a text alone.
       split: "train", "validation" or "test".
       image_id, patient_id, study_id: as in `records.record`.
       sections: (findings, impression), or a function that reads them.
       labels: int8 vector per task.
       boxes: ((xmin, ymin, xmax, ymax) in pixels of the source, phrase).
+      categories: of each box, where the corpus has CATEGORIES.
       mask: (height, width) -> uint8 bit field of the source's size.
     """
 
     row: files.Row
-    path: Path
+    path: Path | None
     split: str
     image_id: str
     patient_id: str
@@ -52,6 +54,7 @@ class Sample(NamedTuple):
     sections: tuple[str, str] | Callable[[], tuple[str, str]] = ("", "")
     labels: Mapping[str, np.ndarray] = {}
     boxes: Sequence[tuple[masks.Box, str]] = ()
+    categories: Sequence[str] = ()
     mask: Callable[[masks.Shape], np.ndarray] | None = None
 
 
@@ -61,6 +64,7 @@ class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     Attributes:
       VARIANTS: description by name, the default first.
       MASK_BITS: see `records.metadata`.
+      CATEGORIES: whether boxes have a category beside their phrase.
       PUBLISHED: number of images by name of what is counted, as the source states it.
     """
 
@@ -68,6 +72,7 @@ class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     RESIZABLE = True
     VARIANTS: Mapping[str, str] = {}
     MASK_BITS: Mapping[str, int] = {}
+    CATEGORIES = False
     PUBLISHED: Mapping[str, int] = {}
 
     def __init_subclass__(cls, **options: Any):
@@ -139,7 +144,7 @@ class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
                 f"({self.variant}) does not have, such as {min(unknown)}."
             )
         if not kept:
-            raise UserError(f"{folder} holds no image for {self.name} ({self.variant}).")
+            raise UserError(f"{folder} holds nothing for {self.name} ({self.variant}).")
         return kept
 
     def to_record(self, sample: Sample) -> dict[str, Any]:
@@ -150,7 +155,7 @@ class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             does not fit it.
         """
         try:
-            image = images.load(sample.path, side=self.side)
+            image = NO_IMAGE if sample.path is None else images.load(sample.path, side=self.side)
             boxes = [(masks.fractions(b, image.shape), words) for b, words in sample.boxes]
             mask = b""
             if sample.mask is not None:
@@ -169,6 +174,7 @@ class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             impression=impression,
             labels=sample.labels,
             boxes=boxes,
+            categories=sample.categories,
             mask=mask,
         )
 
@@ -177,7 +183,7 @@ class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         return tfds.core.DatasetInfo(
             builder=self,
             description=self.__doc__,
-            features=records.features(tasks=tasks),
+            features=records.features(tasks=tasks, categories=self.CATEGORIES),
             metadata=records.metadata(tasks=tasks, mask_bits=self.MASK_BITS),
         )
 

@@ -109,7 +109,7 @@ def _problems(
 
 
 def _looked_at(sample: building.Sample) -> Problem | None:
-    what = images.looks_whole(sample.path)
+    what = "" if sample.path is None else images.looks_whole(sample.path)
     return Problem(sample.image_id, _row(sample), f"{what} ({sample.path})") if what else None
 
 
@@ -128,7 +128,7 @@ def _row(sample: building.Sample) -> str:
 def _count(samples: Sequence[building.Sample]) -> dict[str, Any]:
     texts = [s.sections() if callable(s.sections) else s.sections for s in samples]
     counts = {
-        "images": len(samples),
+        "images": sum(s.path is not None for s in samples),
         "studies": len({s.study_id for s in samples}),
         "patients": len({s.patient_id for s in samples}),
         "findings": sum(bool(findings) for findings, _ in texts),

@@ -45,7 +45,7 @@ def ms_cxr_folder(tmp_path):
     ]
     for name, shape in ((first, (60, 80)), (second, (30, 40))):
         write_image(folder / name, 0, shape)
-    write_ms_cxr(folder / ms_cxr.TABLES[0], MS_CXR_HEADER.split(","), rows)
+    write_ms_cxr(folder / ms_cxr.TABLE.names[0], MS_CXR_HEADER.split(","), rows)
     return folder
 
 
@@ -75,9 +75,9 @@ def test_boxes_of_ms_cxr_are_fractions_with_sentence_and_category(ms_cxr_folder,
 
 
 def test_the_first_release_has_no_splits_and_is_all_test(ms_cxr_folder, tmp_path):
-    header, rows = read_csv(ms_cxr_folder / ms_cxr.TABLES[0])
-    (ms_cxr_folder / ms_cxr.TABLES[0]).unlink()
-    write_ms_cxr(ms_cxr_folder / ms_cxr.TABLES[1], header[:-1], rows)
+    header, rows = read_csv(ms_cxr_folder / ms_cxr.TABLE.names[0])
+    (ms_cxr_folder / ms_cxr.TABLE.names[0]).unlink()
+    write_ms_cxr(ms_cxr_folder / ms_cxr.TABLE.names[1], header[:-1], rows)
     assert len(records_of("ms_cxr", "test", ms_cxr_folder, tmp_path)) == 2
 
 
@@ -85,15 +85,15 @@ def test_the_first_release_has_no_splits_and_is_all_test(ms_cxr_folder, tmp_path
     ("column", "value", "message"),
     [
         ("category_name", "Fracture", "accepted are Atelectasis"),
-        ("x", "many", "pixels are needed"),
-        ("w", "0", "is empty inside"),
+        ("x", "many", "accepted is a number"),
+        ("w", "0", "is empty in 80 x 60"),
         ("path", "images/a.jpg", "path of a-b is 'images/a.jpg' here"),
         ("label_text", "", "label_text is empty"),
         ("split", "dev", "accepted are train"),
     ],
 )
 def test_defects_of_ms_cxr_name_the_row(ms_cxr_folder, column, value, message):
-    path = ms_cxr_folder / ms_cxr.TABLES[0]
+    path = ms_cxr_folder / ms_cxr.TABLE.names[0]
     header, rows = read_csv(path)
     rows[2][header.index(column)] = value
     if column == "split":

@@ -12,10 +12,8 @@ of this set have to be left out of a pretraining on MIMIC-CXR.
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-import tensorflow_datasets as tfds
-
-from medvlp_jax.data import files, records
+from medvlp_jax.config import UserError
+from medvlp_jax.data import building, files, layouts, masks, records
 
 CATEGORIES = (
     "Atelectasis",
@@ -27,38 +25,43 @@ CATEGORIES = (
     "Pneumonia",
     "Pneumothorax",
 )
-TASKS = {"finding": CATEGORIES}
-TABLES = ("MS_CXR_Local_Alignment_v1.1.0.csv", "MS_CXR_Local_Alignment_v1.0.0.csv")
-COLUMNS = ("dicom_id", "category_name", "label_text", "path", "x", "y", "w", "h")
-SIZES = ("image_width", "image_height")
+HEADER = "dicom_id,category_name,label_text,path,x,y,w,h,image_width,image_height"
+WHERE = "https://physionet.org/content/ms-cxr"
+TABLE = layouts.Table(
+    ("MS_CXR_Local_Alignment_v1.1.0.csv", "MS_CXR_Local_Alignment_v1.0.0.csv"),
+    (f"{HEADER},split", HEADER),
+    WHERE,
+)
 SPLITS = {"train": "train", "val": "validation", "validation": "validation", "test": "test"}
 
 
-class Builder(tfds.core.GeneratorBasedBuilder):
+class Builder(building.Builder):
     """TFDS builder of `ms_cxr`."""
 
-    VERSION = tfds.core.Version("1.0.0")
-    MANUAL_DOWNLOAD_INSTRUCTIONS = f"A folder with {TABLES[0]} and MIMIC-CXR-JPG's files/."
+    MANUAL_DOWNLOAD_INSTRUCTIONS = f"A folder with {TABLE.names[0]} and MIMIC-CXR-JPG's files/."
+    VARIANTS = {"phrases": "Every image with its sentences and boxes."}
+    CATEGORIES = True
+    PUBLISHED = {"sentences": 1_162}
 
-    def _info(self) -> tfds.core.DatasetInfo:
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description=__doc__,
-            features=records.features(tasks=TASKS, categories=True),
-            metadata=records.metadata(tasks=TASKS),
-        )
+    def tasks(self):
+        return {"finding": CATEGORIES}
 
-    def _split_generators(self, dl_manager):
-        folder = Path(dl_manager.manual_dir)
-        images = read_table(folder)
-        found: dict[str, list] = {}
-        for rows in images.values():
-            found.setdefault(split_of(rows[0]), []).append(rows)
-        return {split: self._generate_examples(folder, found[split]) for split in sorted(found)}
-
-    def _generate_examples(self, folder: Path, images: list[list[files.Row]]) -> Iterator:
-        for rows in images:
-            yield rows[0]["dicom_id"], to_record(folder, rows)
+    def samples(self, folder: Path) -> Iterator[building.Sample]:
+        for rows in read_table(folder).values():
+            first = rows[0]
+            label = records.unknown(CATEGORIES)
+            label[[CATEGORIES.index(row["category_name"]) for row in rows]] = records.PRESENT
+            yield building.Sample(
+                row=first,
+                path=layouts.member(folder, first, first["path"]),
+                split=split_of(first),
+                image_id=first["dicom_id"],
+                patient_id=patient_of(first),
+                study_id=Path(first["path"]).parts[3],
+                labels={"finding": label},
+                boxes=[(box_of(row), row["label_text"]) for row in rows],
+                categories=[row["category_name"] for row in rows],
+            )
 
 
 def read_table(folder: Path) -> dict[str, list[files.Row]]:
@@ -67,15 +70,13 @@ def read_table(folder: Path) -> dict[str, list[files.Row]]:
     Raises:
       UserError: for a defect of the table, or an image in two places or splits.
     """
-    path = next((folder / name for name in TABLES if (folder / name).is_file()), folder / TABLES[0])
-    needed = (*COLUMNS, *SIZES)
     images: dict[str, list[files.Row]] = {}
-    for row in files.read_rows(path, columns=needed, filled=needed):
+    for row in TABLE.rows(folder, filled=HEADER.split(",")):
         row.choice("category_name", CATEGORIES)
         rows = images.setdefault(row["dicom_id"], [])
         rows.append(row)
-        for column in ("path", *SIZES, *(("split",) if "split" in row.cells else ())):
-            if row[column] != rows[0][column]:
+        for column in ("path", "image_width", "image_height", "split"):
+            if row.cells.get(column) != rows[0].cells.get(column):
                 raise row.error(
                     f"{column} of {row['dicom_id']} is '{row[column]}' here and "
                     f"'{rows[0][column]}' in row {rows[0].number}; an image has one."
@@ -105,36 +106,17 @@ def patient_of(row: files.Row) -> str:
     return parts[2]
 
 
-def box_of(row: files.Row) -> tuple[float, float, float, float]:
-    """Return (ymin, xmin, ymax, xmax) of a row as fractions of its image.
+def box_of(row: files.Row) -> masks.Box:
+    """Return (xmin, ymin, xmax, ymax) of a row in pixels.
 
     Raises:
-      UserError: for what is no number, or a box that lies outside the image.
+      UserError: for what is no number, or a box that is empty inside the image.
     """
+    x, y, w, h = (layouts.number(row, name) for name in ("x", "y", "w", "h"))
+    width, height = (layouts.number(row, f"image_{side}", low=1) for side in ("width", "height"))
+    box = x, y, x + w, y + h
     try:
-        x, y, w, h = (float(row[name]) for name in ("x", "y", "w", "h"))
-        width, height = (float(row[name]) for name in SIZES)
-    except ValueError as error:
-        raise row.error(f"{error}; pixels are needed in x, y, w, h and the image's size.") from None
-    corners = np.array([y / height, x / width, (y + h) / height, (x + w) / width])
-    clipped = np.clip(corners, 0, 1)
-    if not (w > 0 and h > 0 and (clipped[2:] > clipped[:2]).all()):
-        raise row.error(f"box {x}, {y}, {w}, {h} is empty inside {width} x {height} pixels.")
-    return tuple(clipped.tolist())
-
-
-def to_record(folder: Path, rows: list[files.Row]) -> dict:
-    """Return the record of an image with all its boxes."""
-    first = rows[0]
-    named = {row["category_name"] for row in rows}
-    label = records.unknown(CATEGORIES)
-    label[[CATEGORIES.index(name) for name in named]] = records.PRESENT
-    return records.record(
-        image=files.read_image(files.inside(folder, first, "path"), first),
-        image_id=first["dicom_id"],
-        patient_id=patient_of(first),
-        study_id=Path(first["path"]).parts[3],
-        labels={"finding": label},
-        boxes=[(box_of(row), row["label_text"]) for row in rows],
-        categories=[row["category_name"] for row in rows],
-    )
+        masks.fractions(box, (int(height), int(width)))
+    except UserError as error:
+        raise row.error(str(error)) from None
+    return box

@@ -13,56 +13,52 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import tensorflow_datasets as tfds
 
 from medvlp_jax.config import UserError
-from medvlp_jax.data import files, records, reports
+from medvlp_jax.data import building, files, layouts, records, reports
 
 CLASSES = ("normal", "abnormal")
-TASKS = {"normal": CLASSES}
 SPLITS = {"train": "train", "val": "validation", "validation": "validation", "test": "test"}
 # Headings of a report that nobody could or did index.
 UNINDEXED = ("no indexing", "technical quality of image unsatisfactory")
 REPORTS, IMAGES, INDEX = "ecgen-radiology", "NLMCXR_png", "index.csv"
 
 
-class Builder(tfds.core.GeneratorBasedBuilder):
+class Builder(building.Builder):
     """TFDS builder of `openi`."""
 
-    VERSION = tfds.core.Version("1.0.0")
     MANUAL_DOWNLOAD_INSTRUCTIONS = (
         f"A folder with {REPORTS}.tgz; for the variant pairs also {IMAGES}/."
     )
-    BUILDER_CONFIGS = (
-        tfds.core.BuilderConfig(name="pairs", description="One record an image."),
-        tfds.core.BuilderConfig(name="reports", description="One record a report, no image."),
-    )
+    VARIANTS = {"pairs": "One record an image.", "reports": "One record a report, no image."}
+    PUBLISHED = {"reports": 3_955, "images": 7_470}
 
-    def _info(self) -> tfds.core.DatasetInfo:
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description=__doc__,
-            features=records.features(tasks=TASKS),
-            metadata=records.metadata(tasks=TASKS),
-        )
+    def tasks(self):
+        return {"normal": CLASSES}
 
-    def _split_generators(self, dl_manager):
-        folder = Path(dl_manager.manual_dir)
+    def samples(self, folder: Path) -> Iterator[building.Sample]:
         splits = read_splits(folder)
-        found: dict[str, list] = {}
         for report in reports.read_reports(source_of(folder)):
-            if report.text:
-                split = splits[report.id] if splits else files.split_of(report.id)
-                found.setdefault(split, []).append(report)
-        return {split: self._generate_examples(folder, found[split]) for split in sorted(found)}
+            if not report.text:
+                self.left_out("reports without a text")
+                continue
+            split = splits[report.id] if splits else files.split_of(report.id)
+            for name in (report.id,) if self.variant == "reports" else report.images:
+                yield self._sample(folder, report, name, split)
 
-    def _generate_examples(self, folder: Path, found: list[reports.Report]) -> Iterator:
-        for report in found:
-            if self.builder_config.name == "reports":
-                yield report.id, to_record(report, report.id, records.empty_image())
-            else:
-                for name in report.images:
-                    yield name, to_record(report, name, read_png(folder, report, name))
+    def _sample(self, folder, report, name, split):
+        row = files.Row(folder / REPORTS / report.id, 1, {})
+        image = layouts.member(folder, row, f"{IMAGES}/{name}.png")
+        return building.Sample(
+            row=row,
+            path=None if self.variant == "reports" else image,
+            split=split,
+            image_id=name,
+            patient_id=report.id,
+            study_id=report.id,
+            sections=(report.findings, report.impression),
+            labels={"normal": label_of(report.headings)},
+        )
 
 
 def source_of(folder: Path) -> Path:
@@ -92,32 +88,9 @@ class _Splits(dict):
         raise UserError(f"{self.path} has no row for report {name}; every report needs one.")
 
 
-def read_png(folder: Path, report: reports.Report, name: str) -> bytes:
-    """Return the bytes of an image of a report.
-
-    Raises:
-      UserError: where it is missing, damaged or no PNG, or its name is no plain name.
-    """
-    row = files.Row(folder / REPORTS / report.id, 1, {"image": f"{IMAGES}/{name}.png"})
-    return files.read_image(files.inside(folder, row, "image"), row, format="PNG")
-
-
 def label_of(headings: tuple[str, ...]) -> np.ndarray:
     """Return the label vector over CLASSES."""
     lower = {heading.strip().lower() for heading in headings}
     if not lower or lower & {*UNINDEXED}:
         return records.unknown(CLASSES)
     return records.one_hot("normal" if lower == {"normal"} else "abnormal", CLASSES)
-
-
-def to_record(report: reports.Report, name: str, image: bytes) -> dict:
-    """Return the record of an image of a report, or of a report alone."""
-    return records.record(
-        image=image,
-        image_id=name,
-        patient_id=report.id,
-        study_id=report.id,
-        findings=report.findings,
-        impression=report.impression,
-        labels={"normal": label_of(report.headings)},
-    )

@@ -17,20 +17,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import tensorflow_datasets as tfds
-
 from medvlp_jax.config import UserError
-from medvlp_jax.data import files, records
+from medvlp_jax.data import building, files, layouts, records
 
 KINDS = ("radiology", "non-radiology")
-TASKS = {"kind": KINDS}
 SPLITS = ("train", "validation", "test")
 TABLE_SPLITS = {"train": "train", "val": "validation", "validation": "validation", "test": "test"}
 TABLE = "captions.csv"
 
 
 class Caption(NamedTuple):
-    """One figure: where its row and its image are; an empty path where it has none."""
+    """One figure: where its row and its image are; None where it has none."""
 
     row: files.Row
     split: str
@@ -38,45 +35,39 @@ class Caption(NamedTuple):
     image: Path | None
 
 
-class Builder(tfds.core.GeneratorBasedBuilder):
+class Builder(building.Builder):
     """TFDS builder of `roco`."""
 
-    VERSION = tfds.core.Version("1.0.0")
     MANUAL_DOWNLOAD_INSTRUCTIONS = f"ROCO's repository with its data/ folder, or a {TABLE}."
-    BUILDER_CONFIGS = (
-        tfds.core.BuilderConfig(name="pairs", description="Captions whose image is there."),
-        tfds.core.BuilderConfig(name="captions", description="All captions, no image."),
-    )
+    VARIANTS = {"pairs": "Captions whose image is there.", "captions": "All captions, no image."}
 
-    def _info(self) -> tfds.core.DatasetInfo:
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description=__doc__,
-            features=records.features(tasks=TASKS),
-            metadata=records.metadata(tasks=TASKS),
-        )
+    def tasks(self):
+        return {"kind": KINDS}
 
-    def _split_generators(self, dl_manager):
-        folder = Path(dl_manager.manual_dir)
+    def samples(self, folder: Path) -> Iterator[building.Sample]:
         captions = read_table(folder) if (folder / TABLE).is_file() else read_repository(folder)
-        if self.builder_config.name == "pairs":
-            captions = [c for c in captions if c.image is not None]
-            if not captions:
+        with_image = [caption for caption in captions if caption.image is not None]
+        if self.variant == "pairs":
+            if not with_image:
                 raise UserError(
                     f"{folder} holds no image that a caption names; the variant captions takes "
                     "the texts alone."
                 )
-        found = {caption.split for caption in captions}
-        return {
-            split: self._generate_examples([c for c in captions if c.split == split])
-            for split in SPLITS
-            if split in found
-        }
-
-    def _generate_examples(self, captions: list[Caption]) -> Iterator:
-        has_images = self.builder_config.name == "pairs"
+            if dead := len(captions) - len(with_image):
+                self.left_out("captions whose image is not there", dead)
+            captions = with_image
         for caption in captions:
-            yield caption.row["id"], to_record(caption, has_image=has_images)
+            row = caption.row
+            yield building.Sample(
+                row=row,
+                path=caption.image if self.variant == "pairs" else None,
+                split=caption.split,
+                image_id=row["id"],
+                patient_id=row["pmcid"],
+                study_id=row["id"],
+                sections=(row["caption"], ""),
+                labels={"kind": records.one_hot(caption.kind, KINDS)},
+            )
 
 
 def read_table(folder: Path) -> list[Caption]:
@@ -130,8 +121,8 @@ def _read_part(part: Path, split: str, kind: str) -> list[Caption]:
             raise row.error(f"{name} has no caption; a line is <id><TAB> <caption>.")
         # Without a licence the article is not known: the figure stands for itself.
         cells = {"id": name, "caption": row["last"], "pmcid": articles.get(name) or name}
-        row = row._replace(cells={**cells, "image": f"images/{names.get(name, f'{name}.jpg')}"})
-        image = files.inside(part, row, "image")
+        row = row._replace(cells=cells)
+        image = layouts.member(part, row, f"images/{names.get(name, f'{name}.jpg')}")
         found.append(Caption(row, split, kind, image if image.is_file() else None))
     return found
 
@@ -147,17 +138,3 @@ def _lines(path: Path) -> list[files.Row]:
             last = rest[-1].strip() if rest else ""
             rows.append(files.Row(path, number, {"id": first.strip(), "last": last}))
     return rows
-
-
-def to_record(caption: Caption, *, has_image: bool) -> dict:
-    """Return the record of a figure."""
-    row = caption.row
-    image = files.read_image(caption.image, row) if has_image else records.empty_image()
-    return records.record(
-        image=image,
-        image_id=row["id"],
-        patient_id=row["pmcid"],
-        study_id=row["id"],
-        findings=row["caption"],
-        labels={"kind": records.one_hot(caption.kind, KINDS)},
-    )
