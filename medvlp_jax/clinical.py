@@ -4,7 +4,6 @@ Glue between a config and data/metadata.py, data/scans.py and data/prompts.py, f
 and plan alike.
 """
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -108,16 +107,9 @@ def pair_of(
         if name not in known or "slices" in known[name]:
             flat = [other for other, spec in known.items() if "slices" not in spec]
             raise UserError(f"'{name}' is no image to align; accepted: {', '.join(flat)}.")
-    readers = {name: functools.partial(_read, name, known[name], decode) for name in images}
+    read = lambda name: lambda record: scans.image_of(record, name, known[name], decode)
+    readers = {name: read(name) for name in images}
     return scans.modalities(readers)
-
-
-def _read(name, spec, decode, record):
-    if name == "image":
-        return decode(record["image"])
-    if "channel" in spec:
-        return decode(record["image"])[..., spec["channel"] : spec["channel"] + 1]
-    return decode(record["images"][name])
 
 
 def _builder(data):

@@ -11,7 +11,7 @@ from medvlp_jax import clinical, tables
 from medvlp_jax import config as configs
 from medvlp_jax.assemble import SECTIONS, Parts
 from medvlp_jax.config import UserError
-from medvlp_jax.data import corpora, pipeline, records, transforms, volumes
+from medvlp_jax.data import corpora, pipeline, records, scans, transforms, volumes
 from medvlp_jax.evidence import phrases
 from medvlp_jax.training import text as text_stage
 
@@ -174,10 +174,7 @@ def _further_image(name, spec, decode, view, data, *, train) -> pipeline.Transfo
         )
         see = random_view(data) if train else centre
         return lambda record, rng: see(read(record["images"][name]), rng)
-    if "channel" in spec:
-        channel = slice(spec["channel"], spec["channel"] + 1)
-        return lambda record, rng: view(decode(record["image"])[..., channel], rng)
-    return lambda record, rng: view(decode(record["images"][name]), rng)
+    return lambda record, rng: view(scans.image_of(record, name, spec, decode), rng)
 
 
 def random_view(data: Mapping[str, Any]) -> Callable:

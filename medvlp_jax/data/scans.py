@@ -49,6 +49,25 @@ def siblings(sources: Sequence[Source], key: str, decode: Callable[[bytes], np.n
     return pair
 
 
+def image_of(
+    record: Mapping[str, Any],
+    name: str,
+    spec: Mapping[str, Any],
+    decode: Callable[[bytes], np.ndarray],
+) -> np.ndarray:
+    """Return one image of a record, decoded: "image" itself, a channel of it, or a further one.
+
+    Args:
+      record: of a corpus.
+      name: batch key.
+      spec: what `records.Images` says of it; {} for "image".
+      decode: encoded bytes -> image [H, W, C].
+    """
+    if "channel" in spec:
+        return decode(record["image"])[..., spec["channel"] : spec["channel"] + 1]
+    return decode(record["image"] if name == "image" else record["images"][name])
+
+
 def modalities(readers: Mapping[str, Callable[[Mapping[str, Any]], np.ndarray]]) -> Pair:
     """Return (record, rng) -> two different modalities of a record, drawn anew each time.
 
