@@ -54,12 +54,10 @@ class Fusion(nn.Module):
     Attributes:
       width: W.
       hidden: channels between the two convolutions.
-      delimiters: number of learnable tokens.
     """
 
     width: int
     hidden: int
-    delimiters: int = AROUND
 
     @nn.compact
     def __call__(self, image, text, *, question, answer, delimiters):
@@ -99,7 +97,7 @@ class Fusion(nn.Module):
         words = Downsample(self.hidden, self.width, name="text_local")(words)
         told = Projector(self.width, self.width, name="text_global")(told)[:, None]
 
-        learnt = self.param("delimiters", nn.initializers.zeros, (self.delimiters, self.width))
+        learnt = self.param("delimiters", nn.initializers.zeros, (AROUND, self.width))
         marks = delimiters + learnt.astype(delimiters.dtype)
         pieces = [question, marks[None, :1], seen, marks[None, 1:2], marks[None, 2:3]]
         pieces += [told, words, marks[None, 3:], answer]

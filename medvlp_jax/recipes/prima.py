@@ -158,7 +158,7 @@ class Prima(nn.Module):
                 self.metadata_hidden = Linear(self.metadata_mlp)
                 self.metadata_out = Linear(self.metadata_mlp)
         if self.stage == "fuse":
-            self.fusion = Fusion(self.llm.width, self.fusion_hidden, len(self.prompt.delimiters))
+            self.fusion = Fusion(self.llm.width, self.fusion_hidden)
 
     def __call__(self, batch, *, train=False):
         """Run both halves."""
