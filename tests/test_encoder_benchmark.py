@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import encoder_parts, encoders
+from benchmarks import encoder_parts, encoder_profile, encoders
 
 pytestmark = pytest.mark.hf
 
@@ -73,3 +73,16 @@ def test_a_part_is_the_same_layer_here_and_in_torch(name):
         call = lambda x: part.ours.apply(jax.tree.map(jnp.zeros_like, shapes), x)
     assert parameters == sum(parameter.numel() for parameter in theirs.parameters())
     assert jax.eval_shape(call, jnp.zeros(shape)).size == theirs(x).numel()
+
+
+def test_a_program_says_which_of_its_instructions_are_products_and_which_copies():
+    @jax.jit
+    def step(x, y):
+        return jnp.tanh(x @ y).sum(0), x.T.copy()
+
+    x = jnp.ones((32, 48))
+    program = step.lower(x, x.T).compile().as_text()
+    kinds = encoder_profile.kinds_of(program)
+    assert encoder_profile.KINDS[0] in kinds.values()
+    assert encoder_profile.KINDS[1] in kinds.values()
+    assert encoder_profile.KINDS[2] in kinds.values()
