@@ -12,8 +12,6 @@ resamples of patients (lesions). With --folds each row is trained once a fold an
 """
 
 import argparse
-import csv
-import functools
 import itertools
 import json
 import os
@@ -27,7 +25,7 @@ from absl import flags
 
 from medvlp_jax import assemble, cases, train
 from medvlp_jax.config import UserError
-from medvlp_jax.evaluation import baselines, classify, statistics
+from medvlp_jax.evaluation import baselines, paired
 from medvlp_jax.evaluator import Evaluator
 
 NO_RELATIONS = {"weights": {"sample": 0.0, "unimodal": 0.0, "crossmodal": 0.0}}
@@ -106,49 +104,6 @@ def predictions_of(folder: pathlib.Path, name: str) -> pathlib.Path:
     return folder / (f"predictions-{kind.replace(' ', '-')}.csv" if kind else "predictions.csv")
 
 
-def read_predictions(file: pathlib.Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return patients [N], one-hot truth [N, C] and probabilities [N, C]; known rows alone."""
-    with file.open(newline="") as stream:
-        rows = [row for row in csv.DictReader(stream) if row["truth"]]
-    names = list(rows[0])[3:]
-    chances = np.array([[float(row[name]) for name in names] for row in rows])
-    truth = np.array([[row["truth"] == name for name in names] for row in rows])
-    return np.array([row["patient_id"] for row in rows]), truth.astype(np.int8), chances
-
-
-def macro_auroc(runs: list[tuple], weights: np.ndarray) -> np.ndarray:
-    """Mean over runs of the macro AUROC under row weights [R, N of all runs], [R, 1]."""
-    values, start = [], 0
-    for patients, truth, chances in runs:
-        own = weights[:, start : start + len(patients)]
-        start += len(patients)
-        present = truth.any(0)
-        if present.sum() < 2:
-            continue  # a fold of one class ranks nothing
-        values.append(classify.ranking(truth[:, present], chances[:, present], own)[:, 0].mean(-1))
-    return np.mean(values, axis=0)[:, None]
-
-
-def compare(ours: list[pathlib.Path], theirs: list[pathlib.Path], resamples: int) -> dict:
-    """Return the paired difference in macro AUROC, a mean over runs, with its interval and p.
-
-    Patients are drawn, with all their rows in all runs.
-    """
-    runs = [read_predictions(file) for file in ours], [read_predictions(file) for file in theirs]
-    for a, b, one, other in zip(*runs, ours, theirs, strict=True):
-        if not np.array_equal(a[0], b[0]):
-            raise UserError(f"{one} and {other} are predictions of other cases.")
-    patients = np.concatenate([run[0] for run in runs[0]])
-    found = statistics.compare(
-        functools.partial(macro_auroc, runs[0]),
-        functools.partial(macro_auroc, runs[1]),
-        len(patients),
-        groups=patients,
-        resamples=resamples,
-    )
-    return {key: float(value[0]) for key, value in found._asdict().items()}
-
-
 def differences(rows: Mapping, folder: pathlib.Path, resamples: int) -> dict[str, dict]:
     """Return CFCML minus every other row, over the seeds and folds whose predictions are here."""
     found = {}
@@ -162,7 +117,8 @@ def differences(rows: Mapping, folder: pathlib.Path, resamples: int) -> dict[str
         ours = [file("full", key) for key in shared]
         if not all(path.is_file() for path in ours + [file(name, other(key)) for key in shared]):
             continue  # trained elsewhere: the difference that was written then stands
-        found[name] = compare(ours, [file(name, other(key)) for key in shared], resamples)
+        theirs = [file(name, other(key)) for key in shared]
+        found[name] = paired.compare(ours, theirs, "macro_auroc", resamples=resamples)
     return found
 
 

@@ -1,0 +1,277 @@
+"""PRIMA beside images alone and images with a table through an MLP, and its ablation, by folds.
+
+  python benchmarks/methods_prima.py [--config configs/prima.py:phantom] [--rows image mlp prima]
+      [--folds 5] [--out benchmarks/results/prima-phantom.json] [--folder runs/methods_prima]
+      [--config.KEY=VALUE ...]
+
+A cell is one row on one fold: every stage it has, trained one after another, and its test scores.
+--rows all adds the nine rows of Table 3 (spec A.7), of which the last is "prima". A finished cell
+is written to --out at once and never run again; an interrupted one goes on from its checkpoint: run
+the same command again. Beside the numbers comes a Markdown table: means over folds, and PRIMA minus
+each row in macro F1, over resamples of patients and, as papers do, over folds (corrected t test).
+"""
+
+import argparse
+import itertools
+import json
+import os
+import pathlib
+import shutil
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from absl import flags
+
+from medvlp_jax import train
+from medvlp_jax.config import UserError
+from medvlp_jax.evaluation import paired, shuffle
+from medvlp_jax.evidence import __main__ as evidence
+
+RISKS = {"phantom": "cxr_phantom", "derm": "ham10000", "pad": "pad_ufes_20"}
+LOSSES = ("image", "global", "local", "soft")
+METRICS = ("macro_f1", "balanced_accuracy", "accuracy", "macro_auroc")
+
+
+class Row(NamedTuple):
+    """What is trained.
+
+    Attributes:
+      title: in the table.
+      last: stage whose scores count.
+      knowledge: the text encoder has read the risk corpus.
+      losses: of align; none: no such stage.
+      recipe: what else differs in align.
+    """
+
+    title: str
+    last: str = "fuse"
+    knowledge: bool = True
+    losses: Sequence[str] = LOSSES
+    recipe: Mapping = {}
+
+
+ROWS = {
+    "image": Row("images only", "image"),
+    "mlp": Row("images and metadata via MLP", "mlp"),
+    "labels": Row("1: class labels only", knowledge=False, losses=()),
+    "knowledge": Row("2: knowledge", losses=()),
+    "loss_image": Row("3: L_img", knowledge=False, losses=LOSSES[:1]),
+    "loss_global": Row("4: L_img + L_glo", knowledge=False, losses=LOSSES[:2]),
+    "loss_local": Row("5: L_img + L_glo + L_loc", knowledge=False, losses=LOSSES[:3]),
+    "loss_soft": Row("6: all four", knowledge=False),
+    "direct": Row("7: knowledge, L_loc as L_loc_dir", recipe={"local": "direct"}),
+    "by_label": Row("8: knowledge, L_soft as L_sup_con", recipe={"soft": "label"}),
+    "prima": Row("9: knowledge, all four (PRIMA)"),
+}
+STUDY = ("image", "mlp", "prima")
+
+
+def stages(row: str) -> list[str]:
+    """Return the stages of a row in order; inject is shared by all folds."""
+    plan = ROWS[row]
+    if plan.last != "fuse":
+        return [plan.last]
+    return [
+        *(["inject"] if plan.knowledge else []),
+        *(["align"] if plan.losses else []),
+        "sharpen",
+        "fuse",
+    ]
+
+
+def stage_config(
+    row: str, stage: str, fold: int, start: str, corpus: str, config: str, overrides: list[str]
+) -> dict:
+    """Return the resolved config of a stage.
+
+    Args:
+      row: of ROWS.
+      stage: of `stages(row)`.
+      fold: that is tested on.
+      start: run folder of the stage before; "" for random weights.
+      corpus: folder of the risk corpus.
+      config: FILE:CORPUS.
+      overrides: --config.KEY=VALUE, for every stage.
+    """
+    file, _, name = config.partition(":")
+    resolved, _ = train.resolve([f"--config={file}:{stage}_{name}", *overrides])
+    resolved["init"]["params"] = start
+    resolved["train"]["export"] = False
+    if stage == "inject":
+        resolved["data"]["knowledge"] |= {"folder": corpus, "allow_unvetted": True}
+        return resolved
+    resolved["data"]["folds"]["index"] = fold
+    if stage == "align":
+        weights = resolved["recipe"]["weights"]
+        kept = {key: weights[key] if key in ROWS[row].losses else 0.0 for key in LOSSES}
+        resolved["recipe"] |= {**ROWS[row].recipe, "weights": kept}
+    protocols = ("classify",) if stage == ROWS[row].last else ()
+    controls = shuffle.CONTROLS if row == "prima" and protocols else ()
+    resolved["evals"] |= {"protocols": protocols, "controls": controls}
+    if stage != "align" and not protocols:  # sharpen chooses its step by its own validation
+        resolved["evals"]["protocols"] = ("classify",)
+    return resolved
+
+
+def run_cell(row: str, fold: int, folder: pathlib.Path, config: str, overrides: list[str]) -> dict:
+    """Train every stage of a row on a fold and score the last; its checkpoints are dropped."""
+    began, start, results = time.time(), "", {}
+    corpus = folder / "corpus"
+    home = folder / f"{row}-{fold}"
+    for stage in stages(row):
+        place = folder / "inject" if stage == "inject" else home / stage
+        # Each stage writes its results last.
+        if stage != "inject" or not (place / "results.json").is_file():
+            if stage == "inject":
+                write_corpus(corpus, config)
+            settings = stage_config(row, stage, fold, start, str(corpus), config, overrides)
+            results = train.run(settings, place)
+        start = str(place)
+    shutil.copyfile(pathlib.Path(start) / paired.FILE, home / paired.FILE)
+    for checkpoints in home.glob("*/checkpoints"):
+        shutil.rmtree(checkpoints)
+    kept = {key: entry for key, entry in results.items() if key.rsplit("/", 1)[1] in METRICS}
+    return {"results": kept, "minutes": (time.time() - began) / 60}
+
+
+def write_corpus(out: pathlib.Path, config: str) -> None:
+    """Write the risk corpus by template, unless it is there.
+
+    Raises:
+      UserError: for a corpus without a risk table.
+    """
+    name = config.partition(":")[2]
+    if name not in RISKS:
+        raise UserError(f"No risk table for {config}; there are those of {', '.join(RISKS)}.")
+    if not out.is_dir():
+        evidence.main(["corpus", "--risk", RISKS[name], "--backend", "template", "--out", str(out)])
+
+
+def differences(rows: Mapping, folder: pathlib.Path) -> dict[str, dict]:
+    """Return PRIMA minus every other row in macro F1, over the folds that both have."""
+    found = {}
+    ours = rows.get("prima", {})
+    for name, cells in rows.items():
+        shared = sorted(set(ours) & set(cells), key=int)
+        if name == "prima" or not shared:
+            continue
+        entry = {}
+        places = [[folder / f"{row}-{fold}" for fold in shared] for row in ("prima", name)]
+        if all((place / paired.FILE).is_file() for side in places for place in side):
+            entry["patients"] = paired.compare(*places, "macro_f1")
+        if len(shared) > 1:
+            values = [
+                [score(side[fold], "macro_f1")["value"] for fold in shared]
+                for side in (ours, cells)
+            ]
+            entry["folds"] = paired.over_folds(np.subtract(*values))
+        found[name] = entry | {"count": len(shared)}
+    return found
+
+
+def score(cell: Mapping, metric: str, variant: str = "") -> dict:
+    """Return the entry of a metric, of the model itself or of a control."""
+    task = f" ({variant})" if variant else ""
+    (entry,) = (
+        entry
+        for key, entry in cell["results"].items()
+        if key.startswith("classify/")
+        and key.endswith(f"{task}/{metric}")
+        and (variant or "(" not in key)
+    )
+    return entry
+
+
+def table(rows: Mapping, compared: Mapping) -> str:
+    """Lay out means (standard deviations) over folds, and the differences to PRIMA."""
+    header = ["", "folds", *(m.replace("_", " ") for m in METRICS)]
+    header += ["PRIMA minus this, macro F1, patients", "folds", "min"]
+    lines = [f"| {' | '.join(header)} |", f"|---|{'---|' * (len(header) - 1)}"]
+    variants = [("prima", v) for v in ("", *(c.replace("_", " ") for c in shuffle.CONTROLS))]
+    for name, variant in [*((n, "") for n in ROWS if n != "prima"), *variants]:
+        if name not in rows:
+            continue
+        cells = list(rows[name].values())
+        line = [f"PRIMA, {variant}" if variant else ROWS[name].title, str(len(cells))]
+        for metric in METRICS:
+            values = [score(cell, metric, variant)["value"] for cell in cells]
+            spread = f" ({np.std(values, ddof=1):.3f})" if len(values) > 1 else ""
+            line.append(f"{np.mean(values):.3f}{spread}")
+        for kind in ("patients", "folds"):
+            found = {} if variant else compared.get(name, {}).get(kind, {})
+            text = "{difference:+.3f} [{low:+.3f}, {high:+.3f}]"
+            line.append(text.format(**found) if found else "")
+        line.append("" if variant else f"{np.mean([cell['minutes'] for cell in cells]):.1f}")
+        lines.append(f"| {' | '.join(line)} |")
+    return "\n".join(lines)
+
+
+def read_finished(out: pathlib.Path, settings: dict) -> dict:
+    """Return the cells that are done.
+
+    Raises:
+      UserError: if they were made with other settings.
+    """
+    if not out.is_file():
+        return {}
+    saved = json.loads(out.read_text())
+    if saved["settings"] != settings:
+        raise UserError(
+            f"{out} holds cells of settings {saved['settings']}, not {settings}: name another "
+            "--out, or move it away."
+        )
+    return saved["rows"]
+
+
+def write(out: pathlib.Path, settings: dict, rows: Mapping, folder: pathlib.Path) -> str:
+    """Write numbers and table, each under a temporary name first; return the table."""
+    compared = differences(rows, folder)
+    content = {"settings": settings, "differences": compared, "rows": rows}
+    laid_out = table(rows, compared)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for file, text in ((out, json.dumps(content, indent=1)), (out.with_suffix(".md"), laid_out)):
+        scratch = file.with_name(f"{file.name}.tmp")
+        scratch.write_text(text + "\n")
+        os.replace(scratch, file)
+    return laid_out
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the cells that are not done yet, fold by fold."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", default="configs/prima.py:phantom")
+    parser.add_argument("--rows", nargs="+", default=list(STUDY), choices=["all", *ROWS])
+    parser.add_argument("--folds", type=int, default=5, help="of the five the first so many")
+    folder = pathlib.Path("runs/methods_prima")
+    parser.add_argument("--folder", type=pathlib.Path, default=folder, help="runs")
+    parser.add_argument("--out", type=pathlib.Path)
+    options, overrides = parser.parse_known_args(argv)
+    flags.FLAGS.mark_as_parsed()
+    name = options.config.partition(":")[2]
+    out = options.out or pathlib.Path(f"benchmarks/results/prima-{name}.json")
+    # Where files lie decides nothing, and names a machine.
+    told = [o for o in overrides if not o.startswith(("--config.data.data", "--config.data.man"))]
+    settings = {"config": options.config, "overrides": told}
+    rows = read_finished(out, settings)
+    home = options.folder.absolute()
+    wanted = list(ROWS) if "all" in options.rows else options.rows
+    # Folds outermost: an interrupted study is still a paired one.
+    for fold, row in itertools.product(range(options.folds), wanted):
+        if str(fold) not in rows.get(row, {}):
+            cell = run_cell(row, fold, home, options.config, overrides)
+            rows.setdefault(row, {})[str(fold)] = cell
+            print(f"\nfold {fold}, {row} done\n{write(out, settings, rows, home)}", flush=True)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.exit(str(error))

@@ -1,0 +1,173 @@
+"""Is one classifier better than another? Differences paired over patients, from predictions.csv.
+
+  medvlp compare --ours RUN RUN ... --theirs RUN RUN ... [--metric macro_f1]
+
+The n-th run of each side has scored the same cases: one run each, or one a seed or fold. The number
+is the mean over the runs of ours minus theirs; patients are drawn with all their rows in all runs,
+the same for both sides. What folds say among themselves is `over_folds`.
+"""
+
+import argparse
+import csv
+import functools
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import scipy.stats
+
+from medvlp_jax.config import UserError
+from medvlp_jax.evaluation import classify, metrics, statistics
+
+FILE = "predictions.csv"
+METRICS = ("macro_auroc", "macro_f1", "balanced_accuracy", "accuracy")
+
+
+class Predictions(NamedTuple):
+    """Patients [N], truth [N] as an index, probabilities [N, C]; rows of known truth alone."""
+
+    patients: np.ndarray
+    truth: np.ndarray
+    chances: np.ndarray
+
+
+def read(file: Path) -> Predictions:
+    """Read what a classifier's run leaves behind.
+
+    Args:
+      file: predictions.csv, or the folder it lies in.
+
+    Raises:
+      UserError: if it is not there or holds no known case.
+    """
+    file = file / FILE if file.is_dir() else file
+    if not file.is_file():
+        raise UserError(f"No {file}: only runs of a classifier that were evaluated have one.")
+    with file.open(newline="") as stream:
+        rows = [row for row in csv.DictReader(stream) if row["truth"]]
+    if not rows:
+        raise UserError(f"{file} has no case whose class is known.")
+    names = list(rows[0])[3:]
+    return Predictions(
+        np.array([row["patient_id"] for row in rows]),
+        np.array([names.index(row["truth"]) for row in rows]),
+        np.array([[float(row[name]) for name in names] for row in rows]),
+    )
+
+
+def value(metric: str, case: Predictions, weights: np.ndarray) -> np.ndarray:
+    """Return a metric [R] under row weights [R, N], over the classes that are present.
+
+    NaN in a draw that has lost a class; so is the macro AUROC of a single class, always.
+    """
+    classes = case.chances.shape[1]
+    present = np.bincount(case.truth, minlength=classes) > 0
+    if metric == "macro_auroc":
+        if present.sum() < 2:
+            return np.full(len(weights), np.nan)
+        one_hot = (case.truth[:, None] == np.flatnonzero(present)).astype(np.int8)
+        return classify.ranking(one_hot, case.chances[:, present], weights)[:, 0].mean(-1)
+    table = metrics.confusion(case.truth, case.chances.argmax(1), classes, weights)
+    if metric == "accuracy":
+        return metrics.accuracy(table)
+    of_class = {"macro_f1": metrics.f1, "balanced_accuracy": metrics.recall}[metric]
+    return of_class(table)[:, present].mean(-1)
+
+
+def over_runs(metric: str, cases: Sequence[Predictions], weights: np.ndarray) -> np.ndarray:
+    """Return the mean over runs [R, 1] under weights [R, N of all runs].
+
+    A run whose metric is never defined (a fold of one class has no AUROC) is left out.
+    """
+    values, ends = [], np.cumsum([len(case.truth) for case in cases])
+    for case, own in zip(cases, np.split(weights, ends[:-1], axis=1), strict=True):
+        if np.isfinite(value(metric, case, np.ones((1, len(case.truth))))[0]):
+            values.append(value(metric, case, own))
+    return (np.mean(values, axis=0) if values else np.full(len(weights), np.nan))[:, None]
+
+
+def compare(
+    ours: Sequence[Path], theirs: Sequence[Path], metric: str, *, resamples: int = 2000
+) -> dict[str, float]:
+    """Return difference, low, high (95 %) and p of ours minus theirs.
+
+    Args:
+      ours: predictions.csv of each run, or its folder.
+      theirs: of the same cases, in the same order.
+      metric: one of METRICS.
+      resamples: of patients.
+
+    Raises:
+      UserError: for unequal numbers of runs, or predictions of other cases.
+    """
+    if len(ours) != len(theirs):
+        raise UserError(f"{len(ours)} runs against {len(theirs)}: they are compared one by one.")
+    if metric not in METRICS:
+        raise UserError(f"No metric '{metric}'; accepted are {', '.join(METRICS)}.")
+    runs = [read(file) for file in ours], [read(file) for file in theirs]
+    for a, b, one, other in zip(*runs, ours, theirs, strict=True):
+        same = np.array_equal(a.patients, b.patients) and np.array_equal(a.truth, b.truth)
+        if not same:
+            raise UserError(f"{one} and {other} are predictions of other cases.")
+    patients = np.concatenate([case.patients for case in runs[0]])
+    found = statistics.compare(
+        *(functools.partial(over_runs, metric, side) for side in runs),
+        len(patients),
+        groups=patients,
+        resamples=resamples,
+    )
+    return {key: float(array[0]) for key, array in found._asdict().items()}
+
+
+def over_folds(differences: Sequence[float], *, level: float = 0.95) -> dict[str, float]:
+    """Return the mean over k folds of a difference, with the interval of the corrected t test.
+
+    Folds share training data, so that their spread says too little; the variance is s^2 (1/k + r)
+    with r = test cases / training cases = 1 / (k - 1), Nadeau and Bengio (2003), section 3.
+
+    Args:
+      differences: of each of k >= 2 folds.
+      level: coverage, in (0, 1).
+
+    Raises:
+      ValueError: for fewer than two folds.
+    """
+    k = len(differences)
+    if k < 2:
+        raise ValueError(f"an interval over folds needs two of them, got {k}")
+    spread = np.std(differences, ddof=1) * np.sqrt(1 / k + 1 / (k - 1))
+    reach = scipy.stats.t.ppf((1 + level) / 2, k - 1) * spread
+    mean = float(np.mean(differences))
+    return {"difference": mean, "low": mean - float(reach), "high": mean + float(reach)}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print the difference of every metric, or of one.
+
+    Raises:
+      UserError: for bad input.
+    """
+    parser = argparse.ArgumentParser(
+        "medvlp compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for side in ("ours", "theirs"):
+        parser.add_argument(f"--{side}", nargs="+", type=Path, required=True, help="run folders")
+    parser.add_argument("--metric", choices=METRICS, help="default: all")
+    parser.add_argument("--resamples", type=int, default=2000)
+    options = parser.parse_args(argv)
+    for metric in [options.metric] if options.metric else METRICS:
+        found = compare(options.ours, options.theirs, metric, resamples=options.resamples)
+        print(
+            f"{metric:<18}{found['difference']:+.3f} [{found['low']:+.3f}, {found['high']:+.3f}]  "
+            f"p = {found['p']:.4f}"
+        )
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        print(f"medvlp: {error}", file=sys.stderr)
+        sys.exit(2)
