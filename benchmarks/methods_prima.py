@@ -67,6 +67,7 @@ ROWS = {
     "prima": Row("9: knowledge, all four (PRIMA)"),
 }
 STUDY = ("image", "mlp", "prima")
+VARIANTS = ("", *(control.replace("_", " ") for control in shuffle.CONTROLS))  # of PRIMA
 
 
 def stages(row: str) -> list[str]:
@@ -151,7 +152,10 @@ def write_corpus(out: pathlib.Path, config: str) -> None:
 
 
 def differences(rows: Mapping, folder: pathlib.Path) -> dict[str, dict]:
-    """Return PRIMA minus every other row in macro F1, over the folds that both have."""
+    """Return PRIMA minus every other row, and minus itself with shuffled inputs, in macro F1.
+
+    Over the folds that both have.
+    """
     found = {}
     ours = rows.get("prima", {})
     for name, cells in rows.items():
@@ -169,6 +173,12 @@ def differences(rows: Mapping, folder: pathlib.Path) -> dict[str, dict]:
             ]
             entry["folds"] = paired.over_folds(np.subtract(*values))
         found[name] = entry | {"count": len(shared)}
+    for control in VARIANTS[1:] if len(ours) > 1 else ():
+        values = [
+            score(cell, "macro_f1")["value"] - score(cell, "macro_f1", control)["value"]
+            for cell in ours.values()
+        ]
+        found[control] = {"folds": paired.over_folds(values), "count": len(ours)}
     return found
 
 
@@ -190,8 +200,8 @@ def table(rows: Mapping, compared: Mapping) -> str:
     header = ["", "folds", *(m.replace("_", " ") for m in METRICS)]
     header += ["PRIMA minus this, macro F1, patients", "folds", "min"]
     lines = [f"| {' | '.join(header)} |", f"|---|{'---|' * (len(header) - 1)}"]
-    variants = [("prima", v) for v in ("", *(c.replace("_", " ") for c in shuffle.CONTROLS))]
-    for name, variant in [*((n, "") for n in ROWS if n != "prima"), *variants]:
+    others = [(name, "") for name in ROWS if name != "prima"]
+    for name, variant in [*others, *(("prima", variant) for variant in VARIANTS)]:
         if name not in rows:
             continue
         cells = list(rows[name].values())
@@ -201,7 +211,7 @@ def table(rows: Mapping, compared: Mapping) -> str:
             spread = f" ({np.std(values, ddof=1):.3f})" if len(values) > 1 else ""
             line.append(f"{np.mean(values):.3f}{spread}")
         for kind in ("patients", "folds"):
-            found = {} if variant else compared.get(name, {}).get(kind, {})
+            found = compared.get(variant or name, {}).get(kind, {})
             text = "{difference:+.3f} [{low:+.3f}, {high:+.3f}]"
             line.append(text.format(**found) if found else "")
         line.append("" if variant else f"{np.mean([cell['minutes'] for cell in cells]):.1f}")

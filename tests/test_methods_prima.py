@@ -100,6 +100,7 @@ def test_differences_are_over_the_folds_both_have(tmp_path):
     found = bench.differences(rows, tmp_path)
     assert found["image"]["folds"]["difference"] == pytest.approx(0.15)
     assert found["image"]["patients"]["low"] > 0
+    assert found["shuffled images"]["folds"]["difference"] == pytest.approx(0.325)
     assert found["mlp"] == {"count": 1}  # one fold has no spread, and no predictions are here
 
 
