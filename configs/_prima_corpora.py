@@ -107,8 +107,9 @@ def small(config, stage, epoch):
     config.data.update({"size": 80, "crop": 72, "text_length": 96})
     # What align has learnt does not survive its own rate: measured, docs/prima.md.
     config.optim.update({"lr": 3e-4 if stage == "sharpen" else 1e-3, "weight_decay": 0.05})
-    lengths = {"inject": 300, "align": 3 * epoch, "sharpen": 5 * epoch, "fuse": 4 * epoch}
-    lengths |= {"image": 8 * epoch, "mlp": 8 * epoch}
+    lengths = {"inject": 300, "align": 3 * epoch, "sharpen": 5 * epoch, "fuse": 10 * epoch}
+    # As many steps as the three stages together: a baseline lacks no training.
+    lengths |= {"image": 18 * epoch, "mlp": 18 * epoch}
     config.train.update({"steps": lengths[stage], "chunks": 1, "log_every": 10})
     config.train.checkpoint_every = 2 * epoch
     if stage == "inject":
