@@ -36,6 +36,8 @@ def _prepare(options: argparse.Namespace) -> None:
         data_dir=options.data_dir,
         manual_dir=options.manual_dir,
         builder_config=options.builder_config,
+        beam_runner=options.beam_runner,
+        beam_options=[flag for flag in options.beam_options.split(",") if flag],
     )
     corpus = corpora.builder(
         options.name, data_dir=options.data_dir, builder_config=options.builder_config
@@ -102,6 +104,15 @@ def _parser() -> argparse.ArgumentParser:
     listing.set_defaults(run=_list)
     prepare = commands.add_parser("prepare", help="write a corpus as array_record files")
     prepare.set_defaults(run=_prepare)
+    prepare.add_argument(
+        "--beam-runner",
+        default="",
+        metavar="NAME",
+        help="read the images on Apache Beam: DirectRunner, FlinkRunner, DataflowRunner ...",
+    )
+    prepare.add_argument(
+        "--beam-options", default="", metavar="FLAGS", help="flags of the runner, with commas"
+    )
     check = commands.add_parser("check", help="read every row and image of a corpus, write nothing")
     check.set_defaults(run=_check)
     check.add_argument(

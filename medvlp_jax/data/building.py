@@ -21,7 +21,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from medvlp_jax.config import UserError
-from medvlp_jax.data import files, images, masks, records
+from medvlp_jax.data import beam, files, images, masks, records
 
 SPLITS = ("train", "validation", "test")
 # The user's own skip list in a source folder; `medvlp data check --write-skip-list` makes one.
@@ -66,6 +66,7 @@ class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
       MASK_BITS: see `records.metadata`.
       CATEGORIES: whether boxes have a category beside their phrase.
       PUBLISHED: number of images by name of what is counted, as the source states it.
+      on_beam: whether Apache Beam reads the images.
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -74,6 +75,7 @@ class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     MASK_BITS: Mapping[str, int] = {}
     CATEGORIES = False
     PUBLISHED: Mapping[str, int] = {}
+    on_beam = False
 
     def __init_subclass__(cls, **options: Any):
         cls.BUILDER_CONFIGS = [
@@ -188,10 +190,13 @@ class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         )
 
     def _split_generators(self, dl_manager):
-        samples = self.kept(Path(dl_manager.manual_dir))
+        folder = Path(dl_manager.manual_dir)
         found = collections.defaultdict(list)
-        for sample in samples:
+        for sample in self.kept(folder):
             found[sample.split].append(sample)
+        if self.on_beam:
+            counts = {split: len(found[split]) for split in SPLITS if found[split]}
+            return {split: beam.examples(self, folder, split, n) for split, n in counts.items()}
         return {split: self._generate_examples(found[split]) for split in SPLITS if found[split]}
 
     def _generate_examples(self, samples: list[Sample]) -> Iterator:

@@ -16,7 +16,7 @@ import pkgutil
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ import tensorflow_datasets as tfds
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
 from medvlp_jax.config import UserError, nearest
-from medvlp_jax.data import building, datasets, records
+from medvlp_jax.data import beam, building, datasets, records
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,7 +173,13 @@ def _resizable(builder_class, root: Path, name: str):
 
 
 def prepare(
-    name: str, *, data_dir: str | Path = "", manual_dir: str | Path = "", builder_config: str = ""
+    name: str,
+    *,
+    data_dir: str | Path = "",
+    manual_dir: str | Path = "",
+    builder_config: str = "",
+    beam_runner: str = "",
+    beam_options: Sequence[str] = (),
 ) -> Path:
     """Write a corpus as array_record files where it is not there yet; return its folder.
 
@@ -183,6 +189,8 @@ def prepare(
       manual_dir: the source's own files; "" for `$MEDVLP_TEST_DATA/<name>`. A generated corpus
         needs none.
       builder_config: a variant of the corpus; "" for its first.
+      beam_runner: a runner of Apache Beam, see `beam`; "" for the threads of this process.
+      beam_options: its flags.
 
     Raises:
       UserError: for a missing source folder or a defect in it; nothing is left behind.
@@ -193,11 +201,19 @@ def prepare(
         return folder
     source = _source_folder(corpus, manual_dir)
     corpus = builder(name, data_dir=data_dir, builder_config=builder_config, source=source)
+    options = {"manual_dir": source, "try_download_gcs": False}
+    if beam_runner:
+        if not isinstance(corpus, building.Builder):
+            raise UserError(f"The builder of {name} does not run on Beam: leave out --beam-runner.")
+        corpus.on_beam = True
+        config = beam.download_config(beam_runner, beam_options, **options)
+    else:
+        config = tfds.download.DownloadConfig(**options)
     with _locked(folder):
         if folder.is_dir() and not _is_written(folder):
             raise _damaged(name, folder, "its description is missing")
         if not _is_written(folder):
-            _write(corpus, source)
+            _write(corpus, config)
     return folder
 
 
@@ -276,12 +292,11 @@ def open_source(
     return Source(name, split, corpus.info.metadata, folder, serialised)
 
 
-def _write(corpus, source: Path | None) -> None:
+def _write(corpus, options: tfds.download.DownloadConfig) -> None:
     """Write a corpus; the caller holds its lock, so what a killed run left over can go."""
     folder = Path(corpus.data_dir)
     for leftover in folder.parent.glob(f"incomplete.*_{folder.name}"):
         shutil.rmtree(leftover)
-    options = tfds.download.DownloadConfig(manual_dir=source, try_download_gcs=False)
     print(f"Preparing {corpus.name} in {folder} ...", file=sys.stderr, flush=True)
     # TFDS wants a download folder even where nothing is downloaded.
     with _quiet(), tempfile.TemporaryDirectory() as scratch:
