@@ -9,7 +9,7 @@ def data(**fields) -> ConfigDict:
         {
             "corpora": ("cxr_phantom",),  # NAME or NAME:VARIANT, see `medvlp data list`
             "shares": (),  # share of each corpus in a batch; () = by size
-            "split": "train",
+            **{"split": "train", "texts": ""},  # a recipe of data/sections.py; "" = as stored
             "data_dir": "",  # prepared corpora; "" = $MEDVLP_DATA_DIR or the user's cache
             "manual_dir": "",  # the source's own files; "" = $MEDVLP_TEST_DATA/NAME
             "tokenizer": "",  # a file or folder, a shipped vocabulary, "train"; "" = init.text's

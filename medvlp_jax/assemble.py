@@ -14,7 +14,7 @@ import numpy as np
 from medvlp_jax import clinical, convert, distributed, sharding, tables, weights
 from medvlp_jax import config as configs
 from medvlp_jax.config import UserError
-from medvlp_jax.data import corpora, folds, knowledge, pipeline
+from medvlp_jax.data import corpora, folds, knowledge, pipeline, retold
 from medvlp_jax.data import text as tokenisation
 from medvlp_jax.encoders.base import Tokens
 from medvlp_jax.recipes import mlm
@@ -75,9 +75,9 @@ def open_corpus(name: str, data: Mapping[str, Any], split: str) -> corpora.Sourc
     where["builder_config"] = variant
     with distributed.writer_first(f"corpus {name}"):
         if not data["folds"]["count"]:
-            return corpora.open_source(name, split, **where)
+            return retold.retold(corpora.open_source(name, split, **where), data["texts"])
         sources = corpora.open_all(name, **where)
-    return folds.open_fold(sources, split, **folds.settings(data))
+    return retold.retold(folds.open_fold(sources, split, **folds.settings(data)), data["texts"])
 
 
 def parts(config: Mapping[str, Any], *, pretrained: bool = True) -> Parts:

@@ -19,16 +19,21 @@ class Shuffled(Source):
     """A source whose records have some fields of another patient's.
 
     Attributes:
+      whole: the source as it was.
       partner: [N] row these are taken from.
       moved: names of the fields.
     """
 
+    whole: Source = None
     partner: np.ndarray = dataclasses.field(default=None, repr=False)
     moved: tuple[str, ...] = ()
 
+    def __len__(self):
+        return len(self.whole)
+
     def __getitem__(self, index):
         """Return a record, part of it another patient's."""
-        record, other = super().__getitem__(index), super().__getitem__(self.partner[int(index)])
+        record, other = self.whole[index], self.whole[self.partner[int(index)]]
         return record | {name: other[name] for name in self.moved if name in other}
 
 
@@ -45,7 +50,8 @@ def shuffled(source: Source, control: str, seed: int = 0) -> Shuffled:
     """
     patients = [source[i]["patient_id"] for i in range(len(source))]
     fields = {f.name: getattr(source, f.name) for f in dataclasses.fields(Source)}
-    return Shuffled(**fields, partner=partners(patients, seed), moved=MOVED[control])
+    partner = partners(patients, seed)
+    return Shuffled(**fields, whole=source, partner=partner, moved=MOVED[control])
 
 
 def partners(patients, seed: int) -> np.ndarray:
