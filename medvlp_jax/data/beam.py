@@ -39,7 +39,7 @@ def download_config(runner: str, options: Sequence[str], **fields) -> tfds.downl
     """Return what tells TFDS to run on Beam.
 
     Args:
-      runner: name of a runner, such as "DirectRunner" or "FlinkRunner".
+      runner: name of a runner, such as "DirectRunner" or "FlinkRunner", or module.Class.
       options: its flags, "--direct_num_workers=8".
       **fields: the other fields.
 
@@ -48,14 +48,16 @@ def download_config(runner: str, options: Sequence[str], **fields) -> tfds.downl
     """
     beam = load()
     from apache_beam.options import pipeline_options
-    from apache_beam.runners import runner as runners
 
-    known = [*runners.ALL_KNOWN_RUNNERS]
-    short = [name.rpartition(".")[2] for name in known]
-    if runner not in (*known, *short):
-        raise UserError(f"No Beam runner '{runner}'. {nearest(runner, short)}")
+    known = pipeline_options.StandardOptions.KNOWN_RUNNER_NAMES
+    if "." not in runner and runner not in known:
+        raise UserError(f"No Beam runner '{runner}'. {nearest(runner, known)}")
+    try:
+        made = beam.runners.create_runner(runner)
+    except ImportError as error:  # an extra of Beam, such as gcp
+        raise UserError(f"The Beam runner {runner} is not installed: {error}.") from error
     return tfds.download.DownloadConfig(
-        beam_runner=beam.runners.create_runner(runner),
+        beam_runner=made,
         beam_options=pipeline_options.PipelineOptions(list(options)),
         **fields,
     )

@@ -63,6 +63,9 @@ class Source:
     def __getitem__(self, index: int) -> dict[str, Any]:
         return records.parse(self.serialised[int(index)], self.metadata)
 
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return (self[i] for i in range(len(self)))
+
     def texts(self) -> list[tuple[str, str]]:
         """Return (findings, impression) of every record in order; read once, no image decoded."""
         return self._texts
