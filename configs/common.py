@@ -1,4 +1,5 @@
 """The sections every config has, with every setting and its default; methods override by name."""
+# A new setting's default is what was done before it existed, so that older runs can be read.
 
 from ml_collections import ConfigDict
 
@@ -91,8 +92,7 @@ def train(**fields) -> ConfigDict:
             "evaluate_limit": 1000,  # examples of an evaluation during training
             "select": "",  # result on the validation split that picks the step; "" = the last
             "export": True,
-            "wandb": False,
-            "wandb_project": "medvlp",
+            **{"wandb": False, "wandb_project": "medvlp"},
         },
         fields,
     )

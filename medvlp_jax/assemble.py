@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
+from configs import common
 from medvlp_jax import clinical, convert, distributed, sharding, tables, weights
 from medvlp_jax import config as configs
 from medvlp_jax.config import UserError
@@ -49,6 +51,9 @@ class Parts(NamedTuple):
 def read_config(folder: pathlib.Path) -> dict:
     """Read the resolved config of a run folder; JSON's lists become tuples again.
 
+    A setting that did not exist yet when the run was made has the default of configs/common.py,
+    which is what was done before.
+
     Raises:
       UserError: if the folder holds no run, or its config is no JSON.
     """
@@ -56,9 +61,22 @@ def read_config(folder: pathlib.Path) -> dict:
     if not file.is_file():
         raise UserError(f"{folder} is not a run folder: it has no {CONFIG}.")
     try:
-        return _tuples(json.loads(file.read_text()))
+        config = _tuples(json.loads(file.read_text()))
     except json.JSONDecodeError as error:
         raise UserError(f"{file} is not JSON: {error}.") from None
+    sections = {name: getattr(common, name)() for name in ("data", "optim", "train", "evals")}
+    return _completed(config, ConfigDict({**sections, **common.rest()}).to_dict())
+
+
+def _completed(config: Mapping, defaults: Mapping) -> dict:
+    """Return a config with what it lacks of the defaults."""
+    missing = {key: value for key, value in defaults.items() if key not in config}
+    nested = {
+        key: _completed(config[key], value)
+        for key, value in defaults.items()
+        if isinstance(value, Mapping) and isinstance(config.get(key), Mapping)
+    }
+    return {**config, **missing, **nested}
 
 
 def open_corpora(data: Mapping[str, Any], split: str) -> list[corpora.Source]:

@@ -191,6 +191,16 @@ def test_a_damaged_config_of_a_run_is_named(tmp_path):
         assemble.read_config(tmp_path)
 
 
+def test_a_run_from_before_a_setting_existed_has_its_default(tmp_path):
+    config, _ = train.resolve(["--config=configs/clip.py:demo"])
+    expected = json.loads(json.dumps(config))
+    for section, setting in (("data", "texts"), ("evals", "views"), ("optim", "average")):
+        del config[section][setting]
+    del config["data"]["folds"]["inner"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert json.loads(json.dumps(assemble.read_config(tmp_path))) == expected
+
+
 def test_an_unknown_verb_names_the_nearest(capsys):
     assert cli.main(["trian"]) == 2
     assert "Did you mean train" in capsys.readouterr().err
