@@ -1,6 +1,7 @@
 """Does injection work: what low-rank MLM on a risk corpus does to a small text encoder.
 
-    python benchmarks/injection.py [--seeds 3] [--out benchmarks/results/injection.json]
+    python benchmarks/injection.py [--seeds 3] [--steps 300]
+        [--out benchmarks/results/injection.json]
 
 A small ModernBERT first learns the language of generated reports and patient tables, which say
 nothing of risks. Then its low-rank factors (PRIMA's stage "inject") learn the paragraphs the
@@ -13,7 +14,7 @@ a corpus whose risks are dealt at random ("shuffled"), for every seed:
   of a patient's ten nearest neighbours that have the same profile. A profile is the disease whose
   log odds the table raises most, in standard deviations over the patients.
 
-Five minutes on one CPU core.
+Seven minutes on two CPU cores with 300 steps.
 """
 
 import argparse
@@ -43,7 +44,8 @@ from medvlp_jax.training import text as text_stage
 
 LENGTH, TABLE_LENGTH = 128, 64  # tokens of a paragraph, of a table
 BASE = {"steps": 250, "batch_size": 16, "lr": 2e-3, "warmup": 25, "weight_decay": 0.01, "rate": 0.3}
-INJECT = {"steps": 300, "batch_size": 8, "lr": 2e-3, "warmup": 30, "weight_decay": 1e-3}
+INJECT = {"batch_size": 8, "lr": 2e-3, "weight_decay": 1e-3}
+STEPS, LONGEST_WARMUP = 300, 100
 FACTORS = Lora(8, 16.0, 0.05, "", fused=True)  # PRIMA, stage 1b
 HELD_OUT, VARIANTS = "template:3", 4
 PATIENTS, NEIGHBOURS = 400, 10
@@ -118,11 +120,11 @@ def base_encoder(table: risk.Risk, tokenizer, mesh, folder: pathlib.Path) -> pat
 class Bench:
     """The programs, compiled once for all seeds: what differs between them are numbers."""
 
-    def __init__(self, recipe, params, tokenizer, held_out: list[str], tables: list[str]):
-        """Prepare the step and what is measured."""
-        self.recipe, self.tokenizer = recipe, tokenizer
+    def __init__(self, recipe, params, tokenizer, held_out: list[str], tables: list[str], inject):
+        """Prepare the step and what is measured; `inject` are the settings of the training."""
+        self.recipe, self.tokenizer, self.settings = recipe, tokenizer, inject
         trainable, _ = paths.split(params, recipe.frozen)
-        fields = {k: v for k, v in INJECT.items() if k != "batch_size"}
+        fields = {k: v for k, v in inject.items() if k != "batch_size"}
         self.tx, rate = optim.make(trainable, name="adamw", clip=1.0, **fields)
         self.step = training.make_train_step(recipe, self.tx, rate, seed=0)
         self.share = paths.count(trainable) / paths.count(params)
@@ -139,11 +141,11 @@ class Bench:
             pipeline.train_dataset(
                 [texts],
                 transform=pipeline.mlm_transform(self.tokenizer, length=LENGTH),
-                batch_size=INJECT["batch_size"],
+                batch_size=self.settings["batch_size"],
                 seed=seed,
             )
         )
-        for _ in range(INJECT["steps"]):
+        for _ in range(self.settings["steps"]):
             rows = next(batches)
             state, metrics = self.step(state, {"report": rows["report"]})
         if not np.isfinite(float(metrics["loss"])):
@@ -185,8 +187,9 @@ def likeness(features: np.ndarray, kinds: np.ndarray) -> dict[str, float]:
     }
 
 
-def study(seeds: int, scratch: pathlib.Path) -> dict:
+def study(seeds: int, steps: int, scratch: pathlib.Path) -> dict:
     """Measure everything."""
+    inject = INJECT | {"steps": steps, "warmup": min(steps // 10, LONGEST_WARMUP)}
     tokenizer = tokenisation.load_tokenizer("risk")
     table = risk.read("cxr_phantom")
     began = time.perf_counter()
@@ -205,7 +208,7 @@ def study(seeds: int, scratch: pathlib.Path) -> dict:
                 text=module, weights={"mlm": 1.0}, rate=BASE["rate"], **mlm.token_fields(tokenizer)
             )
             texts = [table_text(table, row) for row in rows]
-            bench = Bench(recipe, params, tokenizer, held_out, texts)
+            bench = Bench(recipe, params, tokenizer, held_out, texts, inject)
         wrong, _ = paragraphs(shuffled(table, seed), scratch / f"shuffled-{seed}")
         entry = {"seed": seed, "before": bench.measure(params, kinds)}
         for name, corpus_texts in (("after", train), ("shuffled", wrong)):
@@ -214,7 +217,7 @@ def study(seeds: int, scratch: pathlib.Path) -> dict:
         runs.append(entry)
         print(json.dumps(entry), flush=True)
     return {
-        "settings": {"base": BASE, "inject": INJECT, "lora": FACTORS._asdict(), "length": LENGTH},
+        "settings": {"base": BASE, "inject": inject, "lora": FACTORS._asdict(), "length": LENGTH},
         "train_texts": len(train),
         "held_out_texts": len(held_out),
         "trainable_share": bench.share,
@@ -252,10 +255,11 @@ def main():
     """Measure, print a table, and write every number."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=STEPS, help="of injection")
     parser.add_argument("--out", type=pathlib.Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        found = study(options.seeds, pathlib.Path(scratch))
+        found = study(options.seeds, options.steps, pathlib.Path(scratch))
     print(summary(found))
     print({name: round(s, 1) for name, s in found["seconds"].items()})
     if options.out:
