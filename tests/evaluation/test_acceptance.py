@@ -140,7 +140,7 @@ SCORES4 = RNG.normal(size=(300, 4)) + LABELS4
 PRECISION, RECALL, _ = sk.precision_recall_curve(BINARY, SCORES)
 EQUAL = {
     "best_f1_threshold": (
-        sk.f1_score(BINARY, SCORES >= metrics.best_f1_threshold(BINARY, SCORES)),
+        sk.f1_score(BINARY, metrics.best_f1_threshold(BINARY, SCORES) <= SCORES),
         np.nanmax(2 * PRECISION * RECALL / (PRECISION + RECALL)),
     ),
     "auroc": (metrics.auroc(BINARY, SCORES), sk.roc_auc_score(BINARY, SCORES)),
@@ -154,7 +154,7 @@ EQUAL = {
     "sensitivity": (metrics.sensitivity(TABLE), sk.recall_score(TRUTH, GUESS, average=None)),
     "specificity": (
         metrics.specificity(TABLE),
-        [sk.recall_score(TRUTH != c, GUESS != c) for c in range(4)],
+        [sk.recall_score(c != TRUTH, c != GUESS) for c in range(4)],
     ),
     "f1": (metrics.f1(TABLE), sk.f1_score(TRUTH, GUESS, average=None)),
     "balanced_accuracy": (
@@ -195,10 +195,10 @@ def test_what_protocols_report_equals_scikit_learn_to_1e_12():
     guess = SCORES4.argmax(1)
     expected = {
         "weighted_f1": sk.f1_score(TRUTH, guess, average="weighted"),
-        "macro_auroc": np.mean([sk.roc_auc_score(TRUTH == c, SCORES4[:, c]) for c in range(4)]),
+        "macro_auroc": np.mean([sk.roc_auc_score(c == TRUTH, SCORES4[:, c]) for c in range(4)]),
         "macro_auprc": sk.average_precision_score(LABELS4, SCORES4, average="macro"),
         "hard_auprc": np.mean(
-            [sk.average_precision_score(TRUTH == c, guess == c) for c in range(4)]
+            [sk.average_precision_score(c == TRUTH, guess == c) for c in range(4)]
         ),
     }
     standard = scipy.stats.zscore(SCORES4, axis=0)
