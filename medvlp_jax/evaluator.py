@@ -1,7 +1,8 @@
 """Protocols and controls on a run: what `medvlp evaluate` and the evaluations of training share."""
 
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from medvlp_jax import assemble, distributed, ground
@@ -161,9 +162,7 @@ class Evaluator(Embedder):
             )
         results: Results = {}
         for name in self.settings["protocols"]:
-            protocol, flavour = flavours.split(name)
-            chosen = {} if flavour == flavours.CLEAN else {"flavour": flavour}
-            results |= getattr(self, f"_{protocol}")(variables, found, **options, **chosen)
+            results |= self._one(name)(variables, found, **options)
         return results
 
     def quick(self, variables: Mapping, *, limit: int) -> Results:
@@ -173,9 +172,15 @@ class Evaluator(Embedder):
         found = self.features(variables, self.source, limit=limit)
         results: Results = {}
         for name in self.settings["protocols"]:
-            if name in ("zero_shot", "retrieval", *CLASSIFIES, "masked_tokens"):
-                results |= getattr(self, f"_{name}")(variables, found, mask=None, resamples=0)
+            if name not in ("probe", "grounding"):
+                results |= self._one(name)(variables, found, mask=None, resamples=0)
         return results
+
+    def _one(self, name: str) -> Callable[..., Results]:
+        """Return the method behind the name of a protocol and its flavour."""
+        protocol, flavour = flavours.split(name)
+        method = getattr(self, f"_{protocol}")
+        return method if flavour == flavours.CLEAN else partial(method, flavour=flavour)
 
     def _prompts_of(self, task: str) -> tuple[zero_shot.Prompts, list[int]]:
         """Return the prompts of a task, and the label columns of the classes that have some."""
@@ -188,8 +193,12 @@ class Evaluator(Embedder):
 
     def _zero_shot(self, variables, found, *, mask, flavour="clean", **options):
         rule = self.settings["zero_shot"]["threshold"] if options["resamples"] else ""
+        if (
+            self.settings["split"] == "validation"
+        ):  # the rows that are scored, whatever it is called
+            rule = rule and "maxf1-on-test"
         held = found
-        if rule == "maxf1-on-val" and self.settings["split"] != "validation":
+        if rule == "maxf1-on-val":
             validation = assemble.open_corpus(self.corpus, self.parts.config["data"], "validation")
             held = self.features(variables, validation, inputs=self.images(), mask=mask)
         spaces, results = self.parts.recipe.spaces, {}
