@@ -64,8 +64,7 @@ def optim(**fields) -> ConfigDict:
             "schedule": "cosine",
             "floor": 1e-8,  # IMITATE's released code
             "weight_decay": 0.05,  # likewise
-            "b1": 0.9,
-            "b2": 0.999,
+            **{"b1": 0.9, "b2": 0.999},
             "clip": 0.0,  # largest global gradient norm; 0 = none
             "multipliers": (),  # ((pattern, factor), ...) on the learning rate
             "no_decay": (),  # patterns without weight decay
@@ -105,7 +104,7 @@ def evals(**fields) -> ConfigDict:
             "protocols": ("zero_shot", "retrieval", "probe"),
             "corpus": "",  # "" = the first of data.corpora
             "split": "test",
-            "prompts": "",  # a prompt file; "" = the corpus' own
+            "prompts": "",  # a file or shipped set, docs/evaluation.md; "" = the corpus' own
             "class_task": "",  # whose classes P@K counts; "" = the corpus' first task
             "batch_size": 64,
             "limit": 0,  # only the first examples; 0 = all
@@ -115,7 +114,10 @@ def evals(**fields) -> ConfigDict:
             "positive": "",  # class whose sensitivity and specificity count; "" = mean of all
             "views": 1,  # flips and turns over which class probabilities are averaged: 1, 4, 8
             "masked_edge": 0.12,
-            "grounding": {"interpolation": "bilinear", "smoothing": 0.0},  # BioViL: nearest, 1.5
+            "grounding": {"interpolation": "bilinear", "smoothing": 0.0}  # BioViL: nearest, 1.5
+            | {"signed": False, "ddof": 0, "strict": True, "scale": "clamp"},
+            "zero_shot": {"draw": 0, "seed": 6, "strip": False, "threshold": ""},  # GLoRIA: draw 5
+            "probe": {"fractions": (1.0,), "draws": 3},  # papers: 0.01, 0.1, 1.0
         },
         fields,
     )
@@ -129,8 +131,7 @@ def rest(**fields) -> dict:
         "init": _section({"params": "", "image": "", "text": ""}, fields.pop("init", {})),
         "mlm": _section(  # our choice throughout
             {
-                "steps": 400,
-                "batch_size": 32,
+                **{"steps": 400, "batch_size": 32},
                 "lr": 1e-3,
                 "warmup": 40,
                 "weight_decay": 0.01,

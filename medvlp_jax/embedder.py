@@ -14,6 +14,7 @@ from medvlp_jax.training.step import make_embed
 from medvlp_jax.training.stopping import Signals, Stopped
 
 PROMPT_BATCH = 64
+POOLED = ("image_pooled", "logits", "masked_loss", "masked_count")
 
 
 class Embedder:
@@ -55,8 +56,12 @@ class Embedder:
           views: flips and turns of the image over which class probabilities are averaged.
           progress: title of the bar; "" is silent.
         """
-        inputs = inputs or self.inputs()
-        embed = lambda batch: self.embed(variables, {k: batch[k] for k in inputs})
+        inputs, read = inputs or self.inputs(), self.read()
+
+        def embed(batch):
+            found = self.embed(variables, {k: batch[k] for k in inputs})
+            return {k: v for k, v in found.items() if k in read}
+
         if views > 1:
             images = self.images()
             embed = functools.partial(extraction.averaged, embed, images=images, views=views)
@@ -142,6 +147,14 @@ class Embedder:
         if hasattr(recipe, "evaluated"):
             return recipe.evaluated
         return tuple(key for key in recipe.inputs if not key.startswith("label/"))
+
+    def read(self) -> set[str]:
+        """Return the features that protocols read, a few numbers an example.
+
+        A recipe may return more, such as a vector a patch: of 25,596 images that is gigabytes.
+        """
+        pairs = self.parts.recipe.spaces.values() if self.parts.recipe.spaces else ()
+        return {*(name for pair in pairs for name in pair), *POOLED}
 
     def images(self) -> tuple[str, ...]:
         """Return the batch keys of images among them."""

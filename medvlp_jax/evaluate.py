@@ -1,16 +1,27 @@
 """Evaluate a run: zero-shot, retrieval, grounding, linear probe, a classifier's own logits.
 
   medvlp evaluate --run RUN_DIR [--protocol zero_shot,retrieval,probe] [--corpus NAME]
+  medvlp evaluate --encoder HF_DIR [--text HF_DIR] --corpus NAME --out DIR [--protocol probe]
 
-Prints a table and writes RUN_DIR/results.json.
+A protocol may name a published flavour, zero_shot@gloria (docs/evaluation.md). Prints a table and
+writes results.json to the run folder, or to --out.
 """
 
 import argparse
+import json
 import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from medvlp_jax import assemble, cli, distributed, ground, weights
+from configs import common
+from medvlp_jax import assemble, cli, distributed, ground, outside, weights
+from medvlp_jax import config as configs
+from medvlp_jax.config import UserError
+from medvlp_jax.evaluation import flavours, prompts
 from medvlp_jax.evaluation.results import results_table, write_results
-from medvlp_jax.evaluator import PROTOCOLS, Evaluator, full
+from medvlp_jax.evaluator import LATER, PROTOCOLS, Evaluator, full
+
+GIVEN = ("corpus", "split", "prompts", "limit", "views")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -18,47 +29,140 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         "medvlp evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    top.add_argument("--run", required=True, type=pathlib.Path, help="run folder")
-    top.add_argument("--protocol", help=f"comma-separated, of {', '.join(PROTOCOLS)}")
+    model = top.add_mutually_exclusive_group(required=True)
+    model.add_argument("--run", type=pathlib.Path, help="run folder")
+    model.add_argument("--encoder", help="Hugging Face folder or id: an image encoder, or a CLIP")
+    top.add_argument("--text", default="", help="folder of the text encoder, if --encoder has none")
+    known = ", ".join(flavours.names(PROTOCOLS))
+    top.add_argument("--protocol", help=f"comma-separated, of {known}")
     top.add_argument("--corpus", help="another corpus than the run's: NAME or NAME:VARIANT")
+    top.add_argument("--data-dir", help="where prepared corpora lie")
+    top.add_argument("--manual-dir", help="where the corpus' own files lie")
     top.add_argument("--split", help="test, validation or train")
-    top.add_argument("--prompts", help="a prompt file instead of the corpus' own")
+    top.add_argument("--prompts", help=f"a prompt file, or one of {', '.join(prompts.shipped())}")
     top.add_argument("--limit", type=int, help="only the first examples")
     top.add_argument("--views", type=int, help="flips and turns to average over: 1, 4, 8")
+    top.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="another setting of config.evals: zero_shot.draw=5, probe.fractions=0.01,0.1,1",
+    )
     top.add_argument("--out", type=pathlib.Path, help="where results.json goes; default: the run")
     return top
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Evaluate the newest checkpoint of a run.
+    """Evaluate the newest checkpoint of a run, or an encoder from elsewhere.
 
     Raises:
       UserError: for bad input.
     """
     arguments = parser().parse_args(argv)
-    config = assemble.read_config(arguments.run)
-    settings = dict(config["evals"])
-    given = {k: getattr(arguments, k) for k in ("corpus", "split", "prompts", "limit", "views")}
-    settings |= {k: v for k, v in given.items() if v is not None}
-    if arguments.protocol:
-        settings["protocols"] = tuple(arguments.protocol.split(","))
-        if "grounding" not in settings["protocols"]:  # the run's control of another protocol
-            kept = (name for name in settings["controls"] if name != "shuffled_phrases")
-            settings["controls"] = tuple(kept)
-    # The untrained control starts where the run started: with the weights it was given.
     distributed.initialize()
-    parts = assemble.parts(config, pretrained="untrained" in settings["controls"])
-    evaluator = Evaluator(parts, settings)
-    untrained = assemble.initial_variables(parts)
-    variables = weights.read_variables(arguments.run, untrained)
+    evaluator, variables, untrained = (_of_run if arguments.run else _of_encoder)(arguments)
     results = full(evaluator, variables, untrained)
     out = arguments.out or arguments.run
     if distributed.is_writer():
         out.mkdir(parents=True, exist_ok=True)
         write_results(results, out)
         print(results_table(results))
-    if "grounding" in settings["protocols"]:
-        evaluator.grounder.draw(assemble.place(variables, parts), out / ground.PICTURE)
+    if "grounding" in evaluator.settings["protocols"]:
+        evaluator.grounder.draw(assemble.place(variables, evaluator.parts), out / ground.PICTURE)
+
+
+def _of_run(arguments):
+    """Return the evaluator of a run, its variables, and those it began with."""
+    config = assemble.read_config(arguments.run)
+    if arguments.text:
+        raise UserError("--text goes with --encoder: a run has its own text encoder.")
+    _place_data(config["data"], arguments)
+    settings = settings_of(config["evals"], arguments)
+    if arguments.protocol and "grounding" not in settings["protocols"]:
+        kept = (name for name in settings["controls"] if name != "shuffled_phrases")
+        settings["controls"] = tuple(kept)  # the run's control of another protocol
+    # The untrained control starts where the run started: with the weights it was given.
+    parts = assemble.parts(config, pretrained="untrained" in settings["controls"])
+    evaluator = Evaluator(parts, settings)
+    untrained = assemble.initial_variables(parts)
+    return evaluator, weights.read_variables(arguments.run, untrained), untrained
+
+
+def _of_encoder(arguments):
+    """Return an evaluator of encoders from Hugging Face folders, and their variables."""
+    missing = [f"--{name}" for name in ("corpus", "out") if not getattr(arguments, name)]
+    if missing:
+        raise UserError(
+            f"--encoder needs {' and '.join(missing)}: there is no run to take it from."
+        )
+    if (arguments.out / assemble.CONFIG).exists():
+        raise UserError(f"{arguments.out} is a run folder; name another for --out.")
+    data = common.data(corpora=(arguments.corpus,)).to_dict()
+    _place_data(data, arguments)
+    evals = common.evals(controls=()).to_dict()
+    settings = settings_of(evals, arguments)
+    reads_text = any(
+        flavours.split(name)[0] in ("zero_shot", "retrieval") for name in settings["protocols"]
+    )
+    parts, variables = outside.parts(arguments.encoder, arguments.text, data, with_text=reads_text)
+    return Evaluator(parts, settings), variables, None
+
+
+def _place_data(data: dict, arguments) -> None:
+    for name in ("data_dir", "manual_dir"):
+        data[name] = getattr(arguments, name) or data[name]
+
+
+def settings_of(evals: Mapping[str, Any], arguments) -> dict[str, Any]:
+    """Return config.evals with what the command line says instead.
+
+    Raises:
+      UserError: for a protocol, setting or value that does not exist.
+    """
+    settings = {**LATER, "grounding": ground.SETTINGS, **evals}
+    settings["grounding"] = {**ground.SETTINGS, **settings["grounding"]}
+    settings |= {k: getattr(arguments, k) for k in GIVEN if getattr(arguments, k) is not None}
+    if arguments.protocol:
+        given = arguments.protocol.split(",")
+        settings["protocols"] = flavours.normalise(given, PROTOCOLS)
+    return assigned(settings, arguments.set)
+
+
+def assigned(settings: Mapping[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
+    """Return settings with each "a.b=value" put in place, of the type of what was there.
+
+    Raises:
+      UserError: for an unknown setting or a value of another type.
+    """
+    settings = {k: dict(v) if isinstance(v, Mapping) else v for k, v in settings.items()}
+    known = dict(configs.flatten(settings))
+    for assignment in assignments:
+        key, is_given, text = assignment.partition("=")
+        if not is_given or key not in known:
+            raise UserError(
+                f"--set {assignment}: no such setting. {configs.nearest(key, [*known])}"
+            )
+        section, _, leaf = key.rpartition(".")
+        (settings[section] if section else settings)[leaf] = _value(text, known[key], assignment)
+    return settings
+
+
+def _value(text: str, default: Any, assignment: str) -> Any:
+    """Read a value of the type of the default; a tuple is separated by commas."""
+    if isinstance(default, str):
+        return text
+    if isinstance(default, tuple):
+        one = default[0] if default else ""
+        return tuple(_value(part, one, assignment) for part in text.split(",") if part)
+    try:
+        value = json.loads(text.lower())
+    except json.JSONDecodeError:
+        value = None
+    kinds = (int, float) if isinstance(default, float) else (type(default),)
+    if type(value) not in kinds:
+        raise UserError(f"--set {assignment}: the value is not like {default}.")
+    return type(default)(value)
 
 
 if __name__ == "__main__":

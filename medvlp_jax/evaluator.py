@@ -1,8 +1,8 @@
 """Protocols and controls on a run: what `medvlp evaluate` and the evaluations of training share."""
 
-import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from medvlp_jax import assemble, distributed, ground
@@ -12,10 +12,15 @@ from medvlp_jax.embedder import Embedder
 from medvlp_jax.evaluation import (
     baselines,
     classify,
+    flavours,
     masked_tokens,
     probe,
+    prompts,
     retrieval,
+    retrieval_legacy,
+    scoring,
     shuffle,
+    thresholds,
     zero_shot,
 )
 from medvlp_jax.evaluation.results import Results
@@ -28,6 +33,11 @@ PROTOCOLS += ("masked_tokens",)
 CONTROLS = ("untrained", "masked_edge", "regression", "shuffled_phrases", *shuffle.CONTROLS)
 CLASSIFIES = ("classify", "classify_studies")
 VIEWS = (1, 4, 8)
+# Settings that runs from before them do not have.
+LATER = {
+    "zero_shot": {"draw": 0, "seed": 6, "strip": False, "threshold": ""},
+    "probe": {"fractions": (1.0,), "draws": 3},
+}
 
 
 class Evaluator(Embedder):
@@ -46,10 +56,13 @@ class Evaluator(Embedder):
         Raises:
           UserError: for an unknown protocol, control, corpus, split or prompt file.
         """
-        for kind, known in (("protocol", PROTOCOLS), ("control", CONTROLS)):
-            for name in settings[f"{kind}s"]:
-                if name not in known:
-                    raise UserError(f"No {kind} '{name}'. {nearest(name, known)}")
+        settings = {**LATER, **settings}
+        settings["protocols"] = flavours.normalise(settings["protocols"], PROTOCOLS)
+        for name in settings["controls"]:
+            if name not in CONTROLS:
+                raise UserError(f"No control '{name}'. {nearest(name, CONTROLS)}")
+        thresholds.check(settings["zero_shot"]["threshold"])
+        probe.check_fractions(**settings["probe"])
         if settings["views"] not in VIEWS:
             raise UserError(f"evals.views={settings['views']} must be one of {VIEWS}.")
         super().__init__(parts, settings["batch_size"], stop)
@@ -59,9 +72,10 @@ class Evaluator(Embedder):
         if said:
             distributed.say(f"medvlp: {said}")
         self.source = assemble.open_corpus(self.corpus, parts.config["data"], settings["split"])
-        needed = "zero_shot" in settings["protocols"]
-        self.prompts = _read_prompts(settings["prompts"], self.corpus, needed)
+        needed = any(flavours.split(p)[0] == "zero_shot" for p in settings["protocols"])
+        self.prompts = self._read_prompts(needed)
         self._check_protocols()
+        self._check_flavours()
 
     def _check_protocols(self):
         """Refuse protocols the recipe has no features for, and classes it does not have."""
@@ -72,7 +86,7 @@ class Evaluator(Embedder):
         fitting += ["classify", "classify_studies"] if classifies(recipe) else []
         fitting += ["masked_tokens"] if isinstance(recipe, mlm.MaskedLanguageModel) else []
         for name in self.settings["protocols"]:
-            if name not in fitting:
+            if flavours.split(name)[0] not in fitting:
                 raise UserError(
                     f"Protocol {name} does not fit recipe {self.parts.config['recipe']['name']}; "
                     f"accepted are {', '.join(fitting)}."
@@ -112,6 +126,15 @@ class Evaluator(Embedder):
                     f"{self.corpus} has {len(tasks[recipe.task])} classes."
                 )
 
+    def _check_flavours(self):
+        """Refuse a flavour that does not score the tasks of the prompts."""
+        for name in self.settings["protocols"]:
+            protocol, flavour = flavours.split(name)
+            for task in self.prompts["tasks"] if protocol == "zero_shot" else ():
+                texts = self._prompts_of(task)[0]
+                kind = {"multi_label": texts.multi_label, "has_negatives": bool(texts.negative)}
+                scoring.check(flavour, task, **kind)
+
     def run(self, variables: Mapping, *, mask=None, source=None, progress="") -> Results:
         """Run every protocol of the settings.
 
@@ -139,7 +162,7 @@ class Evaluator(Embedder):
             )
         results: Results = {}
         for name in self.settings["protocols"]:
-            results |= getattr(self, f"_{name}")(variables, found, **options)
+            results |= self._one(name)(variables, found, **options)
         return results
 
     def quick(self, variables: Mapping, *, limit: int) -> Results:
@@ -150,42 +173,62 @@ class Evaluator(Embedder):
         results: Results = {}
         for name in self.settings["protocols"]:
             if name not in ("probe", "grounding"):
-                results |= getattr(self, f"_{name}")(variables, found, mask=None, resamples=0)
+                results |= self._one(name)(variables, found, mask=None, resamples=0)
         return results
 
-    def _zero_shot(self, variables, found, *, mask, **options):
-        del mask
-        results = {}
+    def _one(self, name: str) -> Callable[..., Results]:
+        """Return the method behind the name of a protocol and its flavour."""
+        protocol, flavour = flavours.split(name)
+        method = getattr(self, f"_{protocol}")
+        return method if flavour == flavours.CLEAN else partial(method, flavour=flavour)
+
+    def _prompts_of(self, task: str) -> tuple[zero_shot.Prompts, list[int]]:
+        """Return the prompts of a task, and the label columns of the classes that have some."""
+        known, spec = self.source.tasks[task], self.prompts["tasks"][task]
+        columns = range(len(known))
+        if spec.get("partial"):
+            columns = [c for c in columns if known[c] in spec["classes"]]
+        classes = [known[c] for c in columns]
+        return zero_shot.prompt_texts(self.prompts, task, classes), list(columns)
+
+    def _zero_shot(self, variables, found, *, mask, flavour="clean", **options):
+        rule = self.settings["zero_shot"]["threshold"] if options["resamples"] else ""
+        if (
+            self.settings["split"] == "validation"
+        ):  # the rows that are scored, whatever it is called
+            rule = rule and "maxf1-on-test"
+        held = found
+        if rule == "maxf1-on-val":
+            validation = assemble.open_corpus(self.corpus, self.parts.config["data"], "validation")
+            held = self.features(variables, validation, inputs=self.images(), mask=mask)
+        spaces, results = self.parts.recipe.spaces, {}
         for task in self.prompts["tasks"]:
-            classes = self.source.tasks.get(task)
-            if classes is None:
-                continue
-            prompts = zero_shot.prompt_texts(self.prompts, task, classes)
-            spaces = self.parts.recipe.spaces
-            image = spaces.get(prompts.section, next(iter(spaces.values())))[0]
-            embedded = zero_shot.embed_prompts(prompts, self.embed_texts(variables))
+            texts, columns = self._prompts_of(task)
+            image = spaces.get(texts.section, next(iter(spaces.values())))[0]
+            label = f"label/{task}"
             results |= zero_shot.run(
                 found[image],
-                found[f"label/{task}"],
-                embedded,
+                found[label][:, columns],
+                zero_shot.embed_prompts(texts, self.embed_texts(variables)),
                 task=task,
                 groups=found["patient_id"],
+                flavour=flavour,
+                batch_size=self.settings["batch_size"],
+                threshold=rule if texts.multi_label else "",
+                validation=zero_shot.Validation(held[image], held[label][:, columns]),
                 **options,
             )
         return results
 
-    def _retrieval(self, variables, found, *, mask, **options):
+    def _retrieval(self, variables, found, *, mask, flavour="clean", **options):
         del variables, mask
         image, text = self.joint(found)
         task = self.settings["class_task"] or next(iter(self.source.tasks))
-        return retrieval.run(
-            image,
-            text,
-            found["text_id"],
-            labels=found[f"label/{task}"],
-            groups=found["patient_id"],
-            **options,
-        )
+        options |= {"labels": found[f"label/{task}"], "groups": found["patient_id"]}
+        if flavour != flavours.CLEAN:
+            options["flavour"] = flavour
+            return retrieval_legacy.run(image, text, found["text_id"], **options)
+        return retrieval.run(image, text, found["text_id"], **options)
 
     def _grounding(self, variables, found, *, mask, **options):
         del found
@@ -261,21 +304,39 @@ class Evaluator(Embedder):
         )
         results = {}
         for task, classes in self.source.tasks.items():
-            multi_label = self.prompts["tasks"].get(task, {}).get("multi_label", False)
-            results |= probe.run(
+            labels = fitted[f"label/{task}"]
+            spec = self.prompts["tasks"].get(task, {})
+            results |= probe.curve(
                 fitted["image_pooled"],
-                fitted[f"label/{task}"],
+                labels,
                 found["image_pooled"],
                 found[f"label/{task}"],
                 classes=classes,
                 task=task,
-                multi_label=multi_label,
-                seed=0,
+                multi_label=spec.get("multi_label", probe.is_multi_label(labels)),
                 train_groups=fitted["patient_id"],
                 test_groups=found["patient_id"],
+                **self.settings["probe"],
                 **options,
             )
         return results
+
+    def _read_prompts(self, needed: bool) -> dict[str, Any]:
+        """Read evals.prompts; "" takes the corpus' own, without which there is no zero-shot."""
+        given, name = self.settings["prompts"], self.corpus.partition(":")[0]
+        own = pathlib.Path(datasets.__path__[0]) / name / "prompts.json"
+        if not given and not own.is_file():
+            if needed:
+                raise UserError(
+                    f"{self.corpus} has no prompts of its own: set evals.prompts to a file, or to "
+                    f"one of the sets {', '.join(prompts.shipped())}."
+                )
+            return {"tasks": {}}
+        found = prompts.read(given or own)
+        if not needed and not {*found["tasks"]} & {*self.source.tasks}:
+            return {"tasks": {}}
+        how = {k: v for k, v in self.settings["zero_shot"].items() if k != "threshold"}
+        return prompts.resolve(found, self.source.tasks, **how)
 
 
 def rename(results: Results, variant: str) -> Results:
@@ -311,14 +372,3 @@ def full(evaluator: Evaluator, variables: Mapping, untrained: Mapping | None = N
     if "regression" in controls:
         results |= evaluator.regression()
     return results
-
-
-def _read_prompts(path: str, corpus: str, needed: bool) -> dict:
-    """Read a prompt file; "" takes the corpus' own, without which there is no zero-shot."""
-    name = corpus.partition(":")[0]
-    file = pathlib.Path(path or pathlib.Path(datasets.__path__[0]) / name / "prompts.json")
-    if not (path or needed or file.is_file()):
-        return {"tasks": {}}
-    if not file.is_file():
-        raise UserError(f"No prompt file {file}; set evals.prompts to one.")
-    return json.loads(file.read_text())

@@ -20,7 +20,8 @@ from medvlp_jax.evaluation.results import Results
 from medvlp_jax.evidence import agreement, rules
 from medvlp_jax.training.step import make_embed
 
-SETTINGS = {"interpolation": "bilinear", "smoothing": 0.0}
+MAP = {"interpolation": "bilinear", "smoothing": 0.0}
+SETTINGS = {**MAP, **grounding.Variant()._asdict()}
 PICTURE = "grounding.png"
 SHOWN = 6  # phrases in the picture
 COSINE = "cosine"  # the map that is compared with thresholds as it is; others by their largest
@@ -47,6 +48,9 @@ class Grounder:
                 f"evals.grounding={self.settings}: accepted are the interpolations "
                 f"{', '.join(kinds)} and a smoothing of at least 0."
             )
+        self.how = {name: self.settings[name] for name in MAP}
+        names = grounding.Variant._fields
+        self.variant = grounding.Variant(**{name: self.settings[name] for name in names}).check()
         source, limit = evaluator.source, evaluator.settings["limit"]
         self.rows, self.pairs = [], []
         for row in range(min(limit or len(source), len(source))):
@@ -86,9 +90,11 @@ class Grounder:
         found: Results = {}
         for name, (patches, phrases) in self.encode(variables, pairs, mask=mask).items():
             see = functools.partial(self.map_of, name, patches, phrases)
-            scores = [grounding.score(see(pair), self.region(pair)) for pair in pairs]
-            options = {"settings": self.settings, **bootstrap}
-            found |= grounding.run(pairs, scores, task=name, **options)
+            score = lambda pair, see=see: grounding.score(
+                see(pair), self.region(pair), self.variant
+            )
+            options = {"settings": self.how, "variant": self.variant, **bootstrap}
+            found |= grounding.run(pairs, [score(pair) for pair in pairs], task=name, **options)
         return found
 
     def encode(self, variables, pairs, *, mask=None) -> dict[str, tuple[np.ndarray, dict]]:
@@ -117,7 +123,7 @@ class Grounder:
         if name != COSINE:
             values = values / max(values.max(), 1e-12)
         data, side = self.parts.config["data"], round(len(values) ** 0.5)
-        large = grounding.heatmap(values.reshape(side, side), data["crop"], **self.settings)
+        large = grounding.heatmap(values.reshape(side, side), data["crop"], **self.how)
         return grounding.centred(large, data["size"])
 
     def region(self, pair: grounding.Pair) -> np.ndarray:

@@ -127,3 +127,33 @@ def test_a_split_without_boxes_is_refused(evaluator):
     )
     with pytest.raises(UserError, match="c has none in train"):
         ground.Grounder(bare)
+
+
+def test_features_keep_what_protocols_read_and_nothing_a_patch(evaluator, monkeypatch):
+    """A vector a patch of 25,596 images would be gigabytes."""
+    one, variables = evaluator
+    patches = {"image": np.zeros((16, 4)), "lesions": np.zeros((16, 9, 4))}
+    monkeypatch.setattr(one, "embed", lambda variables, batch: patches)
+    found = one.features(variables, one.source, inputs=("image",), limit=20)
+    assert found["image"].shape == (20, 4)
+    assert "lesions" not in found
+    assert all(values.ndim <= 2 for values in found.values())
+
+
+def test_flavours_go_with_the_tasks_of_the_prompts(evaluator):
+    one, variables = evaluator
+    settings = {**one.settings, "controls": (), "limit": 16, "resamples": 5}
+    settings["protocols"] = ("zero_shot@clean", "zero_shot@cxrclip", "retrieval@cxrclip")
+    found = Evaluator(one.parts, settings).run(variables)
+    assert found["zero_shot/finding/macro_auroc"]["protocol"] == "zero_shot@clean-v1"
+    assert found["zero_shot/finding (cxrclip)/macro_auroc"]["hash"]
+    assert found["retrieval/image_to_text (cxrclip)/protocol"]["gallery"] > 1
+    for changes, message in (
+        ({"protocols": ("zero_shot@gloria",)}, "has prompts of the absence"),
+        ({"protocols": ("retrieval@gloria-v1",)}, "Did you mean retrieval@gloria"),
+        ({"prompts": "gloria-v1", "protocols": ("zero_shot",)}, "gloria-v1 is for class"),
+        ({"zero_shot": {**settings["zero_shot"], "threshold": "max"}}, "No threshold rule 'max'"),
+        ({"probe": {"fractions": (0.0,), "draws": 3}}, r"fractions=\(0.0,\)"),
+    ):
+        with pytest.raises(UserError, match=message):
+            Evaluator(one.parts, {**settings, **changes})

@@ -18,7 +18,7 @@ LEVELS = (
     ("training", "evaluation", "evidence"),
     ("clinical", "tables", "weights"),
     ("assemble",),
-    ("examples",),
+    ("examples", "outside"),
     ("unpaired", "ground", "embedder", "evaluator"),
     ("cli", "cases", "checks", "export", "evaluate", "plan", "train"),
 )

@@ -5,12 +5,13 @@ made as large as the image; A are the pixels inside the union of the phrase's bo
 outside, both without the pixels the model did not see.
 
   CNR       |mean_A - mean_B| / sqrt(var_A + var_B), population variances
-  mIoU      mean over t of IoU({m > t}, A), t = .1 ... .5
+  mIoU      mean over t of IoU({m > t}, A), t = .1 ... .5, negative values counting as 0
   pointing  is a largest pixel inside A; of several tied ones, the share that is
 
 Boecking et al. 2022 (BioViL, https://arxiv.org/abs/2204.09817). A pair is an image with a phrase.
 CNR and mIoU are means over the pairs of a category, then over categories, as published for MS-CXR;
 `*_micro` is the mean over pairs. A map without any variation has CNR 0 and is counted as `flat`.
+`Variant` has what other published code does instead; its numbers have an id of their own.
 
 Axis letters: P pairs, C categories, H, W pixels, h, w patches.
 """
@@ -22,13 +23,45 @@ from typing import Literal, NamedTuple
 import numpy as np
 import scipy.ndimage
 
+from medvlp_jax.config import UserError
 from medvlp_jax.evaluation import statistics
 from medvlp_jax.evaluation.results import Results, assemble, number
 
 PROTOCOL = "grounding@clean-v1"
+LEGACY = "grounding@legacy-v1"  # with a Variant other than the default
 THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5)
 METRICS = ("cnr", "miou", "pointing")
 Box = tuple[float, float, float, float]
+
+
+class Variant(NamedTuple):
+    """Where published code differs; each setting makes other numbers.
+
+    Attributes:
+      signed: CNR keeps the sign of mean_A - mean_B (generate_to_ground, AFLoc).
+      ddof: of the variances in CNR: 0, or 1 for unbiased ones.
+      strict: IoU of {m > t}; else of {m >= t}, which moves coarse maps by points.
+      scale: of the map before thresholds: "clamp" negative values to 0 (BioViL), or "min-max" each
+        map to [0, 1] (AFLoc), a different number. CNR is the same under either.
+    """
+
+    signed: bool = False
+    ddof: int = 0
+    strict: bool = True
+    scale: Literal["clamp", "min-max"] = "clamp"
+
+    def check(self) -> "Variant":
+        """Return itself.
+
+        Raises:
+          UserError: for a value that does not exist.
+        """
+        if self.ddof not in (0, 1) or self.scale not in ("clamp", "min-max"):
+            raise UserError(
+                f"evals.grounding has ddof={self.ddof} and scale={self.scale}: accepted are ddof 0 "
+                "or 1, and scale clamp or min-max."
+            )
+        return self
 
 
 class Pair(NamedTuple):
@@ -181,18 +214,26 @@ def mean_iou(values, inside, *, thresholds=THRESHOLDS, strict: bool = True) -> f
     return float(np.mean(found))
 
 
+def scaled(values, scale: str) -> np.ndarray:
+    """Return a map as thresholds see it; see `Variant`. A flat map becomes 0 under "min-max"."""
+    if scale == "clamp":
+        return np.where(values < 0, 0.0, values)  # NaN stays
+    low, high = np.nanmin(values), np.nanmax(values)
+    return (values - low) / (high - low) if high > low else values * 0.0
+
+
 def pointing(values, inside) -> float:
     """Return the share of the largest pixels that lie inside A: 1 or 0 where there is one."""
     best = values == np.nanmax(values)
     return float((best & inside).sum() / best.sum())
 
 
-def score(values, inside) -> Scores:
+def score(values, inside, variant: Variant = Variant()) -> Scores:  # noqa: B008 (immutable)
     """Score one map [H, W]; NaN CNR where nothing of A, or nothing outside it, was seen."""
     seen = np.isfinite(values)
     return Scores(
-        contrast_to_noise(values, inside),
-        mean_iou(values, inside),
+        contrast_to_noise(values, inside, signed=variant.signed, ddof=variant.ddof),
+        mean_iou(scaled(values, variant.scale), inside, strict=variant.strict),
         pointing(values, inside),
         is_flat(values),
         float(inside[seen].mean()),
@@ -200,7 +241,13 @@ def score(values, inside) -> Scores:
 
 
 def run(
-    pairs: Sequence[Pair], scores: Sequence[Scores], *, task: str, settings=None, **bootstrap
+    pairs: Sequence[Pair],
+    scores: Sequence[Scores],
+    *,
+    task: str,
+    settings=None,
+    variant: Variant = Variant(),  # noqa: B008 (immutable)
+    **bootstrap,
 ) -> Results:
     """Return means with intervals from draws of whole patients.
 
@@ -209,6 +256,7 @@ def run(
       scores: of their maps.
       task: middle part of the result keys, such as the name of the map.
       settings: what else decides what the numbers mean.
+      variant: by which the maps were scored.
       **bootstrap: resamples (2,000), seed, level.
 
     Returns:
@@ -245,6 +293,8 @@ def run(
         "flat": int(sum(s.flat for s in scores)),
     }
     settings = {"thresholds": THRESHOLDS, **(settings or {}), **bootstrap}
+    if variant != Variant():
+        return assemble(LEGACY, task, numbers, settings=settings | variant._asdict(), notes=notes)
     return assemble(PROTOCOL, task, numbers, settings=settings, notes=notes)
 
 

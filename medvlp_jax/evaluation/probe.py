@@ -53,6 +53,28 @@ def take_patients(groups, fraction: float, *, seed: int) -> np.ndarray:
     return np.flatnonzero(np.isin(groups, kept))
 
 
+def check_fractions(*, fractions: Sequence[float], draws: int) -> None:
+    """Refuse shares and numbers of draws that cannot be.
+
+    Raises:
+      UserError: naming them.
+    """
+    wrong = [fraction for fraction in fractions if not 0 < fraction <= 1]
+    if wrong or not fractions:
+        raise UserError(
+            f"evals.probe.fractions={tuple(fractions)} must be shares of the training patients in "
+            "(0, 1], such as (0.01, 0.1, 1.0)."
+        )
+    if draws < 1:
+        raise UserError(f"evals.probe.draws={draws} must be at least 1; 3 or more say something.")
+
+
+def is_multi_label(labels) -> bool:
+    """Say whether some row [C] with a known label is not of exactly one class."""
+    labels = np.asarray(labels)
+    return bool(((labels == 1).sum(1) != 1)[(labels >= 0).any(1)].any())
+
+
 def validation_split(groups, *, seed: int) -> Split:
     """Hold out a fifth of the patients, at least one, with all their rows."""
     patients = np.random.default_rng([seed, 1]).permutation(np.unique(groups))
@@ -206,3 +228,53 @@ def run(
     settings = {"classes": list(classes), "fraction": fraction, "strengths": STRENGTHS, **bootstrap}
     name = task if fraction == 1 else f"{task}_{100 * fraction:g}%"
     return assemble(PROTOCOL, name, scored.numbers, settings=settings, notes=scored.notes | fitted)
+
+
+def curve(
+    *arrays, task: str, fractions: Sequence[float] = (1.0,), draws: int = 3, **options
+) -> Results:
+    """Probe with shares of the training patients, each share drawn several times.
+
+    A smaller share of a draw lies inside its larger ones. All patients are one set, probed once.
+
+    Args:
+      *arrays: the four of `run`.
+      task: middle part of the keys: "finding_1% (draw 0)" for one draw, "finding_1%" for the mean
+        over the draws with its standard deviation (n - 1) and every draw's value.
+      fractions: each in (0, 1].
+      draws: of patients, of every fraction below 1; their seeds are 0, 1, ...
+      **options: of `run`, without `seed` and `fraction`.
+    """
+    check_fractions(fractions=fractions, draws=draws)
+    results: Results = {}
+    for fraction in fractions:
+        if fraction == 1:
+            results |= run(*arrays, task=task, seed=0, fraction=1.0, **options)
+            continue
+        found = [
+            run(*arrays, task=task, seed=seed, fraction=fraction, **options)
+            for seed in range(draws)
+        ]
+        results |= _mean_of(found)
+        for seed, result in enumerate(found):
+            for key, entry in result.items():
+                protocol, name, metric = key.split("/", 2)
+                results[f"{protocol}/{name} (draw {seed})/{metric}"] = entry
+    return results
+
+
+def _mean_of(draws: Sequence[Results]) -> Results:
+    """Return the mean of every number all draws have; the spread is not an interval."""
+    means: Results = {}
+    for key, first in draws[0].items():
+        if "value" not in first:
+            means[key] = {k: first[k] for k in ("protocol", "hash", "settings")}
+            means[key] |= {"draws": len(draws), "train_rows": [d[key]["train_rows"] for d in draws]}
+            continue
+        values = [draw.get(key, {}).get("value") for draw in draws]
+        if None in values:
+            continue
+        sd = float(np.std(values, ddof=1)) if len(values) > 1 else None
+        spread = {"value": float(np.mean(values)), "low": None, "high": None}
+        means[key] = {**first, **spread, "sd": sd, "draws": values}
+    return means

@@ -99,6 +99,22 @@ def _most_frequent(owner, kind, count: int) -> np.ndarray:
     return out
 
 
+def with_text(image, text, text_ids, labels, groups) -> tuple:
+    """Return the five without the rows that have no text; labels and groups may be None.
+
+    Raises:
+      UserError: for features that are not finite, or if no row has a text.
+    """
+    image, text, text_ids = np.asarray(image), np.asarray(text), np.asarray(text_ids)
+    check_finite("image", image)
+    check_finite("text", text)
+    has_text = np.any(text != 0, axis=1)
+    if not has_text.any():
+        raise UserError(f"None of {len(text)} examples has a text to retrieve.")
+    kept = (None if v is None else np.asarray(v)[has_text] for v in (labels, groups))
+    return image[has_text], text[has_text], text_ids[has_text], *kept
+
+
 def sides(image, text, text_ids, *, labels=None, groups=None) -> tuple[Side, Side]:
     """Return the image side [N] and the text side with one entry a distinct text_id.
 
@@ -230,15 +246,9 @@ def run(
     Raises:
       UserError: for features that are not finite, or if no row has a text.
     """
-    image, text, text_ids = np.asarray(image), np.asarray(text), np.asarray(text_ids)
-    check_finite("image", image)
-    check_finite("text", text)
-    has_text = np.any(text != 0, axis=1)
-    if not has_text.any():
-        raise UserError(f"None of {len(text)} examples has a text to retrieve.")
-    kept = [None if v is None else np.asarray(v)[has_text] for v in (labels, groups)]
-    arrays = image[has_text], text[has_text], text_ids[has_text]
-    images, texts = sides(*arrays, labels=kept[0], groups=kept[1])
+    total = len(image)
+    image, text, text_ids, labels, groups = with_text(image, text, text_ids, labels, groups)
+    images, texts = sides(image, text, text_ids, labels=labels, groups=groups)
     settings = {"ks": list(ks), "ties": "expected", "decimals": DECIMALS, **bootstrap}
     results: Results = {}
     for task, query, gallery in (
@@ -248,7 +258,7 @@ def run(
         notes = {
             "patients": len(np.unique(query.group)),
             "gallery": len(gallery.pair),
-            "left_out": int((~has_text).sum()),
+            "left_out": total - len(image),
         }
         entries = _direction(query, gallery, ks, tile, bootstrap)
         results |= assemble(PROTOCOL, task, entries, settings=settings, notes=notes)

@@ -1,14 +1,12 @@
-"""Zero-shot classification from text prompts, clean flavour.
+"""Zero-shot classification from text prompts.
 
-Every prompt embedding has unit norm; a class is the re-normalised mean of its prompts' embeddings.
-Single-label: the class with the highest cosine. Multi-label: cos(image, positive) - cos(image,
-negative); the softmax over the two is a monotone map of it and leaves AUROC and AUPRC unchanged.
-Nothing looks at the test set as a whole; GLoRIA's z-scored accuracy is the row `accuracy_zscore`.
+Clean flavour: every prompt embedding has unit norm; a class is the re-normalised mean of its
+prompts' embeddings. Single-label: the class with the highest cosine. Multi-label: cos(image,
+positive) - cos(image, negative); the softmax over the two is a monotone map of it and leaves AUROC
+and AUPRC unchanged. Nothing looks at the test set as a whole; the z-scored accuracy is a row of its
+own, `accuracy_zscore`. The other flavours are in `scoring`, the prompt files in `prompts`.
 
-Prompt files: {"version": ..., "tasks": {task: {"section": ..., "multi_label": ..., "classes":
-{class: {"positive": [...], "negative": [...]}}}}}.
-
-Axis letters: N images, C classes, E joint width.
+Axis letters: N images, C classes, P prompts of a class, E joint width.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -17,11 +15,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from medvlp_jax.config import UserError, nearest
-from medvlp_jax.evaluation import classify
+from medvlp_jax.evaluation import classify, scoring, thresholds
 from medvlp_jax.evaluation.features import check_finite
-from medvlp_jax.evaluation.results import Results, assemble
-
-PROTOCOL = "zero_shot@clean-v1"
+from medvlp_jax.evaluation.results import Results, assemble, number
 
 
 class Prompts(NamedTuple):
@@ -36,18 +32,32 @@ class Prompts(NamedTuple):
 
 
 class ClassEmbeddings(NamedTuple):
-    """Prompts and their unit-norm class embeddings [C, E]; `negative` is None if single-label."""
+    """Prompts and their unit-norm embeddings, [P, E] a class; none negative if single-label."""
 
     prompts: Prompts
-    positive: np.ndarray
-    negative: np.ndarray | None
+    positive_prompts: tuple[np.ndarray, ...]
+    negative_prompts: tuple[np.ndarray, ...]
+
+    @property
+    def positive(self) -> np.ndarray:
+        """The re-normalised mean of each class [C, E]."""
+        return _means(self.positive_prompts)
+
+    @property
+    def negative(self) -> np.ndarray | None:
+        """The same of its absence; None where there are no such prompts."""
+        return _means(self.negative_prompts) if self.negative_prompts else None
+
+
+def _means(groups: Sequence[np.ndarray]) -> np.ndarray:
+    return scoring.unit(np.stack([group.mean(0) for group in groups]))
 
 
 def prompt_texts(prompts_json: Mapping[str, Any], task: str, classes: Sequence[str]) -> Prompts:
     """Look up one task of a prompt file.
 
     Args:
-      prompts_json: the parsed file.
+      prompts_json: plain texts, from `prompts.resolve` or a file that has nothing else.
       task: name of the task.
       classes: the label columns' names; decides the order.
 
@@ -58,7 +68,8 @@ def prompt_texts(prompts_json: Mapping[str, Any], task: str, classes: Sequence[s
     if task not in tasks:
         raise UserError(f"No prompts for task '{task}'. {nearest(task, list(tasks))}")
     spec = tasks[task]
-    sides = ("positive", "negative") if spec["multi_label"] else ("positive",)
+    paired = spec["multi_label"] and not spec.get("positive_only")
+    sides = ("positive", "negative") if paired else ("positive",)
     for name in classes:
         if name not in spec["classes"]:
             hint = nearest(name, list(spec["classes"]))
@@ -77,19 +88,10 @@ def prompt_texts(prompts_json: Mapping[str, Any], task: str, classes: Sequence[s
     )
 
 
-def _unit(x):
-    return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
-
-
-def _ensemble(texts: Sequence[Sequence[str]], rows: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Return [C, E]: normalise each prompt, average over a class, normalise again."""
-    return _unit(np.stack([_unit(np.stack([rows[t] for t in group])).mean(0) for group in texts]))
-
-
 def embed_prompts(
     prompts: Prompts, embed_texts: Callable[[list[str], str], np.ndarray]
 ) -> ClassEmbeddings:
-    """Turn the prompts of a task into one embedding a class and side.
+    """Turn the prompts of a task into unit-norm embeddings.
 
     Args:
       prompts: from `prompt_texts`.
@@ -98,20 +100,45 @@ def embed_prompts(
     texts = list(dict.fromkeys(t for group in prompts.positive + prompts.negative for t in group))
     embedded = np.asarray(embed_texts(texts, prompts.section), np.float64)
     check_finite("prompts", embedded)
-    rows = dict(zip(texts, embedded, strict=True))
-    negative = _ensemble(prompts.negative, rows) if prompts.negative else None
-    return ClassEmbeddings(prompts, _ensemble(prompts.positive, rows), negative)
+    rows = dict(zip(texts, scoring.unit(embedded), strict=True))
+    stack = lambda groups: tuple(np.stack([rows[t] for t in group]) for group in groups)
+    return ClassEmbeddings(prompts, stack(prompts.positive), stack(prompts.negative))
 
 
-def scores(image, embeddings: ClassEmbeddings) -> np.ndarray:
-    """Return the score of every image and class [N, C] for unit-norm images [N, E]."""
-    image = np.asarray(image, np.float64)
-    positive = image @ embeddings.positive.T
-    return positive if embeddings.negative is None else positive - image @ embeddings.negative.T
+def scores(
+    image, embeddings: ClassEmbeddings, *, flavour: str = "clean", batch_size: int = 0
+) -> np.ndarray:
+    """Return the score of every image and class [N, C] for unit-norm images [N, E].
+
+    Args:
+      image: all test images.
+      embeddings: from `embed_prompts`.
+      flavour: a key of scoring.FLAVOURS.
+      batch_size: of "benchx".
+    """
+    sides = embeddings.positive_prompts, embeddings.negative_prompts
+    return scoring.scores(flavour, image, *sides, batch_size=batch_size)
+
+
+class Validation(NamedTuple):
+    """What thresholds are chosen on: images [M, E] and labels [M, C] of the validation split."""
+
+    image: np.ndarray
+    labels: np.ndarray
 
 
 def run(
-    image, labels, embeddings: ClassEmbeddings, *, task: str, groups=None, **bootstrap
+    image,
+    labels,
+    embeddings: ClassEmbeddings,
+    *,
+    task: str,
+    groups=None,
+    flavour: str = "clean",
+    batch_size: int = 0,
+    threshold: str = "",
+    validation: Validation | None = None,
+    **bootstrap,
 ) -> Results:
     """Classify images by prompts and score the decisions.
 
@@ -119,18 +146,62 @@ def run(
       image: [N, E] unit norm, in the space of the prompts' section.
       labels: [N, C] int8: 1 present, 0 absent, -1 unknown; columns as `embeddings.prompts.classes`.
       embeddings: from `embed_prompts`.
-      task: middle part of the result keys.
+      task: middle part of the result keys; a flavour other than clean is appended.
       groups: [N] patient of each row.
+      flavour: a key of scoring.FLAVOURS.
+      batch_size: images that "benchx" standardises together.
+      threshold: a rule of `thresholds`, for multi-label tasks; "" decides nothing.
+      validation: for "maxf1-on-val".
       **bootstrap: resamples (2,000), seed, level.
 
     Returns:
       macro_auroc, macro_auprc and per-class rows (multi-label), or accuracy, balanced_accuracy,
       macro_f1, macro_auroc, ... with the prevalence control (single-label); see `classify`.
+
+    Raises:
+      UserError: for an unknown flavour or rule, or a task the flavour has no score for.
     """
     check_finite("image", np.asarray(image))
+    thresholds.check(threshold)
     prompts = embeddings.prompts
-    score = classify.multi_label_scores if prompts.multi_label else classify.single_label_scores
-    values = scores(image, embeddings)
-    scored = score(labels, values, prompts.classes, groups=groups, **bootstrap)
+    has_negatives = bool(prompts.negative)
+    scoring.check(flavour, task, multi_label=prompts.multi_label, has_negatives=has_negatives)
+    how = {"flavour": flavour, "batch_size": batch_size}
+    values = scores(image, embeddings, **how)
+    options = {"groups": groups, **bootstrap}
     settings = {**prompts._asdict(), **bootstrap}
-    return assemble(PROTOCOL, task, scored.numbers, settings=settings, notes=scored.notes)
+    if prompts.multi_label:
+        scored = classify.multi_label_scores(labels, values, prompts.classes, **options)
+        if threshold:
+            settings["threshold"] = threshold
+            chosen = values, labels
+            if threshold == "maxf1-on-val":
+                chosen = scores(validation.image, embeddings, **how), validation.labels
+            found = thresholds.choose(chosen[1], chosen[0])
+            decided = thresholds.decide(
+                labels, values, found, prompts.classes, rule=threshold, **options
+            )
+            scored = classify.Scored(scored.numbers | decided.numbers, scored.notes | decided.notes)
+    else:
+        scored = classify.single_label_scores(labels, values, prompts.classes, **options)
+    if flavour == "benchx":
+        settings["batch_size"] = batch_size
+        if not prompts.multi_label:
+            scored.numbers["accuracy_by_batch"] = _by_batch(labels, values, batch_size)
+    name = task if flavour == "clean" else f"{task} ({flavour})"
+    protocol = f"zero_shot@{flavour}-v1"
+    return assemble(protocol, name, scored.numbers, settings=settings, notes=scored.notes)
+
+
+def _by_batch(labels, values, batch_size: int) -> dict[str, Any]:
+    """Return the mean of the batches' accuracies: a short last batch counts as much as the others.
+
+    Batches without a known class are left out.
+    """
+    truth = classify.class_index(labels)
+    right = np.where(truth >= 0, values.argmax(1) == truth, np.nan)
+    size = batch_size or len(right)
+    batches = [right[s : s + size] for s in range(0, len(right), size)]
+    means = [np.nanmean(batch) for batch in batches if np.isfinite(batch).any()]
+    mean = float(np.mean(means)) if means else np.nan
+    return number(mean, n=int((truth >= 0).sum()), chance=1 / values.shape[1])

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from medvlp_jax.config import UserError
 from medvlp_jax.evaluation import grounding
 
 NAN = np.nan
@@ -145,3 +146,52 @@ def test_means_are_over_categories_first_and_intervals_over_patients():
     assert found["grounding/cosine/protocol"]["left_out"] == 1
     assert found["grounding/cosine/protocol"]["patients"] == 6
     json.dumps(found, allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("variant", "cnr", "miou"),
+    [
+        ({}, 1.6125, 0.5133),
+        ({"ddof": 1}, 1.4084, 0.5133),
+        ({"strict": False}, 1.6125, 0.4371),
+    ],
+)
+def test_a_variant_scores_as_its_settings_say(variant, cnr, miou):
+    found = grounding.score(*LARGE, grounding.Variant(**variant))
+    assert (found.cnr, found.miou) == pytest.approx((cnr, miou), abs=5e-5)
+
+
+def test_scaling_each_map_is_another_iou_and_the_same_cnr():
+    values, inside = LARGE[0] - 0.4, LARGE[1]  # a cosine may be negative
+    by_scale = {
+        scale: grounding.score(values, inside, grounding.Variant(scale=scale))
+        for scale in ("clamp", "min-max")
+    }
+    assert by_scale["clamp"].cnr == by_scale["min-max"].cnr
+    expected = []
+    seen = values == values
+    low, high = values[seen].min(), values[seen].max()
+    for t in grounding.THRESHOLDS:
+        above = np.array([[v == v and (v - low) / (high - low) > t for v in row] for row in values])
+        expected.append((above & inside).sum() / (above | inside).sum())
+    assert by_scale["min-max"].miou == pytest.approx(np.mean(expected), rel=1e-12)
+    assert by_scale["clamp"].miou != pytest.approx(by_scale["min-max"].miou, abs=0.01)
+    # No threshold is negative, so clamping changes no published number; NaN margins stay unseen.
+    assert by_scale["clamp"].miou == grounding.mean_iou(values, inside)
+    assert np.isnan(grounding.scaled(values, "min-max")[1, 2])
+    assert grounding.scaled(np.full((2, 2), 0.3), "min-max").max() == 0
+
+
+def test_signed_keeps_the_sign_and_variants_have_an_id_of_their_own():
+    values, inside = SMALL
+    signed = grounding.Variant(signed=True)
+    scores = [grounding.score(values, ~inside, signed)]
+    assert scores[0].cnr < 0
+    pairs = grounding.pairs_of(0, "p", ["a"], ["k"], [[0, 0, 1, 1]])
+    found = grounding.run(pairs, scores, task="t", variant=signed, resamples=0)
+    plain = grounding.run(pairs, scores, task="t", resamples=0)
+    assert found["grounding/t/cnr"]["protocol"] == "grounding@legacy-v1"
+    assert plain["grounding/t/cnr"]["protocol"] == "grounding@clean-v1"
+    assert found["grounding/t/protocol"]["settings"]["signed"] is True
+    with pytest.raises(UserError, match="ddof=2"):
+        grounding.Variant(ddof=2).check()

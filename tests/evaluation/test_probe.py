@@ -117,3 +117,40 @@ def test_same_seed_same_numbers():
     x, y, groups = make(80, rng)
     a, b = (probe.choose_strength(x, y, groups, multi_label=True, seed=3) for _ in range(2))
     assert a == b
+
+
+def test_shares_of_the_patients_are_drawn_several_times_and_averaged():
+    rng = np.random.default_rng(0)
+    x, y, groups = make(200, rng)
+    x_test, y_test, _ = make(80, rng)
+    options = {"classes": ("real", "noise"), "task": "t", "multi_label": True, "resamples": 0}
+    options |= {"train_groups": groups}
+    found = probe.curve(x, y, x_test, y_test, fractions=(0.1, 1.0), draws=3, **options)
+    key = "auroc/real"
+    draws = [found[f"probe/t_10% (draw {seed})/{key}"]["value"] for seed in range(3)]
+    mean = found[f"probe/t_10%/{key}"]
+    assert mean["draws"] == draws
+    assert len(set(draws)) == 3
+    assert mean["value"] == pytest.approx(np.mean(draws), rel=1e-12)
+    assert mean["sd"] == pytest.approx(np.std(draws, ddof=1), rel=1e-12)
+    assert mean["low"] is None
+    assert found["probe/t_10%/protocol"]["train_rows"] == [20, 20, 20]
+    one = probe.run(x, y, x_test, y_test, seed=1, fraction=0.1, **options)
+    assert found[f"probe/t_10% (draw 1)/{key}"] == one[f"probe/t_10%/{key}"]
+    whole = probe.run(x, y, x_test, y_test, seed=0, **options)
+    assert found[f"probe/t/{key}"] == whole[f"probe/t/{key}"]  # all patients: once, as ever
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+
+
+def test_shares_and_draws_that_cannot_be_are_refused():
+    with pytest.raises(UserError, match=r"fractions=\(0.1, 2\)"):
+        probe.check_fractions(fractions=(0.1, 2), draws=3)
+    with pytest.raises(UserError, match="draws=0"):
+        probe.check_fractions(fractions=(0.1,), draws=0)
+
+
+def test_tasks_of_one_class_a_row_are_told_from_findings():
+    one_hot = np.eye(3, dtype=np.int8)
+    assert not probe.is_multi_label(np.vstack([one_hot, [-1, -1, -1]]))
+    assert probe.is_multi_label(np.vstack([one_hot, [1, 1, 0]]))
+    assert probe.is_multi_label(np.vstack([one_hot, [0, 0, 0]]))

@@ -1,0 +1,39 @@
+"""Names of protocols: "zero_shot", or "zero_shot@gloria" for a published flavour of it."""
+
+from collections.abc import Sequence
+
+from medvlp_jax.config import UserError, nearest
+from medvlp_jax.evaluation import retrieval_legacy, scoring
+
+CLEAN = "clean"
+FLAVOURS = {"zero_shot": tuple(scoring.FLAVOURS), "retrieval": (CLEAN, *retrieval_legacy.FLAVOURS)}
+
+
+def names(protocols: Sequence[str]) -> list[str]:
+    """Return every name there is: the protocols, and their flavours other than clean."""
+    extra = [f"{p}@{f}" for p in protocols for f in FLAVOURS.get(p, ()) if f != CLEAN]
+    return [*protocols, *extra]
+
+
+def normalise(given: Sequence[str], protocols: Sequence[str]) -> tuple[str, ...]:
+    """Return the names without "@clean", each once.
+
+    Args:
+      given: by the user.
+      protocols: those there are.
+
+    Raises:
+      UserError: for an unknown one, naming the nearest.
+    """
+    known = names(protocols)
+    plain = dict.fromkeys(name.removesuffix(f"@{CLEAN}") for name in given)
+    for name in plain:
+        if name not in known:
+            raise UserError(f"No protocol '{name}'. {nearest(name, known)}")
+    return tuple(plain)
+
+
+def split(name: str) -> tuple[str, str]:
+    """Return protocol and flavour."""
+    protocol, _, flavour = name.partition("@")
+    return protocol, flavour or CLEAN

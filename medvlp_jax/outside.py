@@ -1,0 +1,170 @@
+"""Encoders from elsewhere as the parts of a run, so that the evaluations of a run fit them.
+
+A Hugging Face folder with an image encoder is enough for a linear probe; one with two (CLIPModel),
+or a second folder with a text encoder whose features are as wide, also for zero-shot and retrieval.
+What can be read is what `convert.load` reads.
+
+Images are squashed to the encoder's square, where transformers cuts the middle out of one that is
+not square. Mean and deviation are those of preprocessor_config.json.
+
+Axis letters: B batch, D width, E joint width.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from medvlp_jax import assemble, convert, distributed, sharding
+from medvlp_jax.config import UserError
+from medvlp_jax.convert.checkpoint import PREPROCESSOR, TOWERS, read_config
+from medvlp_jax.convert.files import read_json
+from medvlp_jax.data import text as tokenisation
+from medvlp_jax.encoders.base import IMAGENET_MEAN, IMAGENET_STD, normalise
+from medvlp_jax.recipes import base
+
+SECTION = "report"
+SIZE = 224  # pixels a side, where neither the encoder nor its folder says
+LONGEST = 256  # tokens of a text, as data.text_length
+
+
+class Encoders(nn.Module):
+    """An image encoder and perhaps a text encoder, as a recipe that is only evaluated.
+
+    Attributes:
+      image: encoder of images; its parameters may hold a "projection" to E.
+      text: encoder whose pooled features are [B, E]; None for an image encoder alone.
+      mean: per channel, of pixels scaled to [0, 1].
+      std: per channel, same scale.
+      projected: whether the image encoder has a projection.
+    """
+
+    image: nn.Module
+    text: nn.Module | None
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    projected: bool
+
+    inputs = ("image",)
+
+    @property
+    def spaces(self) -> dict[str, tuple[str, str]]:
+        """The joint space; none without a text encoder."""
+        return {SECTION: ("image", "text")} if self.text else {}
+
+    @nn.compact
+    def encode(self, batch, *, train=False):
+        """Return `image`, `text` [B, E] unit norm and `image_pooled` [B, D] unprojected."""
+        features = {}
+        if "image" in batch:
+            pooled = self.image(normalise(batch["image"], mean=self.mean, std=self.std)).pooled
+            features["image_pooled"] = pooled = pooled.astype(jnp.float32)
+            if self.projected:
+                pooled = pooled @ self.image.get_variable("params", "projection")["kernel"]
+            features["image"] = base.unit(pooled)
+        if SECTION in batch:
+            features["text"] = base.unit(self.text(batch[SECTION]).pooled)
+        return features
+
+
+def parts(
+    encoder: str, text: str, data: Mapping[str, Any], *, with_text: bool
+) -> tuple[assemble.Parts, dict]:
+    """Read encoders from Hugging Face folders.
+
+    Args:
+      encoder: folder or hub id of the image encoder, or of both.
+      text: folder or hub id of the text encoder and its tokenizer; "" takes the encoder's.
+      data: the section of a config; its image and text sizes are replaced by the encoders'.
+      with_text: whether texts are to be encoded.
+
+    Returns:
+      The parts and the variables.
+
+    Raises:
+      UserError: for a folder that holds no such encoder, or two that do not fit together.
+    """
+    folder = convert.fetch(encoder)
+    module, variables = _load(folder, "vision")
+    trees, tokenizer, second = {"image": variables}, None, None
+    if with_text:
+        source = convert.fetch(text) if text else folder
+        if not text and not _is_dual(folder):
+            raise UserError(
+                f"{encoder} holds one encoder: name the one for texts with --text, or evaluate "
+                "with --protocol probe, which needs images alone."
+            )
+        second, trees["text"] = _load(source, "text")
+        tokenizer = tokenisation.load_tokenizer(source)
+        if tokenizer.get_vocab_size() > second.vocab_size:
+            raise UserError(
+                f"{source}: its tokenizer has {tokenizer.get_vocab_size()} tokens, "
+                f"its text encoder {second.vocab_size}."
+            )
+    mean, std, size = _preparation(folder, module)
+    projected = "projection" in variables["params"]
+    recipe = Encoders(module, second, mean, std, projected)
+    data = {**data, "size": size, "crop": size, "crop_black_border": False, "stretch": False}
+    data |= {"fit": "squash", "channels": len(mean)}
+    data["text_length"] = min(LONGEST, getattr(second, "max_length", LONGEST))
+    config = {"recipe": {"name": "encoder"}, "data": data, "seed": 0, "mesh": {"rules": ()}}
+    mesh = sharding.make_mesh()
+    made = assemble.Parts(config, recipe, tokenizer, mesh, sharding.part_of(mesh), {})
+    kinds = {kind for tree in trees.values() for kind in tree}
+    joined = {k: {side: t[k] for side, t in trees.items() if k in t} for k in kinds}
+    if with_text:
+        _check_widths(made, joined)
+    return made, joined
+
+
+def _is_dual(folder: Path) -> bool:
+    config = read_config(folder)
+    return any(f"{tower}_config" in config for tower in TOWERS)
+
+
+def _load(folder: Path, tower: str):
+    """Return module and variables of an encoder; texts are projected by their own module."""
+    module, variables = convert.load(folder, tower=tower if _is_dual(folder) else "")
+    if tower == "text" and "projection" in variables["params"]:
+        module = module.clone(pooling="projection")
+    return module, variables
+
+
+def _preparation(folder: Path, module) -> tuple[tuple, tuple, int]:
+    """Return mean, deviation and side of the images an encoder was made for."""
+    file, found = folder / PREPROCESSOR, {}
+    if file.is_file():
+        found = read_json(file)
+    else:
+        distributed.say(f"medvlp: {folder} has no {PREPROCESSOR}; images get ImageNet's mean.")
+    mean = tuple(found.get("image_mean", IMAGENET_MEAN))
+    std = tuple(found.get("image_std", IMAGENET_STD))
+    size = found.get("crop_size", found.get("size", SIZE))
+    if isinstance(size, Mapping):
+        size = size.get("height", size.get("shortest_edge", SIZE))
+    return mean, std, int(getattr(module, "image_size", size))
+
+
+def _check_widths(made: assemble.Parts, variables: Mapping) -> None:
+    """Refuse a text encoder whose features do not meet the images'.
+
+    Raises:
+      UserError: with both widths.
+    """
+    side = made.config["data"]["crop"]
+    batch = {"image": np.zeros((1, side, side, made.config["data"]["channels"]), np.uint8)}
+    batch[SECTION] = tokenisation.tokenize(
+        made.tokenizer, ["a"], made.config["data"]["text_length"]
+    )
+    apply = lambda v, b: made.recipe.apply(v, b, method="encode")
+    found = jax.eval_shape(apply, variables, batch)
+    widths = found["image"].shape[-1], found["text"].shape[-1]
+    if len({*widths}) > 1:
+        raise UserError(
+            f"Images become {widths[0]} numbers and texts {widths[1]}: the two encoders were not "
+            "trained together. --protocol probe needs no text encoder."
+        )

@@ -1,0 +1,147 @@
+"""Encoders from Hugging Face folders through the evaluations of a run; random weights."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from tiny_config import BLOCK
+
+from medvlp_jax import evaluate, outside
+from medvlp_jax.config import UserError
+from medvlp_jax.data import text as tokenisation
+
+SMALL = {
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+}
+VISION = {**SMALL, "image_size": 32, "patch_size": 8}
+PREPARATION = {"image_mean": [0.48, 0.46, 0.41], "image_std": [0.27, 0.26, 0.28]}
+
+
+@pytest.fixture(scope="module")
+def vocabulary():
+    return tokenisation.load_tokenizer("cxr_phantom").get_vocab_size()
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory, vocabulary):
+    """A CLIPModel with the words of the generated reports."""
+    torch = pytest.importorskip("torch")
+    import transformers
+
+    folder = tmp_path_factory.mktemp("clip")
+    torch.manual_seed(0)
+    text = {**SMALL, "vocab_size": vocabulary, "eos_token_id": 3, "max_position_embeddings": 24}
+    config = transformers.CLIPConfig(text_config=text, vision_config=VISION, projection_dim=12)
+    transformers.CLIPModel(config).eval().save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps(PREPARATION))
+    shutil.copy(tokenisation._VOCAB / "cxr_phantom" / "tokenizer.json", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory):
+    data = tmp_path_factory.mktemp("data")
+
+    def run(*arguments):
+        out = tmp_path_factory.mktemp("out")
+        evaluate.main(
+            [
+                *("--corpus", "cxr_phantom:tiny", "--data-dir", str(data), "--out", str(out)),
+                *("--limit", "24", "--set", "resamples=5", "--set", "batch_size=8"),
+                *("--set", "probe_limit=24", *map(str, arguments)),
+            ]
+        )
+        return json.loads((out / "results.json").read_text())
+
+    return run
+
+
+@pytest.mark.hf
+def test_a_clip_is_evaluated_by_every_protocol_and_flavour(clip, command, capsys):
+    found = command(
+        *("--encoder", clip, "--protocol", "zero_shot,zero_shot@chexzero,retrieval,probe"),
+        *("--set", "zero_shot.threshold=maxf1-on-val", "--set", "probe.fractions=0.5,1"),
+    )
+    assert found["zero_shot/finding/macro_auroc"]["protocol"] == "zero_shot@clean-v1"
+    assert found["zero_shot/finding (chexzero)/macro_auroc"]["protocol"] == "zero_shot@chexzero-v1"
+    assert 0 <= found["zero_shot/finding/macro_f1_at_threshold"]["value"] <= 1
+    assert found["retrieval/image_to_text/protocol"]["gallery"] > 1
+    assert len(found["probe/finding_50%/macro_auroc"]["draws"]) == 3
+    assert "probe/finding_50% (draw 2)/macro_auroc" in found
+    assert "macro_auroc" in capsys.readouterr().out
+
+
+@pytest.mark.hf
+def test_features_are_those_of_transformers(clip):
+    import torch
+    import transformers
+
+    from configs import common
+
+    data = common.data(corpora=("cxr_phantom:tiny",)).to_dict()
+    parts, variables = outside.parts(clip, "", data, with_text=True)
+    assert (parts.config["data"]["crop"], parts.config["data"]["text_length"]) == (32, 24)
+    image = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
+    tokens = tokenisation.tokenize(parts.tokenizer, ["No effusion.", "Small effusion."], 24)
+    found = parts.recipe.apply(variables, {"image": image, "report": tokens}, method="encode")
+    theirs = transformers.CLIPModel.from_pretrained(clip).eval()
+    mean, std = (np.array(PREPARATION[k]) for k in ("image_mean", "image_std"))
+    pixels = torch.tensor((image / 255 - mean) / std).permute(0, 3, 1, 2).float()
+    ids, mask = (torch.tensor(np.asarray(x)).long() for x in tokens)
+    with torch.no_grad():
+        out = theirs(pixel_values=pixels, input_ids=ids, attention_mask=mask)
+    np.testing.assert_allclose(found["image"], out.image_embeds, atol=1e-5)
+    np.testing.assert_allclose(found["text"], out.text_embeds, atol=1e-5)
+    pooled = theirs.vision_model(pixels).pooler_output.detach()  # the class token, unprojected
+    np.testing.assert_allclose(found["image_pooled"], pooled, atol=1e-5)
+
+
+@pytest.mark.hf
+def test_an_image_encoder_alone_is_probed_and_no_more(command, tmp_path, capsys):
+    pytest.importorskip("torch")
+    import transformers
+
+    config = transformers.ViTConfig(**VISION)
+    transformers.ViTModel(config, add_pooling_layer=False).save_pretrained(tmp_path)
+    found = command("--encoder", tmp_path, "--protocol", "probe")
+    assert 0 <= found["probe/finding/macro_auroc"]["value"] <= 1
+    assert {key.split("/")[0] for key in found} == {"probe"}
+    assert "no preprocessor_config.json" in capsys.readouterr().out
+    with pytest.raises(UserError, match="holds one encoder: name the one for texts with --text"):
+        command("--encoder", tmp_path)
+
+
+@pytest.mark.hf
+def test_two_encoders_that_do_not_meet_are_refused(clip, command, tmp_path, vocabulary):
+    import transformers
+
+    width = BLOCK["width"]
+    config = transformers.BertConfig(
+        **SMALL | {"hidden_size": width}, vocab_size=vocabulary, max_position_embeddings=24
+    )
+    transformers.BertModel(config).save_pretrained(tmp_path)
+    shutil.copy(tokenisation._VOCAB / "cxr_phantom" / "tokenizer.json", tmp_path)
+    with pytest.raises(UserError, match=f"Images become 12 numbers and texts {width}"):
+        command("--encoder", clip, "--text", tmp_path)
+
+
+def test_bad_arguments_are_one_sentence(tmp_path):
+    def refused(*arguments):
+        with pytest.raises(UserError) as error:
+            evaluate.main([*map(str, arguments)])
+        return str(error.value)
+
+    assert "--encoder needs --corpus and --out" in refused("--encoder", tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    given = ("--encoder", tmp_path, "--corpus", "cxr_phantom:tiny", "--out")
+    assert "is a run folder; name another" in refused(*given, tmp_path)
+    other = tmp_path / "out"
+    message = refused(*given, other, "--protocol", "zero_shot@glora")
+    assert "No protocol 'zero_shot@glora'. Did you mean zero_shot@gloria" in message
+    assert "no such setting" in refused(*given, other, "--set", "zero_shot.draws=3")
+    message = refused(*given, other, "--set", "zero_shot.draw=many")
+    assert "the value is not like 0" in message
