@@ -84,10 +84,7 @@ def train(**fields) -> ConfigDict:
             "chunks": 1,  # parts the batch is encoded in; exact, saves memory
             "log_every": 10,
             "checkpoint_every": 500,
-            **{
-                "keep": 2,
-                "keep_every": 0,
-            },  # newest checkpoints kept; steps kept for good, 0 = none
+            **{"keep": 2, "keep_every": 0},  # newest checkpoints; steps kept for good, 0 = none
             "refresh_every": 0,  # steps between two looks at the whole corpus; 0 = never
             "evaluate_every": 500,
             "evaluate_limit": 1000,  # examples of an evaluation during training
