@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
     out = arguments.out or arguments.run
     if distributed.is_writer():
         out.mkdir(parents=True, exist_ok=True)
-        write_results(results, out)
+        write_results(results, out, evaluator.provenance(variables))
         print(results_table(results))
     if "grounding" in settings["protocols"]:
         evaluator.grounder.draw(assemble.place(variables, parts), out / ground.PICTURE)

@@ -14,6 +14,7 @@ from medvlp_jax.evaluation import (
     classify,
     masked_tokens,
     probe,
+    provenance,
     retrieval,
     shuffle,
     zero_shot,
@@ -61,6 +62,7 @@ class Evaluator(Embedder):
         self.source = assemble.open_corpus(self.corpus, parts.config["data"], settings["split"])
         needed = "zero_shot" in settings["protocols"]
         self.prompts = _read_prompts(settings["prompts"], self.corpus, needed)
+        self._seen: dict[str, Any] = {}
         self._check_protocols()
 
     def _check_protocols(self):
@@ -137,10 +139,29 @@ class Evaluator(Embedder):
                 views=views,
                 progress=progress,
             )
+        if found is not None and source is None:
+            self._seen = provenance.rows(found["image_id"], found["patient_id"])
         results: Results = {}
         for name in self.settings["protocols"]:
             results |= getattr(self, f"_{name}")(variables, found, **options)
         return results
+
+    def provenance(self, variables: Mapping) -> dict[str, Any]:
+        """Return where the numbers of the last `run` come from.
+
+        Args:
+          variables: that were evaluated, on the host.
+        """
+        seen = self._seen
+        if not seen and "grounding" in self.settings["protocols"]:
+            records = [self.source[row] for row in self.grounder.rows]
+            seen = provenance.rows(
+                *([r[key] for r in records] for key in ("image_id", "patient_id"))
+            )
+        where = {"corpus": self.corpus, "split": self.settings["split"], **seen}
+        return provenance.of(
+            self.parts.config, evals=self.settings, rows=where, variables=variables
+        )
 
     def quick(self, variables: Mapping, *, limit: int) -> Results:
         """Run what is cheap enough during training: no intervals, `limit` examples."""

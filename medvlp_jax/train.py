@@ -218,7 +218,8 @@ def _finish(job, state, workdir, began) -> dict:
     trained = distributed.fetch(variables)
     results = full(job.evaluator, variables, job.untrained)
     if distributed.is_writer():
-        write_results(results, workdir)  # before the pictures, should one fail
+        # before the pictures, should one fail
+        write_results(results, workdir, job.evaluator.provenance(trained))
     cases.show(job.evaluator, variables, workdir)
     if distributed.is_writer():
         plots.curves(workdir / "metrics.jsonl", workdir / "curves.png")

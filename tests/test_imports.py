@@ -20,7 +20,7 @@ LEVELS = (
     ("assemble",),
     ("examples",),
     ("unpaired", "ground", "embedder", "evaluator"),
-    ("cli", "cases", "checks", "export", "evaluate", "plan", "train"),
+    ("cli", "cases", "checks", "export", "evaluate", "plan", "report", "table", "train"),
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 

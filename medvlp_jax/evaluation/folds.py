@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from medvlp_jax.config import UserError
+from medvlp_jax.evaluation import results
 
 Summary = dict[str, dict[str, Any]]
 
@@ -26,14 +27,9 @@ def read(runs: Sequence[Path]) -> list[dict]:
     Raises:
       UserError: for a run that has none, or was measured otherwise than the first.
     """
-    found = []
-    for run in runs:
-        file = run / "results.json"
-        if not file.is_file():
-            raise UserError(f"{run} has no results.json: it has not been evaluated yet.")
-        found.append(json.loads(file.read_text()))
-    for run, results in zip(runs, found, strict=True):
-        for key, entry in results.items():
+    found = [results.read(run).numbers for run in runs]
+    for run, numbers in zip(runs, found, strict=True):
+        for key, entry in numbers.items():
             first = found[0].get(key, {})
             if entry.get("protocol") != first.get("protocol"):
                 raise UserError(
@@ -42,14 +38,14 @@ def read(runs: Sequence[Path]) -> list[dict]:
     return found
 
 
-def summarise(results: Sequence[Mapping]) -> Summary:
+def summarise(found: Sequence[Mapping]) -> Summary:
     """Return {key: {"mean", "sd", "values"}} of every number that all runs have.
 
     One run has no standard deviation: None.
     """
     summary = {}
-    for key in results[0]:
-        values = [r.get(key, {}).get("value") for r in results]
+    for key in found[0]:
+        values = [numbers.get(key, {}).get("value") for numbers in found]
         if None not in values:
             sd = statistics.stdev(values) if len(values) > 1 else None
             summary[key] = {"mean": statistics.fmean(values), "sd": sd, "values": values}
