@@ -1,6 +1,7 @@
 """Evaluate a run: zero-shot, retrieval, grounding, linear probe, a classifier's own logits.
 
   medvlp evaluate --run RUN_DIR [--protocol zero_shot,retrieval,probe] [--corpus NAME]
+                  [--controls untrained,shuffled_pairs]
 
 Prints a table and writes RUN_DIR/results.json.
 """
@@ -10,7 +11,7 @@ import pathlib
 
 from medvlp_jax import assemble, cli, distributed, ground, weights
 from medvlp_jax.evaluation.results import results_table, write_results
-from medvlp_jax.evaluator import PROTOCOLS, Evaluator, full
+from medvlp_jax.evaluator import CONTROL_OF, CONTROLS, PROTOCOLS, Evaluator, full
 
 
 def parser() -> argparse.ArgumentParser:
@@ -20,6 +21,9 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--run", required=True, type=pathlib.Path, help="run folder")
     top.add_argument("--protocol", help=f"comma-separated, of {', '.join(PROTOCOLS)}")
+    top.add_argument(
+        "--controls", help=f"comma-separated, of {', '.join(CONTROLS)}; none leaves them out"
+    )
     top.add_argument("--corpus", help="another corpus than the run's: NAME or NAME:VARIANT")
     top.add_argument("--split", help="test, validation or train")
     top.add_argument("--prompts", help="a prompt file instead of the corpus' own")
@@ -42,9 +46,14 @@ def main(argv: list[str] | None = None) -> None:
     settings |= {k: v for k, v in given.items() if v is not None}
     if arguments.protocol:
         settings["protocols"] = tuple(arguments.protocol.split(","))
-        if "grounding" not in settings["protocols"]:  # the run's control of another protocol
-            kept = (name for name in settings["controls"] if name != "shuffled_phrases")
-            settings["controls"] = tuple(kept)
+        # The run's controls of other protocols.
+        kept = settings["protocols"]
+        settings["controls"] = tuple(
+            name for name in settings["controls"] if CONTROL_OF.get(name, kept[0]) in kept
+        )
+    if arguments.controls is not None:
+        asked = arguments.controls.split(",")
+        settings["controls"] = () if asked == ["none"] else tuple(asked)
     # The untrained control starts where the run started: with the weights it was given.
     distributed.initialize()
     parts = assemble.parts(config, pretrained="untrained" in settings["controls"])

@@ -7,7 +7,7 @@ from typing import Any
 
 from medvlp_jax import assemble, distributed, ground
 from medvlp_jax.config import UserError, nearest
-from medvlp_jax.data import datasets, leakage
+from medvlp_jax.data import datasets, leakage, tabular
 from medvlp_jax.embedder import Embedder
 from medvlp_jax.evaluation import (
     baselines,
@@ -26,7 +26,10 @@ from medvlp_jax.training.stopping import Signals
 
 PROTOCOLS = ("zero_shot", "retrieval", "grounding", "probe", "classify", "classify_studies")
 PROTOCOLS += ("masked_tokens",)
-CONTROLS = ("untrained", "masked_edge", "regression", "shuffled_phrases", *shuffle.CONTROLS)
+CONTROLS = ("untrained", "masked_edge", "regression", "missing_mask", *shuffle.CONTROLS)
+# Controls that go with one protocol alone.
+CONTROL_OF = {"shuffled_phrases": "grounding", "shuffled_pairs": "retrieval"}
+CONTROLS += (*CONTROL_OF,)
 CLASSIFIES = ("classify", "classify_studies")
 VIEWS = (1, 4, 8)
 
@@ -84,10 +87,17 @@ class Evaluator(Embedder):
                 "Protocol masked_tokens needs texts that are not trained on: name a source of the "
                 "corpus in data.knowledge.held_out."
             )
+        for control, protocol in CONTROL_OF.items():
+            if control in self.settings["controls"] and protocol not in self.settings["protocols"]:
+                raise UserError(f"The control {control} goes with protocol {protocol}.")
         if "grounding" in self.settings["protocols"]:
             self.grounder = ground.Grounder(self)
-        elif "shuffled_phrases" in self.settings["controls"]:
-            raise UserError("The control shuffled_phrases goes with protocol grounding.")
+        fits = classifies(recipe) and self.source.metadata.get("table")
+        if "missing_mask" in self.settings["controls"] and not fits:
+            raise UserError(
+                f"The control missing_mask is for classifiers of a corpus with a table; this is "
+                f"recipe {self.parts.config['recipe']['name']} on {self.corpus}."
+            )
         if not classifies(recipe):
             if "regression" in self.settings["controls"] or self.settings["views"] > 1:
                 raise UserError(
@@ -95,7 +105,10 @@ class Evaluator(Embedder):
                     f"{self.parts.config['recipe']['name']} is none."
                 )
             return
-        if {*CLASSIFIES, "regression"} & {*self.settings["protocols"], *self.settings["controls"]}:
+        if {*CLASSIFIES, "regression", "missing_mask"} & {
+            *self.settings["protocols"],
+            *self.settings["controls"],
+        }:
             tasks = self.source.tasks
             if recipe.task not in tasks:
                 raise UserError(
@@ -218,6 +231,18 @@ class Evaluator(Embedder):
         options = {"resamples": self.settings["resamples"], "shuffle": True}
         return rename(self.grounder.results(variables, **options), "shuffled phrases")
 
+    def shuffled_pairs(self, variables: Mapping) -> Results:
+        """Retrieve with the texts of other patients as the right ones: what is left is chance."""
+        variables = assemble.place(variables, self.parts)
+        found = self.features(variables, self.source, limit=self.settings["limit"])
+        partner = shuffle.partners(found["patient_id"], seed=0)
+        spaces = self.parts.recipe.spaces
+        texts = {"text_id", *(text for _, text in spaces.values())}
+        texts |= {f"{section}_{kind}" for section in spaces for kind in ("valid", "id")}
+        moved = found | {key: found[key][partner] for key in texts if key in found}
+        options = {"mask": None, "resamples": self.settings["resamples"]}
+        return rename(self._retrieval(variables, moved, **options), "shuffled pairs")
+
     def _classify(self, variables, found, *, mask, **options):
         del variables, mask
         task = self.parts.recipe.task
@@ -263,6 +288,27 @@ class Evaluator(Embedder):
             baselines.scores(
                 self.raw_features(train, limit=self.settings["probe_limit"]), test, task=task
             ),
+            test,
+            task=task,
+            classes=self.source.tasks[task],
+            resamples=self.settings["resamples"],
+            **self.positive(),
+        )
+
+    def missing_mask(self) -> Results:
+        """Score a logistic regression on which cells of the table are empty."""
+        task, data = self.parts.recipe.task, self.parts.config["data"]
+        train = assemble.open_corpus(self.corpus, data, "train")
+        chosen = {name: data["table"][name] for name in ("exclude", "leakage")}
+        names = tabular.columns(self.source.metadata["table"], **chosen)
+        limit = self.settings["probe_limit"]
+        fitted = baselines.missing(train, names, task=task, limit=limit)
+        if not fitted[baselines.MISSING].any():
+            distributed.say("The control missing_mask is left out: no cell of the table is empty.")
+            return {}
+        test = baselines.missing(self.source, names, task=task, limit=self.settings["limit"])
+        return baselines.results(
+            baselines.scores(fitted, test, task=task),
             test,
             task=task,
             classes=self.source.tasks[task],
@@ -329,8 +375,12 @@ def full(evaluator: Evaluator, variables: Mapping, untrained: Mapping | None = N
             results |= rename(found, name)
     if "shuffled_phrases" in controls:
         results |= evaluator.shuffled_phrases(variables)
+    if "shuffled_pairs" in controls:
+        results |= evaluator.shuffled_pairs(variables)
     if "regression" in controls:
         results |= evaluator.regression()
+    if "missing_mask" in controls:
+        results |= evaluator.missing_mask()
     return results
 
 
