@@ -20,6 +20,7 @@ import numpy as np
 from scipy import stats
 
 from medvlp_jax.evaluation import metrics, statistics
+from medvlp_jax.writing import replaced
 
 RESAMPLES = 500
 METHODS = ("percentile", "bca")
@@ -210,7 +211,8 @@ def main() -> None:
     began = time.process_time()
     found = study(options.replications)
     found["cpu_seconds"] = round(time.process_time() - began)
-    options.out.write_text(json.dumps(found, indent=1) + "\n")
+    with replaced(options.out) as scratch:
+        scratch.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

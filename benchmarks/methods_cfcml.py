@@ -16,7 +16,6 @@ import csv
 import functools
 import itertools
 import json
-import os
 import pathlib
 import sys
 import time
@@ -29,6 +28,7 @@ from medvlp_jax import assemble, cases, train
 from medvlp_jax.config import UserError
 from medvlp_jax.evaluation import baselines, classify, statistics
 from medvlp_jax.evaluator import Evaluator
+from medvlp_jax.writing import replaced
 
 NO_RELATIONS = {"weights": {"sample": 0.0, "unimodal": 0.0, "crossmodal": 0.0}}
 # Features of the encoder's last stage, pooled; no relations, which one modality would not have.
@@ -267,10 +267,9 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def write(file: pathlib.Path, text: str) -> None:
-    """Write under a temporary name, then rename."""
-    scratch = file.with_name(f"{file.name}.tmp")
-    scratch.write_text(text)
-    os.replace(scratch, file)
+    """Write, whole or not at all."""
+    with replaced(file) as scratch:
+        scratch.write_text(text)
 
 
 if __name__ == "__main__":

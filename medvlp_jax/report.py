@@ -8,7 +8,6 @@ it only with --with-texts: the pictures of retrieved reports and of grounded phr
 
 import argparse
 import csv
-import os
 import pathlib
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -20,6 +19,7 @@ from medvlp_jax import assemble, cli
 from medvlp_jax.config import UserError
 from medvlp_jax.data import leakage
 from medvlp_jax.evaluation import page, plots, provenance, results
+from medvlp_jax.writing import replaced
 
 NAME = "report.html"
 # Fewer patients of a class than this, and its intervals hold the truth less often than they say:
@@ -250,9 +250,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser().parse_args(argv)
     written = build(options.run.absolute(), with_texts=options.with_texts)
     out = options.out or options.run / NAME
-    scratch = out.with_name(f".{out.name}.tmp")
-    scratch.write_text(written)
-    os.replace(scratch, out)
+    with replaced(out) as scratch:
+        scratch.write_text(written, encoding="utf-8")
     print(f"{out}: {len(written) / 2**20:.1f} MiB, opens in any browser.")
 
 

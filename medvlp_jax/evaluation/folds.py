@@ -8,7 +8,6 @@ in parentheses; it is no interval, for folds share most of their training data.
 
 import argparse
 import json
-import os
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -17,6 +16,7 @@ from typing import Any
 
 from medvlp_jax.config import UserError
 from medvlp_jax.evaluation import results
+from medvlp_jax.writing import replaced
 
 Summary = dict[str, dict[str, Any]]
 
@@ -77,9 +77,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     summary = summarise(read(options.runs))
     print(f"Mean (standard deviation) of {len(options.runs)} runs\n{table(summary)}")
     if options.out:
-        scratch = options.out.with_suffix(".tmp")
-        scratch.write_text(json.dumps(summary, indent=1, sort_keys=True) + "\n")
-        os.replace(scratch, options.out)
+        with replaced(options.out) as scratch:
+            scratch.write_text(json.dumps(summary, indent=1, sort_keys=True) + "\n")
 
 
 if __name__ == "__main__":

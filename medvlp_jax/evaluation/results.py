@@ -17,7 +17,6 @@ are equal, its date is not. `read` parts them again.
 import hashlib
 import json
 import math
-import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -26,6 +25,7 @@ import numpy as np
 
 from medvlp_jax.config import UserError
 from medvlp_jax.evaluation import statistics
+from medvlp_jax.writing import replaced
 
 Results = dict[str, dict[str, Any]]
 FILE, PROVENANCE = "results.json", "provenance"
@@ -152,12 +152,10 @@ def results_table(results: Results, *, markdown: bool = False, per_class: bool =
 
 
 def write_results(results: Results, folder: pathlib.Path, provenance: Mapping) -> None:
-    """Write results.json under a temporary name, then rename."""
-    file = pathlib.Path(folder) / FILE
-    scratch = file.with_suffix(".tmp")
+    """Write results.json, whole or not at all."""
     entries = _plain({PROVENANCE: provenance, **results})
-    scratch.write_text(json.dumps(entries, indent=1, allow_nan=False))
-    os.replace(scratch, file)
+    with replaced(pathlib.Path(folder) / FILE) as scratch:
+        scratch.write_text(json.dumps(entries, indent=1, allow_nan=False))
 
 
 def read(path: pathlib.Path) -> Written:
