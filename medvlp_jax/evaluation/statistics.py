@@ -5,7 +5,7 @@ statistic is a function of row weights [R, N] (`metrics` computes all R resample
 difference of two statistics under the same weights is the paired bootstrap.
 
 How often the intervals hold the truth is measured by benchmarks/coverage.py: 95 +- 2 of 100 with 30
-patients or more of the rarer class, too seldom with fewer (about 89 with ten).
+patients or more of the rarer class; 91 with ten of a hundred.
 
 Axis letters: N rows, G groups (patients), R resamples, J jackknife samples, K statistics, M models.
 """
@@ -155,8 +155,8 @@ def bootstrap(
 ) -> Interval:
     """Bootstrap that draws whole groups (patients) with replacement.
 
-    Percentile intervals of an AUROC near 1 lie too high: with 15 positives at .9 the truth is below
-    them one time in ten. Bias and acceleration (BCa) put that right as far as the draws allow.
+    Percentile intervals of an AUROC near 1 lie too high: with ten positives at .9 the truth is
+    below them one time in ten. Bias correction and acceleration (BCa) put most of that right.
 
     Each of the K statistics uses its first `resamples` draws in which it is defined: a resample in
     which a class has lost all its positives is drawn again for that class only. A statistic that is
