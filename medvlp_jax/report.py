@@ -133,8 +133,8 @@ def _about_rows(task: str, entry: Mapping[str, Any]) -> list[str]:
     ]
     if rare:
         told.append(
-            f"{task}: about {FEW} patients or fewer with, or without, {', '.join(rare)}; intervals "
-            "of these classes are too narrow."
+            f"{task}: fewer than about {FEW} patients with, or without, {', '.join(rare)}: the "
+            "intervals of these classes may be too narrow."
         )
     return told
 
@@ -155,8 +155,9 @@ def _figures(run: pathlib.Path, *, with_texts: bool) -> list[str]:
     """Return the sections of pictures there are."""
     predictions = run / "predictions.csv"
     found = []
-    if (run / "metrics.jsonl").is_file():
-        drawn = _drawn(lambda out: plots.curves(run / "metrics.jsonl", out))
+    log = run / "metrics.jsonl"
+    if log.is_file() and log.stat().st_size:
+        drawn = _drawn(lambda out: plots.curves(log, out))
         found += [page.text("Training", "h2"), page.picture(drawn, "Loss terms, rates, speed")]
     if predictions.is_file():
         truth, chances, classes = read_predictions(predictions)

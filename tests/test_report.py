@@ -121,7 +121,7 @@ def test_what_a_reader_must_know_is_said_first(run):
         "validation split",
         "not committed",
         "skipped, for they lack one of both outcomes: hernia",
-        "without, edema, normal; intervals",
+        "without, edema, normal: the intervals",
     ):
         assert part in whole, part
     assert len([line for line in told if "hernia" in line]) == 1
