@@ -60,6 +60,7 @@ pre, code { font: .8125rem/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, mo
 pre { overflow-x: auto; background: var(--card); border: 1px solid var(--rule);
   border-radius: .5rem; padding: 1rem; }
 @media (max-width: 40rem) { main { padding: 1.5rem 1rem 3rem; } h1 { font-size: 1.5rem; }
+  figure img { max-width: none; width: 46rem; } /* read by scrolling sideways */
   .facts { grid-template-columns: minmax(0, 1fr); gap: 0; } .facts dd { margin-bottom: .5rem; } }
 """
 
@@ -159,7 +160,7 @@ def picture(png: bytes, caption: str) -> str:
     """Return a picture inside the page."""
     data = base64.b64encode(png).decode()
     image = f'<img alt="{html.escape(caption)}" src="data:image/png;base64,{data}">'
-    return f"<figure>{image}{text(caption, 'figcaption')}</figure>"
+    return f'<figure><div class="wide">{image}</div>{text(caption, "figcaption")}</figure>'
 
 
 def table(task: Task) -> str:
