@@ -9,9 +9,9 @@ Prints a table and writes RUN_DIR/results.json.
 import argparse
 import pathlib
 
-from medvlp_jax import assemble, cli, distributed, ground, weights
+from medvlp_jax import assemble, cli, controls, distributed, ground, weights
 from medvlp_jax.evaluation.results import results_table, write_results
-from medvlp_jax.evaluator import CONTROL_OF, CONTROLS, PROTOCOLS, Evaluator, full
+from medvlp_jax.evaluator import PROTOCOLS, Evaluator, full
 
 
 def parser() -> argparse.ArgumentParser:
@@ -22,7 +22,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--run", required=True, type=pathlib.Path, help="run folder")
     top.add_argument("--protocol", help=f"comma-separated, of {', '.join(PROTOCOLS)}")
     top.add_argument(
-        "--controls", help=f"comma-separated, of {', '.join(CONTROLS)}; none leaves them out"
+        "--controls", help=f"comma-separated, of {', '.join(controls.NAMES)}; none leaves them out"
     )
     top.add_argument("--corpus", help="another corpus than the run's: NAME or NAME:VARIANT")
     top.add_argument("--split", help="test, validation or train")
@@ -46,11 +46,8 @@ def main(argv: list[str] | None = None) -> None:
     settings |= {k: v for k, v in given.items() if v is not None}
     if arguments.protocol:
         settings["protocols"] = tuple(arguments.protocol.split(","))
-        # The run's controls of other protocols.
-        kept = settings["protocols"]
-        settings["controls"] = tuple(
-            name for name in settings["controls"] if CONTROL_OF.get(name, kept[0]) in kept
-        )
+        # The run's controls of other protocols do not go with these.
+        settings["controls"] = controls.fitting(settings["controls"], settings["protocols"])
     if arguments.controls is not None:
         asked = arguments.controls.split(",")
         settings["controls"] = () if asked == ["none"] else tuple(asked)

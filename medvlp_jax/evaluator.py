@@ -5,9 +5,9 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from medvlp_jax import assemble, distributed, ground
+from medvlp_jax import assemble, controls, distributed, ground
 from medvlp_jax.config import UserError, nearest
-from medvlp_jax.data import datasets, leakage, tabular
+from medvlp_jax.data import datasets, leakage
 from medvlp_jax.embedder import Embedder
 from medvlp_jax.evaluation import (
     baselines,
@@ -26,10 +26,6 @@ from medvlp_jax.training.stopping import Signals
 
 PROTOCOLS = ("zero_shot", "retrieval", "grounding", "probe", "classify", "classify_studies")
 PROTOCOLS += ("masked_tokens",)
-CONTROLS = ("untrained", "masked_edge", "regression", "missing_mask", *shuffle.CONTROLS)
-# Controls that go with one protocol alone.
-CONTROL_OF = {"shuffled_phrases": "grounding", "shuffled_pairs": "retrieval"}
-CONTROLS += (*CONTROL_OF,)
 CLASSIFIES = ("classify", "classify_studies")
 VIEWS = (1, 4, 8)
 
@@ -50,7 +46,7 @@ class Evaluator(Embedder):
         Raises:
           UserError: for an unknown protocol, control, corpus, split or prompt file.
         """
-        for kind, known in (("protocol", PROTOCOLS), ("control", CONTROLS)):
+        for kind, known in (("protocol", PROTOCOLS), ("control", controls.NAMES)):
             for name in settings[f"{kind}s"]:
                 if name not in known:
                     raise UserError(f"No {kind} '{name}'. {nearest(name, known)}")
@@ -87,17 +83,9 @@ class Evaluator(Embedder):
                 "Protocol masked_tokens needs texts that are not trained on: name a source of the "
                 "corpus in data.knowledge.held_out."
             )
-        for control, protocol in CONTROL_OF.items():
-            if control in self.settings["controls"] and protocol not in self.settings["protocols"]:
-                raise UserError(f"The control {control} goes with protocol {protocol}.")
+        controls.check(self)
         if "grounding" in self.settings["protocols"]:
             self.grounder = ground.Grounder(self)
-        fits = classifies(recipe) and self.source.metadata.get("table")
-        if "missing_mask" in self.settings["controls"] and not fits:
-            raise UserError(
-                f"The control missing_mask is for classifiers of a corpus with a table; this is "
-                f"recipe {self.parts.config['recipe']['name']} on {self.corpus}."
-            )
         if not classifies(recipe):
             if "regression" in self.settings["controls"] or self.settings["views"] > 1:
                 raise UserError(
@@ -235,11 +223,7 @@ class Evaluator(Embedder):
         """Retrieve with the texts of other patients as the right ones: what is left is chance."""
         variables = assemble.place(variables, self.parts)
         found = self.features(variables, self.source, limit=self.settings["limit"])
-        partner = shuffle.partners(found["patient_id"], seed=0)
-        spaces = self.parts.recipe.spaces
-        texts = {"text_id", *(text for _, text in spaces.values())}
-        texts |= {f"{section}_{kind}" for section in spaces for kind in ("valid", "id")}
-        moved = found | {key: found[key][partner] for key in texts if key in found}
+        moved = controls.other_texts(found, self.parts.recipe.spaces)
         options = {"mask": None, "resamples": self.settings["resamples"]}
         return rename(self._retrieval(variables, moved, **options), "shuffled pairs")
 
@@ -295,27 +279,6 @@ class Evaluator(Embedder):
             **self.positive(),
         )
 
-    def missing_mask(self) -> Results:
-        """Score a logistic regression on which cells of the table are empty."""
-        task, data = self.parts.recipe.task, self.parts.config["data"]
-        train = assemble.open_corpus(self.corpus, data, "train")
-        chosen = {name: data["table"][name] for name in ("exclude", "leakage")}
-        names = tabular.columns(self.source.metadata["table"], **chosen)
-        limit = self.settings["probe_limit"]
-        fitted = baselines.missing(train, names, task=task, limit=limit)
-        if not fitted[baselines.MISSING].any():
-            distributed.say("The control missing_mask is left out: no cell of the table is empty.")
-            return {}
-        test = baselines.missing(self.source, names, task=task, limit=self.settings["limit"])
-        return baselines.results(
-            baselines.scores(fitted, test, task=task),
-            test,
-            task=task,
-            classes=self.source.tasks[task],
-            resamples=self.settings["resamples"],
-            **self.positive(),
-        )
-
     def _probe(self, variables, found, *, mask, **options):
         train = assemble.open_corpus(self.corpus, self.parts.config["data"], "train")
         fitted = self.features(
@@ -359,28 +322,28 @@ def full(evaluator: Evaluator, variables: Mapping, untrained: Mapping | None = N
       variables: trained.
       untrained: freshly initialised ones for the control "untrained"; None leaves it out.
     """
-    controls = evaluator.settings["controls"]
+    asked = evaluator.settings["controls"]
     results = evaluator.run(variables, progress="evaluation")
-    if "masked_edge" in controls:
+    if "masked_edge" in asked:
         fraction = evaluator.settings["masked_edge"]
         masked = evaluator.run(variables, mask=fraction, progress="lower edge masked")
         results |= rename(masked, f"lower {fraction:.0%} masked")
-    if "untrained" in controls and untrained is not None:
+    if "untrained" in asked and untrained is not None:
         results |= rename(evaluator.run(untrained, progress="untrained control"), "untrained")
     for control in shuffle.CONTROLS:
-        if control in controls:
+        if control in asked:
             moved = shuffle.shuffled(evaluator.source, control)
             name = control.replace("_", " ")
             found = evaluator.run(variables, source=moved, progress=name)
             results |= rename(found, name)
-    if "shuffled_phrases" in controls:
+    if "shuffled_phrases" in asked:
         results |= evaluator.shuffled_phrases(variables)
-    if "shuffled_pairs" in controls:
+    if "shuffled_pairs" in asked:
         results |= evaluator.shuffled_pairs(variables)
-    if "regression" in controls:
+    if "regression" in asked:
         results |= evaluator.regression()
-    if "missing_mask" in controls:
-        results |= evaluator.missing_mask()
+    if "missing_mask" in asked:
+        results |= controls.missing_mask(evaluator)
     return results
 
 

@@ -19,7 +19,7 @@ LEVELS = (
     ("clinical", "tables", "weights"),
     ("assemble",),
     ("examples",),
-    ("unpaired", "ground", "embedder", "evaluator"),
+    ("unpaired", "ground", "embedder", "controls", "evaluator"),
     ("cli", "cases", "checks", "export", "evaluate", "plan", "report", "table", "train"),
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
