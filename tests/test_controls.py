@@ -12,15 +12,15 @@ from medvlp_jax.recipes import clip
 def evaluator(protocols, asked, table=()):
     return types.SimpleNamespace(
         settings={"protocols": protocols, "controls": asked},
-        parts=types.SimpleNamespace(recipe=clip.CLIP, config={"recipe": {"name": "clip"}}),
-        source=types.SimpleNamespace(metadata={"table": dict.fromkeys(table, {})}),
+        parts=types.SimpleNamespace(recipe=clip.Clip, config={"recipe": {"name": "clip"}}),
+        source=types.SimpleNamespace(metadata={"table": {name: {} for name in table}}),
         corpus="made",
     )
 
 
 def test_controls_of_protocols_that_do_not_run_are_refused_and_left_out():
     controls.check(evaluator(("zero_shot", "retrieval"), ("untrained", "shuffled_pairs")))
-    with pytest.raises(UserError, match="shuffled_pairs goes with protocol retrieval"):
+    with pytest.raises(UserError, match=r"shuffled_pairs goes with protocol retrieval"):
         controls.check(evaluator(("zero_shot",), ("shuffled_pairs",)))
     asked = ("untrained", "shuffled_pairs", "shuffled_phrases")
     assert controls.fitting(asked, ("retrieval",)) == ("untrained", "shuffled_pairs")
