@@ -61,7 +61,7 @@ class Evaluator(Embedder):
         self.source = assemble.open_corpus(self.corpus, parts.config["data"], settings["split"])
         needed = "zero_shot" in settings["protocols"]
         self.prompts = _read_prompts(settings["prompts"], self.corpus, needed)
-        self._seen: dict[str, Any] = {}
+        self._code, self._seen = provenance.code(), {}
         self._check_protocols()
 
     def _check_protocols(self):
@@ -161,7 +161,11 @@ class Evaluator(Embedder):
             )
         where = {"corpus": self.corpus, "split": self.settings["split"], **seen}
         return provenance.of(
-            self.parts.config, evals=self.settings, rows=where, variables=variables
+            self.parts.config,
+            code=self._code,
+            evals=self.settings,
+            rows=where,
+            variables=variables,
         )
 
     def quick(self, variables: Mapping, *, limit: int) -> Results:

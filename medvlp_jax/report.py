@@ -109,22 +109,24 @@ def warnings(config: Mapping[str, Any], written: results.Written) -> list[str]:
         told.append("config.json is not the one these numbers were measured with.")
     if origin and origin["code"]["dirty"]:
         told.append("The code had changes that were not committed.")
+    alike: dict[str, list[str]] = {}
     for key, entry in written.numbers.items():
         if "value" in entry or "(" in key.split("/")[1]:  # a control's rows are those of its task
             continue
-        told += _about_rows(key.removesuffix("/protocol"), entry)
-    return told
+        for sentence in _about_rows(entry):
+            alike.setdefault(sentence, []).append(key.removesuffix("/protocol"))
+    return told + [f"{', '.join(tasks)}: {sentence}" for sentence, tasks in alike.items()]
 
 
-def _about_rows(task: str, entry: Mapping[str, Any]) -> list[str]:
+def _about_rows(entry: Mapping[str, Any]) -> list[str]:
     told = []
     if entry.get("skipped"):
         names = ", ".join(map(str, entry["skipped"]))
-        told.append(f"{task}: skipped, for they lack one of both outcomes: {names}.")
+        told.append(f"skipped, for they lack one of both outcomes: {names}.")
     if entry.get("undefined"):
-        told.append(f"{task}: could not be computed: {', '.join(entry['undefined'])}.")
+        told.append(f"could not be computed: {', '.join(entry['undefined'])}.")
     if entry.get("left_out"):
-        told.append(f"{task}: {entry['left_out']} rows left out (unknown label or no text).")
+        told.append(f"{entry['left_out']} rows left out (unknown label or no text).")
     patients = entry.get("patients") or 0
     rare = [
         name
@@ -133,7 +135,7 @@ def _about_rows(task: str, entry: Mapping[str, Any]) -> list[str]:
     ]
     if rare:
         told.append(
-            f"{task}: fewer than about {FEW} patients with, or without, {', '.join(rare)}: the "
+            f"fewer than about {FEW} patients with, or without, {', '.join(rare)}: the "
             "intervals of these classes may be too narrow."
         )
     return told

@@ -91,12 +91,18 @@ def weights_hash(variables: Mapping) -> str:
 
 
 def of(
-    config: Mapping[str, Any], *, evals: Mapping[str, Any], rows: Mapping, variables: Mapping
+    config: Mapping[str, Any],
+    *,
+    code: Mapping[str, Any],
+    evals: Mapping[str, Any],
+    rows: Mapping,
+    variables: Mapping,
 ) -> dict[str, Any]:
     """Return the provenance of an evaluation.
 
     Args:
       config: of the run, resolved.
+      code: what `code` returned when the process began; a checkout may move during a long run.
       evals: settings of this evaluation, which may differ from config.evals.
       rows: what was evaluated: corpus, split and what `rows` returns.
       variables: that were evaluated, on the host.
@@ -104,7 +110,7 @@ def of(
     libraries = {"jax": jax, "numpy": np, "scipy": scipy, "scikit-learn": sklearn}
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "code": code(),
+        "code": code,
         "config": config_hash(config),
         "evals": evals,
         # The seeds of an evaluation are constants: the same rows give the same numbers.
