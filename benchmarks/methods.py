@@ -18,6 +18,7 @@ import numpy as np
 from absl import flags
 
 from medvlp_jax import train
+from medvlp_jax.writing import replaced
 
 ARMS = {
     "InfoNCE": {"kernel": "none"},
@@ -81,9 +82,9 @@ def main() -> None:
         for arm in arguments.arms:
             found = run_arm(ARMS[arm], seed, arguments.steps, overrides)
             results[arm].append({k: v for k, v in found.items() if k in METRICS})
-            scratch = arguments.out.with_suffix(".tmp")
-            scratch.write_text(json.dumps({"steps": arguments.steps, "results": results}, indent=1))
-            scratch.rename(arguments.out)
+            whole = json.dumps({"steps": arguments.steps, "results": results}, indent=1)
+            with replaced(arguments.out) as scratch:
+                scratch.write_text(whole)
             print(f"\nseed {seed}, {arm} done\n{table({k: v for k, v in results.items() if v})}")
 
 

@@ -14,7 +14,6 @@ resamples of patients (lesions). With --folds each row is trained once a fold an
 import argparse
 import itertools
 import json
-import os
 import pathlib
 import sys
 import time
@@ -27,6 +26,7 @@ from medvlp_jax import assemble, cases, train
 from medvlp_jax.config import UserError
 from medvlp_jax.evaluation import baselines, paired
 from medvlp_jax.evaluator import Evaluator
+from medvlp_jax.writing import replaced
 
 NO_RELATIONS = {"weights": {"sample": 0.0, "unimodal": 0.0, "crossmodal": 0.0}}
 # Features of the encoder's last stage, pooled; no relations, which one modality would not have.
@@ -223,10 +223,9 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def write(file: pathlib.Path, text: str) -> None:
-    """Write under a temporary name, then rename."""
-    scratch = file.with_name(f"{file.name}.tmp")
-    scratch.write_text(text)
-    os.replace(scratch, file)
+    """Write, whole or not at all."""
+    with replaced(file) as scratch:
+        scratch.write_text(text)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ spread over seeds, and how much of the way from the control to 100 % pairs LGDEA
 import argparse
 import json
 import math
-import os
 import pathlib
 import shutil
 import sys
@@ -28,6 +27,7 @@ from matplotlib.figure import Figure
 from medvlp_jax import train
 from medvlp_jax.config import UserError
 from medvlp_jax.evaluation import plots
+from medvlp_jax.writing import replaced
 
 TERMS = ("reconstruction", "paired", "unpaired", "alignment", "global", "usage")
 PAIRS_ALONE = {"data": {"pairing": {"share": 1.0}}, "train": {"refresh_every": 0}}
@@ -247,13 +247,11 @@ def read_finished(out: pathlib.Path, settings: dict) -> dict:
 
 
 def write(out: pathlib.Path, settings: dict, cells: Mapping) -> None:
-    """Write numbers, table and curve, each under a temporary name first."""
-    out.parent.mkdir(parents=True, exist_ok=True)
+    """Write numbers, table and curve, each whole or not at all."""
     whole = json.dumps({"settings": settings, "cells": cells}, indent=1, sort_keys=True)
     for file, text in ((out, whole), (out.with_suffix(".md"), table(cells))):
-        scratch = file.with_suffix(".tmp")
-        scratch.write_text(text + "\n")
-        os.replace(scratch, file)
+        with replaced(file) as scratch:
+            scratch.write_text(text + "\n")
     draw(cells, out.with_suffix(".png"))
 
 

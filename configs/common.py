@@ -109,7 +109,7 @@ def evals(**fields) -> ConfigDict:
             "limit": 0,  # only the first examples; 0 = all
             "probe_limit": 0,  # training examples of the linear probe; 0 = all
             "resamples": 2000,  # of the bootstrap over patients
-            "controls": ("untrained",),  # "masked_edge", "regression", "shuffled_phrases"
+            "controls": ("untrained",),  # further ones: controls.NAMES, docs/evaluation.md
             "positive": "",  # class whose sensitivity and specificity count; "" = mean of all
             "views": 1,  # flips and turns over which class probabilities are averaged: 1, 4, 8
             "masked_edge": 0.12,

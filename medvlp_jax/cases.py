@@ -7,7 +7,6 @@ image the table's attention goes. grounding.png, where that protocol ran, has ma
 """
 
 import csv
-import os
 import pathlib
 from collections.abc import Mapping
 
@@ -19,6 +18,7 @@ from medvlp_jax.evaluation import attention, classify, plots, retrieval
 from medvlp_jax.evaluator import Evaluator
 from medvlp_jax.recipes.base import classifies
 from medvlp_jax.training.step import make_embed
+from medvlp_jax.writing import replaced
 
 EXAMPLES, ATTENDED = 8, 4
 
@@ -77,12 +77,11 @@ def _classified(evaluator, found, rng):
 
 
 def write_predictions(evaluator: Evaluator, found: Mapping, out: pathlib.Path) -> None:
-    """Write predictions.csv under a temporary name, then rename."""
+    """Write predictions.csv, whole or not at all."""
     task = evaluator.parts.recipe.task
     names, labels = evaluator.source.tasks[task], found[f"label/{task}"]
     chances = scipy.special.softmax(found["logits"].astype(np.float64), axis=1)
-    scratch = out.with_suffix(".tmp")
-    with scratch.open("w", newline="") as file:
+    with replaced(out) as scratch, scratch.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(("image_id", "patient_id", "truth", *names))
         for image, patient, label, chance in zip(
@@ -90,7 +89,6 @@ def write_predictions(evaluator: Evaluator, found: Mapping, out: pathlib.Path) -
         ):
             truth = names[label.argmax()] if (label == 1).any() else ""
             writer.writerow((image, patient, truth, *(f"{p:.6g}" for p in chance)))
-    os.replace(scratch, out)
 
 
 def _draw_classifier(evaluator, found, out_png) -> None:

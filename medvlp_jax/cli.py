@@ -14,8 +14,10 @@ from medvlp_jax.training import stopping
 
 VERBS = {
     "train": ("medvlp_jax.train", "train a method from a config; evaluates and exports at the end"),
-    "evaluate": ("medvlp_jax.evaluate", "zero-shot, retrieval and linear probe of a run"),
+    "evaluate": ("medvlp_jax.evaluate", "protocols and controls of a run, with intervals"),
     "compare": ("medvlp_jax.evaluation.paired", "is one classifier better, paired over patients"),
+    "table": ("medvlp_jax.table", "several runs side by side, and published figures below"),
+    "report": ("medvlp_jax.report", "one HTML page of a run"),
     "convert": ("medvlp_jax.convert.__main__", "weights in from Hugging Face, and back out"),
     "evidence": ("medvlp_jax.evidence.__main__", "evidence of reports, risk knowledge of articles"),
     "data": ("medvlp_jax.data.__main__", "list, check and prepare corpora"),

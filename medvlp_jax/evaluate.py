@@ -1,6 +1,7 @@
 """Evaluate a run: zero-shot, retrieval, grounding, linear probe, a classifier's own logits.
 
   medvlp evaluate --run RUN_DIR [--protocol zero_shot,retrieval,probe] [--corpus NAME]
+                   [--controls untrained,shuffled_pairs]
   medvlp evaluate --encoder HF_DIR [--text HF_DIR] --corpus NAME --out DIR [--protocol probe]
 
 A protocol may name a published flavour, zero_shot@gloria (docs/evaluation.md). Prints a table and
@@ -14,12 +15,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from configs import common
-from medvlp_jax import assemble, cli, distributed, ground, outside, weights
+from medvlp_jax import assemble, cli, controls, distributed, ground, outside, weights
 from medvlp_jax import config as configs
 from medvlp_jax.config import UserError
 from medvlp_jax.evaluation import flavours, prompts
 from medvlp_jax.evaluation.results import results_table, write_results
-from medvlp_jax.evaluator import LATER, PROTOCOLS, Evaluator, full
+from medvlp_jax.evaluator import PROTOCOLS, Evaluator, full
 
 GIVEN = ("corpus", "split", "prompts", "limit", "views")
 
@@ -35,6 +36,9 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--text", default="", help="folder of the text encoder, if --encoder has none")
     known = ", ".join(flavours.names(PROTOCOLS))
     top.add_argument("--protocol", help=f"comma-separated, of {known}")
+    top.add_argument(
+        "--controls", help=f"comma-separated, of {', '.join(controls.NAMES)}; none leaves them out"
+    )
     top.add_argument("--corpus", help="another corpus than the run's: NAME or NAME:VARIANT")
     top.add_argument("--data-dir", help="where prepared corpora lie")
     top.add_argument("--manual-dir", help="where the corpus' own files lie")
@@ -66,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
     out = arguments.out or arguments.run
     if distributed.is_writer():
         out.mkdir(parents=True, exist_ok=True)
-        write_results(results, out)
+        write_results(results, out, evaluator.provenance(variables))
         print(results_table(results))
     if "grounding" in evaluator.settings["protocols"]:
         evaluator.grounder.draw(assemble.place(variables, evaluator.parts), out / ground.PICTURE)
@@ -79,9 +83,6 @@ def _of_run(arguments):
         raise UserError("--text goes with --encoder: a run has its own text encoder.")
     _place_data(config["data"], arguments)
     settings = settings_of(config["evals"], arguments)
-    if arguments.protocol and "grounding" not in settings["protocols"]:
-        kept = (name for name in settings["controls"] if name != "shuffled_phrases")
-        settings["controls"] = tuple(kept)  # the run's control of another protocol
     # The untrained control starts where the run started: with the weights it was given.
     parts = assemble.parts(config, pretrained="untrained" in settings["controls"])
     evaluator = Evaluator(parts, settings)
@@ -120,12 +121,16 @@ def settings_of(evals: Mapping[str, Any], arguments) -> dict[str, Any]:
     Raises:
       UserError: for a protocol, setting or value that does not exist.
     """
-    settings = {**LATER, "grounding": ground.SETTINGS, **evals}
-    settings["grounding"] = {**ground.SETTINGS, **settings["grounding"]}
+    settings = dict(evals)
     settings |= {k: getattr(arguments, k) for k in GIVEN if getattr(arguments, k) is not None}
     if arguments.protocol:
         given = arguments.protocol.split(",")
         settings["protocols"] = flavours.normalise(given, PROTOCOLS)
+        # The run's controls of other protocols do not go with these.
+        settings["controls"] = controls.fitting(settings["controls"], settings["protocols"])
+    if arguments.controls is not None:
+        asked = arguments.controls.split(",")
+        settings["controls"] = () if asked == ["none"] else tuple(asked)
     return assigned(settings, arguments.set)
 
 

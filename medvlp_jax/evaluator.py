@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from medvlp_jax import assemble, distributed, ground
+from medvlp_jax import assemble, controls, distributed, ground
 from medvlp_jax.config import UserError, nearest
 from medvlp_jax.data import datasets, leakage
 from medvlp_jax.embedder import Embedder
@@ -16,6 +16,7 @@ from medvlp_jax.evaluation import (
     masked_tokens,
     probe,
     prompts,
+    provenance,
     retrieval,
     retrieval_legacy,
     scoring,
@@ -30,14 +31,8 @@ from medvlp_jax.training.stopping import Signals
 
 PROTOCOLS = ("zero_shot", "retrieval", "grounding", "probe", "classify", "classify_studies")
 PROTOCOLS += ("masked_tokens",)
-CONTROLS = ("untrained", "masked_edge", "regression", "shuffled_phrases", *shuffle.CONTROLS)
 CLASSIFIES = ("classify", "classify_studies")
 VIEWS = (1, 4, 8)
-# Settings that runs from before them do not have.
-LATER = {
-    "zero_shot": {"draw": 0, "seed": 6, "strip": False, "threshold": ""},
-    "probe": {"fractions": (1.0,), "draws": 3},
-}
 
 
 class Evaluator(Embedder):
@@ -56,11 +51,10 @@ class Evaluator(Embedder):
         Raises:
           UserError: for an unknown protocol, control, corpus, split or prompt file.
         """
-        settings = {**LATER, **settings}
-        settings["protocols"] = flavours.normalise(settings["protocols"], PROTOCOLS)
+        settings = {**settings, "protocols": flavours.normalise(settings["protocols"], PROTOCOLS)}
         for name in settings["controls"]:
-            if name not in CONTROLS:
-                raise UserError(f"No control '{name}'. {nearest(name, CONTROLS)}")
+            if name not in controls.NAMES:
+                raise UserError(f"No control '{name}'. {nearest(name, controls.NAMES)}")
         thresholds.check(settings["zero_shot"]["threshold"])
         probe.check_fractions(**settings["probe"])
         if settings["views"] not in VIEWS:
@@ -74,6 +68,7 @@ class Evaluator(Embedder):
         self.source = assemble.open_corpus(self.corpus, parts.config["data"], settings["split"])
         needed = any(flavours.split(p)[0] == "zero_shot" for p in settings["protocols"])
         self.prompts = self._read_prompts(needed)
+        self._code, self._seen = provenance.code(), {}
         self._check_protocols()
         self._check_flavours()
 
@@ -96,10 +91,9 @@ class Evaluator(Embedder):
                 "Protocol masked_tokens needs texts that are not trained on: name a source of the "
                 "corpus in data.knowledge.held_out."
             )
+        controls.check(self)
         if "grounding" in self.settings["protocols"]:
             self.grounder = ground.Grounder(self)
-        elif "shuffled_phrases" in self.settings["controls"]:
-            raise UserError("The control shuffled_phrases goes with protocol grounding.")
         if not classifies(recipe):
             if "regression" in self.settings["controls"] or self.settings["views"] > 1:
                 raise UserError(
@@ -107,7 +101,10 @@ class Evaluator(Embedder):
                     f"{self.parts.config['recipe']['name']} is none."
                 )
             return
-        if {*CLASSIFIES, "regression"} & {*self.settings["protocols"], *self.settings["controls"]}:
+        if {*CLASSIFIES, "regression", "missing_mask"} & {
+            *self.settings["protocols"],
+            *self.settings["controls"],
+        }:
             tasks = self.source.tasks
             if recipe.task not in tasks:
                 raise UserError(
@@ -160,10 +157,33 @@ class Evaluator(Embedder):
                 views=views,
                 progress=progress,
             )
+        if found is not None and source is None:
+            self._seen = provenance.rows(found["image_id"], found["patient_id"])
         results: Results = {}
         for name in self.settings["protocols"]:
             results |= self._one(name)(variables, found, **options)
         return results
+
+    def provenance(self, variables: Mapping) -> dict[str, Any]:
+        """Return where the numbers of the last `run` come from.
+
+        Args:
+          variables: that were evaluated, on the host.
+        """
+        seen = self._seen
+        if not seen and "grounding" in self.settings["protocols"]:
+            records = [self.source[row] for row in self.grounder.rows]
+            seen = provenance.rows(
+                *([r[key] for r in records] for key in ("image_id", "patient_id"))
+            )
+        where = {"corpus": self.corpus, "split": self.settings["split"], **seen}
+        return provenance.of(
+            self.parts.config,
+            code=self._code,
+            evals=self.settings,
+            rows=where,
+            variables=variables,
+        )
 
     def quick(self, variables: Mapping, *, limit: int) -> Results:
         """Run what is cheap enough during training: no intervals, `limit` examples."""
@@ -193,10 +213,8 @@ class Evaluator(Embedder):
 
     def _zero_shot(self, variables, found, *, mask, flavour="clean", **options):
         rule = self.settings["zero_shot"]["threshold"] if options["resamples"] else ""
-        if (
-            self.settings["split"] == "validation"
-        ):  # the rows that are scored, whatever it is called
-            rule = rule and "maxf1-on-test"
+        if rule and self.settings["split"] == "validation":  # the very rows that are scored
+            rule = "maxf1-on-test"
         held = found
         if rule == "maxf1-on-val":
             validation = assemble.open_corpus(self.corpus, self.parts.config["data"], "validation")
@@ -239,6 +257,14 @@ class Evaluator(Embedder):
         variables = assemble.place(variables, self.parts)
         options = {"resamples": self.settings["resamples"], "shuffle": True}
         return rename(self.grounder.results(variables, **options), "shuffled phrases")
+
+    def shuffled_pairs(self, variables: Mapping) -> Results:
+        """Retrieve with the texts of other patients as the right ones: what is left is chance."""
+        variables = assemble.place(variables, self.parts)
+        found = self.features(variables, self.source, limit=self.settings["limit"])
+        moved = controls.other_texts(found, self.parts.recipe.spaces)
+        options = {"mask": None, "resamples": self.settings["resamples"]}
+        return rename(self._retrieval(variables, moved, **options), "shuffled pairs")
 
     def _classify(self, variables, found, *, mask, **options):
         del variables, mask
@@ -353,22 +379,26 @@ def full(evaluator: Evaluator, variables: Mapping, untrained: Mapping | None = N
       variables: trained.
       untrained: freshly initialised ones for the control "untrained"; None leaves it out.
     """
-    controls = evaluator.settings["controls"]
+    asked = evaluator.settings["controls"]
     results = evaluator.run(variables, progress="evaluation")
-    if "masked_edge" in controls:
+    if "masked_edge" in asked:
         fraction = evaluator.settings["masked_edge"]
         masked = evaluator.run(variables, mask=fraction, progress="lower edge masked")
         results |= rename(masked, f"lower {fraction:.0%} masked")
-    if "untrained" in controls and untrained is not None:
+    if "untrained" in asked and untrained is not None:
         results |= rename(evaluator.run(untrained, progress="untrained control"), "untrained")
     for control in shuffle.CONTROLS:
-        if control in controls:
+        if control in asked:
             moved = shuffle.shuffled(evaluator.source, control)
             name = control.replace("_", " ")
             found = evaluator.run(variables, source=moved, progress=name)
             results |= rename(found, name)
-    if "shuffled_phrases" in controls:
+    if "shuffled_phrases" in asked:
         results |= evaluator.shuffled_phrases(variables)
-    if "regression" in controls:
+    if "shuffled_pairs" in asked:
+        results |= evaluator.shuffled_pairs(variables)
+    if "regression" in asked:
         results |= evaluator.regression()
+    if "missing_mask" in asked:
+        results |= controls.missing_mask(evaluator)
     return results

@@ -7,7 +7,6 @@ of CLIP ViT-B/32; the features are made once and found again by a hash of all th
 
 import functools
 import hashlib
-import os
 import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -21,6 +20,7 @@ from medvlp_jax.config import UserError
 from medvlp_jax.data import corpora, tabular
 from medvlp_jax.data import text as tokenisation
 from medvlp_jax.training import text as text_stage
+from medvlp_jax.writing import replaced
 
 ENCODINGS = ("vectors", "sentences")
 LENGTH = 77  # tokens a sentence; CLIP's
@@ -110,11 +110,8 @@ def sentence_features(data: Mapping[str, Any], sentences: Iterable[str]) -> dict
     encode = jax.jit(lambda tokens: module.apply(variables, tokens).pooled)
     found = text_stage.cache_features(ordered, encode, tokenizer=tokenizer, length=LENGTH)
     if distributed.is_writer():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        scratch = file.with_name(f".{file.name}.{os.getpid()}")
-        with scratch.open("wb") as stream:
+        with replaced(file) as scratch, scratch.open("wb") as stream:
             np.save(stream, np.stack([found[said] for said in ordered]))
-        os.replace(scratch, file)
     distributed.barrier("table features")
     return found
 

@@ -12,7 +12,6 @@ too. The same command again resumes an interrupted run bit by bit.
 """
 
 import datetime
-import os
 import pathlib
 import sys
 import time
@@ -48,6 +47,7 @@ from medvlp_jax.training.checkpoint import Checkpointer
 from medvlp_jax.training.report import Reporter
 from medvlp_jax.training.selection import Selection
 from medvlp_jax.training.stopping import Signals, Stopped
+from medvlp_jax.writing import replaced
 
 
 class _Job(NamedTuple):
@@ -218,7 +218,8 @@ def _finish(job, state, workdir, began) -> dict:
     trained = distributed.fetch(variables)
     results = full(job.evaluator, variables, job.untrained)
     if distributed.is_writer():
-        write_results(results, workdir)  # before the pictures, should one fail
+        # before the pictures, should one fail
+        write_results(results, workdir, job.evaluator.provenance(trained))
     cases.show(job.evaluator, variables, workdir)
     if distributed.is_writer():
         plots.curves(workdir / "metrics.jsonl", workdir / "curves.png")
@@ -249,9 +250,8 @@ def plan_of(config: dict, devices: int | None = None) -> str:
 
 def _write_config(config, workdir):
     if distributed.is_writer():
-        scratch = workdir / f"{assemble.CONFIG}.tmp"
-        scratch.write_text(configs.to_json(config))
-        os.replace(scratch, workdir / assemble.CONFIG)
+        with replaced(workdir / assemble.CONFIG) as scratch:
+            scratch.write_text(configs.to_json(config))
 
 
 def _print_summary(results, parts, workdir, settings, seconds):

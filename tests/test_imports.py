@@ -11,7 +11,7 @@ import pytest
 PACKAGE = pathlib.Path(__file__).parents[1] / "medvlp_jax"
 # From the bottom up; a module may import its own level and those before it.
 LEVELS = (
-    ("__init__", "config", "schedules", "sharding", "distributed"),
+    ("__init__", "config", "schedules", "sharding", "distributed", "writing"),
     ("layers",),
     ("encoders", "losses", "data", "convert"),
     ("recipes",),
@@ -19,8 +19,8 @@ LEVELS = (
     ("clinical", "tables", "weights"),
     ("assemble",),
     ("examples", "outside"),
-    ("unpaired", "ground", "embedder", "evaluator"),
-    ("cli", "cases", "checks", "export", "evaluate", "plan", "train"),
+    ("unpaired", "ground", "embedder", "controls", "evaluator"),
+    ("cli", "cases", "checks", "export", "evaluate", "plan", "report", "table", "train"),
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 

@@ -1,6 +1,5 @@
 """Whole trainings in one, two and four real processes (gloo), and what ends them."""
 
-import json
 import os
 import signal
 import time
@@ -9,6 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks.kills import Run, last_step, metrics, newest
+from medvlp_jax.evaluation import results
 
 pytestmark = pytest.mark.slow
 
@@ -41,7 +41,7 @@ def test_any_number_of_processes_trains_to_the_same_losses_and_results(home, alo
         for key in a:
             if key.startswith(("loss", "zero_shot")):
                 np.testing.assert_allclose(a[key], b[key], rtol=1e-5, err_msg=f"{a['step']} {key}")
-    a, b = (json.loads((f / "results.json").read_text()) for f in (alone, folder))
+    a, b = (results.read(f).numbers for f in (alone, folder))
     assert a.keys() == b.keys()
     for key, entry in a.items():
         if entry.get("value") is not None:

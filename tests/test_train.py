@@ -10,6 +10,7 @@ import pytest
 from medvlp_jax import assemble, cli, evaluate, train, weights
 from medvlp_jax.config import UserError
 from medvlp_jax.convert import __main__ as convert_cli
+from medvlp_jax.evaluation import results as written
 
 ROOT = pathlib.Path(__file__).parents[1]
 SMOKE = ("--config=configs/imitate.py:smoke", "--config.evals.resamples=20")
@@ -38,7 +39,7 @@ def test_a_run_folder_holds_config_metrics_results_pictures_checkpoints_and_expo
     folder, results = finished
     for name in ("config.json", "metrics.jsonl", "results.json", "curves.png", "examples.png"):
         assert (folder / name).stat().st_size > 0, name
-    assert json.loads((folder / "results.json").read_text()) == results
+    assert written.read(folder).numbers == results
     assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["3", "6"]
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
@@ -110,10 +111,18 @@ def test_the_model_card_says_that_the_data_is_generated_and_shows_the_results(fi
 
 def test_evaluating_the_run_again_gives_the_same_results(finished, tmp_path):
     folder, results = finished
-    evaluate.main([f"--run={folder}", "--protocol=zero_shot,retrieval", f"--out={tmp_path}"])
-    again = json.loads((tmp_path / "results.json").read_text())
-    for key, entry in again.items():
-        assert entry == results[key], key
+    controls = "--controls=untrained,shuffled_pairs"
+    protocols = "--protocol=zero_shot,retrieval"
+    evaluate.main([f"--run={folder}", protocols, controls, f"--out={tmp_path}"])
+    again = written.read(tmp_path)
+    origin = written.read(folder).provenance
+    for name in ("code", "config", "rows", "weights", "seeds"):
+        assert again.provenance[name] == origin[name], name
+    assert origin["rows"]["corpus"] == "cxr_phantom:tiny"
+    for key, entry in again.numbers.items():
+        if "(shuffled pairs)" not in key:
+            assert entry == results[key], key
+    assert again.numbers["retrieval/image_to_text (shuffled pairs)/R@10"]["n"] > 0
 
 
 def test_exporting_the_run_again_writes_the_same_weights(finished, tmp_path):

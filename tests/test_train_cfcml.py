@@ -13,6 +13,7 @@ from PIL import Image
 from medvlp_jax import assemble, evaluate, plan, train
 from medvlp_jax.config import UserError
 from medvlp_jax.data.datasets.ham10000.ham10000_dataset_builder import DIAGNOSES
+from medvlp_jax.evaluation import results as written
 from medvlp_jax.evaluator import Evaluator
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -130,7 +131,7 @@ def test_a_run_ends_with_a_classifiers_numbers_and_repeats_when_it_is_resumed(re
     assert _metrics(folder) == lines
     # The average lies in the checkpoint and is what is read from it.
     evaluate.main(["--run", str(folder), "--protocol", "classify", "--out", str(folder / "again")])
-    again = json.loads((folder / "again" / "results.json").read_text())
+    again = written.read(folder / "again").numbers
     assert again == {key: entry for key, entry in results.items() if key.startswith("classify")}
 
 

@@ -1,6 +1,5 @@
 """PRIMA's stage "inject" end to end in small: factors on a Hugging Face folder learn a corpus."""
 
-import json
 import pathlib
 
 import jax
@@ -12,6 +11,7 @@ from medvlp_jax.config import UserError
 from medvlp_jax.data import text
 from medvlp_jax.encoders import modernbert
 from medvlp_jax.encoders.base import Tokens
+from medvlp_jax.evaluation import results as written
 from medvlp_jax.evidence import backends, corpus, risk, template
 from medvlp_jax.training import params as paths
 
@@ -78,7 +78,7 @@ def ran(home):
 
 def test_a_run_reports_the_masked_loss_of_held_out_paraphrases_before_and_after(ran):
     _, folder, results = ran
-    assert json.loads((folder / "results.json").read_text()) == results
+    assert written.read(folder).numbers == results
     after = results["masked_tokens/knowledge/loss"]
     before = results["masked_tokens/knowledge (untrained)/loss"]
     assert before["value"] == pytest.approx(

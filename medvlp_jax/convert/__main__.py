@@ -114,12 +114,13 @@ def export_(arguments: argparse.Namespace) -> None:
       UserError: if OUT holds files already, or the folder holds no run.
     """
     from medvlp_jax import assemble, export, weights
+    from medvlp_jax.evaluation import results
 
     _refuse_full(arguments.out)
     parts = assemble.parts(assemble.read_config(arguments.run_folder), pretrained=False)
     variables = weights.read_variables(arguments.run_folder, assemble.initial_variables(parts))
-    results = arguments.run_folder / "results.json"
-    measured = json.loads(results.read_text()) if results.is_file() else {}
+    evaluated = (arguments.run_folder / results.FILE).is_file()
+    measured = results.read(arguments.run_folder).numbers if evaluated else {}
     export.export(parts, variables, arguments.out, measured)
     print(f"{type(parts.recipe).__name__} in {arguments.out}")
 

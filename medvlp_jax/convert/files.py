@@ -5,7 +5,6 @@ than a host go in and out. Only safetensors files are read: a pickle can run cod
 """
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from medvlp_jax.config import UserError
+from medvlp_jax.writing import replaced
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -155,13 +155,12 @@ def _shards(tensors, max_shard_size) -> list[list[str]]:
 
 
 def write_tensors(file: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Write a safetensors file under another name and rename it: no half file is ever seen."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    """Write a safetensors file, whole or not at all."""
     # safetensors writes a buffer as it lies in memory: a transposed view would come out scrambled.
     # (`ascontiguousarray` would turn a scalar into an array of one.)
     contiguous = {name: np.asarray(array, order="C") for name, array in tensors.items()}
-    save_file(contiguous, temporary, metadata={"format": "pt"})
-    temporary.replace(file)
+    with replaced(file) as scratch:
+        save_file(contiguous, scratch, metadata={"format": "pt"})
 
 
 def read_json(file: Path) -> dict[str, Any]:

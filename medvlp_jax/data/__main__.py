@@ -7,6 +7,7 @@ from pathlib import Path
 
 from medvlp_jax.config import UserError
 from medvlp_jax.data import building, checking, corpora, leakage
+from medvlp_jax.writing import replaced
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -70,7 +71,8 @@ def _look_through(corpus: building.Builder, folder: Path, options: argparse.Name
     found = checking.inspect(corpus, folder, decode=options.decode)
     print("\n".join(found.lines()))
     if options.json:
-        Path(options.json).write_text(checking.as_json(found))
+        with replaced(options.json) as scratch:
+            scratch.write_text(checking.as_json(found))
     if not found.problems:
         return
     where = options.write_skip_list

@@ -22,6 +22,7 @@ import tensorflow_datasets as tfds
 
 from medvlp_jax.config import UserError
 from medvlp_jax.data import beam, files, images, masks, records
+from medvlp_jax.writing import replaced
 
 SPLITS = ("train", "validation", "test")
 # The user's own skip list in a source folder; `medvlp data check --write-skip-list` makes one.
@@ -263,13 +264,11 @@ def read_skip_list(folder: Path) -> dict[str, list[str]]:
 
 
 def write_skip_list(path: Path, entries: Iterable[tuple[str, str]]) -> None:
-    """Write (image_id, reason) as a skip list, under another name first."""
-    partial = path.with_name(f"{path.name}.partial")
-    with partial.open("w", newline="", encoding="utf-8") as file:
+    """Write (image_id, reason) as a skip list, whole or not at all."""
+    with replaced(path) as scratch, scratch.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(("image_id", "reason"))
         writer.writerows(entries)
-    partial.replace(path)
 
 
 def first_found(folder: Path, candidates: Sequence[str]) -> str:

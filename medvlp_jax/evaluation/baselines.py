@@ -1,7 +1,9 @@
 """What a regression on the raw input scores: the floor that a trained classifier has to beat.
 
 Logistic regression as in `probe`, on the table, on the pixels (a histogram of each channel and a
-thumbnail), and on both. Deep networks on a thousand images often do not reach the third.
+thumbnail), and on both. Deep networks on a thousand images often do not reach the third. On which
+cells of the table are empty, what is written in none: where doctors ask more of whom they suspect,
+that alone tells classes apart, and a classifier may have learned no more.
 
 Axis letters: N rows, b rows of a batch, H, W pixels, C channels, S slices, T attributes, D numbers.
 """
@@ -11,12 +13,14 @@ from typing import NamedTuple
 
 import numpy as np
 
+from medvlp_jax.data import tabular
+from medvlp_jax.data.corpora import Source
 from medvlp_jax.evaluation import classify, probe
 from medvlp_jax.evaluation.results import Results, assemble
 
 PROTOCOL = "regression@clean-v1"
 BINS, SIDE, LAYERS = 16, 8, 4
-TABLE, PIXELS, BOTH = "table", "pixels", "table and pixels"
+TABLE, PIXELS, BOTH, MISSING = "table", "pixels", "table and pixels", "missing mask"
 SPREAD = 4.0  # standard deviations either side that a volume's histogram covers
 
 
@@ -40,6 +44,26 @@ def raw_features(batch: Mapping, images: Sequence[str]) -> dict[str, np.ndarray]
     if "tabular" in batch:
         found[TABLE] = np.asarray(batch["tabular"]).reshape(len(batch["tabular"]), -1)
     return found
+
+
+def missing(source: Source, names: Sequence[str], *, task: str, limit: int = 0) -> dict:
+    """Return which cells are empty or unknown, [N, T] as `missing mask`, with labels and patients.
+
+    Args:
+      source: with a table.
+      names: T columns.
+      task: label task.
+      limit: only the first rows; 0 takes all.
+    """
+    schema, found = source.metadata["table"], {}
+    for i in range(min(limit or len(source), len(source))):
+        record = source[i]
+        table, row = record["table"], {"patient_id": record["patient_id"]}
+        row[MISSING] = np.array([tabular.is_unknown(table[name], schema[name]) for name in names])
+        row[f"label/{task}"] = record["labels"][task]
+        for key, value in row.items():
+            found.setdefault(key, []).append(value)
+    return {key: np.stack(values) for key, values in found.items()}
 
 
 def _pixels(image: np.ndarray) -> np.ndarray:
@@ -72,13 +96,13 @@ def scores(train: Mapping, test: Mapping, *, task: str, seed: int = 0) -> dict[s
       seed: of the split that chooses the regularisation.
 
     Returns:
-      By name: "table", "pixels", "table and pixels".
+      By name: "table", "pixels", "table and pixels"; or "missing mask".
 
     Raises:
       UserError: if there is too little to fit.
     """
-    kinds = {name: (name,) for name in (TABLE, PIXELS) if name in train}
-    if len(kinds) == 2:
+    kinds = {name: (name,) for name in (TABLE, PIXELS, MISSING) if name in train}
+    if {TABLE, PIXELS} <= {*kinds}:
         kinds[BOTH] = (TABLE, PIXELS)
     side_by_side = lambda found, names: np.concatenate([found[name] for name in names], axis=1)
     return {
@@ -118,7 +142,8 @@ def results(
         scored = classify.single_label_scores(
             test[f"label/{task}"], logits, classes, groups=test["patient_id"], **bootstrap
         )
-        settings = {"classes": list(classes), "input": kind, "bins": BINS, "side": SIDE}
+        settings = {"classes": list(classes), "input": kind}
+        settings |= {} if kind == MISSING else {"bins": BINS, "side": SIDE}
         numbers |= assemble(
             PROTOCOL,
             f"{task} ({kind})",

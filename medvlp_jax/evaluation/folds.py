@@ -8,7 +8,6 @@ in parentheses; it is no interval, for folds share most of their training data.
 
 import argparse
 import json
-import os
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from medvlp_jax.config import UserError
+from medvlp_jax.evaluation import results
+from medvlp_jax.writing import replaced
 
 Summary = dict[str, dict[str, Any]]
 
@@ -26,14 +27,9 @@ def read(runs: Sequence[Path]) -> list[dict]:
     Raises:
       UserError: for a run that has none, or was measured otherwise than the first.
     """
-    found = []
-    for run in runs:
-        file = run / "results.json"
-        if not file.is_file():
-            raise UserError(f"{run} has no results.json: it has not been evaluated yet.")
-        found.append(json.loads(file.read_text()))
-    for run, results in zip(runs, found, strict=True):
-        for key, entry in results.items():
+    found = [results.read(run).numbers for run in runs]
+    for run, numbers in zip(runs, found, strict=True):
+        for key, entry in numbers.items():
             first = found[0].get(key, {})
             if entry.get("protocol") != first.get("protocol"):
                 raise UserError(
@@ -42,14 +38,14 @@ def read(runs: Sequence[Path]) -> list[dict]:
     return found
 
 
-def summarise(results: Sequence[Mapping]) -> Summary:
+def summarise(found: Sequence[Mapping]) -> Summary:
     """Return {key: {"mean", "sd", "values"}} of every number that all runs have.
 
     One run has no standard deviation: None.
     """
     summary = {}
-    for key in results[0]:
-        values = [r.get(key, {}).get("value") for r in results]
+    for key in found[0]:
+        values = [numbers.get(key, {}).get("value") for numbers in found]
         if None not in values:
             sd = statistics.stdev(values) if len(values) > 1 else None
             summary[key] = {"mean": statistics.fmean(values), "sd": sd, "values": values}
@@ -81,9 +77,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     summary = summarise(read(options.runs))
     print(f"Mean (standard deviation) of {len(options.runs)} runs\n{table(summary)}")
     if options.out:
-        scratch = options.out.with_suffix(".tmp")
-        scratch.write_text(json.dumps(summary, indent=1, sort_keys=True) + "\n")
-        os.replace(scratch, options.out)
+        with replaced(options.out) as scratch:
+            scratch.write_text(json.dumps(summary, indent=1, sort_keys=True) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """The two pictures of a run: curves.png (its numbers) and examples.png (what retrieval finds).
 
-Figures are built without pyplot, so importing this changes no backend and leaks no figure, and are
-written under a temporary name first: a reader never sees half a file.
+Figures are built without pyplot, so importing this changes no backend and leaks no figure.
 """
 
 import json
@@ -19,6 +18,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from medvlp_jax.config import UserError
+from medvlp_jax.writing import replaced
 
 # Okabe & Ito: distinguishable with colour-vision deficiency.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
@@ -364,9 +364,6 @@ def attention(images, maps: Sequence[Sequence], titles: Sequence[str], out_png: 
 
 
 def save(figure: Figure, out_png: str | Path) -> None:
-    """Write a PNG under a temporary name beside its own, then rename."""
-    out_png = Path(out_png)
-    out_png.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out_png.with_name(f".{out_png.name}.tmp")
-    FigureCanvasAgg(figure).print_figure(temporary, format="png", dpi=150)
-    temporary.replace(out_png)
+    """Write a PNG, whole or not at all."""
+    with replaced(out_png) as scratch:
+        FigureCanvasAgg(figure).print_figure(scratch, format="png", dpi=150)

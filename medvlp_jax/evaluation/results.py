@@ -7,20 +7,35 @@
        "settings": {...}, "patients": 480, "skipped": ["hernia"], ...}}
 
 Keys are protocol/task/metric, with /class for one class. The hash is over the settings (prompts,
-K, resamples, ...): numbers with different hashes are not comparable.
+K, resamples, kind of interval, ...): numbers with different hashes are not comparable.
+
+The file results.json holds these entries and one more, "provenance": code, config, rows, weights,
+seeds and date, see provenance.py. It is in the file alone: the numbers of a run that is repeated
+are equal, its date is not. `read` parts them again.
 """
 
 import hashlib
 import json
 import math
-import os
 import pathlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from medvlp_jax.config import UserError
+from medvlp_jax.evaluation import statistics
+from medvlp_jax.writing import replaced
+
 Results = dict[str, dict[str, Any]]
+FILE, PROVENANCE = "results.json", "provenance"
+
+
+class Written(NamedTuple):
+    """What a results.json holds; `provenance` is empty in files from before there was any."""
+
+    numbers: Results
+    provenance: dict[str, Any]
 
 
 def _plain(value):
@@ -51,6 +66,7 @@ def assemble(
       settings: what decides comparability; hashed.
       notes: what the reader must know (patients, skipped classes, rows left out).
     """
+    settings = {"interval": statistics.METHOD, **settings}
     text = json.dumps(_plain({"protocol": protocol, **settings}), sort_keys=True)
     stamp = {"protocol": protocol, "hash": hashlib.sha256(text.encode()).hexdigest()[:8]}
     prefix = f"{protocol.split('@')[0]}/{task}"
@@ -59,7 +75,7 @@ def assemble(
     return _plain(entries)
 
 
-def _digits(name: str, value: float | None) -> str:
+def digits(name: str, value: float | None) -> str:
     """One decimal for ranks, three for rates; a dash where there is no value."""
     if value is None:
         return "-"
@@ -70,7 +86,7 @@ def _digits(name: str, value: float | None) -> str:
 
 def _row(name: str, entry: Mapping[str, Any]) -> tuple[str, ...]:
     value, low, high, chance = (
-        _digits(name, entry[key]) for key in ("value", "low", "high", "chance")
+        digits(name, entry[key]) for key in ("value", "low", "high", "chance")
     )
     return name, value, "" if low == "-" else f"[{low}, {high}]", chance, str(entry["n"])
 
@@ -135,12 +151,37 @@ def results_table(results: Results, *, markdown: bool = False, per_class: bool =
     return "\n".join([*_lines(rows, markdown=markdown), "", *foot]).rstrip()
 
 
-def write_results(results: Results, folder: pathlib.Path) -> None:
-    """Write results.json under a temporary name, then rename."""
-    file = pathlib.Path(folder) / "results.json"
-    scratch = file.with_suffix(".tmp")
-    scratch.write_text(json.dumps(results, indent=1, allow_nan=False))
-    os.replace(scratch, file)
+def write_results(results: Results, folder: pathlib.Path, provenance: Mapping) -> None:
+    """Write results.json, whole or not at all."""
+    entries = _plain({PROVENANCE: provenance, **results})
+    with replaced(pathlib.Path(folder) / FILE) as scratch:
+        scratch.write_text(json.dumps(entries, indent=1, allow_nan=False))
+
+
+def read(path: pathlib.Path) -> Written:
+    """Read the results of a run folder, or of a file.
+
+    Raises:
+      UserError: where there are none, or the file is no results.json.
+    """
+    path = pathlib.Path(path)
+    file = path / FILE if path.is_dir() else path
+    if not file.is_file():
+        raise UserError(f"{path} has no {FILE}: it has not been evaluated yet.")
+    try:
+        entries = json.loads(file.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} is not JSON: {error}.") from None
+    whole = isinstance(entries, dict) and all(isinstance(v, dict) for v in entries.values())
+    numbers = {k: v for k, v in entries.items() if k != PROVENANCE} if whole else {}
+    for key, entry in numbers.items():
+        if key.count("/") < 2 or "protocol" not in entry or "hash" not in entry:
+            raise UserError(
+                f"{file}: '{key}' is no protocol/task/metric with a protocol and its hash."
+            )
+    if not numbers:
+        raise UserError(f"{file} holds no results of the form {{protocol/task/metric: entry}}.")
+    return Written(numbers, entries.get(PROVENANCE, {}))
 
 
 def scalars(results: Results) -> dict[str, float]:

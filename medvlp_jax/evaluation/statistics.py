@@ -4,23 +4,29 @@ Several images of one patient are not independent, so the bootstrap draws patien
 statistic is a function of row weights [R, N] (`metrics` computes all R resamples in one go); the
 difference of two statistics under the same weights is the paired bootstrap.
 
-Axis letters: N rows, G groups (patients), R resamples, K statistics, M models.
+How often the intervals hold the truth is measured by benchmarks/coverage.py: 95 +- 2 of 100 with 30
+patients or more of the rarer class; 91 with ten of a hundred.
+
+Axis letters: N rows, G groups (patients), R resamples, J jackknife samples, K statistics, M models.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
-from scipy import stats
+from scipy import special, stats
 
 # A resample in which a class has one label is drawn again, up to this many times `resamples` draws.
 REDRAW_LIMIT = 5
 # Elements of one block of row weights: 2**21 float64 values are 16 MiB.
 BLOCK_ELEMENTS = 2**21
+METHOD = "bca"  # of every interval in results.json; a setting that the protocol hash covers
+# Samples of the jackknife behind BCa: each leaves out one group, or one of so many parts of them.
+JACKKNIFE = 200
 
 
 class Interval(NamedTuple):
-    """Point values [K] and percentile bounds [K]; a bound is NaN where no interval could be had."""
+    """Point values [K] and bounds [K]; a bound is NaN where no interval could be had."""
 
     value: np.ndarray
     low: np.ndarray
@@ -101,10 +107,56 @@ def _draw(statistic: Statistic, value, index, num_groups: int, *, resamples: int
     return np.concatenate(blocks) if blocks else np.empty((0, len(value)))
 
 
+def acceleration(statistic: Statistic, index, num_groups: int, *, seed: int) -> np.ndarray:
+    """Return a [K], how fast the spread of a statistic changes with its value.
+
+    a = sum_j d_j^3 / (6 (sum_j d_j^2)^(3/2)), d_j = mean - statistic without part j of the groups
+    (Efron & Tibshirani 1993, eq. 14.15). Parts without which the statistic is undefined do not
+    count. |a| <= 1/6.
+    """
+    order = np.random.default_rng(seed).permutation(num_groups)
+    part = np.empty(num_groups, int)
+    part[order] = np.arange(num_groups) * min(num_groups, JACKKNIFE) // num_groups
+    rows, parts = part[index], np.arange(part.max() + 1)
+    at_most = max(1, BLOCK_ELEMENTS // len(index))
+    blocks = (parts[i : i + at_most] for i in range(0, len(parts), at_most))
+    left = [statistic((rows != block[:, None]).astype(np.float64)) for block in blocks]
+    left = np.concatenate(left)  # [J, K]
+    known = np.isfinite(left)
+    mean = np.where(known, left, 0).sum(0) / np.maximum(known.sum(0), 1)
+    d = np.where(known, mean - left, 0)
+    spread = (d**2).sum(0) ** 1.5
+    return np.divide((d**3).sum(0), 6 * spread, out=np.zeros_like(mean), where=spread > 0)
+
+
+def corrected_levels(sample, value, a: float, levels) -> np.ndarray:
+    """Return which quantiles of the draws bound the truth at `levels`.
+
+    Phi(z0 + (z0 + z) / (1 - a (z0 + z))), z the normal quantile of the level, z0 that of the share
+    of draws below the value, ties half: it is not 0 where the statistic is biased. BCa, Efron &
+    Tibshirani 1993, eq. 14.10.
+    """
+    below = (np.sum(sample < value) + np.sum(sample == value) / 2) / len(sample)
+    edge = 0.5 / len(sample)
+    z0 = stats.norm.ppf(np.clip(below, edge, 1 - edge))
+    shifted = z0 + stats.norm.ppf(levels)
+    return stats.norm.cdf(z0 + shifted / np.maximum(1 - a * shifted, edge))
+
+
 def bootstrap(
-    statistic: Statistic, n: int, *, groups=None, resamples=2000, seed=0, level=0.95
+    statistic: Statistic,
+    n: int,
+    *,
+    groups=None,
+    resamples=2000,
+    seed=0,
+    level=0.95,
+    method: Literal["bca", "percentile"] = METHOD,
 ) -> Interval:
-    """Percentile bootstrap that draws whole groups (patients) with replacement.
+    """Bootstrap that draws whole groups (patients) with replacement.
+
+    Percentile intervals of an AUROC near 1 lie too high: with ten positives at .9 the truth is
+    below them one time in ten. Bias correction and acceleration (BCa) put most of that right.
 
     Each of the K statistics uses its first `resamples` draws in which it is defined: a resample in
     which a class has lost all its positives is drawn again for that class only. A statistic that is
@@ -117,6 +169,7 @@ def bootstrap(
       resamples: number of resamples; 0 gives the point value alone (quick looks in training).
       seed: of the draws; the same seed pairs two calls.
       level: coverage, in (0, 1).
+      method: "bca", or "percentile", which most published intervals are.
 
     Returns:
       Interval with arrays [K]; no bounds from fewer than 2 groups.
@@ -126,9 +179,13 @@ def bootstrap(
     low, high = np.full_like(value, np.nan), np.full_like(value, np.nan)
     if resamples and num_groups > 1:
         draws = _draw(statistic, value, index, num_groups, resamples=resamples, seed=seed)
+        a = acceleration(statistic, index, num_groups, seed=seed) if method == "bca" else None
         for k in range(len(value)):
             if (sample := _defined(draws[:, k], resamples)) is not None:
-                low[k], high[k] = np.quantile(sample, [(1 - level) / 2, (1 + level) / 2])
+                levels = np.array([(1 - level) / 2, (1 + level) / 2])
+                if method == "bca":
+                    levels = corrected_levels(sample, value[k], a[k], levels)
+                low[k], high[k] = np.quantile(sample, levels)
     return Interval(value, low, high)
 
 
@@ -189,11 +246,22 @@ def delong(labels, scores) -> DeLong:
     return DeLong(v10.mean(1), covariance)
 
 
-def delong_interval(result: DeLong, *, level=0.95) -> Interval:
-    """Normal interval of each AUROC, clipped to [0, 1]."""
-    half = stats.norm.ppf((1 + level) / 2) * np.sqrt(np.diagonal(result.covariance))
-    low, high = np.clip([result.auroc - half, result.auroc + half], 0.0, 1.0)
-    return Interval(result.auroc, low, high)
+def delong_interval(
+    result: DeLong, *, level=0.95, scale: Literal["logit", "linear"] = "logit"
+) -> Interval:
+    """Normal interval of each AUROC A.
+
+    On the logit scale, logit(A) +- z s / (A (1 - A)), it stays inside (0, 1) and leans away from
+    the nearer end as the sampling distribution does (Pepe 2003); the linear one,
+    A +- z s, is clipped. An AUROC of 0 or 1 has no spread and no interval: NaN.
+    """
+    z, s = stats.norm.ppf((1 + level) / 2), np.sqrt(np.diagonal(result.covariance))
+    auroc = np.where(s > 0, result.auroc, np.nan)
+    if scale == "linear":
+        low, high = np.clip([auroc - z * s, auroc + z * s], 0.0, 1.0)
+        return Interval(result.auroc, low, high)
+    half = z * s / (auroc * (1 - auroc))
+    return Interval(result.auroc, *special.expit(special.logit(auroc) + np.array([-half, half])))
 
 
 def delong_test(labels, a, b) -> DeLongTest:

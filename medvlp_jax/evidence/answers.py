@@ -7,7 +7,6 @@ written. Failures are not kept, so that the next start asks about them again.
 
 import fcntl
 import json
-import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from tqdm import tqdm
 
 from medvlp_jax.config import UserError
 from medvlp_jax.evidence.protocol import Backend, Request
+from medvlp_jax.writing import replaced
 
 FAILED = "failed"
 CHARACTERS_PER_TOKEN = 4.0
@@ -174,10 +174,6 @@ def dumps(value: Any) -> str:
 
 
 def replace(path: Path, lines: Iterable[str]) -> None:
-    """Write a file under another name first, so that it is there whole or not at all."""
-    part = path.with_suffix(".part")
-    with part.open("w", encoding="utf-8") as file:
+    """Write lines, whole or not at all."""
+    with replaced(path) as scratch, scratch.open("w", encoding="utf-8") as file:
         file.writelines(lines)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)

@@ -14,6 +14,7 @@ from typing import NamedTuple
 from medvlp_jax.config import UserError
 from medvlp_jax.data import files, knowledge
 from medvlp_jax.evidence import answers
+from medvlp_jax.writing import replaced
 
 VERDICTS = ("approve", "edit", "reject")
 REVIEW, KEPT, WRITTEN = "review.csv", "verdicts.jsonl", "written.jsonl"
@@ -143,13 +144,14 @@ def _kept(out: Path) -> dict[str, Verdict]:
 
 
 def _write_review(path: Path, records: Mapping[str, knowledge.Record]) -> None:
-    part = path.with_suffix(".part")
     # The mark at the start tells spreadsheets that this is UTF-8.
-    with part.open("w", encoding="utf-8-sig", newline="") as file:
+    with (
+        replaced(path) as scratch,
+        scratch.open("w", encoding="utf-8-sig", newline="") as file,
+    ):
         rows = csv.DictWriter(file, COLUMNS)
         rows.writeheader()
         for name, record in records.items():
             row = {"id": name, **record._asdict(), "passages": " ".join(record.ids)}
             empty = dict.fromkeys(("verdict", "edited", "reviewer"), "")
             rows.writerow({key: {**row, **empty}[key] for key in COLUMNS})
-    part.replace(path)

@@ -5,7 +5,6 @@ Report text never passes through here: only numbers do.
 
 import json
 import math
-import os
 import pathlib
 import sys
 import time
@@ -14,6 +13,7 @@ from collections.abc import Mapping
 from tqdm import tqdm
 
 from medvlp_jax.config import UserError
+from medvlp_jax.writing import replaced
 
 
 class Reporter:
@@ -146,9 +146,8 @@ def _keep_until(path: pathlib.Path, step: int) -> None:
                 kept.append(line)
         except (ValueError, KeyError):
             break
-    replacement = path.with_suffix(".tmp")
-    replacement.write_text("".join(f"{line}\n" for line in kept))
-    os.replace(replacement, path)
+    with replaced(path) as scratch:
+        scratch.write_text("".join(f"{line}\n" for line in kept))
 
 
 def _start_wandb(settings, folder):

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from medvlp_jax.data.tabular import UNKNOWN
 from medvlp_jax.evaluation import baselines
 
 
@@ -56,6 +57,44 @@ def test_each_regression_finds_what_its_input_holds():
     assert found["regression/d (table)/macro_auroc"]["value"] < 0.9
     assert found["regression/d (pixels)/macro_auroc"]["value"] < 0.9
     assert found["regression/d (table)/protocol"]["train_rows"] == 120
+
+
+def test_what_is_missing_is_told_apart_from_what_is_written():
+    schema = {
+        "age": {"kind": "numeric", "range": [0, 120]},
+        "smokes": {"kind": "categorical", "categories": ["no", "yes"]},
+    }
+    rng, rows = np.random.default_rng(0), []
+    for i in range(90):
+        truth = i % 3
+        age = np.nan if truth == 1 else rng.uniform(20, 90)  # class 1: nobody asked for the age
+        smokes = UNKNOWN if truth == 2 else rng.integers(2)  # class 2: asked, nobody knew
+        table = {"age": age, "smokes": float(smokes)}
+        label = np.eye(3, dtype=np.int8)[truth]
+        rows.append({"table": table, "labels": {"d": label}, "patient_id": str(i)})
+    source = Rows(rows)
+    source.metadata = {"table": schema}
+    found = baselines.missing(source, ("age", "smokes"), task="d", limit=60)
+    assert found["missing mask"].shape == (60, 2)
+    np.testing.assert_array_equal(found["missing mask"][:3], [[0, 0], [1, 0], [0, 1]])
+    scores = baselines.scores(found, found, task="d")
+    assert list(scores) == ["missing mask"]
+    numbers = baselines.results(scores, found, task="d", classes=("a", "b", "c"), resamples=20)
+    assert numbers["regression/d (missing mask)/balanced_accuracy"]["value"] == 1
+    age = baselines.missing(source, ("age",), task="d")
+    numbers = baselines.results(
+        baselines.scores(age, age, task="d"),
+        age,
+        task="d",
+        classes=("a", "b", "c"),
+        resamples=0,
+    )
+    assert numbers["regression/d (missing mask)/recall/b"]["value"] == 1  # the age alone
+    assert numbers["regression/d (missing mask)/balanced_accuracy"]["value"] < 1
+
+
+class Rows(list):
+    """Records with metadata, as a Source has them."""
 
 
 def test_without_a_table_there_is_one_regression():

@@ -7,7 +7,8 @@ import pytest
 
 from medvlp_jax.config import UserError
 from medvlp_jax.data.corpora import Source
-from medvlp_jax.evaluation import classify, shuffle
+from medvlp_jax.evaluation import classify, retrieval, shuffle
+from medvlp_jax.evaluator import Evaluator
 
 
 def test_every_row_gets_what_is_another_patients_and_each_is_taken_once():
@@ -37,6 +38,41 @@ def test_only_what_is_named_moves(monkeypatch):
         assert told[i]["table"]["age"] != i
         assert (told[i]["image"], told[i]["patient_id"]) == (i, str(i))
     assert told.tables() == [told[i]["table"] for i in range(6)]
+
+
+def test_shuffled_pairs_leave_chance_of_a_perfect_retrieval(monkeypatch):
+    rng = np.random.default_rng(0)
+    unit = rng.normal(size=(120, 32))
+    unit /= np.linalg.norm(unit, axis=1, keepdims=True)
+    found = {"image": unit, "text": unit, "text_id": np.arange(120)}
+    found |= {"report_valid": np.ones(120, bool), "patient_id": np.arange(120) // 2}
+
+    class Perfect(Evaluator):
+        def __init__(self):
+            self.parts = types.SimpleNamespace(
+                recipe=types.SimpleNamespace(spaces={"report": ("image", "text")})
+            )
+            self.settings = {"limit": 0, "resamples": 100}
+            self.source = None
+
+        def features(self, *_, **__):
+            return dict(found)
+
+        def _retrieval(self, variables, found, *, mask, **options):
+            image, text = self.joint(found)
+            return retrieval.run(
+                image, text, found["text_id"], groups=found["patient_id"], **options
+            )
+
+    monkeypatch.setattr("medvlp_jax.assemble.place", lambda tree, parts: tree)
+    right = Perfect()._retrieval({}, found, mask=None)["retrieval/image_to_text/R@1"]
+    assert right["value"] == 1
+    moved = Perfect().shuffled_pairs({})
+    assert all("(shuffled pairs)" in key for key in moved)
+    for direction in ("image_to_text", "text_to_image"):
+        assert moved[f"retrieval/{direction} (shuffled pairs)/R@1"]["value"] == 0
+        left = moved[f"retrieval/{direction} (shuffled pairs)/R@10"]
+        assert left["low"] < left["chance"] < left["high"]
 
 
 def test_a_study_is_judged_by_the_mean_probability_of_its_images():

@@ -1,0 +1,87 @@
+"""What an evaluation is repeated without, to see what its numbers owe to it.
+
+A control takes something away: training, the image's edge, the right text, all that is written in a
+table. evaluator.full runs them; docs/evaluation.md lists them.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from medvlp_jax import assemble, distributed
+from medvlp_jax.config import UserError
+from medvlp_jax.data import tabular
+from medvlp_jax.evaluation import baselines, flavours, shuffle
+from medvlp_jax.evaluation.results import Results
+from medvlp_jax.recipes.base import classifies
+
+# Those that go with one protocol alone.
+ONLY_WITH = {"shuffled_phrases": "grounding", "shuffled_pairs": "retrieval"}
+NAMES = ("untrained", "masked_edge", "regression", "missing_mask", *shuffle.CONTROLS, *ONLY_WITH)
+
+
+def check(evaluator: Any) -> None:
+    """Refuse controls that do not go with the protocols, the recipe or the corpus.
+
+    Args:
+      evaluator: see evaluator.Evaluator.
+
+    Raises:
+      UserError: naming the control and what it goes with.
+    """
+    settings = evaluator.settings
+    protocols = {flavours.split(name)[0] for name in settings["protocols"]}
+    for control, protocol in ONLY_WITH.items():
+        if control in settings["controls"] and protocol not in protocols:
+            raise UserError(f"The control {control} goes with protocol {protocol}.")
+    if "missing_mask" not in settings["controls"]:
+        return
+    if not (classifies(evaluator.parts.recipe) and evaluator.source.metadata.get("table")):
+        raise UserError(
+            f"The control missing_mask is for classifiers of a corpus with a table; this is recipe "
+            f"{evaluator.parts.config['recipe']['name']} on {evaluator.corpus}."
+        )
+
+
+def fitting(controls, protocols) -> tuple[str, ...]:
+    """Return the controls without those of protocols that are not among these."""
+    kept = {flavours.split(name)[0] for name in protocols}
+    return tuple(name for name in controls if ONLY_WITH.get(name, min(kept)) in kept)
+
+
+def other_texts(found: Mapping, spaces: Mapping[str, tuple[str, str]]) -> dict:
+    """Return features in which every row has the texts of another patient.
+
+    Args:
+      found: features of a corpus.
+      spaces: of the recipe, section -> (image, text).
+    """
+    partner = shuffle.partners(found["patient_id"], seed=0)
+    texts = {"text_id", *(text for _, text in spaces.values())}
+    texts |= {f"{section}_{kind}" for section in spaces for kind in ("valid", "id")}
+    return {**found, **{key: found[key][partner] for key in texts if key in found}}
+
+
+def missing_mask(evaluator: Any) -> Results:
+    """Score a logistic regression on which cells of the table are empty; {} where none is.
+
+    Args:
+      evaluator: of a classifier and a corpus with a table.
+    """
+    source, settings = evaluator.source, evaluator.settings
+    task, data = evaluator.parts.recipe.task, evaluator.parts.config["data"]
+    chosen = {name: data["table"][name] for name in ("exclude", "leakage")}
+    names = tabular.columns(source.metadata["table"], **chosen)
+    train = assemble.open_corpus(evaluator.corpus, data, "train")
+    fitted = baselines.missing(train, names, task=task, limit=settings["probe_limit"])
+    if not fitted[baselines.MISSING].any():
+        distributed.say("The control missing_mask is left out: no cell of the table is empty.")
+        return {}
+    test = baselines.missing(source, names, task=task, limit=settings["limit"])
+    return baselines.results(
+        baselines.scores(fitted, test, task=task),
+        test,
+        task=task,
+        classes=source.tasks[task],
+        resamples=settings["resamples"],
+        **evaluator.positive(),
+    )

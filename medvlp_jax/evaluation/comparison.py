@@ -1,0 +1,189 @@
+"""Several runs as one table: a row a run and control, a column a number measured in one way.
+
+Numbers with different protocol hashes answer different questions. They never share a column: each
+hash has its own, and a note names the settings that differ. Another note says where runs were
+evaluated on other rows, which no hash of settings shows.
+"""
+
+import fnmatch
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from medvlp_jax.config import UserError, nearest
+from medvlp_jax.evaluation.layout import Grid
+from medvlp_jax.evaluation.results import Written, digits
+
+# The number of a task that stands for it, the first that it has.
+HEADLINES = ("macro_auroc", "P@1", "R@10", "cnr", "dice", "ap", "balanced_accuracy", "loss")
+FIELDS = ("run", "control", "protocol", "hash", "task", "metric", "value", "low", "high", "n")
+FIELDS += ("chance",)
+CHANCE = "chance"
+
+
+class Column(NamedTuple):
+    """One number, measured in one way."""
+
+    task: str  # protocol/task
+    metric: str
+    protocol: str
+    hash: str
+
+
+class Table(NamedTuple):
+    """Entries by row, a (run, control), and column; what has to be said about them."""
+
+    rows: list[tuple[str, str]]
+    columns: list[Column]
+    cells: dict[tuple[tuple[str, str], Column], Mapping[str, Any]]
+    notes: list[str]
+
+
+def parted(key: str) -> tuple[str, str, str]:
+    """Return (protocol/task, control, metric): "zero_shot/organ (untrained)/x" has a control."""
+    protocol, task, metric = key.split("/", 2)
+    name, control = re.fullmatch(r"(.*?)(?: \((.+)\))?", task).groups()
+    return f"{protocol}/{name}", control or "", metric
+
+
+def compare(runs: Mapping[str, Written], patterns: Sequence[str] = ()) -> Table:
+    """Collect the numbers of runs.
+
+    Args:
+      runs: by the name they shall have.
+      patterns: of keys without their control, such as "zero_shot/*/macro_auroc"; none takes one
+        headline a task.
+
+    Raises:
+      UserError: for a pattern that no number fits.
+    """
+    found = {}
+    for run, written in runs.items():
+        for key, entry in written.numbers.items():
+            task, control, metric = parted(key)
+            if "value" in entry:
+                column = Column(task, metric, entry["protocol"], entry["hash"])
+                found[(run, control), column] = entry
+    names = {f"{column.task}/{column.metric}" for _, column in found}
+    wanted = _matching(patterns, names) if patterns else _headlines(names)
+    cells = {at: v for at, v in found.items() if f"{at[1].task}/{at[1].metric}" in wanted}
+    rows = list(dict.fromkeys(row for row, _ in cells))
+    # A task's columns side by side, the hashes of one number next to each other.
+    order = {name: i for i, name in enumerate(dict.fromkeys(c[:2] for _, c in cells))}
+    columns = sorted(dict.fromkeys(c for _, c in cells), key=lambda c: order[c[:2]])
+    notes = _other_settings(runs, columns) + _other_rows(runs)
+    return Table(rows, columns, cells, notes)
+
+
+def _matching(patterns, names) -> set[str]:
+    wanted = set()
+    for pattern in patterns:
+        fits = fnmatch.filter(names, pattern)
+        if not fits:
+            raise UserError(f"No run has a number '{pattern}'. {nearest(pattern, sorted(names))}")
+        wanted |= {*fits}
+    return wanted
+
+
+def _headlines(names) -> set[str]:
+    tasks: dict[str, list[str]] = {}
+    for name in sorted(names):
+        task, metric = "/".join(name.split("/")[:2]), name.split("/", 2)[2]
+        tasks.setdefault(task, []).append(metric)
+    chosen = {
+        task: next((m for m in HEADLINES if m in metrics), metrics[0])
+        for task, metrics in tasks.items()
+    }
+    return {f"{task}/{metric}" for task, metric in chosen.items()}
+
+
+def _other_settings(runs, columns) -> list[str]:
+    """Name the settings in which the columns of one number differ."""
+    told: dict[str, Mapping] = {}
+    for written in runs.values():
+        for entry in written.numbers.values():
+            if "settings" in entry:
+                told.setdefault(entry["hash"], {"protocol": entry["protocol"], **entry["settings"]})
+    hashes: dict[tuple[str, str], list[str]] = {}
+    for column in columns:
+        hashes.setdefault(column[:2], []).append(column.hash)
+    grouped: dict[tuple[str, ...], list[str]] = {}
+    for name, several in hashes.items():
+        if len(several) > 1:
+            grouped.setdefault(tuple(several), []).append("/".join(name))
+    return [
+        f"{', '.join(names)}: measured in {len(several)} ways, "
+        f"{', '.join(f'#{h}' for h in several)}, which are not comparable and have a column each. "
+        f"They differ in {_differences([told.get(h, {}) for h in several])}."
+        for several, names in grouped.items()
+    ]
+
+
+def _differences(settings: Sequence[Mapping]) -> str:
+    """Return "resamples (20, 2000)"; long values only by their name."""
+    keys = dict.fromkeys(key for one in settings for key in one)
+    said = []
+    for key in keys:
+        values = [json.dumps(one.get(key), sort_keys=True) for one in settings]
+        if len({*values}) > 1:
+            brief = max(map(len, values)) <= 24
+            said.append(f"{key} ({', '.join(values)})" if brief else key)
+    return ", ".join(said) or "settings that the files do not hold"
+
+
+def _other_rows(runs: Mapping[str, Written]) -> list[str]:
+    seen = {run: written.provenance.get("rows", {}) for run, written in runs.items()}
+    hashes = {rows.get("hash") for rows in seen.values()}
+    if len(hashes) < 2 and None not in hashes:
+        return []
+    say = lambda rows: (
+        f"{rows['rows']} rows of {rows['patients']} patients of {rows['corpus']} {rows['split']}"
+        if rows.get("hash")
+        else "not recorded"
+    )
+    listed = "; ".join(f"{run}: {say(rows)}" for run, rows in seen.items())
+    if hashes == {None}:
+        return [f"On which rows these were measured is not recorded ({', '.join(seen)})."]
+    return [f"Not all were measured on the same rows. {listed}."]
+
+
+def cell(metric: str, entry: Mapping | None) -> str:
+    """Return "0.856 [0.841, 0.872]"."""
+    if entry is None:
+        return ""
+    value, low, high = (digits(metric, entry[key]) for key in ("value", "low", "high"))
+    return value if low == "-" else f"{value} [{low}, {high}]"
+
+
+def grid(table: Table) -> Grid:
+    """Lay the table out, with the level of guessing below where all runs agree on it."""
+    header = ["run"]
+    header += [f"{c.task}/{c.metric}\n{c.protocol} #{c.hash}" for c in table.columns]
+    rows = [
+        [
+            f"{run} ({control})" if control else run,
+            *(cell(c.metric, table.cells.get(((run, control), c))) for c in table.columns),
+        ]
+        for run, control in table.rows
+    ]
+    rows.append([CHANCE, *(_chance(table, c) for c in table.columns)])
+    notes = ("Values with 95 % intervals over patients.", *table.notes)
+    return Grid("Measured", header, rows, notes)
+
+
+def _chance(table: Table, column: Column) -> str:
+    levels = {
+        digits(column.metric, e["chance"]) for (_, at), e in table.cells.items() if at == column
+    }
+    return levels.pop() if len(levels) == 1 else "differs"
+
+
+def records(table: Table) -> list[dict[str, Any]]:
+    """Return one dictionary of FIELDS a number."""
+    return [
+        {"run": run, "control": control, "protocol": c.protocol, "hash": c.hash}
+        | {"task": c.task, "metric": c.metric}
+        | {key: entry[key] for key in ("value", "low", "high", "n", "chance")}
+        for ((run, control), c), entry in table.cells.items()
+    ]

@@ -1,0 +1,262 @@
+"""One HTML page of a run: what was run, what it scored beside its controls, and what to beware of.
+
+  medvlp report RUN [--out FILE.html] [--with-texts]
+
+The page holds everything in itself and needs neither network nor script. Texts of patients are in
+it only with --with-texts: the pictures of retrieved reports and of grounded phrases show them.
+"""
+
+import argparse
+import csv
+import pathlib
+import tempfile
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from medvlp_jax import assemble, cli
+from medvlp_jax.config import UserError
+from medvlp_jax.data import leakage
+from medvlp_jax.evaluation import page, plots, provenance, results
+from medvlp_jax.writing import replaced
+
+NAME = "report.html"
+# Fewer patients of a class than this, and its intervals hold the truth less often than they say:
+# docs/evaluation.md.
+FEW = 30
+CONTROLS = {
+    "untrained": "the same network with the weights it started from",
+    "masked": "the lower edge of every image blackened, where text is burned in",
+    "shuffled": "part of the input exchanged between patients",
+    "regression": "logistic regression on the raw input named",
+    page.MOST_FREQUENT: "always answering the most frequent class",
+    "by study": "all images of a study judged together; no control",
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command line."""
+    top = argparse.ArgumentParser(
+        "medvlp report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    top.add_argument("run", type=pathlib.Path, metavar="RUN", help="run folder")
+    top.add_argument("--out", type=pathlib.Path, help=f"default: RUN/{NAME}")
+    top.add_argument(
+        "--with-texts", action="store_true", help="also pictures that show patients' texts"
+    )
+    return top
+
+
+def build(run: pathlib.Path, *, with_texts: bool = False) -> str:
+    """Return the page of a run folder.
+
+    Args:
+      run: with config.json and results.json; pictures, metrics.jsonl and predictions.csv are shown
+        where they are.
+      with_texts: show pictures that hold patients' texts.
+
+    Raises:
+      UserError: for a folder that is no run, or has no results.
+    """
+    config, written = assemble.read_config(run), results.read(run)
+    tasks = page.tasks(written.numbers)
+    recipe = config["recipe"]["name"]
+    rows = written.provenance.get("rows", {})
+    corpora = ", ".join(config["data"]["corpora"])
+    body = [
+        page.text(run.name, "h1"),
+        page.text(_subtitle(recipe, corpora, config, rows), "p", "muted"),
+        page.listed(warnings(config, written), "warnings"),
+        page.text("Results", "h2"),
+        page.text(
+            "Values with 95 % intervals over patients, controls beside them. In the strip, from 0 "
+            "to 1: this run filled, controls hollow, the level of guessing a tick."
+        ),
+        *map(page.table, tasks),
+        _controls(tasks),
+        *_figures(run, with_texts=with_texts),
+        page.text("What was run", "h2"),
+        page.facts(_facts(config, written.provenance)),
+        page.folded("Config", page.code(config)),
+        page.folded("Protocols: settings, skipped classes, counts", page.code(_protocols(written))),
+    ]
+    return page.page(f"{run.name}: {recipe} on {corpora}", body)
+
+
+def _subtitle(recipe, corpora, config, rows) -> str:
+    trained = f"{recipe}, trained on {corpora}, {config['train']['steps']} steps, seed "
+    tested = f"; tested on {rows['rows']} rows of {rows['patients']} patients, " if rows else ""
+    where = f"{rows['corpus']} {rows['split']}" if rows else ""
+    return f"{trained}{config['seed']}{tested}{where}."
+
+
+def warnings(config: Mapping[str, Any], written: results.Written) -> list[str]:
+    """Return what a reader of the numbers must know, one sentence each."""
+    told, origin = [], written.provenance
+    trained, rows = config["data"]["corpora"], origin.get("rows", {})
+    tested = rows.get("corpus") or config["evals"]["corpus"] or trained[0]
+    if said := leakage.warning(trained, tested):
+        told.append(said)
+    if any(name.startswith("cxr_phantom") for name in (*trained, tested)):
+        told.append("Generated data: these numbers say that the code works, nothing on patients.")
+    split = rows.get("split") or config["evals"]["split"]
+    if split != "test":
+        told.append(f"Measured on the {split} split, on which settings may have been chosen.")
+    if not origin:
+        told.append("results.json has no provenance: code, rows and weights are not recorded.")
+    elif origin["config"] != provenance.config_hash(config):
+        told.append("config.json is not the one these numbers were measured with.")
+    if origin and origin["code"]["dirty"]:
+        told.append("The code had changes that were not committed.")
+    alike: dict[str, list[str]] = {}
+    for key, entry in written.numbers.items():
+        if "value" in entry or "(" in key.split("/")[1]:  # a control's rows are those of its task
+            continue
+        for sentence in _about_rows(entry):
+            alike.setdefault(sentence, []).append(key.removesuffix("/protocol"))
+    return told + [f"{', '.join(tasks)}: {sentence}" for sentence, tasks in alike.items()]
+
+
+def _about_rows(entry: Mapping[str, Any]) -> list[str]:
+    told = []
+    if entry.get("skipped"):
+        names = ", ".join(map(str, entry["skipped"]))
+        told.append(f"skipped, for they lack one of both outcomes: {names}.")
+    if entry.get("undefined"):
+        told.append(f"could not be computed: {', '.join(entry['undefined'])}.")
+    if entry.get("left_out"):
+        told.append(f"{entry['left_out']} rows left out (unknown label or no text).")
+    patients = entry.get("patients") or 0
+    rare = [
+        name
+        for name, share in entry.get("prevalence", {}).items()
+        if 0 < min(share, 1 - share) * patients < FEW
+    ]
+    if rare:
+        told.append(
+            f"fewer than about {FEW} patients with, or without, {', '.join(rare)}: the "
+            "intervals of these classes may be too narrow."
+        )
+    return told
+
+
+def _controls(tasks: Sequence[page.Task]) -> str:
+    """Say what each control is that stands in a table."""
+    columns = dict.fromkeys(c for task in tasks for c in task.columns if c != page.ITSELF)
+    said = {
+        column: next((text for word, text in CONTROLS.items() if word in column), "")
+        for column in columns
+    }
+    if not said:
+        return page.text("Controls", "h3") + page.text("None was run: see evals.controls.")
+    return page.text("Controls", "h3") + page.facts(said)
+
+
+def _figures(run: pathlib.Path, *, with_texts: bool) -> list[str]:
+    """Return the sections of pictures there are."""
+    predictions = run / "predictions.csv"
+    found = []
+    log = run / "metrics.jsonl"
+    if log.is_file() and log.stat().st_size:
+        drawn = _drawn(lambda out: plots.curves(log, out))
+        found += [page.text("Training", "h2"), page.picture(drawn, "Loss terms, rates, speed")]
+    if predictions.is_file():
+        truth, chances, classes = read_predictions(predictions)
+        caption = "Confusion matrix, ROC of each class against the rest, calibration"
+        if len(truth):
+            drawn = _drawn(lambda out: plots.classifier(truth, chances, classes, out))
+            found += [page.text("Classifier", "h2"), page.picture(drawn, caption)]
+    # Those of a classifier name classes, those of retrieval show reports.
+    texts = {"grounding.png": "Grounded phrases with the maps found for them"}
+    plain = {"attention.png": "Where in the image the attention of the table goes"}
+    (plain if predictions.is_file() else texts)["examples.png"] = "Examples, best answers first"
+    shown = {name: said for name, said in plain.items() if (run / name).is_file()}
+    held = {name: said for name, said in texts.items() if (run / name).is_file()}
+    if with_texts:
+        shown, held = shown | held, {}
+    if shown or held:
+        found.append(page.text("Examples", "h2"))
+    found += [page.picture((run / name).read_bytes(), said) for name, said in shown.items()]
+    if held:
+        found.append(
+            page.text(
+                f"{', '.join(held)} may show patients' texts and stay in the run folder; "
+                "--with-texts puts them here."
+            )
+        )
+    return found
+
+
+def _drawn(draw) -> bytes:
+    """Return the PNG that a function of plots.py writes."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = pathlib.Path(folder) / "picture.png"
+        draw(file)
+        return file.read_bytes()
+
+
+def read_predictions(file: pathlib.Path) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Return class [N], probabilities [N, C] and class names of predictions.csv; known rows only.
+
+    Raises:
+      UserError: for a file of other columns, or a class that is none of them.
+    """
+    with file.open(newline="") as stream:
+        header, *lines = csv.reader(stream)
+    start = ["image_id", "patient_id", "truth"]
+    if header[:3] != start or any(len(line) != len(header) for line in lines):
+        raise UserError(f"{file} has the columns {header[:3]} ...; {start} and classes are needed.")
+    classes = header[3:]
+    known = [line for line in lines if line[2]]
+    for line in known:
+        if line[2] not in classes:
+            raise UserError(f"{file}: '{line[2]}' is none of the classes {', '.join(classes)}.")
+    truth = np.array([classes.index(line[2]) for line in known], int)
+    return truth, np.array([line[3:] for line in known], float), classes
+
+
+def _facts(config, origin) -> dict[str, str]:
+    """Return config and provenance in short."""
+    found = {"recipe": config["recipe"]["name"], "corpora": ", ".join(config["data"]["corpora"])}
+    if stage := config["recipe"].get("stage"):
+        found["stage"] = stage
+    found |= {
+        "steps": f"{config['train']['steps']} of {config['train']['batch_size']} rows",
+        "starts from": ", ".join(f"{k}: {v}" for k, v in config["init"].items() if v) or "nothing",
+    }
+    if not origin:
+        return found | {"provenance": "none recorded"}
+    where, commit = origin["rows"], origin["code"]["commit"] or "no checkout"
+    return found | {
+        "evaluated": origin["date"],
+        "code": f"{origin['code']['version']}, commit {commit}",
+        "config": origin["config"],
+        "rows": f"{where['corpus']} {where['split']} {where.get('hash', '')}",
+        "weights": origin["weights"],
+        "seeds": ", ".join(f"{name} {seed}" for name, seed in origin["seeds"].items()),
+        "libraries": ", ".join(f"{name} {v}" for name, v in origin["libraries"].items()),
+        "devices": origin["devices"],
+    }
+
+
+def _protocols(written) -> dict[str, Any]:
+    return {k: entry for k, entry in written.numbers.items() if "value" not in entry}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Write the page.
+
+    Raises:
+      UserError: for bad input.
+    """
+    options = parser().parse_args(argv)
+    written = build(options.run.absolute(), with_texts=options.with_texts)
+    out = options.out or options.run / NAME
+    with replaced(out) as scratch:
+        scratch.write_text(written, encoding="utf-8")
+    print(f"{out}: {len(written) / 2**20:.1f} MiB, opens in any browser.")
+
+
+if __name__ == "__main__":
+    cli.leave(cli.run(main))

@@ -1,0 +1,28 @@
+"""Files that are there whole or not at all."""
+
+import contextlib
+import os
+import pathlib
+from collections.abc import Iterator
+
+
+@contextlib.contextmanager
+def replaced(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
+    """Give a name beside `path` to write to; the file takes its place when the block ends.
+
+    A reader sees the old content or the new, also after a power cut. Where the block raises, what
+    was written is removed and `path` stays as it is. Makes the folder.
+
+    Args:
+      path: of a file.
+    """
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield scratch
+        with scratch.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)

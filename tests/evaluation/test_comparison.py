@@ -1,0 +1,149 @@
+"""Runs side by side: one hash a column, published figures apart, every format whole."""
+
+import csv
+import io
+import json
+
+import pytest
+
+from medvlp_jax import table
+from medvlp_jax.config import UserError
+from medvlp_jax.evaluation import comparison, layout, published, results
+
+
+def write(folder, value, *, resamples=2000, rows="r1"):
+    """A run with one zero-shot task of two classes, and its untrained control."""
+    folder.mkdir(parents=True)
+    found = {}
+    for name, shift in (("organ", 0.0), ("organ (untrained)", -0.3)):
+        numbers = {
+            "macro_auroc": results.number(value + shift, 0.4, 0.95, n=40, chance=0.5),
+            "auroc/lung": results.number(value + shift, n=40, chance=0.5),
+        }
+        settings = {"resamples": resamples, "prompts": ["an image of a lung"] * 9}
+        found |= results.assemble(
+            "zero_shot@clean-v1", name, numbers, settings=settings, notes={"patients": 7}
+        )
+    where = {"corpus": "made", "split": "test", "rows": 40, "patients": 7, "hash": rows}
+    results.write_results(found, folder, {"rows": where})
+    return folder
+
+
+@pytest.fixture
+def runs(tmp_path):
+    return write(tmp_path / "a", 0.81), write(tmp_path / "b", 0.84)
+
+
+def read(*folders):
+    return {folder.name: results.read(folder) for folder in folders}
+
+
+def test_a_run_and_its_control_share_a_column_with_their_hash(runs):
+    found = comparison.compare(read(*runs))
+    assert found.rows == [("a", ""), ("a", "untrained"), ("b", ""), ("b", "untrained")]
+    (column,) = found.columns
+    assert column.metric == "macro_auroc"
+    assert found.notes == []
+    text = layout.markdown(comparison.grid(found))
+    assert f"zero_shot/organ/macro_auroc<br>zero_shot@clean-v1 #{column.hash}" in text
+    assert "0.840 [0.400, 0.950]" in text
+    assert "| chance" in text
+
+
+def test_other_settings_have_a_column_of_their_own_and_a_note_names_them(runs, tmp_path):
+    other = write(tmp_path / "c", 0.9, resamples=20)
+    found = comparison.compare(read(*runs, other))
+    assert len(found.columns) == 2
+    for (row, column), entry in found.cells.items():
+        assert entry["hash"] == column.hash
+        assert (column == found.columns[1]) == (row[0] == "c")
+    (note,) = found.notes
+    assert "measured in 2 ways" in note
+    assert note.endswith("They differ in resamples (2000, 20).")
+    header, *_, last = comparison.grid(found).rows
+    assert header[2] == ""
+    assert last == ["chance", "0.500", "0.500"]
+
+
+def test_other_rows_are_said(runs, tmp_path):
+    other = write(tmp_path / "c", 0.9, rows="r2")
+    (note,) = comparison.compare(read(*runs, other)).notes
+    assert note.startswith("Not all were measured on the same rows. a: 40 rows of 7 patients")
+
+
+def test_patterns_choose_numbers_and_one_that_fits_none_is_refused(runs):
+    found = comparison.compare(read(*runs), ["zero_shot/*/auroc/*"])
+    assert [column.metric for column in found.columns] == ["auroc/lung"]
+    with pytest.raises(UserError, match=r"No run has a number 'zero_shot/organ/macro_auc'. Did"):
+        comparison.compare(read(*runs), ["zero_shot/organ/macro_auc"])
+
+
+def test_csv_has_a_line_a_number_with_protocol_and_hash(runs, capsys):
+    table.main([*map(str, runs), "--format=csv"])
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert tuple(rows[0]) == comparison.FIELDS
+    assert [row["value"] for row in rows if not row["control"]] == ["0.81", "0.84"]
+    assert {row["protocol"] for row in rows} == {"zero_shot@clean-v1"}
+    with pytest.raises(UserError, match="would mix"):
+        table.main([str(runs[0]), "--published", "--format=csv"])
+
+
+def test_latex_escapes_and_has_one_cell_a_column(runs, capsys):
+    table.main([f"A_1={runs[0]}", str(runs[1]), "--format=latex"])
+    text = capsys.readouterr().out
+    assert r"A\_1 (untrained) & 0.510 [0.400, 0.950] \\" in text
+    assert r"zero\_shot@clean-v1 \#" in text
+    lines = [line for line in text.splitlines() if line.endswith(r"\\")]
+    assert {line.count("&") for line in lines} == {1}
+    assert layout.escape("a\\b{50 %}") == r"a\textbackslash{}b\{50 \%\}"
+
+
+def test_published_figures_stand_below_with_mark_and_source_and_never_in_the_table(runs, capsys):
+    table.main([*map(str, runs), "--published"])
+    measured, *apart = capsys.readouterr().out.split("**Published, not measured here")
+    assert len(apart) == len(published.fitting(["zero_shot"])) > 1
+    assert "CheXzero" not in measured
+    assert any("CheXzero [P]" in text and "Source: G2D" in text for text in apart)
+    table.main([str(runs[0]), "--published=mgca/auroc"])
+    assert "IMITATE [M]" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"No published table 'mgca/auc'. Did you mean mgca/auroc"):
+        table.main([str(runs[0]), "--published=mgca/auc"])
+
+
+def test_every_published_figure_has_a_source_a_mark_and_a_place():
+    marks = published.load()["marks"]
+    for name, entry in published.load()["tables"].items():
+        assert entry["source"], name
+        assert {entry["mark"], *entry.get("marks", {}).values()} <= {*marks}, name
+        assert {*entry.get("marks", {})} <= {*entry["rows"]}, name
+        for model, values in entry["rows"].items():
+            assert len(values) == len(entry["columns"]), (name, model)
+        highest = 100 if entry["unit"] == "%" else 2
+        assert all(v is None or 0 <= v <= highest for r in entry["rows"].values() for v in r), name
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "is not JSON"),
+        ("[1]", "holds no results"),
+        ('{"provenance": {}}', "holds no results"),
+        ('{"loss": {"value": 1}}', "'loss' is no protocol/task/metric"),
+    ],
+)
+def test_what_is_no_results_file_is_refused_by_name(tmp_path, content, message):
+    (tmp_path / "results.json").write_text(content)
+    with pytest.raises(UserError, match=message):
+        results.read(tmp_path)
+
+
+def test_two_runs_of_one_name_are_refused(runs):
+    with pytest.raises(UserError, match="Two runs are called 'a'"):
+        table.named([str(runs[0]), str(runs[0])])
+
+
+def test_provenance_is_parted_from_the_numbers(runs):
+    written = results.read(runs[0])
+    assert written.provenance["rows"]["hash"] == "r1"
+    assert results.PROVENANCE not in written.numbers
+    assert next(iter(json.loads((runs[0] / "results.json").read_text()))) == "provenance"

@@ -1,0 +1,182 @@
+"""The page of a run: whole in itself, nothing unescaped, no patient's text unless asked for."""
+
+import base64
+import html.parser
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from medvlp_jax import report
+from medvlp_jax.config import UserError
+from medvlp_jax.evaluation import page, plots, provenance, results
+
+CONFIG = {
+    "recipe": {"name": "clip<script>"},
+    "data": {"corpora": ["siim_acr"]},
+    "evals": {"corpus": "rsna_pneumonia", "split": "validation"},
+    "train": {"steps": 6, "batch_size": 8},
+    "init": {"image": "", "text": "mlm"},
+    "seed": 0,
+}
+VOID = {"meta", "img", "line", "circle", "br", "hr", "link"}
+
+
+class Reader(html.parser.HTMLParser):
+    """Collects what matters of a page, and whether its elements are closed in order."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.links, self.images, self.texts, self.tags = [], [], [], [], set()
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.add(tag)
+        found = dict(attributes)
+        self.links += [found[key] for key in ("src", "href") if key in found]
+        self.images += [found["src"]] if tag == "img" else []
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        if tag not in VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+    @property
+    def text(self):
+        return " ".join(self.texts)
+
+
+def numbers():
+    found = {}
+    for name, value in (("finding", 0.81), ("finding (untrained)", 0.52)):
+        entries = {
+            "macro_auroc": results.number(value, value - 0.05, value + 0.05, n=40, chance=0.5),
+            "mean_rank": results.number(3.2, 2.0, 4.0, n=40, chance=20.5),
+            "auroc/edema": results.number(value, n=40, chance=0.5),
+        }
+        notes = {"patients": 40, "skipped": ["hernia"], "prevalence": {"edema": 0.1, "normal": 0.5}}
+        found |= results.assemble("zero_shot@v1", name, entries, settings={}, notes=notes)
+    return found
+
+
+@pytest.fixture
+def run(tmp_path):
+    folder = tmp_path / "run <b>1"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    origin = {
+        "date": "2026-11-27T10:00:00+00:00",
+        "code": {"version": "0.1.0 (ab)", "commit": "c" * 40, "dirty": True},
+        "config": provenance.config_hash(CONFIG),
+        "rows": {"corpus": "rsna_pneumonia", "split": "validation"}
+        | provenance.rows(["i1", "i2"], ["patient-anna", "patient-bert"]),
+        "weights": "f" * 16,
+        "seeds": {"run": 0},
+        "libraries": {"jax": "0.10"},
+        "devices": "1 x cpu",
+    }
+    results.write_results(numbers(), folder, origin)
+    lines = [json.dumps({"step": step, "loss": 1 / step}) for step in range(1, 9)]
+    (folder / "metrics.jsonl").write_text("\n".join(lines))
+    image = np.zeros((1, 8, 8, 1), np.uint8)
+    plots.examples(image, [["a report"]], [[0.5]], ["a report"], folder / "examples.png")
+    return folder
+
+
+def predictions(folder, lines):
+    text = "\n".join(["image_id,patient_id,truth,normal,edema", *lines])
+    (folder / "predictions.csv").write_text(text + "\n")
+
+
+def test_the_page_is_whole_needs_no_network_and_escapes_what_it_is_given(run):
+    found = Reader(report.build(run))
+    assert not found.open
+    assert all(link.startswith("data:image/png;base64,") for link in found.links)
+    assert not found.tags & {"script", "link", "iframe", "b"}
+    assert "run <b>1" in found.text
+    assert "clip<script>" in found.text
+    (curves,) = found.images
+    assert base64.b64decode(curves.split(",", 1)[1]).startswith(b"\x89PNG")
+
+
+def test_a_control_stands_beside_its_number_with_the_hash(run):
+    text = report.build(run)
+    row = text[text.index("<td>macro auroc</td>") :]
+    assert row.index("0.810") < row.index("0.520") < row.index("0.500")
+    assert "zero_shot@v1 #" in text
+    assert "the same network with the weights it started from" in text
+
+
+def test_what_a_reader_must_know_is_said_first(run):
+    told = report.warnings(report.assemble.read_config(run), results.read(run))
+    whole = " ".join(told)
+    for part in (
+        "NIH ChestX-ray14",  # leakage: both corpora come from it
+        "validation split",
+        "not committed",
+        "skipped, for they lack one of both outcomes: hernia",
+        "without, edema, normal: the intervals",
+    ):
+        assert part in whole, part
+    assert len([line for line in told if "hernia" in line]) == 1
+    (run / "config.json").write_text(json.dumps(CONFIG | {"seed": 1}))
+    told = report.warnings(report.assemble.read_config(run), results.read(run))
+    assert any("config.json is not the one" in line for line in told)
+
+
+def test_patients_texts_and_ids_are_in_the_page_only_when_asked_for(run):
+    plain, full = report.build(run), report.build(run, with_texts=True)
+    assert len(Reader(full).images) == len(Reader(plain).images) + 1
+    assert "examples.png may show patients' texts" in Reader(plain).text
+    for text in (plain, full):
+        assert "patient-anna" not in text
+
+
+def test_a_classifier_has_its_curves_and_its_examples_name_classes_alone(run):
+    predictions(run, ["i1,anna,normal,0.9,0.1", "i2,bert,edema,0.4,0.6", "i3,carl,,0.5,0.5"])
+    truth, chances, classes = report.read_predictions(run / "predictions.csv")
+    assert (truth.tolist(), classes) == ([0, 1], ["normal", "edema"])
+    np.testing.assert_allclose(chances, [[0.9, 0.1], [0.4, 0.6]])
+    found = Reader(report.build(run))
+    assert len(found.images) == 3
+    assert "calibration" in found.text
+    assert "anna" not in found.text
+    predictions(run, ["i1,anna,hernia,0.9,0.1"])
+    with pytest.raises(UserError, match="'hernia' is none of the classes normal, edema"):
+        report.build(run)
+
+
+def test_controls_under_other_keys_join_the_classifiers_table():
+    found = {}
+    one = lambda value: {"accuracy": results.number(value, n=9, chance=0.5)}
+    both = one(0.8) | {"prevalence_control_accuracy": results.number(0.6, n=9)}
+    options = {"settings": {}, "notes": {}}
+    found |= results.assemble("classify@v1", "d", both, **options)
+    found |= results.assemble("classify@v1", "d (by study)", both, **options)
+    found |= results.assemble("regression@v1", "d (table)", one(0.7), **options)
+    (task,) = page.tasks(found)
+    assert task.columns == ["this run", "most frequent class", "by study", "regression: table"]
+    values = {column: entry["value"] for column, entry in task.entries["accuracy"].items()}
+    assert list(values.values()) == [0.8, 0.6, 0.8, 0.7]
+
+
+def test_a_folder_without_results_is_refused_and_nothing_is_written(run, tmp_path):
+    (run / "results.json").unlink()
+    with pytest.raises(UserError, match=r"has no results.json: it has not been evaluated yet"):
+        report.main([str(run), "--out", str(tmp_path / "page.html")])
+    assert not (tmp_path / "page.html").exists()
+    shutil.rmtree(run)
+    with pytest.raises(UserError, match="is not a run folder"):
+        report.main([str(run)])
+
+
+def test_the_page_lies_in_the_run_folder(run, capsys):
+    report.main([str(run)])
+    assert (run / "report.html").read_text().startswith("<!doctype html>")
+    assert "opens in any browser" in capsys.readouterr().out
