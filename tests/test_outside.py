@@ -1,6 +1,5 @@
 """Encoders from Hugging Face folders through the evaluations of a run; random weights."""
 
-import json
 import shutil
 
 import numpy as np
@@ -10,6 +9,7 @@ from tiny_config import BLOCK
 from medvlp_jax import evaluate, outside
 from medvlp_jax.config import UserError
 from medvlp_jax.data import text as tokenisation
+from medvlp_jax.evaluation import results
 
 SMALL = {
     "hidden_size": 16,
@@ -55,7 +55,7 @@ def command(tmp_path_factory):
                 *("--set", "probe_limit=24", *map(str, arguments)),
             ]
         )
-        return json.loads((out / "results.json").read_text())
+        return results.read(out / "results.json").numbers
 
     return run
 
