@@ -1,5 +1,6 @@
 """Encoders from Hugging Face folders through the evaluations of a run; random weights."""
 
+import json
 import shutil
 
 import numpy as np
