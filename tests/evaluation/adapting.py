@@ -10,6 +10,7 @@ from medvlp_jax.evaluation import adaptation, features
 from medvlp_jax.training.step import make_embed
 
 SIDE = 32
+MESH = sharding.make_mesh(devices=jax.devices()[:1])  # compiles faster than for eight devices
 
 
 def encoder(kind="resnet"):
@@ -40,12 +41,12 @@ def discs(count, seed=0, side=SIDE):
 
 def train(recipe, variables, examples, value, folder, *, seed=0, **settings):
     """Fit a recipe on the first three quarters, stop by the rest; return what fit does."""
-    mesh, settings = sharding.make_mesh(), adaptation.Settings(**settings)
+    settings = adaptation.Settings(**settings)
     cut = 3 * len(examples) // 4
     batches = pipeline.train_dataset(
         [examples[:cut]], transform=lambda e, _: e, batch_size=settings.batch_size, seed=seed
     )
-    predict = make_embed(recipe, mesh, "predict")
+    predict = make_embed(recipe, MESH, "predict")
     validate = lambda variables: value(evaluate(predict, variables, examples[cut:]))
     return adaptation.fit(
         recipe,
@@ -54,7 +55,7 @@ def train(recipe, variables, examples, value, folder, *, seed=0, **settings):
         validate=validate,
         settings=settings,
         seed=seed,
-        mesh=mesh,
+        mesh=MESH,
         folder=folder,
     )
 

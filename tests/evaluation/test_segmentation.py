@@ -6,7 +6,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from medvlp_jax import sharding
 from medvlp_jax.config import UserError
 from medvlp_jax.encoders import resnet, swin, vit
 from medvlp_jax.encoders.base import Encoded
@@ -127,7 +126,7 @@ def learnt(request, tmp_path_factory):
     variables = adaptation.initial(recipe, weights, examples[0], seed=0)
     folder = tmp_path_factory.mktemp("fit")
     fitted = adapting.train(recipe, variables, examples, segmentation.value, folder, **TRAINED)
-    predict = make_embed(recipe, sharding.make_mesh(), "predict")
+    predict = make_embed(recipe, adapting.MESH, "predict")
     test = [*adapting.discs(32, seed=1)]
     found = [adapting.evaluate(predict, v, test) for v in (variables, fitted.variables)]
     return recipe, weights, fitted, found, test
