@@ -15,6 +15,7 @@ from medvlp_jax.training import stopping
 VERBS = {
     "train": ("medvlp_jax.train", "train a method from a config; evaluates and exports at the end"),
     "evaluate": ("medvlp_jax.evaluate", "zero-shot, retrieval and linear probe of a run"),
+    "adapt": ("medvlp_jax.adapt", "fine-tune, segment or detect on any image encoder"),
     "convert": ("medvlp_jax.convert.__main__", "weights in from Hugging Face, and back out"),
     "evidence": ("medvlp_jax.evidence.__main__", "evidence of reports, risk knowledge of articles"),
     "data": ("medvlp_jax.data.__main__", "list, check and prepare corpora"),

@@ -19,8 +19,8 @@ LEVELS = (
     ("clinical", "tables", "weights"),
     ("assemble",),
     ("examples",),
-    ("unpaired", "ground", "embedder", "evaluator"),
-    ("cli", "cases", "checks", "export", "evaluate", "plan", "train"),
+    ("unpaired", "ground", "embedder", "evaluator", "backbones"),
+    ("cli", "adapt", "cases", "checks", "export", "evaluate", "plan", "train"),
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 
