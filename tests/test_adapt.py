@@ -103,5 +103,7 @@ def test_a_text_encoder_is_refused(tmp_path):
     tokens = Tokens(np.zeros((1, 4), int), np.ones((1, 4), bool))
     variables = jax.tree.map(np.asarray, jax.jit(module.init)(jax.random.key(0), tokens))
     convert.save(module, variables, tmp_path)
-    with pytest.raises(backbones.UserError, match="text encoder .Bert.; an image encoder is need"):
+    with pytest.raises(
+        backbones.UserError, match=r"text encoder \(Bert\); an image encoder is need"
+    ):
         backbones.of_folder(str(tmp_path))

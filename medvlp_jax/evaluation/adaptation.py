@@ -267,7 +267,9 @@ def fit(
             raise UserError(f"The validation score of step {step} is {value}: training diverged.")
         best = best._replace(steps=step)
         if value > best.value:
-            best = Fitted(distributed.fetch(state.variables), step, value, step)
+            # Copies: what is fetched may be a view of memory that the next step is given.
+            held = jax.tree.map(np.array, distributed.fetch(state.variables))
+            best = Fitted(held, step, value, step)
         elif step - best.step >= settings.patience * settings.evaluate_every:
             raise _EnoughError
         return {"validation": value}
