@@ -117,7 +117,7 @@ def test_the_blind_map_is_the_part_that_the_masks_share():
     np.testing.assert_array_equal(blind, masks[1])
 
 
-@pytest.fixture(scope="module", params=["resnet", "vit"])
+@pytest.fixture(scope="module", params=["resnet", pytest.param("vit", marks=pytest.mark.slow)])
 def learnt(request, tmp_path_factory):
     examples = [*adapting.discs(64)]
     encoder = adapting.encoder(request.param)
