@@ -33,6 +33,7 @@ class Task:
       head: the module to train.
       train_encoder: whether the encoder is trained unless the user says otherwise.
       lr: learning rate unless the user says otherwise, our choice.
+      rotation: largest angle of a moved image, degrees; MGCA's.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Task:
     head: nn.Module
     train_encoder = False
     lr = 1e-3
+    rotation = 10.0
 
     def has_target(self, record: Mapping) -> bool:
         """Say whether a record can be learnt from and scored."""
@@ -61,8 +63,6 @@ class Task:
         to_source = regions.motion(rng, self.frame.size, rotation=self.rotation)
         image = transforms.warp(example["image"], to_source)
         return {**example, "image": image, **self.moved(example, to_source)}
-
-    rotation = 10.0
 
     def moved(self, example: regions.Example, to_source: np.ndarray) -> regions.Example:
         """Return what is to be found, moved."""

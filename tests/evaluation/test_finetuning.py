@@ -92,11 +92,11 @@ def test_settings_that_cannot_train_are_refused(setting, sentence):
 @pytest.fixture(scope="module")
 def trainings(tmp_path_factory):
     """Two trainings of one seed."""
-    examples = [*adapting.discs(64)]
+    examples = [*adapting.discs(192)]
     recipe = adaptation.Adapted(adapting.encoder(), finetuning.Classifier(**HALF), True)
     variables = adaptation.initial(recipe, adapting.weights_of(), examples[0], seed=0)
     value = lambda found: finetuning.value(found, task="half", multi_label=True)
-    settings = {"steps": 40, "lr": 1e-2, "evaluate_every": 10, "encoder_lr": 0.3}
+    settings = {"steps": 80, "lr": 1e-2, "evaluate_every": 20, "encoder_lr": 0.3}
     folder = tmp_path_factory.mktemp("fit")
     again = [
         adapting.train(recipe, variables, examples, value, folder, **settings) for _ in range(2)
