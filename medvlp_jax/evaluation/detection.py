@@ -100,14 +100,16 @@ def scored(ours: Sequence[Boxes], theirs: Sequence[Boxes], kinds: Mapping[int, s
     """Return (names, statistic): row weights [R, N] -> the clean numbers [R, K] of these names."""
     matched = {k: ap.match(ours, theirs, k, IOUS) for k in kinds}
     names = ["map", "ap50", "froc", *(f"froc/{r:g}" for r in ap.FROC_RATES)]
-    names += [f"{metric}/{name}" for metric in ("ap", "ap50") for name in kinds.values()]
+    own = len(kinds) > 1  # of one class they are map and ap50
+    names += [f"{m}/{name}" for m in ("ap", "ap50") for name in kinds.values() if own]
 
     def statistic(weights):
         each = np.stack([ap.average_precision(m, weights) for m in matched.values()])  # [C, R, T]
         mean, half = each.mean(-1), each[..., HALF]
         found = ap.froc([*matched.values()], weights)  # [R, 7]
         summary = [mean.mean(0), half.mean(0), found.mean(-1)]
-        return np.concatenate([np.stack(summary), found.T, mean, half]).T
+        each = [mean, half] if own else []
+        return np.concatenate([np.stack(summary), found.T, *each]).T
 
     return names, statistic
 

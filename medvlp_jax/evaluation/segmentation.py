@@ -149,7 +149,7 @@ def scored(found: Mapping, names: Sequence[str], weights: np.ndarray) -> dict[st
     rest = {k: pixels[:, None] - totals[k] for k in ("predicted", "truth")}
     rest["both"] = pixels[:, None] - (totals["predicted"] + totals["truth"] - totals["both"])
     numbers["mdice_benchx"] = ((dice(totals) + dice(rest)) / 2).mean(-1)
-    for name, values in per_region.items():
+    for name, values in per_region.items() if len(names) > 1 else ():
         numbers |= {f"{name}/{region}": values[:, k] for k, region in enumerate(names)}
     return numbers
 
