@@ -15,7 +15,7 @@ from medvlp_jax.evaluation.average_precision import Boxes
 
 COLUMNS = 4
 TRUE, SAID = (1, (3, 2)), "solid"  # dashes on top of lines: both stay visible where they agree
-CONFIDENT = 0.25  # score of the boxes that are drawn
+CONFIDENT = 0.25  # score of the boxes that are drawn; of an image without one its best is
 
 
 def outlines(
@@ -51,10 +51,11 @@ def boxes(
     names: Sequence[str],
     out_png: str | Path,
 ) -> None:
-    """Draw detections of at least CONFIDENT as lines with their score, true boxes as dashes."""
+    """Draw detections of at least CONFIDENT, or the best, with their scores; true boxes as dashes."""
     figure, axes = _grid(examples)
     for ax, ours, theirs in zip(axes, found, truth, strict=False):
-        ours = Boxes(*(field[ours.scores >= CONFIDENT] for field in ours))
+        floor = min(CONFIDENT, ours.scores.max(initial=0.0))
+        ours = Boxes(*(field[ours.scores >= floor] for field in ours))
         for group, style in ((ours, SAID), (theirs, TRUE)):
             for (top, left, bottom, right), kind, score in zip(*group, strict=True):
                 colour = _colour(kind) if style == SAID else "white"
