@@ -51,7 +51,7 @@ def boxes(
     names: Sequence[str],
     out_png: str | Path,
 ) -> None:
-    """Draw detections of at least CONFIDENT, or the best, with their scores; true boxes as dashes."""
+    """Draw detections of at least CONFIDENT, or the best one, as lines; true boxes as dashes."""
     figure, axes = _grid(examples)
     for ax, ours, theirs in zip(axes, found, truth, strict=False):
         floor = min(CONFIDENT, ours.scores.max(initial=0.0))
