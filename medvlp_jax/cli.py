@@ -18,6 +18,7 @@ VERBS = {
     "compare": ("medvlp_jax.evaluation.paired", "is one classifier better, paired over patients"),
     "table": ("medvlp_jax.table", "several runs side by side, and published figures below"),
     "report": ("medvlp_jax.report", "one HTML page of a run"),
+    "adapt": ("medvlp_jax.adapt", "fine-tune, segment or detect on any image encoder"),
     "convert": ("medvlp_jax.convert.__main__", "weights in from Hugging Face, and back out"),
     "evidence": ("medvlp_jax.evidence.__main__", "evidence of reports, risk knowledge of articles"),
     "data": ("medvlp_jax.data.__main__", "list, check and prepare corpora"),

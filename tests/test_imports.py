@@ -19,8 +19,8 @@ LEVELS = (
     ("clinical", "tables", "weights"),
     ("assemble",),
     ("examples", "outside"),
-    ("unpaired", "ground", "embedder", "controls", "evaluator"),
-    ("cli", "cases", "checks", "export", "evaluate", "plan", "report", "table", "train"),
+    ("unpaired", "ground", "embedder", "controls", "evaluator", "backbones"),
+    ("adapt", "cli", "cases", "checks", "export", "evaluate", "plan", "report", "table", "train"),
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 

@@ -1,0 +1,109 @@
+"""`medvlp adapt` on the generated radiographs: what it writes, and what it refuses."""
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from medvlp_jax import adapt, backbones, cli, convert
+from medvlp_jax.data import corpora
+from medvlp_jax.encoders import bert, resnet
+from medvlp_jax.encoders.base import Tokens
+from medvlp_jax.evaluation import provenance, results
+
+CORPUS = "cxr_phantom:tiny"
+SHORT = ["--steps=4", "--batch-size=8", "--evaluate-every=2", "--resamples=20", "--width=16"]
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory):
+    """A small exported encoder and the prepared corpus."""
+    folder = tmp_path_factory.mktemp("given")
+    module = resnet.make("tiny", embedding_size=8, hidden_sizes=(16, 16, 16, 32))
+    variables = jax.jit(module.init)(jax.random.key(0), np.zeros((1, 32, 32, 3), np.float32))
+    processor = convert.image_processor(32, mean=(0.5,) * 3, std=(0.25,) * 3)
+    variables = jax.tree.map(np.asarray, variables)
+    convert.save(module, variables, folder / "image", preprocessor=processor)
+    corpora.prepare("cxr_phantom", data_dir=folder / "data", builder_config="tiny")
+    return folder
+
+
+def command(given, task, out, *more):
+    known = [f"--task={task}", f"--encoder={given / 'image'}", f"--data-dir={given / 'data'}"]
+    return [*known, f"--corpus={CORPUS}", f"--out={out}", *SHORT, *more]
+
+
+def run(given, task, out, *more):
+    adapt.main(command(given, task, out, *more))
+    assert results.read(out).provenance["rows"]["split"] == "test"
+    found = results.read(out).numbers
+    assert min(Image.open(out / f"{task}.png").size) > 300
+    assert not [path for path in out.iterdir() if path.name.endswith("tmp")]
+    return found
+
+
+def test_segment_writes_results_with_their_origin_and_a_picture(given, tmp_path, capsys):
+    results = run(given, "segment", tmp_path, "--regions=lung_left+lung_right,heart")
+    entry = results["segment/regions/dice"]
+    assert 0 <= entry["value"] <= 1
+    assert entry["chance"] > 0.5  # lungs and hearts lie where they use to
+    notes = results["segment/regions/protocol"]
+    assert notes["protocol"] == "segment@clean-v1"
+    backbone = backbones.of_folder(str(given / "image"))
+    assert notes["encoder"]["weights"] == provenance.weights_hash(backbone.variables)
+    assert (backbone.size, backbone.mean) == (32, (0.5, 0.5, 0.5))
+    assert notes["settings"]["size"] == 32
+    train = corpora.open_source(
+        "cxr_phantom", "train", data_dir=given / "data", builder_config="tiny"
+    )
+    assert notes["train_rows"] + notes["validation_rows"] == len(train)
+    assert "segment@clean-v1" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_detect_writes_every_metric(given, tmp_path):
+    results = run(given, "detect", tmp_path, "--fraction=0.5")
+    assert {"detect/boxes_50%/map", "detect/boxes_50%/froc/0.125"} <= {*results}
+    assert results["detect/boxes_50%/protocol"]["skipped"] is not None
+
+
+@pytest.mark.slow
+def test_finetune_of_two_seeds_and_the_untrained_control(given, tmp_path):
+    results = run(given, "finetune", tmp_path, "--fraction=0.5", "--seeds=0,1", "--untrained")
+    entry = results["finetune/finding_50% (untrained)/macro_auroc"]
+    notes = results["finetune/finding_50% (untrained)/protocol"]
+    assert entry["value"] == pytest.approx(np.mean(notes["per_seed"]["macro_auroc"]))
+    assert notes["encoder"]["untrained"] is True
+
+
+@pytest.mark.parametrize(
+    ("changed", "sentence"),
+    [
+        (["--run=x"], "one of --encoder FOLDER_OR_HUB_ID and --run RUN"),
+        (["--fraction=1.5"], "--fraction=1.5; accepted is a share"),
+        (["--seeds=a"], "--seeds=a; accepted are whole numbers"),
+        (["--classes=x"], "--classes goes with --task detect"),
+        (["--regions=hart"], "cxr_phantom has no region 'hart'. Did you mean heart"),
+        (["--split=train"], "--split train is what is learnt from"),
+        (["--split=tests"], "cxr_phantom has no split 'tests'. Did you mean test"),
+        (["--lr=0"], "lr=0.0; accepted is a positive number"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_leaves_nothing(given, tmp_path, capsys, changed, sentence):
+    out = tmp_path / "out"
+    assert cli.run(adapt.main, command(given, "segment", out, *changed)) == 2
+    said = capsys.readouterr().err
+    assert sentence in said
+    assert "Traceback" not in said
+    assert not out.exists()
+
+
+def test_a_text_encoder_is_refused(tmp_path):
+    module = bert.make("tiny", vocab_size=20, width=16, depth=1, mlp_dim=16)
+    tokens = Tokens(np.zeros((1, 4), int), np.ones((1, 4), bool))
+    variables = jax.tree.map(np.asarray, jax.jit(module.init)(jax.random.key(0), tokens))
+    convert.save(module, variables, tmp_path)
+    with pytest.raises(
+        backbones.UserError, match=r"text encoder \(Bert\); an image encoder is need"
+    ):
+        backbones.of_folder(str(tmp_path))
