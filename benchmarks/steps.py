@@ -1,0 +1,175 @@
+"""Whole training steps beside PyTorch on a CPU: forward, backward and update of the same weights.
+
+  python -m benchmarks.steps [--cases imitate ...] [--pairs 9] [--tiny] [--out FILE.json]
+
+Weights, images, texts and the channels IMITATE draws are the same (benchmarks/step_arms.py). Three
+processes, each with all threads of the machine, take their steps by turns: our jitted step, plain
+PyTorch (benchmarks/pytorch_step.py) and PyTorch through torch.compile. All three keep freed memory
+(KEEP), without which PyTorch faults its activations in anew in every step.
+
+A ratio is PyTorch's time over ours of two steps of one turn, median and quartiles over the turns:
+above 1 we are faster. Of the two kinds of PyTorch the faster counts. Losses have to agree to 1e-4
+in the first two steps, which an update lies between; else nothing is written. Ratios are stored,
+not times. --tiny only shows that it all runs.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+from benchmarks import check, encoders
+from benchmarks.step_arms import CASES, prepare
+
+ROOT = pathlib.Path(__file__).parents[1]
+# By default glibc gives a large block back to the system with every `free`.
+KEEP = {"GLIBC_TUNABLES": "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1099511627776"}
+ARMS = ("ours", "eager", "compiled")
+SAME = 1e-4  # relative, of the losses
+REST = 0.1  # seconds before each step: the threads of the process before spin for a while
+
+
+class Arm:
+    """A process that takes steps when asked to."""
+
+    def __init__(self, name: str, folder: pathlib.Path, *, keep: bool = True):
+        """Start it; `said` is its first line: losses of the first steps, or why there are none."""
+        command = [sys.executable, "-m", "benchmarks.step_arms", name, str(folder)]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        environment = {**os.environ, **(KEEP if keep else {})}
+        self.process = subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)
+        self.said = self._read()
+
+    def step(self) -> dict:
+        """Take a step."""
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        return self._read()
+
+    def close(self) -> None:
+        """End the process."""
+        self.process.stdin.close()
+        self.process.wait()
+
+    def _read(self) -> dict:
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{self.process.args[-2]} ended with code {self.process.wait()}.")
+        return json.loads(line)
+
+
+def by_turns(arms: dict, turns: int) -> dict[str, list[dict]]:
+    """Let every arm take one step a turn; who goes first changes from turn to turn."""
+    names, taken = list(arms), {name: [] for name in arms}
+    for turn in range(turns):
+        for i in range(len(names)):
+            name = names[(i + turn) % len(names)]
+            time.sleep(REST)
+            taken[name].append(arms[name].step())
+    return taken
+
+
+def compare(name: str, turns: int, *, tiny: bool = False, keep: bool = True) -> dict:
+    """Measure one case.
+
+    Args:
+      name: of CASES.
+      turns: steps of each arm.
+      tiny: with the case's sizes for a test.
+      keep: whether freed memory is kept.
+
+    Raises:
+      ValueError: where losses do not agree.
+    """
+    arms = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = pathlib.Path(scratch)
+        prepare(name, folder, tiny=tiny)
+        try:
+            for arm in ARMS:  # one after the other: compiling takes all threads
+                arms[arm] = Arm(arm, folder, keep=keep)
+            failed = {arm: a.said["error"] for arm, a in arms.items() if "error" in a.said}
+            able = {arm: a for arm, a in arms.items() if arm not in failed}
+            losses = {arm: a.said["losses"] for arm, a in able.items()}
+            check_losses(name, losses)
+            taken = by_turns(able, turns)
+        finally:
+            for arm in arms.values():
+                arm.close()
+    return {"title": CASES[name].title, "losses": losses, "failed": failed, **ratios(taken)}
+
+
+def check_losses(name: str, losses: dict[str, list[float]]) -> None:
+    """Refuse arms that do not compute the same.
+
+    Raises:
+      ValueError: naming both losses.
+    """
+    for arm, theirs in losses.items():
+        for step, (a, b) in enumerate(zip(losses["ours"], theirs, strict=True)):
+            if not abs(a - b) <= SAME * abs(b):
+                raise ValueError(f"{name}, step {step}: the loss is {a} here and {b} in {arm}.")
+
+
+def ratios(taken: dict[str, list[dict]]) -> dict:
+    """Describe steps taken by turns: for each kind of PyTorch its ratios, and which is faster."""
+    medians = {a: statistics.median(s["seconds"] for s in steps) for a, steps in taken.items()}
+    found = {}
+    for arm in taken:
+        if arm != "ours":
+            pairs = zip(taken[arm], taken["ours"], strict=True)
+            found[arm] = check.entry(b["seconds"] / a["seconds"] for b, a in pairs)
+    return {
+        "ratios": found,
+        "faster": min((arm for arm in taken if arm != "ours"), key=medians.get),
+        "faults": {a: statistics.median(s["faults"] for s in t) for a, t in taken.items()},
+    }
+
+
+def table(cases: dict) -> str:
+    """Format the comparison."""
+    lines = ["| step | PyTorch / ours | with torch.compile |", "|---|---:|---:|"]
+    for found in cases.values():
+        cells = [
+            check.text(found["ratios"][arm]) if arm in found["ratios"] else "not to be had"
+            for arm in ARMS[1:]
+        ]
+        lines.append(f"| {found['title']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main(argv=None):
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--cases", nargs="+", choices=tuple(CASES), default=tuple(CASES))
+    parser.add_argument("--pairs", type=int, default=9, help="turns")
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument(
+        "--default-malloc", action="store_true", help="without KEEP: what PyTorch does by itself"
+    )
+    default = ROOT / "benchmarks/results/steps.json"
+    parser.add_argument("--out", type=pathlib.Path, default=default)
+    options = parser.parse_args(argv)
+    if (options.tiny or options.default_malloc) and options.out == default:
+        parser.error("these are not the numbers that are kept: name another --out.")
+    facts = {"threads": len(os.sched_getaffinity(0)), "versions": encoders.versions("cpu")}
+    stored = json.loads(options.out.read_text()) if options.out.is_file() else {}
+    cases = stored.pop("cases", {})
+    cases = cases if stored == facts else {}
+    for name in options.cases:
+        found = compare(name, options.pairs, tiny=options.tiny, keep=not options.default_malloc)
+        cases[name] = found
+        options.out.write_text(json.dumps({**facts, "cases": cases}, indent=1) + "\n")
+        print(table({name: found}), flush=True)
+    return cases
+
+
+if __name__ == "__main__":
+    main()
