@@ -20,7 +20,7 @@ LEVELS = (
     ("assemble",),
     ("examples",),
     ("unpaired", "ground", "embedder", "evaluator"),
-    ("cli", "cases", "checks", "export", "evaluate", "plan", "train"),
+    ("bench", "cli", "cases", "checks", "export", "evaluate", "plan", "train"),
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 

@@ -5,14 +5,14 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks import check, pytorch_step, step_arms, steps
+from benchmarks import step_arms, steps
 
 pytestmark = pytest.mark.hf
 
 
 @pytest.mark.parametrize("name", ["imitate", "clip", "cfcml"])
 def test_a_step_is_the_same_in_both(name, tmp_path):
-    """Loss, and the loss after an update at a rate that moves it, of the same weights and batch."""
+    """Loss, and loss after an update at a rate that moves it, from the same weights and batch."""
     config = step_arms.prepare(name, tmp_path, tiny=True)
     config["optim"]["lr"] = 1e-3
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -20,4 +20,59 @@ def test_a_step_is_the_same_in_both(name, tmp_path):
     first, second = (np.array([arm() for arm in (ours, theirs)]) for _ in range(2))
     np.testing.assert_allclose(*first, rtol=1e-5)
     np.testing.assert_allclose(*second, rtol=steps.SAME)
-    assert abs(second[0] / first[0] - 1) > 10 * steps.SAME  # the update is not lost in the tolerance
+    assert abs(second[0] / first[0] - 1) > 10 * steps.SAME  # an update the tolerance could not hide
+
+
+class Clock:
+    """An arm whose steps take as long as it says."""
+
+    def __init__(self, seconds, order):
+        self.seconds, self.order = seconds, order
+
+    def step(self):
+        self.order.append(self)
+        return {"seconds": self.seconds, "faults": 7}
+
+
+def test_arms_take_turns_and_a_ratio_is_their_time_over_ours(monkeypatch):
+    monkeypatch.setattr(steps, "REST", 0)
+    order = []
+    arms = {name: Clock(s, order) for name, s in zip(steps.ARMS, (2.0, 6.0, 3.0), strict=True)}
+    found = steps.ratios(steps.by_turns(arms, 4))
+    names = [next(n for n, arm in arms.items() if arm is taken) for taken in order]
+    assert [names[i : i + 3] for i in range(0, 9, 3)] == [
+        ["ours", "eager", "compiled"],
+        ["eager", "compiled", "ours"],
+        ["compiled", "ours", "eager"],
+    ]
+    assert found["ratios"]["eager"]["median"] == 3.0
+    assert found["ratios"]["compiled"]["median"] == 1.5
+    assert found["faster"] == "compiled"
+    assert found["faults"] == dict.fromkeys(steps.ARMS, 7)
+
+
+def test_losses_that_differ_are_refused():
+    steps.check_losses("clip", {"ours": [2.0, 1.0], "eager": [2.0001, 1.0]})
+    for theirs in (2.001, float("nan")):
+        with pytest.raises(ValueError, match="clip, step 1"):
+            steps.check_losses("clip", {"ours": [2.0, 2.0], "eager": [2.0, theirs]})
+
+
+def test_numbers_that_are_not_kept_do_not_replace_the_results(capsys):
+    for flag in ("--tiny", "--default-malloc"):
+        with pytest.raises(SystemExit):
+            steps.main([flag])
+        assert "--out" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_processes_take_steps_by_turns(tmp_path, capsys):
+    """All three, torch.compile as well where there is a compiler."""
+    out = tmp_path / "steps.json"
+    steps.main(["--tiny", "--pairs", "2", "--cases", "imitate-demo", "--out", str(out)])
+    found = json.loads(out.read_text())["cases"]["imitate-demo"]
+    assert "eager" in found["ratios"]
+    assert set(found["ratios"]) | set(found["failed"]) == {"eager", "compiled"}
+    for losses in found["losses"].values():
+        assert len(losses) == step_arms.AGREE
+    assert capsys.readouterr().out.splitlines()[-1].startswith("| IMITATE, the demo")
