@@ -67,7 +67,7 @@ class Clip(nn.Module):
     def forward(self, batch):
         """Return the loss."""
         image = self.image(pixel_values=normalise(batch["image"])).pooler_output
-        ids, mask = batch[f"{self.section}/ids"], batch[f"{self.section}/mask"]
+        ids, mask = (batch[f"{self.section}/{kind}"].long() for kind in ("ids", "mask"))
         text = self.text(input_ids=ids, attention_mask=mask).last_hidden_state[:, 0]
         image = F.normalize(self.image_projection(image), dim=-1)
         text = F.normalize(self.text_projection(text), dim=-1)

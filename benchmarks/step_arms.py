@@ -122,7 +122,8 @@ def prepare(name: str, folder: pathlib.Path, *, tiny: bool) -> dict:
         module = base.encoder(fields | (case.tiny_fields.get(side, {}) if tiny else {}))
         table, kind = table_of_module(module), getattr(transformers, architecture)
         theirs = {key: f.write(getattr(module, f.name)) for key, f in table.fields.items()}
-        theirs |= {"image_size": config["data"]["crop"]} if side == "image" else {}
+        # Only Swin's model asks how large its images are: the fusion is made for their maps.
+        theirs |= {"image_size": config["data"]["crop"]} if architecture == "SwinModel" else {}
         kind(kind.config_class(**{**table.fixed, **theirs})).save_pretrained(folder / side)
     (folder / "config.json").write_text(configs.to_json(config))
     rows = tables.empty_table(config["data"]) if config["recipe"]["name"] == "cfcml" else None

@@ -1,16 +1,17 @@
 """Whole training steps beside PyTorch on a CPU: forward, backward and update of the same weights.
 
-  python -m benchmarks.steps [--cases imitate ...] [--pairs 9] [--tiny] [--out FILE.json]
+  python -m benchmarks.steps [--cases imitate ...] [--pairs 9] [--malloc] [--out FILE.json]
 
 Weights, images, texts and the channels IMITATE draws are the same (benchmarks/step_arms.py). Three
 processes, each with all threads of the machine, take their steps by turns: our jitted step, plain
 PyTorch (benchmarks/pytorch_step.py) and PyTorch through torch.compile. All three keep freed memory
-(KEEP), without which PyTorch faults its activations in anew in every step.
+(KEEP), without which PyTorch faults its activations in anew in every step; --malloc also measures
+both as they are without.
 
-A ratio is PyTorch's time over ours of two steps of one turn, median and quartiles over the turns:
-above 1 we are faster. Of the two kinds of PyTorch the faster counts. Losses have to agree to 1e-4
-in the first two steps, which an update lies between; else nothing is written. Ratios are stored,
-not times. --tiny only shows that it all runs.
+A ratio is the time over ours of two steps of one turn, median and quartiles over the turns: above 1
+we are faster. Of the two kinds of PyTorch the faster counts. Losses have to agree to 1e-4 in the
+first two steps, which an update lies between; else nothing is written. Ratios are stored, not
+times. --tiny only shows that it all runs.
 """
 
 import argparse
@@ -29,7 +30,9 @@ from benchmarks.step_arms import CASES, prepare
 ROOT = pathlib.Path(__file__).parents[1]
 # By default glibc gives a large block back to the system with every `free`.
 KEEP = {"GLIBC_TUNABLES": "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1099511627776"}
-ARMS = ("ours", "eager", "compiled")
+ARMS = ("ours", "eager", "compiled")  # as benchmarks/step_arms.py knows them
+LOSING = ("ours", "eager")  # those that --malloc measures without KEEP
+WITHOUT = ", default malloc"
 SAME = 1e-4  # relative, of the losses
 REST = 0.1  # seconds before each step: the threads of the process before spin for a while
 
@@ -37,11 +40,12 @@ REST = 0.1  # seconds before each step: the threads of the process before spin f
 class Arm:
     """A process that takes steps when asked to."""
 
-    def __init__(self, name: str, folder: pathlib.Path, *, keep: bool = True):
+    def __init__(self, name: str, folder: pathlib.Path):
         """Start it; `said` is its first line: losses of the first steps, or why there are none."""
-        command = [sys.executable, "-m", "benchmarks.step_arms", name, str(folder)]
+        keeps, kind = not name.endswith(WITHOUT), name.removesuffix(WITHOUT)
+        command = [sys.executable, "-m", "benchmarks.step_arms", kind, str(folder)]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        environment = {**os.environ, **(KEEP if keep else {})}
+        environment = {**os.environ, **(KEEP if keeps else {})}
         self.process = subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)
         self.said = self._read()
 
@@ -57,10 +61,10 @@ class Arm:
         self.process.wait()
 
     def _read(self) -> dict:
-        line = self.process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"{self.process.args[-2]} ended with code {self.process.wait()}.")
-        return json.loads(line)
+        for line in self.process.stdout:
+            if line.startswith("{"):  # else a library's word
+                return json.loads(line)
+        raise RuntimeError(f"{self.process.args[-2]} ended with code {self.process.wait()}.")
 
 
 def by_turns(arms: dict, turns: int) -> dict[str, list[dict]]:
@@ -74,14 +78,14 @@ def by_turns(arms: dict, turns: int) -> dict[str, list[dict]]:
     return taken
 
 
-def compare(name: str, turns: int, *, tiny: bool = False, keep: bool = True) -> dict:
+def compare(name: str, turns: int, *, tiny: bool = False, malloc: bool = False) -> dict:
     """Measure one case.
 
     Args:
       name: of CASES.
       turns: steps of each arm.
       tiny: with the case's sizes for a test.
-      keep: whether freed memory is kept.
+      malloc: also without KEEP.
 
     Raises:
       ValueError: where losses do not agree.
@@ -91,8 +95,9 @@ def compare(name: str, turns: int, *, tiny: bool = False, keep: bool = True) -> 
         folder = pathlib.Path(scratch)
         prepare(name, folder, tiny=tiny)
         try:
-            for arm in ARMS:  # one after the other: compiling takes all threads
-                arms[arm] = Arm(arm, folder, keep=keep)
+            # One after the other: compiling takes all threads.
+            for arm in (*ARMS, *(kind + WITHOUT for kind in LOSING if malloc)):
+                arms[arm] = Arm(arm, folder)
             failed = {arm: a.said["error"] for arm, a in arms.items() if "error" in a.said}
             able = {arm: a for arm, a in arms.items() if arm not in failed}
             losses = {arm: a.said["losses"] for arm, a in able.items()}
@@ -117,7 +122,7 @@ def check_losses(name: str, losses: dict[str, list[float]]) -> None:
 
 
 def ratios(taken: dict[str, list[dict]]) -> dict:
-    """Describe steps taken by turns: for each kind of PyTorch its ratios, and which is faster."""
+    """Describe steps taken by turns: every arm's time over ours, and which PyTorch is faster."""
     medians = {a: statistics.median(s["seconds"] for s in steps) for a, steps in taken.items()}
     found = {}
     for arm in taken:
@@ -126,20 +131,23 @@ def ratios(taken: dict[str, list[dict]]) -> dict:
             found[arm] = check.entry(b["seconds"] / a["seconds"] for b, a in pairs)
     return {
         "ratios": found,
-        "faster": min((arm for arm in taken if arm != "ours"), key=medians.get),
+        "faster": min((arm for arm in ARMS[1:] if arm in taken), key=medians.get),
         "faults": {a: statistics.median(s["faults"] for s in t) for a, t in taken.items()},
     }
 
 
 def table(cases: dict) -> str:
     """Format the comparison."""
-    lines = ["| step | PyTorch / ours | with torch.compile |", "|---|---:|---:|"]
+    columns = {"PyTorch / ours": "eager", "torch.compile / ours": "compiled"}
+    columns |= {f"{kind}{WITHOUT} / ours": f"{kind}{WITHOUT}" for kind in LOSING}
+    lines = [f"| step | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]
     for found in cases.values():
         cells = [
-            check.text(found["ratios"][arm]) if arm in found["ratios"] else "not to be had"
-            for arm in ARMS[1:]
+            check.text(found["ratios"][arm]) if arm in found["ratios"] else ""
+            for arm in columns.values()
         ]
         lines.append(f"| {found['title']} | {' | '.join(cells)} |")
+        lines += [f"{arm} could not be measured: {why}" for arm, why in found["failed"].items()]
     return "\n".join(lines)
 
 
@@ -151,20 +159,18 @@ def main(argv=None):
     parser.add_argument("--cases", nargs="+", choices=tuple(CASES), default=tuple(CASES))
     parser.add_argument("--pairs", type=int, default=9, help="turns")
     parser.add_argument("--tiny", action="store_true")
-    parser.add_argument(
-        "--default-malloc", action="store_true", help="without KEEP: what PyTorch does by itself"
-    )
+    parser.add_argument("--malloc", action="store_true", help="also without keeping freed memory")
     default = ROOT / "benchmarks/results/steps.json"
     parser.add_argument("--out", type=pathlib.Path, default=default)
     options = parser.parse_args(argv)
-    if (options.tiny or options.default_malloc) and options.out == default:
-        parser.error("these are not the numbers that are kept: name another --out.")
+    if options.tiny and options.out == default:
+        parser.error("--tiny measures nothing worth keeping: name another --out.")
     facts = {"threads": len(os.sched_getaffinity(0)), "versions": encoders.versions("cpu")}
     stored = json.loads(options.out.read_text()) if options.out.is_file() else {}
     cases = stored.pop("cases", {})
     cases = cases if stored == facts else {}
     for name in options.cases:
-        found = compare(name, options.pairs, tiny=options.tiny, keep=not options.default_malloc)
+        found = compare(name, options.pairs, tiny=options.tiny, malloc=options.malloc)
         cases[name] = found
         options.out.write_text(json.dumps({**facts, "cases": cases}, indent=1) + "\n")
         print(table({name: found}), flush=True)

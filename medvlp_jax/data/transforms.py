@@ -336,10 +336,8 @@ def stretched(image: np.ndarray) -> np.ndarray:
 
 def _looked_up(image: np.ndarray, table: np.ndarray) -> np.ndarray:
     """Replace every value of a uint8 image by what the table [256] has for it, 0..255, rounded."""
-    table = np.rint(np.clip(table, 0, 255)).astype(np.uint8)
-    # Five times faster than table[image], which makes 64-bit indices of the pixels first.
-    looked_up = image.tobytes().translate(table.tobytes())
-    return np.frombuffer(looked_up, np.uint8).reshape(image.shape)
+    # `take` needs a third of the time of table[image].
+    return np.rint(np.clip(table, 0, 255)).astype(np.uint8).take(image)
 
 
 def _opened(encoded: bytes, size: int, channels: int) -> Image.Image:
