@@ -45,9 +45,10 @@ def info_nce(x, y, temperature, valid, prior=None):
       prior: targets [B, B] besides the diagonal; None for none.
     """
     pairs = valid[:, None] & valid[None, :]
-    target = torch.eye(len(x)) if prior is None else torch.eye(len(x)) + prior
+    target = torch.eye(len(x), device=x.device) + (0 if prior is None else prior)
     target = torch.where(pairs, target, 0.0)
-    logits = torch.where(pairs, x @ y.T / temperature, NEVER)
+    with torch.autocast(x.device.type, enabled=False):
+        logits = torch.where(pairs, x.float() @ y.float().T / temperature, NEVER)
     rows = -(target * logits.log_softmax(1)).sum()
     columns = -(target * logits.log_softmax(0)).sum()
     return (rows + columns) / 2 / valid.sum()
@@ -66,7 +67,7 @@ class Clip(nn.Module):
 
     def forward(self, batch):
         """Return the loss."""
-        image = self.image(pixel_values=normalise(batch["image"])).pooler_output
+        image = self.image(pixel_values=normalise(batch["image"])).last_hidden_state[:, 0]
         ids, mask = (batch[f"{self.section}/{kind}"].long() for kind in ("ids", "mask"))
         text = self.text(input_ids=ids, attention_mask=mask).last_hidden_state[:, 0]
         image = F.normalize(self.image_projection(image), dim=-1)
@@ -368,21 +369,33 @@ def optimizer(model: nn.Module, settings: Mapping) -> torch.optim.Optimizer:
     )
 
 
-def step_of(model: nn.Module, settings: Mapping, *, compiled: bool):
+def device() -> str:
+    """Name where tensors belong: the GPU, where there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def on_device(batch: Mapping) -> dict:
+    """Put a batch there."""
+    return {key: value.to(device()) for key, value in batch.items()}
+
+
+def step_of(model: nn.Module, settings: Mapping, *, compiled: bool, is_half: bool = False):
     """Return batch -> loss, one training step.
 
     Args:
       model: one of the three.
       settings: `config.optim`.
       compiled: through torch.compile.
+      is_half: matrix products in bfloat16, by autocast.
     """
-    model.train().to(memory_format=torch.channels_last)
+    model.train().to(device(), memory_format=torch.channels_last)
     update = optimizer(model, settings)
     forward = torch.compile(model) if compiled else model
 
     def step(batch):
         update.zero_grad(set_to_none=True)
-        loss = forward(batch)
+        with torch.autocast(device(), torch.bfloat16, enabled=is_half):
+            loss = forward(batch)
         loss.backward()
         update.step()
         return loss.item()

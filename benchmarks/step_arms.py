@@ -81,6 +81,18 @@ CASES = {
         {"image": {"rope_rescale": 1.0}},
         {"image": {"depth": 2}, "text": {"depth": 4, "vocab_size": 99, "pad_id": 0}},
     ),
+    "vit": Case(  # on a GPU, in bfloat16
+        "CLIP: ViT-B/16 at 224, BERT-base on 128 tokens, 256 pairs, bfloat16",
+        "configs/clip.py:vit_b16",
+        "train.batch_size=256 recipe.image.attention=cudnn recipe.text.attention=cudnn",
+        "train.batch_size=4 data.crop=32 data.text_length=16 recipe.image.attention=xla "
+        "recipe.text.attention=xla recipe.text.variant=tiny",
+        {"image": "ViTModel", "text": "BertModel"},
+        tiny_fields={
+            "image": {"image_size": 32, "width": 32, "depth": 2, "num_heads": 2, "mlp_dim": 64},
+            "text": {"depth": 2, "vocab_size": 99},
+        },
+    ),
     "cfcml": Case(
         "CFCML, Derm7pt: Swin-T, 12 cases, 2 photographs of 224 and a table",
         "configs/cfcml.py:derm7pt",
@@ -271,8 +283,10 @@ def theirs(folder: pathlib.Path, *, compiled: bool):
     stored = {k: torch.as_tensor(v) for k, v in np.load(folder / "batch.npz").items()}
     batch = {k: v for k, v in stored.items() if not k.startswith("draw/")}
     drawn = {k: v for k, v in stored.items() if k.startswith("draw/")}
-    settings = json.loads((folder / "config.json").read_text())["optim"]
-    step = pytorch_step.step_of(model, settings, compiled=compiled)
+    config = json.loads((folder / "config.json").read_text())
+    is_half = config["recipe"]["image"]["dtype"] == "bfloat16"
+    step = pytorch_step.step_of(model, config["optim"], compiled=compiled, is_half=is_half)
+    batch, drawn = (pytorch_step.on_device(each) for each in (batch, drawn))
     taken = 0
 
     def take():

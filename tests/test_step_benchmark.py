@@ -23,6 +23,13 @@ def test_a_step_is_the_same_in_both(name, tmp_path):
     assert abs(second[0] / first[0] - 1) > 10 * steps.SAME  # an update the tolerance could not hide
 
 
+def test_the_step_for_a_gpu_is_the_same_as_far_as_bfloat16_goes(tmp_path):
+    step_arms.prepare("vit", tmp_path, tiny=True)
+    ours, theirs = step_arms.ours(tmp_path), step_arms.theirs(tmp_path, compiled=False)
+    for _ in range(2):
+        np.testing.assert_allclose(ours(), theirs(), rtol=steps.HALF)
+
+
 class Clock:
     """An arm whose steps take as long as it says."""
 
