@@ -137,7 +137,8 @@ class Imitate(nn.Module):
             levels = out.hidden_states[1:]
             diagnosis = self.diagnosis(levels[-1].mean((2, 3)))
             reads = [
-                self.reading(levels, [batch[f"draw/{i}/{s}"] for s in range(4)]) for i in draws
+                self.reading(levels, [batch[f"draw/{i}/{s}"] for s in range(len(levels))])
+                for i in draws
             ]
             views.append((diagnosis, *reads))
         (d_1, r_1, again_1), (d_2, r_2, again_2) = views

@@ -60,14 +60,16 @@ CASES = {
         "IMITATE: ResNet-50, 16 pairs, 2 views of 224, cached reports",
         "configs/imitate.py",
         "train.batch_size=16 recipe.contrast_group=0",
-        "recipe.image.variant=tiny data.crop=64 train.batch_size=8",
+        "data.crop=32 train.batch_size=6 recipe.loss_tile=4 recipe.dim=16 recipe.text_hidden=32 "
+        "recipe.keep=(0.5,0.25) recipe.num_tokens=32",
         {"image": "ResNetModel"},
+        tiny_fields={"image": {"embedding_size": 8, "hidden_sizes": (16, 32), "depths": (1, 1)}},
     ),
     "imitate-demo": Case(
         "IMITATE, the demo: small ResNet, 64 pairs, 2 views of 96, cached reports",
         "configs/imitate.py:demo",
         "",
-        "data.crop=64 train.batch_size=8",
+        "data.crop=32 train.batch_size=6 recipe.loss_tile=4",
         {"image": "ResNetModel"},
     ),
     "clip": Case(
@@ -86,7 +88,8 @@ CASES = {
         "configs/clip.py:vit_b16",
         "train.batch_size=256 recipe.image.attention=cudnn recipe.text.attention=cudnn",
         "train.batch_size=4 data.crop=32 data.text_length=16 recipe.image.attention=xla "
-        "recipe.text.attention=xla recipe.text.variant=tiny",
+        "recipe.text.attention=xla recipe.text.variant=tiny "
+        "recipe.image.dtype=float32 recipe.text.dtype=float32",
         {"image": "ViTModel", "text": "BertModel"},
         tiny_fields={
             "image": {"image_size": 32, "width": 32, "depth": 2, "num_heads": 2, "mlp_dim": 64},
@@ -97,7 +100,7 @@ CASES = {
         "CFCML, Derm7pt: Swin-T, 12 cases, 2 photographs of 224 and a table",
         "configs/cfcml.py:derm7pt",
         "train.batch_size=12 recipe.dropout=0.0",
-        "data.crop=64 train.batch_size=8",
+        "data.crop=32 train.batch_size=6",
         {"image": "SwinModel"},
         {"image": {"drop_path": 0.0}},
         {"image": {"embed_dim": 12, "depths": (1, 1), "num_heads": (1, 2), "window_size": 4}},
