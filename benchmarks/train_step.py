@@ -96,12 +96,12 @@ def words(batch) -> int:
     return int(sum(mask.sum() for mask in masks))
 
 
-def compile_twice(blueprint: plan.Blueprint):
-    """Return the compiled step and the seconds it took without and with the compilation cache."""
+def compile_step(blueprint: plan.Blueprint, times: int):
+    """Return the compiled step and the seconds it took; the second time with a filled cache."""
     lower = lambda: blueprint.step.lower(blueprint.state, blueprint.batch)
     seconds = []
     with tempfile.TemporaryDirectory() as folder, _compilation_cache(folder):
-        for _ in range(2):
+        for _ in range(times):
             jax.clear_caches()
             lowered = lower()
             began = time.perf_counter()
@@ -229,7 +229,9 @@ def peak_memory(compiled, devices) -> dict[str, float]:
     return found
 
 
-def measure(config: dict, *, data: bool, rounds: int, steps: int, devices: int | None) -> dict:
+def measure(
+    config: dict, *, data: bool, rounds: int, steps: int, devices: int | None, quick: bool = False
+) -> dict:
     """Measure one config on the devices there are, or on emulated ones.
 
     Args:
@@ -238,6 +240,7 @@ def measure(config: dict, *, data: bool, rounds: int, steps: int, devices: int |
       rounds: see time_steps.
       steps: likewise.
       devices: CPU devices to emulate; None takes what is there.
+      quick: compile once and leave out the parts of a step.
     """
     emulated = None if devices is None else plan.emulate(devices)
     blueprint = plan.blueprint(config, emulated)
@@ -245,11 +248,12 @@ def measure(config: dict, *, data: bool, rounds: int, steps: int, devices: int |
     device = mesh.devices.flat[0]
     dtype = config["recipe"]["image"]["dtype"]
     rates = [matmul_rate(dtype, device.platform)]
-    compiled, (cold, warm) = compile_twice(blueprint)
+    compiled, (cold, *warm) = compile_step(blueprint, 1 if quick else 2)
     batch = random_batch(blueprint)
     batches = real_batches(config, mesh) if data else lambda: batch
     found = time_steps(compiled, random_state(blueprint), batches, rounds, steps)
-    found |= {"seconds_of": parts_of_a_step(blueprint, batch, rounds)}
+    if not quick:
+        found |= {"seconds_of": parts_of_a_step(blueprint, batch, rounds)}
     found |= peak_memory(compiled, mesh.devices.flat)
     rates.append(matmul_rate(dtype, device.platform))
     counted, again = flops.by_part(
@@ -281,7 +285,7 @@ def measure(config: dict, *, data: bool, rounds: int, steps: int, devices: int |
         "mfu_of_matmul": model / seconds / mesh.size / float(np.mean(rates)),
         "mfu_of_data_sheet": model / seconds / mesh.size / peak if peak else None,
         "compile_seconds_cold": cold,
-        "compile_seconds_warm": warm,
+        "compile_seconds_warm": warm[0] if warm else None,
     }
 
 
@@ -322,7 +326,8 @@ def table(rows: list[dict]) -> str:
             f"{r['mfu_of_data_sheet']:.1%}" if r["mfu_of_data_sheet"] else ""
         ),
         "compile s, cold / warm": lambda r: (
-            f"{r['compile_seconds_cold']:.1f} / {r['compile_seconds_warm']:.1f}"
+            f"{r['compile_seconds_cold']:.1f}"
+            + (f" / {r['compile_seconds_warm']:.1f}" if r["compile_seconds_warm"] else "")
         ),
     }
     if any("times_ideal" in row for row in rows):
@@ -341,6 +346,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     parser.add_argument("--data", action="store_true", help="read the corpora as a run does")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=5, help="in a round")
+    parser.add_argument("--quick", action="store_true", help="one compilation, the step alone")
     parser.add_argument("--devices", type=int, help="CPU devices to emulate")
     parser.add_argument("--weak", type=int, nargs="+", help="weak scaling over emulated devices")
     parser.add_argument("--json", action="store_true", help="print one line of JSON, no table")
@@ -350,6 +356,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
         flags.FLAGS.mark_as_parsed()  # Grain reads absl's own flags
     config, _ = train.resolve(settings)
     how = {"data": arguments.data, "rounds": arguments.rounds, "steps": arguments.steps}
+    how |= {"quick": arguments.quick}
     if arguments.weak:
         rows = weak_scaling(arguments, settings, config["train"]["batch_size"])
     else:

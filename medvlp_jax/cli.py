@@ -22,6 +22,7 @@ VERBS = {
     "convert": ("medvlp_jax.convert.__main__", "weights in from Hugging Face, and back out"),
     "evidence": ("medvlp_jax.evidence.__main__", "evidence of reports, risk knowledge of articles"),
     "data": ("medvlp_jax.data.__main__", "list, check and prepare corpora"),
+    "bench": ("medvlp_jax.bench", "how many images a second your pipeline makes"),
 }
 
 

@@ -20,7 +20,19 @@ LEVELS = (
     ("assemble",),
     ("examples", "outside"),
     ("unpaired", "ground", "embedder", "controls", "evaluator", "backbones"),
-    ("adapt", "cli", "cases", "checks", "export", "evaluate", "plan", "report", "table", "train"),
+    (
+        "adapt",
+        "bench",
+        "cli",
+        "cases",
+        "checks",
+        "export",
+        "evaluate",
+        "plan",
+        "report",
+        "table",
+        "train",
+    ),
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 

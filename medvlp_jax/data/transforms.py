@@ -188,8 +188,7 @@ def cfcml_view(
         view = np.ascontiguousarray(np.rot90(view, int(rng.integers(4))))
     if rng.random() < 0.5:
         gain, offset = 1 + rng.uniform(-contrast, contrast), rng.uniform(-contrast, contrast)
-        table = np.clip(np.arange(256) * gain + offset * 255, 0, 255)
-        view = np.rint(table).astype(np.uint8)[view]
+        view = _looked_up(view, np.arange(256) * gain + offset * 255)
     return view
 
 
@@ -332,8 +331,13 @@ def stretched(image: np.ndarray) -> np.ndarray:
     low, high = int(image.min()), int(image.max())
     if low == high:
         return image
-    table = np.clip((np.arange(256) - low) * 255 / (high - low), 0, 255)
-    return np.rint(table).astype(np.uint8)[image]
+    return _looked_up(image, (np.arange(256) - low) * 255 / (high - low))
+
+
+def _looked_up(image: np.ndarray, table: np.ndarray) -> np.ndarray:
+    """Replace every value of a uint8 image by what the table [256] has for it, 0..255, rounded."""
+    # `take` needs a third of the time of table[image].
+    return np.rint(np.clip(table, 0, 255)).astype(np.uint8).take(image)
 
 
 def _opened(encoded: bytes, size: int, channels: int) -> Image.Image:

@@ -1,0 +1,99 @@
+"""Compare the ratios of a new measurement with those that are kept: the regression gate.
+
+  python -m benchmarks.check NEW.json KEPT.json
+
+Both are files of benchmarks/. A ratio, the faster the larger, is {"median", "quartiles", "noise"}
+wherever it stands in them. Its noise is what repeating the same measurement moves the median by,
+relative: half the distance of the quartiles over the median, at least FLOOR. A ratio has fallen
+where it is lower than the kept one by more than the noise of both together. Ratios that only the
+new file has are no fault, those that only the kept file has are named. Times are never compared:
+they belong to one machine.
+
+Ends with 1 where a ratio has fallen, with 2 where files cannot be compared.
+"""
+
+import argparse
+import json
+import math
+import pathlib
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+FLOOR = 0.05  # of the noise: medians of few turns agree by chance, too
+FIELDS = {"median", "quartiles", "noise"}
+
+
+class CheckError(Exception):
+    """Files that cannot be compared."""
+
+
+def entry(ratios: Iterable[float]) -> dict[str, Any]:
+    """Return a ratio as it is kept: median, quartiles and noise of paired measurements."""
+    low, median, high = np.percentile(list(ratios), (25, 50, 75)).tolist()
+    noise = max(FLOOR, (high - low) / 2 / median)
+    return {"median": median, "quartiles": [low, high], "noise": noise}
+
+
+def text(ratio: Mapping[str, Any]) -> str:
+    """Write a ratio as in the tables."""
+    low, high = ratio["quartiles"]
+    return f"{ratio['median']:.2f} ({low:.2f}-{high:.2f})"
+
+
+def entries(found: Any, path: str = "") -> Iterator[tuple[str, Mapping]]:
+    """Yield (path, ratio) of every ratio in a file."""
+    if isinstance(found, Mapping):
+        if found.keys() >= FIELDS:
+            yield path, found
+            return
+        for key, value in found.items():
+            yield from entries(value, f"{path}/{key}".lstrip("/"))
+
+
+def fallen(new: Mapping, kept: Mapping) -> list[str]:
+    """Return a line for every kept ratio that has fallen or is gone.
+
+    Raises:
+      CheckError: where there is nothing to compare, or a ratio is no number above 0.
+    """
+    news, olds = dict(entries(new)), dict(entries(kept))
+    if not olds.keys() & news.keys():
+        raise CheckError("The two files have no ratio in common.")
+    lines = []
+    for path, old in olds.items():
+        if path not in news:
+            lines.append(f"{path}: kept {text(old)}, not measured now")
+            continue
+        now = news[path]
+        for ratio in (now, old):
+            if not (math.isfinite(ratio["median"]) and ratio["median"] > 0):
+                raise CheckError(f"{path} is {ratio['median']}, and no ratio.")
+        noise = math.hypot(old["noise"], now["noise"])
+        if now["median"] < old["median"] * (1 - noise):
+            lines.append(f"{path}: {text(now)}, kept {text(old)}, noise {noise:.0%}")
+    return lines
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Compare two files."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("new", type=pathlib.Path)
+    parser.add_argument("kept", type=pathlib.Path)
+    options = parser.parse_args(argv)
+    try:
+        files = [json.loads(file.read_text()) for file in (options.new, options.kept)]
+        lines = fallen(*files)
+    except (OSError, json.JSONDecodeError, CheckError) as error:
+        print(f"check: {error}", file=sys.stderr)
+        return 2
+    print("\n".join(lines) or "No ratio has fallen.")
+    return 1 if lines else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

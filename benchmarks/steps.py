@@ -1,0 +1,192 @@
+"""Whole training steps beside PyTorch on a CPU: forward, backward and update of the same weights.
+
+  python -m benchmarks.steps [--cases imitate ...] [--pairs 9] [--malloc] [--out FILE.json]
+
+Weights, images, texts and the channels IMITATE draws are the same (benchmarks/step_arms.py). Three
+processes, each with all threads of the machine, take their steps by turns: our jitted step, plain
+PyTorch (benchmarks/pytorch_step.py) and PyTorch through torch.compile. All three keep freed memory
+(KEEP), without which PyTorch faults its activations in anew in every step; --malloc also measures
+both as they are without.
+
+A ratio is the time over ours of two steps of one turn, median and quartiles over the turns: above 1
+we are faster. Of the two kinds of PyTorch the faster counts. Losses have to agree to 1e-4 in the
+first two steps, which an update lies between; else nothing is written. Ratios are stored, not
+times. --tiny only shows that it all runs.
+
+On a GPU the case is "vit": bfloat16 (losses to 5e-2), cuDNN's attention here, torch's own there.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+import jax
+
+from benchmarks import check, encoders
+from benchmarks.step_arms import CASES, prepare
+
+ROOT = pathlib.Path(__file__).parents[1]
+ON_GPU = "vit"
+# By default glibc gives a large block back to the system with every `free`.
+KEEP = {"GLIBC_TUNABLES": "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1099511627776"}
+ARMS = ("ours", "eager", "compiled")  # as benchmarks/step_arms.py knows them
+LOSING = ("ours", "eager")  # those that --malloc measures without KEEP
+WITHOUT = ", default malloc"
+SAME = 1e-4  # relative, of the losses
+HALF = 5e-2  # likewise in bfloat16: cosines, to 4e-3 each, are 14 times as large in the logits
+REST = 0.1  # seconds before each step: the threads of the process before spin for a while
+
+
+class Arm:
+    """A process that takes steps when asked to."""
+
+    def __init__(self, name: str, folder: pathlib.Path):
+        """Start it; `said` is its first line: losses of the first steps, or why there are none."""
+        keeps, kind = not name.endswith(WITHOUT), name.removesuffix(WITHOUT)
+        command = [sys.executable, "-m", "benchmarks.step_arms", kind, str(folder)]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        environment = {**os.environ, **(KEEP if keeps else {})}
+        self.process = subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)
+        self.said = self._read()
+
+    def step(self) -> dict:
+        """Take a step."""
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        return self._read()
+
+    def close(self) -> None:
+        """End the process."""
+        self.process.stdin.close()
+        self.process.wait()
+
+    def _read(self) -> dict:
+        for line in self.process.stdout:
+            if line.startswith("{"):  # else a library's word
+                return json.loads(line)
+        raise RuntimeError(f"{self.process.args[-2]} ended with code {self.process.wait()}.")
+
+
+def by_turns(arms: dict, turns: int) -> dict[str, list[dict]]:
+    """Let every arm take one step a turn; who goes first changes from turn to turn."""
+    names, taken = list(arms), {name: [] for name in arms}
+    for turn in range(turns):
+        for i in range(len(names)):
+            name = names[(i + turn) % len(names)]
+            time.sleep(REST)
+            taken[name].append(arms[name].step())
+    return taken
+
+
+def compare(name: str, turns: int, *, tiny: bool = False, malloc: bool = False) -> dict:
+    """Measure one case.
+
+    Args:
+      name: of CASES.
+      turns: steps of each arm.
+      tiny: with the case's sizes for a test.
+      malloc: also without KEEP.
+
+    Raises:
+      ValueError: where losses do not agree.
+    """
+    arms = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = pathlib.Path(scratch)
+        config = prepare(name, folder, tiny=tiny)
+        try:
+            # One after the other: compiling takes all threads.
+            for arm in (*ARMS, *(kind + WITHOUT for kind in LOSING if malloc)):
+                arms[arm] = Arm(arm, folder)
+            failed = {arm: a.said["error"] for arm, a in arms.items() if "error" in a.said}
+            able = {arm: a for arm, a in arms.items() if arm not in failed}
+            losses = {arm: a.said["losses"] for arm, a in able.items()}
+            is_half = config["recipe"]["image"]["dtype"] == "bfloat16"
+            check_losses(name, losses, HALF if is_half else SAME)
+            taken = by_turns(able, turns)
+        finally:
+            for arm in arms.values():
+                arm.close()
+    return {"title": CASES[name].title, "losses": losses, "failed": failed, **ratios(taken)}
+
+
+def check_losses(name: str, losses: dict[str, list[float]], same: float = SAME) -> None:
+    """Refuse arms that do not compute the same.
+
+    Raises:
+      ValueError: naming both losses.
+    """
+    for arm, theirs in losses.items():
+        for step, (a, b) in enumerate(zip(losses["ours"], theirs, strict=True)):
+            if not abs(a - b) <= same * abs(b):
+                raise ValueError(f"{name}, step {step}: the loss is {a} here and {b} in {arm}.")
+
+
+def ratios(taken: dict[str, list[dict]]) -> dict:
+    """Describe steps taken by turns: every arm's time over ours, and which PyTorch is faster."""
+    medians = {a: statistics.median(s["seconds"] for s in steps) for a, steps in taken.items()}
+    found = {}
+    for arm in taken:
+        if arm != "ours":
+            pairs = zip(taken[arm], taken["ours"], strict=True)
+            found[arm] = check.entry(b["seconds"] / a["seconds"] for b, a in pairs)
+    return {
+        "ratios": found,
+        "faster": min((arm for arm in ARMS[1:] if arm in taken), key=medians.get),
+        "faults": {a: statistics.median(s["faults"] for s in t) for a, t in taken.items()},
+    }
+
+
+def table(cases: dict) -> str:
+    """Format the comparison."""
+    columns = {"PyTorch / ours": "eager", "torch.compile / ours": "compiled"}
+    columns |= {f"{kind}{WITHOUT} / ours": f"{kind}{WITHOUT}" for kind in LOSING}
+    lines = [f"| step | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]
+    for found in cases.values():
+        cells = [
+            check.text(found["ratios"][arm]) if arm in found["ratios"] else ""
+            for arm in columns.values()
+        ]
+        lines.append(f"| {found['title']} | {' | '.join(cells)} |")
+        lines += [f"{arm} could not be measured: {why}" for arm, why in found["failed"].items()]
+    return "\n".join(lines)
+
+
+def main(argv=None):
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--cases", nargs="+", choices=tuple(CASES), help="default: by the device")
+    parser.add_argument("--pairs", type=int, default=9, help="turns")
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--malloc", action="store_true", help="also without keeping freed memory")
+    default = ROOT / "benchmarks/results/steps.json"
+    parser.add_argument("--out", type=pathlib.Path, default=default)
+    options = parser.parse_args(argv)
+    if options.tiny and options.out == default:
+        parser.error("--tiny measures nothing worth keeping: name another --out.")
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # the arms share a GPU
+    is_cpu = jax.default_backend() == "cpu"
+    here = tuple(name for name in CASES if (name == ON_GPU) != is_cpu)
+    facts = {"device": jax.devices()[0].device_kind, "threads": len(os.sched_getaffinity(0))}
+    facts["versions"] = encoders.versions("cpu")
+    stored = json.loads(options.out.read_text()) if options.out.is_file() else {}
+    cases = stored.pop("cases", {})
+    cases = cases if stored == facts else {}
+    for name in options.cases or here:
+        found = compare(name, options.pairs, tiny=options.tiny, malloc=options.malloc)
+        cases[name] = found
+        options.out.write_text(json.dumps({**facts, "cases": cases}, indent=1) + "\n")
+        print(table({name: found}), flush=True)
+    return cases
+
+
+if __name__ == "__main__":
+    main()

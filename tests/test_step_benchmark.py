@@ -1,0 +1,84 @@
+"""PyTorch's training steps compute what ours do, and their ratios say what they claim."""
+
+import json
+
+import numpy as np
+import pytest
+
+from benchmarks import step_arms, steps
+
+pytestmark = pytest.mark.hf
+
+
+@pytest.mark.parametrize(
+    "name", ["imitate", "clip", "cfcml", pytest.param("vit", marks=pytest.mark.slow)]
+)
+def test_a_step_is_the_same_in_both(name, tmp_path):
+    """Loss, and loss after an update at a rate that moves it, from the same weights and batch."""
+    config = step_arms.prepare(name, tmp_path, tiny=True)
+    config["optim"]["lr"] = 1e-3
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    ours, theirs = step_arms.ours(tmp_path), step_arms.theirs(tmp_path, compiled=False)
+    first, second = (np.array([arm() for arm in (ours, theirs)]) for _ in range(2))
+    np.testing.assert_allclose(*first, rtol=1e-5)
+    np.testing.assert_allclose(*second, rtol=steps.SAME)
+    assert abs(second[0] / first[0] - 1) > 10 * steps.SAME  # an update the tolerance could not hide
+
+
+class Clock:
+    """An arm whose steps take as long as it says."""
+
+    def __init__(self, seconds, order):
+        self.seconds, self.order = seconds, order
+
+    def step(self):
+        self.order.append(self)
+        return {"seconds": self.seconds, "faults": 7}
+
+
+def test_arms_take_turns_and_a_ratio_is_their_time_over_ours(monkeypatch):
+    monkeypatch.setattr(steps, "REST", 0)
+    order = []
+    times = dict(zip(steps.ARMS, (2.0, 6.0, 3.0), strict=True))
+    arms = {name: Clock(seconds, order) for name, seconds in times.items()}
+    found = steps.ratios(steps.by_turns(arms, 4))
+    names = [next(n for n, arm in arms.items() if arm is taken) for taken in order]
+    assert [names[i : i + 3] for i in range(0, 9, 3)] == [
+        ["ours", "eager", "compiled"],
+        ["eager", "compiled", "ours"],
+        ["compiled", "ours", "eager"],
+    ]
+    assert found["ratios"]["eager"]["median"] == 3.0
+    assert found["ratios"]["compiled"]["median"] == 1.5
+    assert found["faster"] == "compiled"
+    assert found["faults"] == dict.fromkeys(steps.ARMS, 7)
+
+
+def test_losses_that_differ_are_refused():
+    steps.check_losses("clip", {"ours": [2.0, 1.0], "eager": [2.0001, 1.0]})
+    for theirs in (2.001, float("nan")):
+        with pytest.raises(ValueError, match="clip, step 1"):
+            steps.check_losses("clip", {"ours": [2.0, 2.0], "eager": [2.0, theirs]})
+
+
+def test_a_tiny_run_does_not_replace_the_results(capsys):
+    with pytest.raises(SystemExit):
+        steps.main(["--tiny"])
+    assert "--out" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_processes_take_steps_by_turns(tmp_path, capsys):
+    """All three, torch.compile as well where there is a compiler."""
+    out = tmp_path / "steps.json"
+    arguments = ["--tiny", "--malloc", "--pairs", "2", "--cases", "imitate-demo"]
+    steps.main([*arguments, "--out", str(out)])
+    found = json.loads(out.read_text())["cases"]["imitate-demo"]
+    measured = {"eager", "compiled", *(kind + steps.WITHOUT for kind in steps.LOSING)}
+    assert set(found["ratios"]) | set(found["failed"]) == measured
+    assert not set(found["failed"]) - {"compiled"}  # where there is no C++ compiler
+    # What is kept is not faulted in again.
+    assert found["faults"]["eager"] < found["faults"]["eager" + steps.WITHOUT]
+    for losses in found["losses"].values():
+        assert len(losses) == step_arms.AGREE
+    assert "| IMITATE, the demo" in capsys.readouterr().out
