@@ -1,0 +1,160 @@
+"""Every protocol on the generated radiographs, for four encoders, in one table.
+
+  python benchmarks/evaluation.py [--steps 300] [--only imitate clip ...] [--config.KEY=VALUE ...]
+      [--folder runs/evaluation] [--out benchmarks/results/evaluation.json]
+
+IMITATE, the CLIP control, the same network with random weights, and as upper bound the network
+trained on the labels, masks or boxes themselves. The first two are pretrained here, with equal
+steps; zero-shot, retrieval, grounding and probes with 1, 10 and 100 % of the training patients come
+from that run, the random row from its control; fine-tuning, masks and boxes from `medvlp adapt`.
+Masks are of lungs and hearts, boxes of findings. What is done is kept: run the same command again.
+"""
+
+import argparse
+import json
+import pathlib
+import sys
+import time
+from collections.abc import Mapping
+
+from absl import flags
+
+from medvlp_jax import adapt, train
+from medvlp_jax.config import UserError
+from medvlp_jax.evaluation import results as stored
+from medvlp_jax.writing import replaced
+
+RUNS = {"imitate": "configs/imitate.py:demo", "clip": "configs/clip.py:demo"}
+TITLES = {"imitate": "IMITATE", "clip": "CLIP", "random": "random weights"}
+TITLES |= {"supervised": "trained on the targets"}
+FRACTIONS = (0.01, 0.1, 1.0)
+# Column: key, and the same of the control "untrained".
+RUN_COLUMNS = {
+    "zero-shot AUROC": "zero_shot/finding{}/macro_auroc",
+    "image to text P@1": "retrieval/image_to_text{}/P@1",
+    "image to text R@10": "retrieval/image_to_text{}/R@10",
+    "CNR": "grounding/cosine{}/cnr",
+    "probe 1 %": "probe/finding_1%{}/macro_auroc",
+    "probe 10 %": "probe/finding_10%{}/macro_auroc",
+    "probe 100 %": "probe/finding{}/macro_auroc",
+}
+# Column: task of medvlp adapt, key, and arguments.
+ADAPTED = {
+    "fine-tuned 100 %": ("finetune", "finetune/finding{}/macro_auroc", ()),
+    "Dice": ("segment", "segment/regions{}/dice", ("--regions=lung_left+lung_right,heart",)),
+    "AP@.5": ("detect", "detect/boxes{}/ap50", ()),
+}
+LENGTHS = {"finetune": 300, "segment": 200, "detect": 500}  # steps
+SMALL = ("--size=64", "--width=32", "--evaluate-every=100")
+
+
+def pretrain(name: str, arguments: argparse.Namespace, overrides: list[str]) -> dict:
+    """Train and evaluate IMITATE or CLIP, unless that is done; return its numbers."""
+    folder = arguments.folder / name
+    if not (folder / "results.json").is_file():
+        config, _ = train.resolve([f"--config={RUNS[name]}", *overrides])
+        config["train"] |= {"steps": arguments.steps, "evaluate_every": 0, "export": True}
+        config["evals"] |= {
+            "protocols": ("zero_shot", "retrieval", "grounding", "probe"),
+            "controls": ("untrained",),
+        }
+        config["evals"]["probe"]["fractions"] = FRACTIONS
+        train.run(config, folder)
+    return stored.read(folder).numbers
+
+
+def adapted(row: str, column: str, arguments: argparse.Namespace, data: Mapping) -> dict:
+    """Run `medvlp adapt` for a cell, unless that is done; return its entry."""
+    task, key, own = ADAPTED[column]
+    untrained = row in ("random", "supervised")
+    out = arguments.folder / f"{row}-{task}"
+    if not (out / "results.json").is_file():
+        encoder = arguments.folder / ("imitate" if untrained else row) / "export/image"
+        trained = ["--train-encoder"] if row == "supervised" and task != "finetune" else []
+        adapt.main(
+            [
+                *(f"--task={task}", f"--encoder={encoder}", f"--corpus={data['corpora'][0]}"),
+                *(f"--out={out}", f"--data-dir={data['data_dir']}", f"--steps={LENGTHS[task]}"),
+                *(own if task == "finetune" else (*own, *SMALL)),
+                *(["--untrained"] if untrained else []),
+                *trained,
+            ]
+        )
+    return stored.read(out).numbers[key.format(" (untrained)" if untrained else "")]
+
+
+def measure(arguments: argparse.Namespace, overrides: list[str]) -> dict[str, dict[str, dict]]:
+    """Return entries by row and column; what a row cannot have is not there."""
+    config, _ = train.resolve([f"--config={RUNS['imitate']}", *overrides])
+    numbers = {name: pretrain(name, arguments, overrides) for name in RUNS}
+    rows: dict[str, dict[str, dict]] = {name: {} for name in arguments.only}
+    for row, cells in rows.items():
+        source, suffix = ("imitate", " (untrained)") if row == "random" else (row, "")
+        if row != "supervised":
+            keys = {column: key.format(suffix) for column, key in RUN_COLUMNS.items()}
+            cells |= {column: numbers[source][key] for column, key in keys.items()}
+        for column, (task, *_) in ADAPTED.items():
+            if not (row == "random" and task == "finetune"):  # that is the supervised row
+                cells[column] = adapted(row, column, arguments, config["data"])
+        print(f"\n{table(rows)}", flush=True)
+    return rows
+
+
+def table(rows: Mapping[str, Mapping[str, Mapping]]) -> str:
+    """Lay it out in Markdown: a line a column of numbers, an encoder a column."""
+    lines = [f"| | {' | '.join(TITLES[row] for row in rows)} | guessing |"]
+    lines.append(f"|---|{'---|' * (len(rows) + 1)}")
+    for column in (*RUN_COLUMNS, *ADAPTED):
+        found = [cells.get(column) for cells in rows.values()]
+        if not any(found):
+            continue
+        chance = next(entry for entry in found if entry)["chance"]
+        texts = [_cell(entry) if entry else "" for entry in found]
+        lines.append(f"| {column} | {' | '.join(texts)} | {_number(chance)} |")
+    return "\n".join(lines)
+
+
+def _cell(entry: Mapping) -> str:
+    low, high = _number(entry["low"]), _number(entry["high"])
+    return f"{_number(entry['value'])} [{low}, {high}]" if low else _number(entry["value"])
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure, print the table, and write numbers and table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    folder, out = pathlib.Path("runs/evaluation"), "benchmarks/results/evaluation.json"
+    parser.add_argument("--folder", type=pathlib.Path, default=folder, help="runs")
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path(out))
+    parser.add_argument("--steps", type=int, default=300, help="of pretraining")
+    parser.add_argument("--only", nargs="+", default=list(TITLES), choices=list(TITLES))
+    arguments, overrides = parser.parse_known_args(argv)
+    flags.FLAGS.mark_as_parsed()
+    arguments.folder = arguments.folder.absolute()
+    began = time.time()
+    rows = measure(arguments, overrides)
+    minutes = (time.time() - began) / 60
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    settings = {"pretraining_steps": arguments.steps, "adapting_steps": LENGTHS}
+    content = {"settings": settings, "minutes": minutes, "rows": rows}
+    for file, text in (
+        (arguments.out, json.dumps(content, indent=1)),
+        (arguments.out.with_suffix(".md"), table(rows)),
+    ):
+        with replaced(file) as scratch:
+            scratch.write_text(text + "\n")
+    print(f"\n{minutes:.1f} minutes")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.exit(str(error))
