@@ -46,12 +46,12 @@ REST = 0.1  # seconds before each step: the threads of the process before spin f
 class Arm:
     """A process that takes steps when asked to."""
 
-    def __init__(self, name: str, folder: pathlib.Path):
+    def __init__(self, name: str, command: list[str]):
         """Start it; `said` is its first line: losses of the first steps, or why there are none."""
-        keeps, kind = not name.endswith(WITHOUT), name.removesuffix(WITHOUT)
-        command = [sys.executable, "-m", "benchmarks.step_arms", kind, str(folder)]
+        environment = {**os.environ, **({} if name.endswith(WITHOUT) else KEEP)}
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        environment = {**os.environ, **(KEEP if keeps else {})}
+        command = [sys.executable, *command]
+        self.name = name
         self.process = subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)
         self.said = self._read()
 
@@ -70,7 +70,7 @@ class Arm:
         for line in self.process.stdout:
             if line.startswith("{"):  # else a library's word
                 return json.loads(line)
-        raise RuntimeError(f"{self.process.args[-2]} ended with code {self.process.wait()}.")
+        raise RuntimeError(f"{self.name} ended with code {self.process.wait()}.")
 
 
 def by_turns(arms: dict, turns: int) -> dict[str, list[dict]]:
@@ -103,7 +103,8 @@ def compare(name: str, turns: int, *, tiny: bool = False, malloc: bool = False) 
         try:
             # One after the other: compiling takes all threads.
             for arm in (*ARMS, *(kind + WITHOUT for kind in LOSING if malloc)):
-                arms[arm] = Arm(arm, folder)
+                program = ["-m", "benchmarks.step_arms", arm.removesuffix(WITHOUT), str(folder)]
+                arms[arm] = Arm(arm, program)
             failed = {arm: a.said["error"] for arm, a in arms.items() if "error" in a.said}
             able = {arm: a for arm, a in arms.items() if arm not in failed}
             losses = {arm: a.said["losses"] for arm, a in able.items()}

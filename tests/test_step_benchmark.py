@@ -54,6 +54,29 @@ def test_arms_take_turns_and_a_ratio_is_their_time_over_ours(monkeypatch):
     assert found["faults"] == dict.fromkeys(steps.ARMS, 7)
 
 
+STAND_IN = """
+import json, os, sys
+print("a library's word", flush=True)
+print(json.dumps({"losses": [1.0], "kept": "GLIBC_TUNABLES" in os.environ}), flush=True)
+for number, _ in enumerate(sys.stdin):
+    if number == 2:
+        sys.exit(3)
+    print(json.dumps({"seconds": number}), flush=True)
+"""
+
+
+def test_a_process_answers_step_by_step_and_its_end_is_noticed():
+    arm = steps.Arm("eager", ["-c", STAND_IN])
+    other = steps.Arm("eager" + steps.WITHOUT, ["-c", STAND_IN])
+    assert arm.said == {"losses": [1.0], "kept": True}
+    assert other.said["kept"] is False
+    assert [arm.step()["seconds"] for _ in range(2)] == [0, 1]
+    with pytest.raises(RuntimeError, match="eager ended with code 3"):
+        arm.step()
+    for each in (arm, other):
+        each.close()
+
+
 def test_losses_that_differ_are_refused():
     steps.check_losses("clip", {"ours": [2.0, 1.0], "eager": [2.0001, 1.0]})
     for theirs in (2.001, float("nan")):
