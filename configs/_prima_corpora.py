@@ -40,11 +40,11 @@ MEN_BINS = (
 )
 
 
-def folds(config, stage):
+def folds(config, stage, task="diagnosis", group="study_id"):
     """Five folds by lesion, a tenth of the rest for choosing the step; test on the held fold."""
     if stage == "inject":
         return
-    config.data.folds.update({"count": 5, "task": "diagnosis", "group": "study_id", "inner": 10})
+    config.data.folds.update({"count": 5, "task": task, "group": group, "inner": 10})
     config.evals.split = "test"
 
 
@@ -70,6 +70,7 @@ def derm(config, stage):
 def phantom(config, stage):
     """Generated radiographs whose table shifts the odds of disease."""
     small(config, stage, epoch=50)
+    folds(config, stage, group="patient_id")
     config.data.update({"channels": 1, "siblings": ""})  # visits differ in disease
     # Chests have an upper side, and a left.
     config.data.view.update({"flip": 0.0, "rotation": 10.0, "smallest": 0.8, "hue": 0.0})
@@ -87,6 +88,7 @@ def phantom(config, stage):
 def men(config, stage):
     """Generated slices of three sequences: J = 3."""
     small(config, stage, epoch=12)
+    folds(config, stage, task="grade", group="patient_id")
     config.data.update({"channels": 1, "siblings": ""})
     config.data.metadata.bins = MEN_BINS
     if stage == "inject":

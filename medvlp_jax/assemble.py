@@ -91,11 +91,12 @@ def open_corpus(name: str, data: Mapping[str, Any], split: str) -> corpora.Sourc
     name, _, variant = name.partition(":")
     where = {"data_dir": data["data_dir"], "manual_dir": data["manual_dir"]}
     where["builder_config"] = variant
+    fold = folds.settings(data)
     with distributed.writer_first(f"corpus {name}"):
-        if not data["folds"]["count"]:
+        if not fold:
             return retold.retold(corpora.open_source(name, split, **where), data["texts"])
         sources = corpora.open_all(name, **where)
-    return retold.retold(folds.open_fold(sources, split, **folds.settings(data)), data["texts"])
+    return retold.retold(folds.open_fold(sources, split, **fold), data["texts"])
 
 
 def parts(config: Mapping[str, Any], *, pretrained: bool = True) -> Parts:

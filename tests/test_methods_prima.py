@@ -57,6 +57,7 @@ def test_a_stage_starts_from_the_one_before_and_tests_on_its_fold():
     found = config_of("prima", "fuse", fold=3, start="there")
     assert found["init.params"] == "there"
     assert found["data.folds.index"] == 3
+    assert found["data.folds.count"] == 5
     assert found["evals.split"] == "test"
     assert found["evals.controls"] == shuffle.CONTROLS
     assert config_of("prima", "align")["evals.protocols"] == ()

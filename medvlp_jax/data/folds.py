@@ -120,6 +120,17 @@ def open_fold(
 
 
 def settings(data: Mapping) -> dict:
-    """Return the arguments of `open_fold` that config.data says."""
+    """Return the arguments of `open_fold` that config.data says; {} for the corpus' own splits.
+
+    Raises:
+      UserError: for the index of a fold where there are none.
+    """
     folds = dict(data["folds"])
+    if not folds["count"]:
+        if folds["index"]:
+            raise UserError(
+                f"data.folds.index={folds['index']} of data.folds.count=0: there are no folds, but "
+                "the corpus' own splits; set the count, or leave the index out."
+            )
+        return {}
     return folds | {"task": folds["task"] or data["balance"]}

@@ -98,3 +98,11 @@ def test_a_fold_that_cannot_be_dealt_is_one_sentence(fields, message):
     given = {"split": "train", "count": 4, "index": 0, "task": "d", "seed": 0, **fields}
     with pytest.raises(UserError, match=message):
         folds.open_fold(make_sources(), given.pop("split"), **given)
+
+
+def test_the_index_of_a_fold_where_there_are_none_is_refused():
+    config = {"balance": "", "folds": {"count": 0, "index": 0, "task": "", "seed": 0}}
+    assert folds.settings(config) == {}
+    config["folds"]["index"] = 2
+    with pytest.raises(UserError, match=r"index=2 of data\.folds\.count=0"):
+        folds.settings(config)
