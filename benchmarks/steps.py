@@ -33,8 +33,12 @@ from benchmarks.step_arms import CASES, prepare
 
 ROOT = pathlib.Path(__file__).parents[1]
 ON_GPU = "vit"
-# By default glibc gives a large block back to the system with every `free`.
-KEEP = {"GLIBC_TUNABLES": "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1099511627776"}
+# By default glibc gives a large block back to the system with every `free`; and XLA allocates in a
+# thread of its own, whose arena cannot keep such blocks, so that there is to be one arena.
+KEEP = {
+    "GLIBC_TUNABLES": "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1099511627776"
+    ":glibc.malloc.arena_max=1"
+}
 ARMS = ("ours", "eager", "compiled")  # as benchmarks/step_arms.py knows them
 LOSING = ("ours", "eager")  # those that --malloc measures without KEEP
 WITHOUT = ", default malloc"

@@ -3,6 +3,12 @@
 # Reads: command, workdir, processes, restarts, dry_run, mode.
 # shellcheck disable=SC2154  # set by launch/run.sh
 
+# XLA asks for the memory of each step anew. glibc would give it back to the system in between, which then has to clear it again: a tenth of
+# a step's time on a CPU (docs/performance.md). One arena, because only the first can keep blocks of this size.
+if [[ -z "$MEDVLP_ACCELERATOR" ]]; then
+  export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1099511627776:glibc.malloc.arena_max=1}"
+fi
+
 # Prints the environment of rank $1; a single process without --processes needs none.
 rank_environment() {
   [[ -n "$mode" ]] || return 0
@@ -16,7 +22,8 @@ if $dry_run; then
   for ((rank = 0; rank < processes; rank++)); do
     echo "# rank $rank"
     # shellcheck disable=SC2046  # one word a setting
-    printf '%s ' "MEDVLP_ACCELERATOR=$MEDVLP_ACCELERATOR" "MEDVLP_DATA_DIR=$MEDVLP_DATA_DIR" $(rank_environment "$rank")
+    printf '%s ' "MEDVLP_ACCELERATOR=$MEDVLP_ACCELERATOR" "MEDVLP_DATA_DIR=$MEDVLP_DATA_DIR" ${GLIBC_TUNABLES:+"GLIBC_TUNABLES=$GLIBC_TUNABLES"} \
+      $(rank_environment "$rank")
     quoted="$(printf ' %q' "${command[@]}")"
     if ((rank > 0)); then quoted+=" > $(printf '%q' "$workdir/logs/rank-$rank.log") 2>&1"; fi
     echo "${quoted# }"
