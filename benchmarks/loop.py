@@ -7,8 +7,8 @@ a checkpoint every 100 steps. Blocks of 100 of its steps, each with a checkpoint
 turns with 100 bare steps: the same compiled step, state and all, on a batch that lies on the
 device. A ratio is the time of the bare steps over that of the loop's: 0.97 means that the loop adds
 3 %. A checkpoint that is still being written when its block ends is waited for, and counts to
-neither. On a CPU the loader computes on the cores the step needs; --held gives the loop batches that
-lie ready on the host instead, so that the loop alone is measured.
+neither. On a CPU the loader computes on the cores the step needs; --held gives the loop batches
+that lie ready on the host instead, so that the loop alone is measured.
 """
 
 import argparse
