@@ -106,7 +106,7 @@ def test_bad_input_is_refused(tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             paired.compare(ours, theirs, metric)
-    two.write_text(one.read_text().replace("truth,a,b", "truth,a,d"))
+    two.write_text(one.read_text().replace("a,b,c", "a,b,d"))
     with pytest.raises(UserError, match="predictions of other cases"):
         paired.compare([one], [two], "macro_f1")
     with pytest.raises(UserError, match="60 patients of known class and 0 resamples"):
