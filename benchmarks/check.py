@@ -22,6 +22,8 @@ from typing import Any
 
 import numpy as np
 
+from medvlp_jax.writing import replaced
+
 FLOOR = 0.05  # of the noise: medians of few turns agree by chance, too
 FIELDS = {"median", "quartiles", "noise"}
 
@@ -35,6 +37,12 @@ def entry(ratios: Iterable[float]) -> dict[str, Any]:
     low, median, high = np.percentile(list(ratios), (25, 50, 75)).tolist()
     noise = max(FLOOR, (high - low) / 2 / median)
     return {"median": median, "quartiles": [low, high], "noise": noise}
+
+
+def keep(out: pathlib.Path, found: Mapping[str, Any]) -> None:
+    """Write a measurement, whole or not at all."""
+    with replaced(out) as scratch:
+        scratch.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def text(ratio: Mapping[str, Any]) -> str:

@@ -1,6 +1,6 @@
 """Every protocol on the generated radiographs, for four encoders, in one table.
 
-  python benchmarks/evaluation.py [--steps 300] [--only imitate clip ...] [--config.KEY=VALUE ...]
+  python -m benchmarks.evaluation [--steps 300] [--only imitate clip ...] [--config.KEY=VALUE ...]
       [--folder runs/evaluation] [--out benchmarks/results/evaluation.json]
 
 IMITATE, the CLIP control, the same network with random weights, and as upper bound the network
@@ -13,14 +13,13 @@ Masks are of lungs and hearts, boxes of findings. What is done is kept: run the 
 import argparse
 import json
 import pathlib
-import sys
 import time
 from collections.abc import Mapping
 
 from absl import flags
 
-from medvlp_jax import adapt, train
-from medvlp_jax.config import UserError
+from benchmarks import studies
+from medvlp_jax import adapt, cli, train
 from medvlp_jax.evaluation import results as stored
 from medvlp_jax.writing import replaced
 
@@ -38,11 +37,11 @@ RUN_COLUMNS = {
     "probe 10 %": "probe/finding_10%{}/macro_auroc",
     "probe 100 %": "probe/finding{}/macro_auroc",
 }
-# Column: task of medvlp adapt, key, and arguments.
+# Column: task of medvlp adapt, key after the protocol, and arguments.
 ADAPTED = {
-    "fine-tuned 100 %": ("finetune", "finetune/finding{}/macro_auroc", ()),
-    "Dice": ("segment", "segment/regions{}/dice", ("--regions=lung_left+lung_right,heart",)),
-    "AP@.5": ("detect", "detect/boxes{}/ap50", ()),
+    "fine-tuned 100 %": ("finetune", "finding{}/macro_auroc", ()),
+    "Dice": ("segment", "regions{}/dice", ("--regions=lung_left+lung_right,heart",)),
+    "AP@.5": ("detect", "boxes{}/ap50", ()),
 }
 LENGTHS = {"finetune": 300, "segment": 200, "detect": 500}  # steps
 SMALL = ("--size=64", "--width=32", "--evaluate-every=100")
@@ -67,20 +66,22 @@ def adapted(row: str, column: str, arguments: argparse.Namespace, data: Mapping)
     """Run `medvlp adapt` for a cell, unless that is done; return its entry."""
     task, key, own = ADAPTED[column]
     untrained = row in ("random", "supervised")
+    trains = row == "supervised" and task != "finetune"  # which trains the encoder anyway
     out = arguments.folder / f"{row}-{task}"
     if not (out / "results.json").is_file():
         encoder = arguments.folder / ("imitate" if untrained else row) / "export/image"
-        trained = ["--train-encoder"] if row == "supervised" and task != "finetune" else []
         adapt.main(
             [
                 *(f"--task={task}", f"--encoder={encoder}", f"--corpus={data['corpora'][0]}"),
                 *(f"--out={out}", f"--data-dir={data['data_dir']}", f"--steps={LENGTHS[task]}"),
                 *(own if task == "finetune" else (*own, *SMALL)),
                 *(["--untrained"] if untrained else []),
-                *trained,
+                *(["--train-encoder"] if trains else []),
             ]
         )
-    return stored.read(out).numbers[key.format(" (untrained)" if untrained else "")]
+    protocol = f"{task}-train-encoder" if trains else task
+    key = key.format(" (untrained)" if untrained else "")
+    return stored.read(out).numbers[f"{protocol}/{key}"]
 
 
 def measure(arguments: argparse.Namespace, overrides: list[str]) -> dict[str, dict[str, dict]]:
@@ -138,23 +139,27 @@ def main(argv: list[str] | None = None) -> None:
     arguments, overrides = parser.parse_known_args(argv)
     flags.FLAGS.mark_as_parsed()
     arguments.folder = arguments.folder.absolute()
+    settings = {"pretraining_steps": arguments.steps, "adapting_steps": LENGTHS}
+    settings["overrides"] = studies.deciding(overrides)
+    begin(arguments.folder, settings)
     began = time.time()
     rows = measure(arguments, overrides)
     minutes = (time.time() - began) / 60
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    settings = {"pretraining_steps": arguments.steps, "adapting_steps": LENGTHS}
-    content = {"settings": settings, "minutes": minutes, "rows": rows}
-    for file, text in (
-        (arguments.out, json.dumps(content, indent=1)),
-        (arguments.out.with_suffix(".md"), table(rows)),
-    ):
-        with replaced(file) as scratch:
-            scratch.write_text(text + "\n")
+    content = {"settings": settings, "minutes_of_the_last_start": minutes, "rows": rows}
+    studies.keep(arguments.out, content, table(rows))
     print(f"\n{minutes:.1f} minutes")
 
 
+def begin(folder: pathlib.Path, settings: Mapping) -> None:
+    """Note in the folder of the runs with which settings they are made.
+
+    Raises:
+      UserError: if it holds runs of others, whose numbers would be taken for these.
+    """
+    studies.finished(folder / "study.json", settings)
+    with replaced(folder / "study.json") as scratch:
+        scratch.write_text(json.dumps({"settings": settings}, indent=1) + "\n")
+
+
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(str(error))
+    cli.leave(cli.run(main))

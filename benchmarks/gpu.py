@@ -15,12 +15,13 @@ CPU; it shows that they run, and its numbers mean nothing.
 """
 
 import argparse
-import json
 import pathlib
 import subprocess
 import sys
 import time
 from typing import NamedTuple
+
+from benchmarks import check
 
 ROOT = pathlib.Path(__file__).parents[1]
 MINUTES = 8
@@ -95,7 +96,7 @@ def main(argv: list[str] | None = None) -> dict:
     for part in parts(folder, tiny=options.tiny):
         found[part.name] = measure(part, folder)
         print(f"{part.name}: {found[part.name]['outcome']}", flush=True)
-        (folder / "parts.json").write_text(json.dumps(found, indent=1) + "\n")
+        check.keep(folder / "parts.json", found)
     return found
 
 

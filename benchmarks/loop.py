@@ -6,8 +6,9 @@ Takes the settings of `medvlp train`. `loop.fit` trains as a run does, with its 
 a checkpoint every 100 steps. Blocks of 100 of its steps, each with a checkpoint in its middle, take
 turns with 100 bare steps: the same compiled step, state and all, on a batch that lies on the
 device. A ratio is the time of the bare steps over that of the loop's: 0.97 means that the loop adds
-3 %. On a CPU the loader computes on the cores the step needs; --held gives the loop batches that
-lie ready on the host instead, so that the loop alone is measured.
+3 %. A checkpoint that is still being written when its block ends is waited for, and counts to
+neither. On a CPU the loader computes on the cores the step needs; --held gives the loop batches
+that lie ready on the host instead, so that the loop alone is measured.
 """
 
 import argparse
@@ -165,7 +166,7 @@ def main(argv: list[str] | None = None) -> dict:
         f"{check.text(found['ratios']['bare over loop'])}"
     )
     if options.out:
-        options.out.write_text(json.dumps(found, indent=1) + "\n")
+        check.keep(options.out, found)
     return found
 
 

@@ -11,13 +11,12 @@ and writes every number.
 import argparse
 import json
 import pathlib
-import sys
 import tempfile
 
 import numpy as np
 from absl import flags
 
-from medvlp_jax import train
+from medvlp_jax import cli, train
 from medvlp_jax.writing import replaced
 
 ARMS = {
@@ -62,7 +61,7 @@ def table(results: dict) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Run all arms and seeds; results so far are written after each run."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -73,10 +72,9 @@ def main() -> None:
     parser.add_argument(
         "--out", type=pathlib.Path, default=pathlib.Path("benchmarks/results/cicl.json")
     )
-    arguments, overrides = parser.parse_known_args()
+    arguments, overrides = parser.parse_known_args(argv)
     flags.FLAGS.mark_as_parsed()
     results = {arm: [] for arm in arguments.arms}
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
     # Seeds outermost: an interrupted study is still a paired one.
     for seed in range(arguments.seeds):
         for arm in arguments.arms:
@@ -89,4 +87,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.leave(cli.run(main))

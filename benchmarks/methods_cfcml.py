@@ -1,6 +1,6 @@
 """CFCML beside what is simpler: same data, split, budget and settings, one thing taken away.
 
-  python benchmarks/methods_cfcml.py [--config configs/cfcml.py:derm] [--steps 1500] [--seeds 1]
+  python -m benchmarks.methods_cfcml [--config configs/cfcml.py:derm] [--steps 1500] [--seeds 1]
       [--folds 5] [--rows full late ...] [--out benchmarks/results/cfcml-derm.json]
       [--config.KEY=VALUE ...]
 
@@ -13,20 +13,17 @@ resamples of patients (lesions). With --folds each row is trained once a fold an
 
 import argparse
 import itertools
-import json
 import pathlib
-import sys
 import time
 from collections.abc import Mapping
 
 import numpy as np
 from absl import flags
 
-from medvlp_jax import assemble, cases, train
-from medvlp_jax.config import UserError
+from benchmarks import studies
+from medvlp_jax import assemble, cases, cli, train
 from medvlp_jax.evaluation import baselines, paired
 from medvlp_jax.evaluator import Evaluator
-from medvlp_jax.writing import replaced
 
 NO_RELATIONS = {"weights": {"sample": 0.0, "unimodal": 0.0, "crossmodal": 0.0}}
 # Features of the encoder's last stage, pooled; no relations, which one modality would not have.
@@ -158,23 +155,6 @@ def table(rows: Mapping, compared: Mapping, task: str) -> str:
     return "\n".join(lines)
 
 
-def read_finished(out: pathlib.Path, settings: dict) -> dict:
-    """Return the rows that are done, and the differences between them.
-
-    Raises:
-      UserError: if they were made with other settings.
-    """
-    if not out.is_file():
-        return {"rows": {}, "differences": {}}
-    saved = json.loads(out.read_text())
-    if saved.get("settings") != settings:
-        raise UserError(
-            f"{out} holds rows of settings {saved.get('settings')}, not {settings}: name another "
-            "--out, or move it away."
-        )
-    return saved
-
-
 def main(argv: list[str] | None = None) -> None:
     """Run all rows and seeds; what is done is written after each."""
     parser = argparse.ArgumentParser(
@@ -198,13 +178,10 @@ def main(argv: list[str] | None = None) -> None:
     arguments.folder = arguments.folder.absolute()
     flags.FLAGS.mark_as_parsed()
     config = row_config("full", arguments, overrides, 0)
-    # Where files lie decides nothing, and names a machine.
-    told = [o for o in overrides if not o.startswith(("--config.data.data", "--config.data.man"))]
-    settings = {"config": arguments.config, "steps": config["train"]["steps"], "overrides": told}
-    settings["folds"] = arguments.folds
-    finished = read_finished(arguments.out, settings)
-    rows, compared = finished["rows"], finished["differences"]
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    settings = {"config": arguments.config, "steps": config["train"]["steps"]}
+    settings |= {"overrides": studies.deciding(overrides), "folds": arguments.folds}
+    finished = studies.finished(arguments.out, settings)
+    rows, compared = (finished.get(part, {}) for part in ("rows", "differences"))
     # Rows innermost: an interrupted study is still a paired one.
     runs = itertools.product(range(arguments.seeds), range(arguments.folds or 1), arguments.rows)
     for seed, fold, row in runs:
@@ -217,19 +194,9 @@ def main(argv: list[str] | None = None) -> None:
         compared |= differences(rows, arguments.folder, config["evals"]["resamples"] or 2000)
         laid_out = table(rows, compared, config["recipe"]["task"])
         content = {"settings": settings, "differences": compared, "rows": rows}
-        write(arguments.out, json.dumps(content, indent=1))
-        write(arguments.out.with_suffix(".md"), f"{laid_out}\n")
+        studies.keep(arguments.out, content, laid_out)
         print(f"\nseed {seed}, fold {fold}, {row} done\n{laid_out}", flush=True)
 
 
-def write(file: pathlib.Path, text: str) -> None:
-    """Write, whole or not at all."""
-    with replaced(file) as scratch:
-        scratch.write_text(text)
-
-
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(str(error))
+    cli.leave(cli.run(main))

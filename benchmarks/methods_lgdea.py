@@ -1,6 +1,6 @@
 """LGDEA with few pairs beside what trains on the pairs alone: the claim of the paper, on phantoms.
 
-  python benchmarks/methods_lgdea.py [--ratios 0.01 0.05 0.1 0.2 1] [--seeds 3] [--steps 400]
+  python -m benchmarks.methods_lgdea [--ratios 0.01 0.05 0.1 0.2 1] [--seeds 3] [--steps 300]
       [--arms pairs no_unpaired lgdea ...] [--config configs/lgdea.py:study]
       [--out benchmarks/results/lgdea.json] [--config.KEY=VALUE ...]
 
@@ -16,7 +16,6 @@ import json
 import math
 import pathlib
 import shutil
-import sys
 import time
 from collections.abc import Mapping, Sequence
 
@@ -24,10 +23,9 @@ import numpy as np
 from absl import flags
 from matplotlib.figure import Figure
 
-from medvlp_jax import train
-from medvlp_jax.config import UserError
+from benchmarks import studies
+from medvlp_jax import cli, train
 from medvlp_jax.evaluation import plots
-from medvlp_jax.writing import replaced
 
 TERMS = ("reconstruction", "paired", "unpaired", "alignment", "global", "usage")
 PAIRS_ALONE = {"data": {"pairing": {"share": 1.0}}, "train": {"refresh_every": 0}}
@@ -229,32 +227,6 @@ def draw(cells: Mapping, out_png: pathlib.Path) -> None:
     plots.save(figure, out_png)
 
 
-def read_finished(out: pathlib.Path, settings: dict) -> dict:
-    """Return the cells that are done.
-
-    Raises:
-      UserError: if they were made with other settings.
-    """
-    if not out.is_file():
-        return {}
-    saved = json.loads(out.read_text())
-    if saved.get("settings") != settings:
-        raise UserError(
-            f"{out} holds cells of settings {saved.get('settings')}, not {settings}: name another "
-            "--out, or move it away."
-        )
-    return saved["cells"]
-
-
-def write(out: pathlib.Path, settings: dict, cells: Mapping) -> None:
-    """Write numbers, table and curve, each whole or not at all."""
-    whole = json.dumps({"settings": settings, "cells": cells}, indent=1, sort_keys=True)
-    for file, text in ((out, whole), (out.with_suffix(".md"), table(cells))):
-        with replaced(file) as scratch:
-            scratch.write_text(text + "\n")
-    draw(cells, out.with_suffix(".png"))
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the cells that are not done yet, seed by seed."""
     parser = argparse.ArgumentParser(
@@ -274,8 +246,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments, overrides = parser.parse_known_args(argv)
     flags.FLAGS.mark_as_parsed()
     steps = cell_config("lgdea", 1.0, 0, arguments, overrides)["train"]["steps"]
-    settings = {"config": arguments.config, "steps": steps, "overrides": overrides}
-    cells = read_finished(arguments.out, settings)
+    settings = {"config": arguments.config, "steps": steps}
+    settings["overrides"] = studies.deciding(overrides)
+    cells = studies.finished(arguments.out, settings).get("cells", {})
     # Seeds outermost: an interrupted study is still one of all arms.
     todo = [
         (seed, ratio, arm)
@@ -289,7 +262,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         place = arguments.folder / name.replace("/", "-")
         config = cell_config(arm, ratio, seed, arguments, overrides)
         cells[name] = run_cell(config, place.absolute())
-        write(arguments.out, settings, cells)
+        studies.keep(arguments.out, {"settings": settings, "cells": cells}, table(cells))
+        draw(cells, arguments.out.with_suffix(".png"))
         cell = cells[name]
         print(f"\n{done} of {len(todo)}: {name}, {cell['minutes']:.1f} minutes", flush=True)
         if arm != "pairs" and cell["usage_entropy"] < COLLAPSED:
@@ -298,4 +272,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.leave(cli.run(main))

@@ -1,6 +1,6 @@
 """PRIMA beside images alone and images with a table through an MLP, and its ablation, by folds.
 
-  python benchmarks/methods_prima.py [--config configs/prima.py:phantom] [--rows image mlp prima]
+  python -m benchmarks.methods_prima [--config configs/prima.py:phantom] [--rows image mlp prima]
       [--folds 5] [--out benchmarks/results/prima-phantom.json] [--folder runs/methods_prima]
       [--config.KEY=VALUE ...]
 
@@ -13,11 +13,8 @@ each row in macro F1, over resamples of patients and, as papers do, over folds (
 
 import argparse
 import itertools
-import json
-import os
 import pathlib
 import shutil
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -25,7 +22,8 @@ from typing import NamedTuple
 import numpy as np
 from absl import flags
 
-from medvlp_jax import train
+from benchmarks import studies
+from medvlp_jax import cli, train
 from medvlp_jax.config import UserError
 from medvlp_jax.evaluation import paired, shuffle
 from medvlp_jax.evidence import __main__ as evidence
@@ -219,36 +217,6 @@ def table(rows: Mapping, compared: Mapping) -> str:
     return "\n".join(lines)
 
 
-def read_finished(out: pathlib.Path, settings: dict) -> dict:
-    """Return the cells that are done.
-
-    Raises:
-      UserError: if they were made with other settings.
-    """
-    if not out.is_file():
-        return {}
-    saved = json.loads(out.read_text())
-    if saved["settings"] != settings:
-        raise UserError(
-            f"{out} holds cells of settings {saved['settings']}, not {settings}: name another "
-            "--out, or move it away."
-        )
-    return saved["rows"]
-
-
-def write(out: pathlib.Path, settings: dict, rows: Mapping, folder: pathlib.Path) -> str:
-    """Write numbers and table, each under a temporary name first; return the table."""
-    compared = differences(rows, folder)
-    content = {"settings": settings, "differences": compared, "rows": rows}
-    laid_out = table(rows, compared)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    for file, text in ((out, json.dumps(content, indent=1)), (out.with_suffix(".md"), laid_out)):
-        scratch = file.with_name(f"{file.name}.tmp")
-        scratch.write_text(text + "\n")
-        os.replace(scratch, file)
-    return laid_out
-
-
 def main(argv: list[str] | None = None) -> None:
     """Run the cells that are not done yet, fold by fold."""
     parser = argparse.ArgumentParser(
@@ -266,10 +234,8 @@ def main(argv: list[str] | None = None) -> None:
     flags.FLAGS.mark_as_parsed()
     name = options.config.partition(":")[2]
     out = options.out or pathlib.Path(f"benchmarks/results/prima-{name}.json")
-    # Where files lie decides nothing, and names a machine.
-    told = [o for o in overrides if not o.startswith(("--config.data.data", "--config.data.man"))]
-    settings = {"config": options.config, "overrides": told}
-    rows = read_finished(out, settings)
+    settings = {"config": options.config, "overrides": studies.deciding(overrides)}
+    rows = studies.finished(out, settings).get("rows", {})
     home = options.folder.absolute()
     wanted = list(ROWS) if "all" in options.rows else options.rows
     # Folds outermost: an interrupted study is still a paired one.
@@ -277,11 +243,12 @@ def main(argv: list[str] | None = None) -> None:
         if str(fold) not in rows.get(row, {}):
             cell = run_cell(row, fold, home, options.config, overrides)
             rows.setdefault(row, {})[str(fold)] = cell
-            print(f"\nfold {fold}, {row} done\n{write(out, settings, rows, home)}", flush=True)
+            compared = differences(rows, home)
+            laid_out = table(rows, compared)
+            content = {"settings": settings, "differences": compared, "rows": rows}
+            studies.keep(out, content, laid_out)
+            print(f"\nfold {fold}, {row} done\n{laid_out}", flush=True)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(str(error))
+    cli.leave(cli.run(main))

@@ -188,7 +188,7 @@ def main(argv=None):
     for name in options.cases or here:
         found = compare(name, options.pairs, tiny=options.tiny, malloc=options.malloc)
         cases[name] = found
-        options.out.write_text(json.dumps({**facts, "cases": cases}, indent=1) + "\n")
+        check.keep(options.out, {**facts, "cases": cases})
         print(table({name: found}), flush=True)
     return cases
 

@@ -25,7 +25,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 refuse() { echo "medvlp: $1" >&2; exit 2; }
 
-config=configs/prima.py:phantom workdir="" folds=5 dry_run=false risk=cxr_phantom backend=template corpus="" unvetted=false
+config=configs/prima.py:phantom workdir="" folds=5 count=5 dry_run=false risk=cxr_phantom backend=template corpus="" unvetted=false
 passed=() writing=() inject=() align=() sharpen=() fuse=()
 for argument in "$@"; do
   value="${argument#*=}"
@@ -45,12 +45,14 @@ for argument in "$@"; do
     --align.*=*) align+=("--config.${argument#--align.}") ;;
     --sharpen.*=*) sharpen+=("--config.${argument#--sharpen.}") ;;
     --fuse.*=*) fuse+=("--config.${argument#--fuse.}") ;;
+    --config.data.folds.count=*) count="$value" passed+=("$argument") ;;
     --config.* | --processes=* | --restarts=*) passed+=("$argument") ;;
     *) refuse "what is '$argument'? bash launch/prima.sh --help lists the flags; stages follow one another on one host." ;;
   esac
 done
 file="${config%%:*}" name="${config##*:}"
 [[ "$config" == *:* && -n "$name" ]] || refuse "--config must be FILE:CORPUS, such as configs/prima.py:phantom, got '$config'."
+[[ "$count" =~ ^[0-9]+$ ]] && ((folds <= count)) || refuse "--folds=$folds is more than the $count folds there are."
 [[ -f "$file" ]] || refuse "no config file '$file'."
 workdir="${workdir:-runs/prima-$name-$(date +%Y%m%d-%H%M%S)}"
 if [[ "$backend" == template && "$risk" == cxr_phantom && -z "$corpus" ]]; then unvetted=true; fi

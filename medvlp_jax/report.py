@@ -7,18 +7,14 @@ it only with --with-texts: the pictures of retrieved reports and of grounded phr
 """
 
 import argparse
-import csv
 import pathlib
 import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from medvlp_jax import assemble, cli
-from medvlp_jax.config import UserError
 from medvlp_jax.data import leakage
-from medvlp_jax.evaluation import page, plots, provenance, results
+from medvlp_jax.evaluation import page, paired, plots, provenance, results
 from medvlp_jax.writing import replaced
 
 NAME = "report.html"
@@ -155,17 +151,17 @@ def _controls(tasks: Sequence[page.Task]) -> str:
 
 def _figures(run: pathlib.Path, *, with_texts: bool) -> list[str]:
     """Return the sections of pictures there are."""
-    predictions = run / "predictions.csv"
+    predictions = run / paired.FILE
     found = []
     log = run / "metrics.jsonl"
     if log.is_file() and log.stat().st_size:
         drawn = _drawn(lambda out: plots.curves(log, out))
         found += [page.text("Training", "h2"), page.picture(drawn, "Loss terms, rates, speed")]
     if predictions.is_file():
-        truth, chances, classes = read_predictions(predictions)
+        scored = paired.read(predictions)
         caption = "Confusion matrix, ROC of each class against the rest, calibration"
-        if len(truth):
-            drawn = _drawn(lambda out: plots.classifier(truth, chances, classes, out))
+        if len(scored.truth):
+            drawn = _drawn(lambda out: plots.classifier(*scored[1:], out))
             found += [page.text("Classifier", "h2"), page.picture(drawn, caption)]
     # Those of a classifier name classes, those of retrieval show reports.
     texts = {"grounding.png": "Grounded phrases with the maps found for them"}
@@ -194,26 +190,6 @@ def _drawn(draw) -> bytes:
         file = pathlib.Path(folder) / "picture.png"
         draw(file)
         return file.read_bytes()
-
-
-def read_predictions(file: pathlib.Path) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """Return class [N], probabilities [N, C] and class names of predictions.csv; known rows only.
-
-    Raises:
-      UserError: for a file of other columns, or a class that is none of them.
-    """
-    with file.open(newline="") as stream:
-        header, *lines = csv.reader(stream)
-    start = ["image_id", "patient_id", "truth"]
-    if header[:3] != start or any(len(line) != len(header) for line in lines):
-        raise UserError(f"{file} has the columns {header[:3]} ...; {start} and classes are needed.")
-    classes = header[3:]
-    known = [line for line in lines if line[2]]
-    for line in known:
-        if line[2] not in classes:
-            raise UserError(f"{file}: '{line[2]}' is none of the classes {', '.join(classes)}.")
-    truth = np.array([classes.index(line[2]) for line in known], int)
-    return truth, np.array([line[3:] for line in known], float), classes
 
 
 def _facts(config, origin) -> dict[str, str]:

@@ -45,8 +45,8 @@ def named(runs: Sequence[str]) -> dict[str, results.Written]:
     """
     found = {}
     for given in runs:
-        name, _, path = given.rpartition("=")
-        if pathlib.Path(given).exists():
+        name, is_named, path = given.partition("=")
+        if not is_named or pathlib.Path(given).exists():
             name, path = "", given
         written = results.read(pathlib.Path(path))
         folder = pathlib.Path(path).absolute()

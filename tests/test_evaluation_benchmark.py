@@ -6,6 +6,8 @@ import pathlib
 import pytest
 
 from benchmarks import evaluation as bench
+from medvlp_jax.config import UserError
+from medvlp_jax.evaluation import detection, finetuning, segmentation
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -55,9 +57,27 @@ def test_cells_are_those_of_their_row(asked):
     _, rows = asked
     assert rows["random"]["CNR"]["key"] == "grounding/cosine (untrained)/cnr"
     assert rows["clip"]["probe 1 %"]["key"] == "probe/finding_1%/macro_auroc"
-    assert rows["supervised"]["Dice"]["key"] == "segment/regions (untrained)/dice"
+    assert rows["random"]["Dice"]["key"] == "segment/regions (untrained)/dice"
     assert set(rows["supervised"]) == set(bench.ADAPTED)
     lines = bench.table(rows).splitlines()
     assert lines[0].endswith("| random weights | trained on the targets | guessing |")
     assert lines[2].endswith("| 0.500 [0.400, 0.600] |  | 0.100 |")
     assert len(lines) == 2 + len(bench.RUN_COLUMNS) + len(bench.ADAPTED)
+
+
+def test_a_trained_encoder_is_looked_for_under_its_own_protocol(asked):
+    _, rows = asked
+    kind = lambda protocol: protocol.partition("@")[0]
+    for column, protocols in (("Dice", segmentation.PROTOCOL), ("AP@.5", detection.PROTOCOL)):
+        for row, cells in rows.items():
+            key = cells[column]["key"]
+            assert key.split("/")[0] == kind(protocols[row == "supervised"]), (row, column)
+    assert rows["supervised"]["fine-tuned 100 %"]["key"].startswith(kind(finetuning.PROTOCOL))
+
+
+def test_runs_of_other_settings_are_not_taken_for_these(tmp_path):
+    settings = {"pretraining_steps": 7, "adapting_steps": bench.LENGTHS, "overrides": []}
+    for _ in range(2):
+        bench.begin(tmp_path / "runs", settings)
+    with pytest.raises(UserError, match=r"study.json holds numbers of settings"):
+        bench.begin(tmp_path / "runs", settings | {"pretraining_steps": 8})

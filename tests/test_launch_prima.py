@@ -74,6 +74,8 @@ def test_flags_of_the_corpus_and_of_one_stage_reach_that_stage_alone():
     [
         (["--slurm"], "what is '--slurm'"),
         (["--folds=x"], "--folds must be a whole number, got 'x'"),
+        (["--folds=6"], "--folds=6 is more than the 5 folds there are"),
+        (["--config.data.folds.count=3"], "--folds=5 is more than the 3 folds"),
         (["--config=configs/prima.py"], "must be FILE:CORPUS, .* got 'configs/prima.py'"),
         (["--config=configs/prma.py:pad"], "no config file 'configs/prma.py'"),
     ],

@@ -2,20 +2,14 @@
 
 import argparse
 import csv
-import importlib.util
-import json
 import pathlib
 
 import numpy as np
-import pytest
 
-from medvlp_jax.config import UserError
+from benchmarks import methods_cfcml as bench
 from medvlp_jax.config import flatten as leaves
 
 ROOT = pathlib.Path(__file__).parents[1]
-SPEC = importlib.util.spec_from_file_location("methods_cfcml", ROOT / "benchmarks/methods_cfcml.py")
-bench = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(bench)
 
 
 def write_predictions(file, seed, signal):
@@ -57,16 +51,6 @@ def test_a_difference_is_paired_and_averaged_over_seeds(tmp_path):
     late = found["late"]
     assert late["low"] <= late["difference"] <= late["high"]
     assert late["low"] > 0
-
-
-def test_rows_of_other_settings_are_not_mixed(tmp_path):
-    out = tmp_path / "rows.json"
-    assert bench.read_finished(out, {"steps": 5})["rows"] == {}
-    saved = {"settings": {"steps": 5}, "rows": {"full": {"0.0": 1}}, "differences": {}}
-    out.write_text(json.dumps(saved))
-    assert bench.read_finished(out, {"steps": 5}) == saved
-    with pytest.raises(UserError, match="holds rows of settings"):
-        bench.read_finished(out, {"steps": 6})
 
 
 def test_the_table_has_a_line_a_row_and_the_difference():

@@ -1,7 +1,6 @@
 """The study of few pairs: what arms differ in, cells that are kept, the table and the curve."""
 
 import argparse
-import importlib.util
 import json
 import pathlib
 
@@ -9,12 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from benchmarks import methods_lgdea as bench
 from medvlp_jax.config import UserError, flatten
 
 ROOT = pathlib.Path(__file__).parents[1]
-SPEC = importlib.util.spec_from_file_location("methods_lgdea", ROOT / "benchmarks/methods_lgdea.py")
-bench = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(bench)
 
 ARGUMENTS = ("--ratios", "0.01", "1", "--seeds", "2", "--steps", "5")
 SMOKE = ("--config=configs/lgdea.py:smoke", "--ratios", "0.3", "--seeds", "1", "--arms", "lgdea")
@@ -102,7 +99,7 @@ def test_a_finished_cell_is_kept_and_never_run_again(study, monkeypatch):
     assert cells["lgdea/0.01/1"]["usage_entropy"] == pytest.approx(0.8)
     assert set(cells["pairs/1/0"]["results"]) == set(bench.METRICS)
     assert not list(out.parent.glob("runs/*/checkpoints"))
-    with pytest.raises(UserError, match="holds cells of settings"):
+    with pytest.raises(UserError, match="holds numbers of settings"):
         begin("--config.recipe.hops=2")
 
 

@@ -1,7 +1,6 @@
 """The benchmark of PRIMA: rows differ in what the paper's table says, finished cells are kept."""
 
 import csv
-import json
 import pathlib
 
 import numpy as np
@@ -114,17 +113,6 @@ def test_the_table_has_a_line_a_row_and_the_controls():
     assert lines[3].startswith("| 9: knowledge, all four (PRIMA) | 2 | 0.700 (0.141) |")
     assert lines[4].startswith("| PRIMA, shuffled images | 2 | 0.350 (0.071) |")
     assert len(lines) == 6
-
-
-def test_cells_of_other_settings_are_not_mixed(tmp_path):
-    out = tmp_path / "rows.json"
-    assert bench.read_finished(out, {"config": "a"}) == {}
-    rows = {"image": {"0": cell(0.5)}}
-    bench.write(out, {"config": "a"}, rows, tmp_path)
-    assert bench.read_finished(out, {"config": "a"}) == rows
-    assert json.loads(out.read_text())["differences"] == {}
-    with pytest.raises(UserError, match="holds cells of settings"):
-        bench.read_finished(out, {"config": "b"})
 
 
 def test_a_corpus_without_a_risk_table_is_refused(tmp_path):

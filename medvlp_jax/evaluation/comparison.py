@@ -16,7 +16,7 @@ from medvlp_jax.evaluation.layout import Grid
 from medvlp_jax.evaluation.results import Written, digits
 
 # The number of a task that stands for it, the first that it has.
-HEADLINES = ("macro_auroc", "P@1", "R@10", "cnr", "dice", "ap", "balanced_accuracy", "loss")
+HEADLINES = ("macro_auroc", "P@1", "R@10", "cnr", "dice", "map", "balanced_accuracy", "loss")
 FIELDS = ("run", "control", "protocol", "hash", "task", "metric", "value", "low", "high", "n")
 FIELDS += ("chance",)
 CHANCE = "chance"

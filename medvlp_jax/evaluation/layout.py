@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 SPECIAL = {"\\": r"\textbackslash{}", "^": r"\textasciicircum{}", "~": r"\textasciitilde{}"}
+SPECIAL |= {"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}"}
 SPECIAL |= {character: f"\\{character}" for character in "&%$#_{}"}
 
 
@@ -40,7 +41,7 @@ def markdown(grid: Grid) -> str:
 
 
 def latex(grid: Grid) -> str:
-    """Return a `table` for booktabs; notes stand below in a minipage; no final newline."""
+    """Return a `table` for booktabs, notes in small type below; no final newline."""
     columns = [cell.split("\n") for cell in grid.header]
     depth = max(map(len, columns))
     heads = [[*cell, *[""] * (depth - len(cell))] for cell in columns]

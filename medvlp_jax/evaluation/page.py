@@ -15,7 +15,8 @@ from medvlp_jax.evaluation.results import Results, digits
 
 # Numbers of a task in its table; the others are folded away below.
 SHOWN = ("macro_auroc", "macro_auprc", "accuracy", "balanced_accuracy", "macro_f1", "mcc")
-SHOWN += ("R@1", "R@10", "P@1", "median_rank", "cnr", "miou", "pointing", "loss", "dice", "ap")
+SHOWN += ("R@1", "R@10", "P@1", "median_rank", "cnr", "miou", "pointing", "loss", "dice", "iou")
+SHOWN += ("map", "ap50", "froc")
 ITSELF, MOST_FREQUENT = "this run", "most frequent class"
 # Half of the width of the strip that draws intervals, and its height; a viewBox, no pixels.
 STRIP, TALL = 200, 18

@@ -21,16 +21,24 @@ import scipy.stats
 from medvlp_jax.config import UserError
 from medvlp_jax.evaluation import classify, metrics, statistics
 
-FILE = "predictions.csv"
+FILE, IDS = "predictions.csv", ["image_id", "patient_id", "truth"]
 METRICS = ("macro_auroc", "macro_f1", "balanced_accuracy", "accuracy")
 
 
 class Predictions(NamedTuple):
-    """Patients [N], truth [N] as an index, probabilities [N, C]; rows of known truth alone."""
+    """Rows of known truth alone; there may be none.
+
+    Attributes:
+      patients: [N].
+      truth: [N] as an index.
+      chances: probabilities [N, C].
+      classes: C names.
+    """
 
     patients: np.ndarray
     truth: np.ndarray
     chances: np.ndarray
+    classes: list[str]
 
 
 def read(file: Path) -> Predictions:
@@ -40,21 +48,25 @@ def read(file: Path) -> Predictions:
       file: predictions.csv, or the folder it lies in.
 
     Raises:
-      UserError: if it is not there or holds no known case.
+      UserError: if it is not there, has other columns, a class that is none of them, or no numbers.
     """
     file = file / FILE if file.is_dir() else file
     if not file.is_file():
         raise UserError(f"No {file}: only runs of a classifier that were evaluated have one.")
     with file.open(newline="") as stream:
-        rows = [row for row in csv.DictReader(stream) if row["truth"]]
-    if not rows:
-        raise UserError(f"{file} has no case whose class is known.")
-    names = list(rows[0])[3:]
-    return Predictions(
-        np.array([row["patient_id"] for row in rows]),
-        np.array([names.index(row["truth"]) for row in rows]),
-        np.array([[float(row[name]) for name in names] for row in rows]),
-    )
+        header, *lines = [*csv.reader(stream)] or [[]]
+    if header[:3] != IDS or len(header) == 3 or any(len(line) != len(header) for line in lines):
+        raise UserError(f"{file} has the columns {header[:3]} ...; {IDS} and classes are needed.")
+    classes, known = header[3:], [line for line in lines if line[2]]
+    for line in known:
+        if line[2] not in classes:
+            raise UserError(f"{file}: '{line[2]}' is none of the classes {', '.join(classes)}.")
+    try:
+        chances = np.array([line[3:] for line in known], float).reshape(-1, len(classes))
+    except ValueError as error:
+        raise UserError(f"{file} holds what is no probability: {error}.") from None
+    truth = np.array([classes.index(line[2]) for line in known], int)
+    return Predictions(np.array([line[1] for line in known]), truth, chances, classes)
 
 
 def value(metric: str, case: Predictions, weights: np.ndarray) -> np.ndarray:
@@ -100,7 +112,7 @@ def compare(
       resamples: of patients.
 
     Raises:
-      UserError: for unequal numbers of runs, or predictions of other cases.
+      UserError: for unequal numbers of runs, predictions of other cases, or too few of them.
     """
     if len(ours) != len(theirs):
         raise UserError(f"{len(ours)} runs against {len(theirs)}: they are compared one by one.")
@@ -109,9 +121,14 @@ def compare(
     runs = [read(file) for file in ours], [read(file) for file in theirs]
     for a, b, one, other in zip(*runs, ours, theirs, strict=True):
         same = np.array_equal(a.patients, b.patients) and np.array_equal(a.truth, b.truth)
-        if not same:
+        if not same or a.classes != b.classes:
             raise UserError(f"{one} and {other} are predictions of other cases.")
     patients = np.concatenate([case.patients for case in runs[0]])
+    if len({*patients}) < 2 or resamples < 1:
+        raise UserError(
+            f"{len({*patients})} patients of known class and {resamples} resamples: a comparison "
+            "needs two and one."
+        )
     found = statistics.compare(
         *(functools.partial(over_runs, metric, side) for side in runs),
         len(patients),

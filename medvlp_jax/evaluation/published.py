@@ -25,7 +25,7 @@ def load() -> Mapping[str, Any]:
 
 
 def fitting(protocols: Iterable[str]) -> list[str]:
-    """Return the tables of some kinds of protocol: "zero_shot", "retrieval", ..."""
+    """Return the tables of some kinds of protocol: "zero_shot", "retrieval", "segment", ..."""
     kinds = {*protocols}
     return [name for name, table in load()["tables"].items() if table["protocol"] in kinds]
 

@@ -29,6 +29,7 @@ from medvlp_jax.writing import replaced
 
 Results = dict[str, dict[str, Any]]
 FILE, PROVENANCE = "results.json", "provenance"
+NUMBERS = ("value", "low", "high", "n", "chance")  # of an entry, see `number`
 
 
 class Written(NamedTuple):
@@ -179,9 +180,15 @@ def read(path: pathlib.Path) -> Written:
             raise UserError(
                 f"{file}: '{key}' is no protocol/task/metric with a protocol and its hash."
             )
+        if "value" in entry and not all(_is_number(entry.get(name, "")) for name in NUMBERS):
+            raise UserError(f"{file}: '{key}' needs {', '.join(NUMBERS)}, each a number or null.")
     if not numbers:
         raise UserError(f"{file} holds no results of the form {{protocol/task/metric: entry}}.")
     return Written(numbers, entries.get(PROVENANCE, {}))
+
+
+def _is_number(value: Any) -> bool:
+    return value is None or (isinstance(value, int | float) and math.isfinite(value))
 
 
 def scalars(results: Results) -> dict[str, float]:

@@ -8,7 +8,19 @@ import pytest
 
 from medvlp_jax import table
 from medvlp_jax.config import UserError
-from medvlp_jax.evaluation import comparison, layout, published, results
+from medvlp_jax.evaluation import (
+    classify,
+    comparison,
+    detection,
+    finetuning,
+    grounding,
+    layout,
+    probe,
+    published,
+    results,
+    retrieval,
+    segmentation,
+)
 
 
 def write(folder, value, *, resamples=2000, rows="r1"):
@@ -96,6 +108,7 @@ def test_latex_escapes_and_has_one_cell_a_column(runs, capsys):
     lines = [line for line in text.splitlines() if line.endswith(r"\\")]
     assert {line.count("&") for line in lines} == {1}
     assert layout.escape("a\\b{50 %}") == r"a\textbackslash{}b\{50 \%\}"
+    assert layout.escape("<|") == r"\textless{}\textbar{}"  # other signs in LaTeX's old fonts
 
 
 def test_published_figures_stand_below_with_mark_and_source_and_never_in_the_table(runs, capsys):
@@ -108,6 +121,15 @@ def test_published_figures_stand_below_with_mark_and_source_and_never_in_the_tab
     assert "IMITATE [M]" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"No published table 'mgca/auc'. Did you mean mgca/auroc"):
         table.main([str(runs[0]), "--published=mgca/auc"])
+
+
+def test_published_figures_of_every_kind_go_with_a_protocol_that_is_measured_here():
+    ids = [module.PROTOCOL for module in (classify, finetuning, grounding, probe, retrieval)]
+    ids += [*segmentation.PROTOCOL.values(), *detection.PROTOCOL.values(), "zero_shot@clean-v1"]
+    kinds = {name.partition("@")[0] for name in ids}
+    assert {table["protocol"] for table in published.load()["tables"].values()} <= kinds
+    assert "mgca/dice" in published.fitting(["segment"])
+    assert published.fitting(["segment-train-encoder"]) == ["medklip/own"]
 
 
 def test_every_published_figure_has_a_source_a_mark_and_a_place():
@@ -129,6 +151,12 @@ def test_every_published_figure_has_a_source_a_mark_and_a_place():
         ("[1]", "holds no results"),
         ('{"provenance": {}}', "holds no results"),
         ('{"loss": {"value": 1}}', "'loss' is no protocol/task/metric"),
+        ('{"a/b/c": {"protocol": "a@1", "hash": "1", "value": 1}}', "'a/b/c' needs value, low"),
+        (
+            '{"a/b/c": {"protocol": "a@1", "hash": "1", "value": "1", "low": null, "high": null, '
+            '"n": 1, "chance": null}}',
+            "each a number or null",
+        ),
     ],
 )
 def test_what_is_no_results_file_is_refused_by_name(tmp_path, content, message):
@@ -140,6 +168,12 @@ def test_what_is_no_results_file_is_refused_by_name(tmp_path, content, message):
 def test_two_runs_of_one_name_are_refused(runs):
     with pytest.raises(UserError, match="Two runs are called 'a'"):
         table.named([str(runs[0]), str(runs[0])])
+
+
+def test_a_folder_may_have_an_equals_sign_in_its_name(tmp_path):
+    folder = write(tmp_path / "lr=0.1", 0.81)
+    assert list(table.named([str(folder)])) == ["lr=0.1"]
+    assert list(table.named([f"slow={folder}"])) == ["slow"]
 
 
 def test_provenance_is_parted_from_the_numbers(runs):

@@ -27,6 +27,16 @@ def write(file, seed, signal, patients=60):
     return file
 
 
+def test_rows_of_unknown_truth_are_left_out(tmp_path):
+    file = tmp_path / "predictions.csv"
+    rows = ("i1,anna,normal,0.9,0.1", "i2,bert,edema,0.4,0.6", "i3,carl,,0.5,0.5")
+    file.write_text("\n".join(["image_id,patient_id,truth,normal,edema", *rows]))
+    found = paired.read(file)
+    assert (found.patients.tolist(), found.truth.tolist()) == (["anna", "bert"], [0, 1])
+    assert found.classes == ["normal", "edema"]
+    np.testing.assert_allclose(found.chances, [[0.9, 0.1], [0.4, 0.6]])
+
+
 @pytest.mark.parametrize("metric", paired.METRICS)
 def test_a_value_is_that_of_scikit_learn_over_the_classes_present(tmp_path, metric):
     case = paired.read(write(tmp_path / "a.csv", 1, 0.7))
@@ -96,9 +106,32 @@ def test_bad_input_is_refused(tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             paired.compare(ours, theirs, metric)
+    two.write_text(one.read_text().replace("a,b,c", "a,b,d"))
+    with pytest.raises(UserError, match="predictions of other cases"):
+        paired.compare([one], [two], "macro_f1")
+    with pytest.raises(UserError, match="60 patients of known class and 0 resamples"):
+        paired.compare([one], [one], "macro_f1", resamples=0)
     one.write_text("image_id,patient_id,truth,a\nx,p,,1\n")
-    with pytest.raises(UserError, match="no case whose class is known"):
-        paired.read(one)
+    with pytest.raises(UserError, match="0 patients of known class"):
+        paired.compare([one], [one], "macro_f1")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", r"has the columns \[\]"),
+        ("image_id,patient_id,truth\ni,p,\n", "and classes are needed"),
+        ("id,patient_id,truth,a\ni,p,a,1\n", r"has the columns \['id', 'patient_id', 'truth'\]"),
+        ("image_id,patient_id,truth,a\ni,p,a\n", "and classes are needed"),
+        ("image_id,patient_id,truth,a\ni,p,b,1\n", "'b' is none of the classes a"),
+        ("image_id,patient_id,truth,a\ni,p,a,high\n", "no probability: .*'high'"),
+    ],
+)
+def test_a_file_of_something_else_is_one_sentence(tmp_path, content, message):
+    file = tmp_path / "predictions.csv"
+    file.write_text(content)
+    with pytest.raises(UserError, match=message):
+        paired.read(tmp_path)
 
 
 def test_the_command_prints_every_metric(tmp_path, capsys):
