@@ -22,12 +22,17 @@ from medvlp_jax.config import UserError
 from medvlp_jax.evaluation import classify, metrics, statistics
 
 FILE = "predictions.csv"
+IDS = ["image_id", "patient_id", "truth"]  # its first columns; each class has one behind them
 METRICS = ("macro_auroc", "macro_f1", "balanced_accuracy", "accuracy")
 
 
 class Predictions(NamedTuple):
-    """Patients [N], truth [N] as an index, probabilities [N, C]; rows of known truth alone."""
+    """Names of C classes; patients [N], truth [N] as an index, probabilities [N, C].
 
+    Rows of known truth alone.
+    """
+
+    classes: tuple[str, ...]
     patients: np.ndarray
     truth: np.ndarray
     chances: np.ndarray
@@ -40,21 +45,31 @@ def read(file: Path) -> Predictions:
       file: predictions.csv, or the folder it lies in.
 
     Raises:
-      UserError: if it is not there or holds no known case.
+      UserError: if it is not there, is no such file or holds no known case.
     """
     file = file / FILE if file.is_dir() else file
     if not file.is_file():
         raise UserError(f"No {file}: only runs of a classifier that were evaluated have one.")
-    with file.open(newline="") as stream:
-        rows = [row for row in csv.DictReader(stream) if row["truth"]]
-    if not rows:
-        raise UserError(f"{file} has no case whose class is known.")
-    names = list(rows[0])[3:]
-    return Predictions(
-        np.array([row["patient_id"] for row in rows]),
-        np.array([names.index(row["truth"]) for row in rows]),
-        np.array([[float(row[name]) for name in names] for row in rows]),
-    )
+    try:
+        with file.open(newline="", encoding="utf-8") as stream:
+            header, *rows = csv.reader(stream)
+            rows = [dict(zip(header, row, strict=True)) for row in rows if row]
+        names = tuple(header[len(IDS) :])
+        if header[: len(IDS)] != IDS or not names:
+            raise ValueError(f"its columns are {', '.join(header)}")
+        rows = [row for row in rows if row["truth"]]
+        if not rows:
+            raise UserError(f"{file} has no case whose class is known.")
+        return Predictions(
+            names,
+            np.array([row["patient_id"] for row in rows]),
+            np.array([names.index(row["truth"]) for row in rows]),
+            np.array([[float(row[name]) for name in names] for row in rows]),
+        )
+    except (ValueError, csv.Error) as error:  # what is no UTF-8 is a ValueError, too
+        raise UserError(
+            f"{file} is no {FILE} with {', '.join(IDS)} and a probability a class: {error}."
+        ) from None
 
 
 def value(metric: str, case: Predictions, weights: np.ndarray) -> np.ndarray:
@@ -100,18 +115,22 @@ def compare(
       resamples: of patients.
 
     Raises:
-      UserError: for unequal numbers of runs, or predictions of other cases.
+      UserError: for unequal numbers of runs, predictions of other cases, or a single patient.
     """
     if len(ours) != len(theirs):
         raise UserError(f"{len(ours)} runs against {len(theirs)}: they are compared one by one.")
     if metric not in METRICS:
         raise UserError(f"No metric '{metric}'; accepted are {', '.join(METRICS)}.")
+    if resamples < 1:
+        raise UserError(f"--resamples={resamples}; accepted is 1 or more.")
     runs = [read(file) for file in ours], [read(file) for file in theirs]
     for a, b, one, other in zip(*runs, ours, theirs, strict=True):
         same = np.array_equal(a.patients, b.patients) and np.array_equal(a.truth, b.truth)
-        if not same:
-            raise UserError(f"{one} and {other} are predictions of other cases.")
+        if not same or a.classes != b.classes:
+            raise UserError(f"{one} and {other} are predictions of other cases or classes.")
     patients = np.concatenate([case.patients for case in runs[0]])
+    if len({*patients}) < 2:
+        raise UserError(f"All cases are of patient {patients[0]}: two or more are needed.")
     found = statistics.compare(
         *(functools.partial(over_runs, metric, side) for side in runs),
         len(patients),

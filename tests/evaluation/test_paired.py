@@ -101,6 +101,41 @@ def test_bad_input_is_refused(tmp_path):
         paired.read(one)
 
 
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("x,y\n1,2\n", "its columns are x, y"),
+        ("image_id,patient_id,truth\ni,p,a\n", "its columns are image_id, patient_id, truth"),
+        ("image_id,patient_id,truth,a\ni,p,c,1\n", "not in tuple"),
+        ("image_id,patient_id,truth,a\ni,p,a,high\n", "high"),
+        ("image_id,patient_id,truth,a,b\ni,p,a,1\n", "shorter"),
+        ("", "not enough values"),
+        (b"\xff\xfe", "can't decode"),
+    ],
+)
+def test_a_file_that_is_none_of_predictions_is_one_sentence(tmp_path, text, sentence):
+    file = tmp_path / "a.csv"
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UserError, match=f"is no predictions.csv with .*{sentence}"):
+        paired.read(file)
+
+
+def test_what_cannot_be_resampled_or_has_other_classes_is_refused(tmp_path):
+    head, rows = "image_id,patient_id,truth,", "\ni,p,a,.6,.4\nj,p,b,.6,.4\n"
+    one, two, other = (tmp_path / name for name in ("one.csv", "two.csv", "other.csv"))
+    one.write_text(head + "a,b" + rows)
+    two.write_text(head + "a,b" + rows.replace("j,p", "j,q"))
+    other.write_text(
+        head + "c,d" + rows.replace("j,p", "j,q").replace("a,.", "c,.").replace("b,.", "d,.")
+    )
+    with pytest.raises(UserError, match="All cases are of patient p: two or more"):
+        paired.compare([one], [one], "accuracy")
+    with pytest.raises(UserError, match="other cases or classes"):
+        paired.compare([two], [other], "accuracy")
+    with pytest.raises(UserError, match="resamples=0; accepted is 1"):
+        paired.compare([two], [two], "accuracy", resamples=0)
+
+
 def test_the_command_prints_every_metric(tmp_path, capsys):
     a, b = (
         write(tmp_path / f"{n}/predictions.csv", s, 1.0).parent for n, s in (("a", 0), ("b", 1))
