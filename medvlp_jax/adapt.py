@@ -25,11 +25,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from medvlp_jax import backbones, cli, distributed, evaluator, ground, sharding
+from medvlp_jax import backbones, cli, distributed, ground, sharding
 from medvlp_jax.config import UserError, nearest
 from medvlp_jax.data import corpora, leakage, pipeline, regions
 from medvlp_jax.evaluation import adaptation, features, probe, provenance, tasks
-from medvlp_jax.evaluation.results import Results, results_table, write_results
+from medvlp_jax.evaluation.results import Results, renamed, results_table, write_results
 from medvlp_jax.training.step import make_embed
 
 DEFAULTS = adaptation.Settings()
@@ -115,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     job = Job(backbone, task, train, test, settings, options)
     results = adaptation.over_seeds([job.run(seed) for seed in seeds])
     if options.untrained:
-        results = evaluator.rename(results, "untrained")
+        results = renamed(results, "untrained")
     if distributed.is_writer():
         write_results(results, options.out, job.provenance(code, seeds))
         print(results_table(results))

@@ -1,7 +1,7 @@
 """What an evaluation is repeated without, to see what its numbers owe to it.
 
 A control takes something away: training, the image's edge, the right text, all that is written in a
-table. evaluator.full runs them; docs/evaluation.md lists them.
+table. `full` runs them beside the protocols; docs/evaluation.md lists them.
 """
 
 from collections.abc import Mapping
@@ -11,12 +11,45 @@ from medvlp_jax import assemble, distributed
 from medvlp_jax.config import UserError
 from medvlp_jax.data import tabular
 from medvlp_jax.evaluation import baselines, flavours, shuffle
-from medvlp_jax.evaluation.results import Results
+from medvlp_jax.evaluation.results import Results, renamed
 from medvlp_jax.recipes.base import classifies
 
 # Those that go with one protocol alone.
 ONLY_WITH = {"shuffled_phrases": "grounding", "shuffled_pairs": "retrieval"}
 NAMES = ("untrained", "masked_edge", "regression", "missing_mask", *shuffle.CONTROLS, *ONLY_WITH)
+
+
+def full(evaluator: Any, variables: Mapping, untrained: Mapping | None = None) -> Results:
+    """Run the protocols and the controls of the settings.
+
+    Args:
+      evaluator: see evaluator.Evaluator.
+      variables: trained.
+      untrained: freshly initialised ones for the control "untrained"; None leaves it out.
+    """
+    asked = evaluator.settings["controls"]
+    results = evaluator.run(variables, progress="evaluation")
+    if "masked_edge" in asked:
+        fraction = evaluator.settings["masked_edge"]
+        masked = evaluator.run(variables, mask=fraction, progress="lower edge masked")
+        results |= renamed(masked, f"lower {fraction:.0%} masked")
+    if "untrained" in asked and untrained is not None:
+        results |= renamed(evaluator.run(untrained, progress="untrained control"), "untrained")
+    for control in shuffle.CONTROLS:
+        if control in asked:
+            moved = shuffle.shuffled(evaluator.source, control)
+            name = control.replace("_", " ")
+            found = evaluator.run(variables, source=moved, progress=name)
+            results |= renamed(found, name)
+    if "shuffled_phrases" in asked:
+        results |= evaluator.shuffled_phrases(variables)
+    if "shuffled_pairs" in asked:
+        results |= evaluator.shuffled_pairs(variables)
+    if "regression" in asked:
+        results |= regression(evaluator)
+    if "missing_mask" in asked:
+        results |= missing_mask(evaluator)
+    return results
 
 
 def check(evaluator: Any) -> None:
@@ -33,6 +66,12 @@ def check(evaluator: Any) -> None:
     for control, protocol in ONLY_WITH.items():
         if control in settings["controls"] and protocol not in protocols:
             raise UserError(f"The control {control} goes with protocol {protocol}.")
+    for control in ("regression", "missing_mask"):
+        if control in settings["controls"] and settings["split"] == "train":
+            raise UserError(
+                f"The control {control} learns from the split train and cannot be scored on it: "
+                "set another evals.split, or leave it out."
+            )
     if "missing_mask" not in settings["controls"]:
         return
     if not (classifies(evaluator.parts.recipe) and evaluator.source.metadata.get("table")):
@@ -61,6 +100,20 @@ def other_texts(found: Mapping, spaces: Mapping[str, tuple[str, str]]) -> dict:
     return {**found, **{key: found[key][partner] for key in texts if key in found}}
 
 
+def regression(evaluator: Any) -> Results:
+    """Score logistic regressions on the raw input the recipe reads, with the same intervals.
+
+    Args:
+      evaluator: of a classifier.
+    """
+    source, settings = evaluator.source, evaluator.settings
+    task, data = evaluator.parts.recipe.task, evaluator.parts.config["data"]
+    train = assemble.open_corpus(evaluator.corpus, data, "train")
+    test = evaluator.raw_features(source, limit=settings["limit"])
+    fitted = evaluator.raw_features(train, limit=settings["probe_limit"])
+    return _results(evaluator, baselines.scores(fitted, test, task=task), test)
+
+
 def missing_mask(evaluator: Any) -> Results:
     """Score a logistic regression on which cells of the table are empty; {} where none is.
 
@@ -77,11 +130,16 @@ def missing_mask(evaluator: Any) -> Results:
         distributed.say("The control missing_mask is left out: no cell of the table is empty.")
         return {}
     test = baselines.missing(source, names, task=task, limit=settings["limit"])
+    return _results(evaluator, baselines.scores(fitted, test, task=task), test)
+
+
+def _results(evaluator, scores, test) -> Results:
+    task = evaluator.parts.recipe.task
     return baselines.results(
-        baselines.scores(fitted, test, task=task),
+        scores,
         test,
         task=task,
-        classes=source.tasks[task],
-        resamples=settings["resamples"],
+        classes=evaluator.source.tasks[task],
+        resamples=evaluator.settings["resamples"],
         **evaluator.positive(),
     )

@@ -20,7 +20,7 @@ from medvlp_jax import config as configs
 from medvlp_jax.config import UserError
 from medvlp_jax.evaluation import flavours, prompts
 from medvlp_jax.evaluation.results import results_table, write_results
-from medvlp_jax.evaluator import PROTOCOLS, Evaluator, full
+from medvlp_jax.evaluator import PROTOCOLS, Evaluator
 
 GIVEN = ("corpus", "split", "prompts", "limit", "views")
 
@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser().parse_args(argv)
     distributed.initialize()
     evaluator, variables, untrained = (_of_run if arguments.run else _of_encoder)(arguments)
-    results = full(evaluator, variables, untrained)
+    results = controls.full(evaluator, variables, untrained)
     out = arguments.out or arguments.run
     if distributed.is_writer():
         out.mkdir(parents=True, exist_ok=True)

@@ -5,12 +5,13 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+import numpy as np
+
 from medvlp_jax import assemble, controls, distributed, ground
 from medvlp_jax.config import UserError, nearest
-from medvlp_jax.data import datasets, leakage
+from medvlp_jax.data import corpora, datasets, leakage
 from medvlp_jax.embedder import Embedder
 from medvlp_jax.evaluation import (
-    baselines,
     classify,
     flavours,
     masked_tokens,
@@ -20,11 +21,10 @@ from medvlp_jax.evaluation import (
     retrieval,
     retrieval_legacy,
     scoring,
-    shuffle,
     thresholds,
     zero_shot,
 )
-from medvlp_jax.evaluation.results import Results
+from medvlp_jax.evaluation.results import Results, renamed
 from medvlp_jax.recipes import mlm
 from medvlp_jax.recipes.base import classifies
 from medvlp_jax.training.stopping import Signals
@@ -57,8 +57,7 @@ class Evaluator(Embedder):
                 raise UserError(f"No control '{name}'. {nearest(name, controls.NAMES)}")
         thresholds.check(settings["zero_shot"]["threshold"])
         probe.check_fractions(**settings["probe"])
-        if settings["views"] not in VIEWS:
-            raise UserError(f"evals.views={settings['views']} must be one of {VIEWS}.")
+        _check_numbers(settings)
         super().__init__(parts, settings["batch_size"], stop)
         self.settings = settings
         self.corpus = settings["corpus"] or parts.config["data"]["corpora"][0]
@@ -68,6 +67,7 @@ class Evaluator(Embedder):
         self.source = assemble.open_corpus(self.corpus, parts.config["data"], settings["split"])
         needed = any(flavours.split(p)[0] == "zero_shot" for p in settings["protocols"])
         self.prompts = self._read_prompts(needed)
+        self.validation = self._open_validation(needed)
         self._code, self._seen = provenance.code(), {}
         self._check_protocols()
         self._check_flavours()
@@ -90,6 +90,16 @@ class Evaluator(Embedder):
             raise UserError(
                 "Protocol masked_tokens needs texts that are not trained on: name a source of the "
                 "corpus in data.knowledge.held_out."
+            )
+        task, tasks = self.settings["class_task"], self.source.tasks
+        if task and task not in tasks:
+            raise UserError(
+                f"evals.class_task: {self.corpus} has no task '{task}'. {nearest(task, [*tasks])}"
+            )
+        if self.settings["split"] == "train" and "probe" in self.settings["protocols"]:
+            raise UserError(
+                "Protocol probe learns from the split train and cannot be scored on it: set "
+                "another evals.split, or leave it out."
             )
         controls.check(self)
         if "grounding" in self.settings["protocols"]:
@@ -187,13 +197,13 @@ class Evaluator(Embedder):
 
     def quick(self, variables: Mapping, *, limit: int) -> Results:
         """Run what is cheap enough during training: no intervals, `limit` examples."""
-        if not self.settings["protocols"]:
+        cheap = [name for name in self.settings["protocols"] if name not in ("probe", "grounding")]
+        if not cheap:
             return {}
         found = self.features(variables, self.source, limit=limit)
         results: Results = {}
-        for name in self.settings["protocols"]:
-            if name not in ("probe", "grounding"):
-                results |= self._one(name)(variables, found, mask=None, resamples=0)
+        for name in cheap:
+            results |= self._one(name)(variables, found, mask=None, resamples=0)
         return results
 
     def _one(self, name: str) -> Callable[..., Results]:
@@ -212,13 +222,11 @@ class Evaluator(Embedder):
         return zero_shot.prompt_texts(self.prompts, task, classes), list(columns)
 
     def _zero_shot(self, variables, found, *, mask, flavour="clean", **options):
-        rule = self.settings["zero_shot"]["threshold"] if options["resamples"] else ""
+        rule, held = self.settings["zero_shot"]["threshold"] if options["resamples"] else "", found
         if rule and self.settings["split"] == "validation":  # the very rows that are scored
             rule = "maxf1-on-test"
-        held = found
         if rule == "maxf1-on-val":
-            validation = assemble.open_corpus(self.corpus, self.parts.config["data"], "validation")
-            held = self.features(variables, validation, inputs=self.images(), mask=mask)
+            held = self.features(variables, self.validation, inputs=self.images(), mask=mask)
         spaces, results = self.parts.recipe.spaces, {}
         for task in self.prompts["tasks"]:
             texts, columns = self._prompts_of(task)
@@ -241,8 +249,8 @@ class Evaluator(Embedder):
     def _retrieval(self, variables, found, *, mask, flavour="clean", **options):
         del variables, mask
         image, text = self.joint(found)
-        task = self.settings["class_task"] or next(iter(self.source.tasks))
-        options |= {"labels": found[f"label/{task}"], "groups": found["patient_id"]}
+        task = self.settings["class_task"] or next(iter(self.source.tasks), "")
+        options |= {"labels": found.get(f"label/{task}"), "groups": found["patient_id"]}
         if flavour != flavours.CLEAN:
             options["flavour"] = flavour
             return retrieval_legacy.run(image, text, found["text_id"], **options)
@@ -256,7 +264,7 @@ class Evaluator(Embedder):
         """Score the maps of wrong phrases, what an image says without the right words."""
         variables = assemble.place(variables, self.parts)
         options = {"resamples": self.settings["resamples"], "shuffle": True}
-        return rename(self.grounder.results(variables, **options), "shuffled phrases")
+        return renamed(self.grounder.results(variables, **options), "shuffled phrases")
 
     def shuffled_pairs(self, variables: Mapping) -> Results:
         """Retrieve with the texts of other patients as the right ones: what is left is chance."""
@@ -264,7 +272,7 @@ class Evaluator(Embedder):
         found = self.features(variables, self.source, limit=self.settings["limit"])
         moved = controls.other_texts(found, self.parts.recipe.spaces)
         options = {"mask": None, "resamples": self.settings["resamples"]}
-        return rename(self._retrieval(variables, moved, **options), "shuffled pairs")
+        return renamed(self._retrieval(variables, moved, **options), "shuffled pairs")
 
     def _classify(self, variables, found, *, mask, **options):
         del variables, mask
@@ -284,7 +292,7 @@ class Evaluator(Embedder):
     def _classify_studies(self, variables, found, **options):
         """Score the mean probability of all images of a study (lesion), one row each."""
         by_study = classify.by_study(found, self.parts.recipe.task)
-        return rename(self._classify(variables, by_study, **options), "by study")
+        return renamed(self._classify(variables, by_study, **options), "by study")
 
     def _masked_tokens(self, variables, found, *, mask, **options):
         del variables, mask
@@ -302,22 +310,6 @@ class Evaluator(Embedder):
         """Return the option that names the positive class; none where there is none."""
         return {"positive": self.settings["positive"]} if self.settings["positive"] else {}
 
-    def regression(self) -> Results:
-        """Score logistic regressions on the raw input the recipe reads, with the same intervals."""
-        task = self.parts.recipe.task
-        train = assemble.open_corpus(self.corpus, self.parts.config["data"], "train")
-        test = self.raw_features(self.source, limit=self.settings["limit"])
-        return baselines.results(
-            baselines.scores(
-                self.raw_features(train, limit=self.settings["probe_limit"]), test, task=task
-            ),
-            test,
-            task=task,
-            classes=self.source.tasks[task],
-            resamples=self.settings["resamples"],
-            **self.positive(),
-        )
-
     def _probe(self, variables, found, *, mask, **options):
         train = assemble.open_corpus(self.corpus, self.parts.config["data"], "train")
         fitted = self.features(
@@ -330,16 +322,17 @@ class Evaluator(Embedder):
         )
         results = {}
         for task, classes in self.source.tasks.items():
-            labels = fitted[f"label/{task}"]
+            labels, own = fitted[f"label/{task}"], found[f"label/{task}"]
             spec = self.prompts["tasks"].get(task, {})
+            multi_label = probe.is_multi_label(np.concatenate([labels, own]))
             results |= probe.curve(
                 fitted["image_pooled"],
                 labels,
                 found["image_pooled"],
-                found[f"label/{task}"],
+                own,
                 classes=classes,
                 task=task,
-                multi_label=spec.get("multi_label", probe.is_multi_label(labels)),
+                multi_label=spec.get("multi_label", multi_label),
                 train_groups=fitted["patient_id"],
                 test_groups=found["patient_id"],
                 **self.settings["probe"],
@@ -364,41 +357,27 @@ class Evaluator(Embedder):
         how = {k: v for k, v in self.settings["zero_shot"].items() if k != "threshold"}
         return prompts.resolve(found, self.source.tasks, **how)
 
+    def _open_validation(self, is_zero_shot: bool) -> corpora.Source | None:
+        """Open the split thresholds are chosen on; None where none are, or it is what is scored."""
+        rule, split = self.settings["zero_shot"]["threshold"], self.settings["split"]
+        if not is_zero_shot or rule != "maxf1-on-val" or split == "validation":
+            return None
+        return assemble.open_corpus(self.corpus, self.parts.config["data"], "validation")
 
-def rename(results: Results, variant: str) -> Results:
-    """Mark the task of every key: "zero_shot/organ/x" -> "zero_shot/organ (variant)/x"."""
-    split = [(*key.split("/", 2), entry) for key, entry in results.items()]
-    return {f"{a}/{task} ({variant})/{c}": entry for a, task, c, entry in split}
 
+def _check_numbers(settings: Mapping[str, Any]) -> None:
+    """Refuse sizes that cannot be.
 
-def full(evaluator: Evaluator, variables: Mapping, untrained: Mapping | None = None) -> Results:
-    """Run the protocols and the controls of the settings.
-
-    Args:
-      evaluator: of the run.
-      variables: trained.
-      untrained: freshly initialised ones for the control "untrained"; None leaves it out.
+    Raises:
+      UserError: naming one and what would be accepted.
     """
-    asked = evaluator.settings["controls"]
-    results = evaluator.run(variables, progress="evaluation")
-    if "masked_edge" in asked:
-        fraction = evaluator.settings["masked_edge"]
-        masked = evaluator.run(variables, mask=fraction, progress="lower edge masked")
-        results |= rename(masked, f"lower {fraction:.0%} masked")
-    if "untrained" in asked and untrained is not None:
-        results |= rename(evaluator.run(untrained, progress="untrained control"), "untrained")
-    for control in shuffle.CONTROLS:
-        if control in asked:
-            moved = shuffle.shuffled(evaluator.source, control)
-            name = control.replace("_", " ")
-            found = evaluator.run(variables, source=moved, progress=name)
-            results |= rename(found, name)
-    if "shuffled_phrases" in asked:
-        results |= evaluator.shuffled_phrases(variables)
-    if "shuffled_pairs" in asked:
-        results |= evaluator.shuffled_pairs(variables)
-    if "regression" in asked:
-        results |= evaluator.regression()
-    if "missing_mask" in asked:
-        results |= controls.missing_mask(evaluator)
-    return results
+    for name, least in (("batch_size", 1), ("limit", 0), ("probe_limit", 0), ("resamples", 0)):
+        if settings[name] < least:
+            raise UserError(f"evals.{name}={settings[name]} must be {least} or more.")
+    if not 0 < settings["masked_edge"] < 1:
+        raise UserError(
+            f"evals.masked_edge={settings['masked_edge']} must be a share of the image's height in "
+            "(0, 1), such as 0.12."
+        )
+    if settings["views"] not in VIEWS:
+        raise UserError(f"evals.views={settings['views']} must be one of {VIEWS}.")

@@ -39,7 +39,7 @@ from medvlp_jax.config import UserError
 from medvlp_jax.data import pairing
 from medvlp_jax.evaluation import plots
 from medvlp_jax.evaluation.results import results_table, scalars, write_results
-from medvlp_jax.evaluator import Evaluator, full
+from medvlp_jax.evaluator import Evaluator
 from medvlp_jax.training import lock, loop, optim
 from medvlp_jax.training import params as paths
 from medvlp_jax.training import step as training
@@ -216,7 +216,7 @@ def _finish(job, state, workdir, began) -> dict:
     if job.selection:
         variables = assemble.place(weights.read_variables(workdir, job.untrained), job.parts)
     trained = distributed.fetch(variables)
-    results = full(job.evaluator, variables, job.untrained)
+    results = controls.full(job.evaluator, variables, job.untrained)
     if distributed.is_writer():
         # before the pictures, should one fail
         write_results(results, workdir, job.evaluator.provenance(trained))

@@ -8,10 +8,10 @@ import pytest
 from PIL import Image
 from tiny_config import get_config
 
-from medvlp_jax import assemble, examples, ground
+from medvlp_jax import assemble, controls, examples, ground
 from medvlp_jax.config import UserError
 from medvlp_jax.evaluation import grounding
-from medvlp_jax.evaluator import Evaluator, full
+from medvlp_jax.evaluator import Evaluator
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def evaluator(tmp_path_factory):
 
 
 def test_every_phrase_is_scored_and_so_are_wrong_ones(evaluator):
-    found = full(*evaluator)
+    found = controls.full(*evaluator)
     entry = found["grounding/cosine/cnr_micro"]
     assert entry["n"] == len(evaluator[0].grounder.pairs) > 5
     assert 0 <= entry["low"] <= entry["value"] <= entry["high"]
@@ -117,6 +117,62 @@ def test_bad_settings_are_refused(evaluator):
     ):
         with pytest.raises(UserError, match=message):
             Evaluator(parts, {**settings, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"protocols": ("probe",)}, "probe learns from the split train"),
+        ({"class_task": "findings"}, "no task 'findings'. Did you mean finding"),
+        ({"limit": -1}, "evals.limit=-1 must be 0 or more"),
+        ({"batch_size": 0}, "evals.batch_size=0 must be 1 or more"),
+        ({"masked_edge": 1.5}, "evals.masked_edge=1.5 must be a share"),
+        ({"views": 3}, "evals.views=3 must be one of"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused_before_anything_is_embedded(
+    evaluator, changes, message
+):
+    settings = {**evaluator[0].settings, "protocols": ("zero_shot",), "controls": ()}
+    with pytest.raises(UserError, match=message):
+        Evaluator(evaluator[0].parts, {**settings, **changes})
+
+
+def test_thresholds_need_a_validation_split_from_the_start(evaluator, monkeypatch):
+    one = evaluator[0]
+    chosen = {**one.settings["zero_shot"], "threshold": "maxf1-on-val"}
+    settings = {**one.settings, "protocols": ("zero_shot",), "controls": (), "zero_shot": chosen}
+    assert Evaluator(one.parts, settings).validation.split == "validation"
+    assert Evaluator(one.parts, {**settings, "split": "validation"}).validation is None
+
+    def opened(name, data, split):
+        if split == "validation":
+            raise UserError("no split 'validation'")
+        return one.source
+
+    monkeypatch.setattr(assemble, "open_corpus", opened)
+    with pytest.raises(UserError, match="no split 'validation'"):
+        Evaluator(one.parts, settings)
+
+
+def test_a_corpus_without_labels_has_pairs_to_retrieve(evaluator, monkeypatch):
+    one, variables = evaluator
+    settings = {**one.settings, "protocols": ("retrieval",), "controls": (), "limit": 16}
+    other = Evaluator(one.parts, settings)
+    bare = type(one.source)
+    monkeypatch.setattr(bare, "tasks", property(lambda source: {}))
+    found = other._retrieval(
+        variables,
+        {
+            k: v
+            for k, v in other.features(variables, one.source, limit=16).items()
+            if "label" not in k
+        },
+        mask=None,
+        resamples=0,
+    )
+    assert "retrieval/image_to_text/R@1" in found
+    assert "retrieval/image_to_text/P@1" not in found
 
 
 def test_a_split_without_boxes_is_refused(evaluator):

@@ -99,7 +99,7 @@ def scores(train: Mapping, test: Mapping, *, task: str, seed: int = 0) -> dict[s
       By name: "table", "pixels", "table and pixels"; or "missing mask".
 
     Raises:
-      UserError: if there is too little to fit.
+      UserError: for features that are not finite.
     """
     kinds = {name: (name,) for name in (TABLE, PIXELS, MISSING) if name in train}
     if {TABLE, PIXELS} <= {*kinds}:
@@ -149,6 +149,6 @@ def results(
             f"{task} ({kind})",
             scored.numbers,
             settings=settings | bootstrap,
-            notes=scored.notes | fitted,
+            notes=scored.notes | probe.named(fitted, classes),
         )
     return numbers

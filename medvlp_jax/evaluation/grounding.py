@@ -147,13 +147,14 @@ def heatmap(
     Args:
       patches: the values.
       side: pixels.
-      smoothing: standard deviation of a Gaussian on the grid, in patches; BioViL's is 1.5.
+      smoothing: standard deviation of a Gaussian on the grid, in patches, mirrored at its edges so
+        that the mean stays; BioViL's is 1.5.
       interpolation: "bilinear" between the patches' centres, constant beyond the outermost; or
         "nearest", BioViL's.
     """
     patches = np.asarray(patches, np.float64)
     if smoothing:
-        patches = scipy.ndimage.gaussian_filter(patches, smoothing, mode="nearest")
+        patches = scipy.ndimage.gaussian_filter(patches, smoothing, mode="reflect")
     places = [(np.arange(side) + 0.5) * n / side - 0.5 for n in patches.shape]  # pixel centres
     if interpolation == "nearest":
         near = [np.arange(side) * n // side for n in patches.shape]
@@ -261,12 +262,22 @@ def run(
 
     Returns:
       cnr, miou and pointing, each also `_micro` and per category; the mean `area` is what a random
-      pixel hits.
+      pixel hits. No number where nothing of any pair was seen.
     """
     seen = np.array([np.isfinite(s.cnr) for s in scores], bool)
     kept = [pair for pair, is_seen in zip(pairs, seen, strict=True) if is_seen]
     values = np.array([s[:3] for s in scores], np.float64).reshape(-1, 3)[seen]
     areas = np.array([s.area for s in scores])[seen]
+    notes = {
+        "patients": len({pair.patient for pair in kept}),
+        "left_out": int((~seen).sum()),
+        "flat": int(sum(s.flat for s in scores)),
+    }
+    protocol = PROTOCOL if variant == Variant() else LEGACY
+    settings = {"thresholds": THRESHOLDS, **(settings or {}), **bootstrap}
+    settings |= {} if variant == Variant() else variant._asdict()
+    if not kept:
+        return assemble(protocol, task, {}, settings=settings, notes=notes)
     kinds, kind = np.unique([pair.category for pair in kept], return_inverse=True)
     members = np.eye(len(kinds))[kind]  # [P, C]
     found = statistics.bootstrap(
@@ -287,15 +298,7 @@ def run(
             numbers[f"{metric}{name}"] = number(
                 found.value[at], found.low[at], found.high[at], n=counts[i], chance=chance
             )
-    notes = {
-        "patients": len({pair.patient for pair in kept}),
-        "left_out": int((~seen).sum()),
-        "flat": int(sum(s.flat for s in scores)),
-    }
-    settings = {"thresholds": THRESHOLDS, **(settings or {}), **bootstrap}
-    if variant != Variant():
-        return assemble(LEGACY, task, numbers, settings=settings | variant._asdict(), notes=notes)
-    return assemble(PROTOCOL, task, numbers, settings=settings, notes=notes)
+    return assemble(protocol, task, numbers, settings=settings, notes=notes)
 
 
 def _means(values: np.ndarray, members: np.ndarray, weights: np.ndarray) -> np.ndarray:

@@ -135,6 +135,8 @@ def choose_strength(features, labels, groups, *, multi_label: bool, seed: int) -
     None where so few patients leave no class that can be fitted and scored.
     """
     fit, held = validation_split(groups, seed=seed)
+    if not len(fit):  # a single patient
+        return None
     path = _fit_path(
         features[fit], labels[fit], features[held], multi_label=multi_label, strengths=STRENGTHS
     )
@@ -158,10 +160,11 @@ def fit(
 
     Returns:
       Scores [n, C], and what was fitted: strength, whether it was chosen (else it is 1, and a run
-      of hours does not end in an error), train_rows, converged.
+      of hours does not end in an error), train_rows, converged, not_fitted: the columns of classes
+      without both answers among these rows, which score as a guess.
 
     Raises:
-      UserError: if there is too little to fit, or features are not finite.
+      UserError: for a fraction outside (0, 1], or features that are not finite.
     """
     train_features, test_features = np.asarray(train_features), np.asarray(test_features)
     check_finite("training features", train_features)
@@ -174,7 +177,20 @@ def fit(
     path = _fit_path(x, y, test_features, multi_label=multi_label, strengths=(strength,))
     scores, converged = next(path)
     fitted = {"strength": strength, "strength_chosen": chosen is not None}
-    return scores, {**fitted, "train_rows": len(rows), "converged": converged}
+    fitted |= {"train_rows": len(rows), "converged": converged}
+    return scores, fitted | {"not_fitted": _not_fitted(y, multi_label)}
+
+
+def _not_fitted(labels, multi_label: bool) -> list[int]:
+    """Return the columns of labels [N, C] that no regression answers."""
+    models = _models(labels, multi_label)
+    found = {int(k) for c, _, y in models for k in ([c] if multi_label else np.unique(y))}
+    return [c for c in range(labels.shape[1]) if c not in found]
+
+
+def named(fitted: dict, classes: Sequence[str]) -> dict:
+    """Return what `fit` says with the names of the classes that were not fitted."""
+    return fitted | {"not_fitted": [classes[c] for c in fitted["not_fitted"]]}
 
 
 def run(
@@ -209,10 +225,10 @@ def run(
       **bootstrap: resamples (2,000), level.
 
     Returns:
-      The numbers of `classify`, and the chosen strength in the protocol entry.
+      The numbers of `classify`, and what was fitted in the protocol entry.
 
     Raises:
-      UserError: if there is too little to fit, or features are not finite.
+      UserError: for a fraction outside (0, 1], or features that are not finite.
     """
     scores, fitted = fit(
         train_features,
@@ -227,7 +243,8 @@ def run(
     scored = score(test_labels, scores, classes, groups=test_groups, seed=seed, **bootstrap)
     settings = {"classes": list(classes), "fraction": fraction, "strengths": STRENGTHS, **bootstrap}
     name = task if fraction == 1 else f"{task}_{100 * fraction:g}%"
-    return assemble(PROTOCOL, name, scored.numbers, settings=settings, notes=scored.notes | fitted)
+    notes = scored.notes | named(fitted, classes)
+    return assemble(PROTOCOL, name, scored.numbers, settings=settings, notes=notes)
 
 
 def curve(
@@ -269,7 +286,8 @@ def _mean_of(draws: Sequence[Results]) -> Results:
     for key, first in draws[0].items():
         if "value" not in first:
             means[key] = {k: first[k] for k in ("protocol", "hash", "settings")}
-            means[key] |= {"draws": len(draws), "train_rows": [d[key]["train_rows"] for d in draws]}
+            each = {name: [d[key][name] for d in draws] for name in ("train_rows", "not_fitted")}
+            means[key] |= {"draws": len(draws), **each}
             continue
         values = [draw.get(key, {}).get("value") for draw in draws]
         if None in values:

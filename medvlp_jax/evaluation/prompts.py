@@ -118,7 +118,7 @@ def read(name_or_path: str | pathlib.Path) -> dict[str, Any]:
     """Parse a shipped set or a file.
 
     Raises:
-      UserError: if there is no such set, or it is no JSON of tasks.
+      UserError: if there is no such set, or it is no JSON of tasks as above.
     """
     file = find(name_or_path)
     try:
@@ -127,4 +127,40 @@ def read(name_or_path: str | pathlib.Path) -> dict[str, Any]:
         raise UserError(f"{file} is not JSON: {error}.") from None
     if not isinstance(parsed, dict) or not {"version", "tasks"} <= parsed.keys():
         raise UserError(f'{file} is no prompt set; one has "version" and "tasks".')
+    if defect := _defect(parsed["tasks"]):
+        raise UserError(f"{file}: {defect}.")
     return parsed
+
+
+def _defect(tasks: Any) -> str:
+    """Return what is wrong with the tasks of a file; "" if nothing is."""
+    if not isinstance(tasks, dict):
+        return '"tasks" must be {task: {"section", "multi_label", "classes"}}'
+    for task, spec in tasks.items():
+        fields = spec if isinstance(spec, dict) else {}
+        if not isinstance(fields.get("section"), str):
+            return f'task \'{task}\' needs a "section", such as "findings"'
+        if not isinstance(fields.get("multi_label"), bool):
+            return f"task '{task}' needs \"multi_label\", true or false"
+        classes = fields.get("classes") or {"template": fields.get("template")}
+        if not isinstance(classes, dict):
+            return f'"classes" of task \'{task}\' must be {{class: {{"positive", "negative"}}}}'
+        for name, sides in classes.items():
+            if not isinstance(sides, dict):
+                return (
+                    f"'{name}' of task '{task}' must be {{\"positive\": side, \"negative\": side}}"
+                )
+            for side in {*SIDES} & {*sides}:
+                if not _is_side(sides[side]):
+                    return (
+                        f"the {side} side of '{name}' of task '{task}' must be a list of texts or "
+                        '{"slots": lists of texts}'
+                    )
+    return ""
+
+
+def _is_side(side: Any) -> bool:
+    """A text alone is refused: read as a list, each of its letters would be a prompt."""
+    lists = side.get("slots") if isinstance(side, dict) else [side]
+    is_texts = lambda texts: isinstance(texts, list) and all(isinstance(t, str) for t in texts)
+    return isinstance(lists, list) and bool(lists) and all(map(is_texts, lists))

@@ -76,6 +76,12 @@ def assemble(
     return _plain(entries)
 
 
+def renamed(results: Results, variant: str) -> Results:
+    """Mark the task of every key: "zero_shot/organ/x" -> "zero_shot/organ (variant)/x"."""
+    split = [(*key.split("/", 2), entry) for key, entry in results.items()]
+    return {f"{a}/{task} ({variant})/{c}": entry for a, task, c, entry in split}
+
+
 def digits(name: str, value: float | None) -> str:
     """One decimal for ranks, three for rates; a dash where there is no value."""
     if value is None:

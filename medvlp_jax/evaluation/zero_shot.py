@@ -62,12 +62,17 @@ def prompt_texts(prompts_json: Mapping[str, Any], task: str, classes: Sequence[s
       classes: the label columns' names; decides the order.
 
     Raises:
-      UserError: for a task or a class without prompts.
+      UserError: for a task or a class without prompts, or no class at all.
     """
     tasks = prompts_json["tasks"]
     if task not in tasks:
         raise UserError(f"No prompts for task '{task}'. {nearest(task, list(tasks))}")
     spec = tasks[task]
+    if not classes:  # of a partial set
+        raise UserError(
+            f"Prompt set {prompts_json['version']} names no class that task '{task}' of the corpus "
+            f"has; it names {', '.join(spec['classes'])}."
+        )
     paired = spec["multi_label"] and not spec.get("positive_only")
     sides = ("positive", "negative") if paired else ("positive",)
     for name in classes:

@@ -42,7 +42,7 @@ HELD = {
         )
     },
     "5 prompt generator": {
-        "evaluation/test_prompts.py": (
+        "evaluation/test_prompt_sets.py": (
             "test_gloria_has_the_published_number_of_prompts",
             "test_slots_run_as_nested_loops_and_an_empty_one_leaves_its_space",
         )

@@ -83,7 +83,6 @@ def test_what_is_not_seen_does_not_count():
 def test_a_region_is_the_union_of_boxes_by_pixel_centres():
     boxes = np.array([[0, 0, 2, 1], [1.4, 0.4, 3.6, 2.6], [3.1, 3.1, 3.2, 3.2]])
     expected = [[1, 0, 0, 0], [1, 1, 1, 0], [1, 1, 1, 0], [1, 1, 1, 1]]
-    expected[1][0:3] = [1, 1, 1]  # rows 1.5, 2.5, 3.5; columns 0.5, 1.5, 2.5
     np.testing.assert_array_equal(grounding.region(boxes, 4, 4), np.array(expected, bool))
 
 
@@ -102,6 +101,24 @@ def test_smoothing_keeps_the_mean_and_lowers_the_peak():
     found = grounding.heatmap(patches, 9, smoothing=1.5, interpolation="nearest")
     assert found.sum() == pytest.approx(1, abs=1e-2)
     assert found.max() == found[4, 4] < 0.1
+
+
+def test_smoothing_mirrors_the_grid_at_its_edges_as_biovils_does():
+    patches = np.random.default_rng(0).random((7, 7))
+    found = grounding.heatmap(patches, 7, smoothing=1.5, interpolation="nearest")
+    mirrored = np.tile(
+        np.block([[patches, patches[:, ::-1]], [patches[::-1], patches[::-1, ::-1]]]), (3, 3)
+    )
+    offsets = range(-6, 7)  # SciPy cuts the Gaussian at four deviations
+    weights = {i: np.exp(-(i**2) / 2 / 1.5**2) for i in offsets}
+    total = sum(weights.values()) ** 2
+    for y, x in ((0, 0), (0, 3), (5, 6)):
+        expected = sum(
+            weights[i] * weights[j] * mirrored[14 + y + i, 14 + x + j]
+            for i in offsets
+            for j in offsets
+        )
+        assert found[y, x] == pytest.approx(expected / total, rel=1e-12)
 
 
 def pairs():
@@ -146,6 +163,13 @@ def test_means_are_over_categories_first_and_intervals_over_patients():
     assert found["grounding/cosine/protocol"]["left_out"] == 1
     assert found["grounding/cosine/protocol"]["patients"] == 6
     json.dumps(found, allow_nan=False)
+
+
+def test_boxes_outside_what_was_seen_leave_no_number_and_are_counted():
+    unseen = grounding.Scores(NAN, 0.0, 0.0, False, 0.0)
+    found = grounding.run(pairs(), [unseen] * 12, task="cosine", resamples=20)
+    assert {*found} == {"grounding/cosine/protocol"}
+    assert found["grounding/cosine/protocol"]["left_out"] == 12
 
 
 @pytest.mark.parametrize(

@@ -112,6 +112,28 @@ def test_too_little_data_to_choose_a_strength_is_noted_and_ends_nothing():
     assert not scores[:, 1].any()
 
 
+def test_a_single_patient_leaves_the_strength_unchosen():
+    x, y, _ = make(20, np.random.default_rng(0))
+    _, fitted = probe.fit(x, y, x, multi_label=True, seed=0, train_groups=np.zeros(20))
+    assert (fitted["strength_chosen"], fitted["train_rows"]) == (False, 20)
+
+
+@pytest.mark.parametrize("multi_label", [True, False])
+def test_classes_that_training_rows_do_not_have_are_named(multi_label):
+    rng = np.random.default_rng(0)
+    y = np.eye(3, dtype=np.int8)[rng.integers(0, 3, 60)]
+    few = np.eye(3, dtype=np.int8)[rng.integers(0, 2, 60)]
+    options = {"classes": ("a", "b", "rare"), "task": "t", "seed": 0, "resamples": 0}
+    found = probe.run(
+        *(rng.normal(size=(60, 2)), few, rng.normal(size=(60, 2)), y),
+        multi_label=multi_label,
+        **options,
+    )
+    assert found["probe/t/protocol"]["not_fitted"] == ["rare"]
+    if multi_label:
+        assert found["probe/t/auroc/rare"]["value"] == 0.5
+
+
 def test_same_seed_same_numbers():
     rng = np.random.default_rng(0)
     x, y, groups = make(80, rng)

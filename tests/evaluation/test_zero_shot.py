@@ -71,6 +71,8 @@ def test_unknown_task_class_and_missing_negative_are_refused():
         zero_shot.prompt_texts(PROMPTS, "findings", ("edema",))
     with pytest.raises(UserError, match=r"class 'oedema'.*edema"):
         zero_shot.prompt_texts(PROMPTS, "finding", ("oedema",))
+    with pytest.raises(UserError, match=r"names no class that task 'finding' .* nodule, edema"):
+        zero_shot.prompt_texts(PROMPTS, "finding", ())
     broken = json.loads(json.dumps(PROMPTS))
     del broken["tasks"]["finding"]["classes"]["edema"]["negative"]
     with pytest.raises(UserError, match="needs a negative prompt"):

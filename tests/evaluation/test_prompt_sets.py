@@ -125,3 +125,41 @@ def test_what_is_no_prompt_set_is_refused(tmp_path):
         texts_of("gloria-v1", "finding")
     with pytest.raises(UserError, match="draw=-1 must be 0"):
         texts_of("gloria-v1", draw=-1)
+
+
+SET = {"section": "report", "multi_label": True, "classes": {"A": {"positive": ["a"]}}}
+
+
+@pytest.mark.parametrize(
+    ("tasks", "sentence"),
+    [
+        (["finding"], '"tasks" must be'),
+        ({"finding": "A"}, "'finding' needs a \"section\""),
+        ({"finding": {**SET, "section": None}}, "'finding' needs a \"section\""),
+        ({"finding": {**SET, "multi_label": 1}}, "'finding' needs \"multi_label\", true or false"),
+        ({"finding": {**SET, "classes": ["A"]}}, "\"classes\" of task 'finding' must be"),
+        ({"finding": {**SET, "classes": {"A": ["a"]}}}, "'A' of task 'finding' must be"),
+        ({"finding": {**SET, "classes": {}}}, "'template' of task 'finding' must be"),
+        *(
+            ({"finding": {**SET, "classes": {"A": {"positive": side}}}}, "positive side of 'A'")
+            for side in (
+                "a text",
+                [1],
+                None,
+                {"slots": []},
+                {"slots": ["a", "b"]},
+                {"slot": [["a"]]},
+            )
+        ),
+    ],
+)
+def test_a_file_of_another_form_is_refused_and_no_letter_becomes_a_prompt(
+    tmp_path, tasks, sentence
+):
+    file = tmp_path / "set.json"
+    file.write_text(json.dumps({"version": "1", "tasks": tasks}))
+    with pytest.raises(UserError, match=sentence) as error:
+        prompts.read(file)
+    assert str(file) in str(error.value)
+    file.write_text(json.dumps({"version": "1", "tasks": {"finding": SET}}))
+    assert prompts.read(file)["tasks"]["finding"] == SET
