@@ -111,8 +111,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         patience=options.patience,
     )
     settings.check()
-    options.out.mkdir(parents=True, exist_ok=True)
     job = Job(backbone, task, train, test, settings, options)
+    options.out.mkdir(parents=True, exist_ok=True)
     results = adaptation.over_seeds([job.run(seed) for seed in seeds])
     if options.untrained:
         results = renamed(results, "untrained")

@@ -4,15 +4,11 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from medvlp_jax import assemble, convert, weights
+from medvlp_jax import assemble, outside, weights
 from medvlp_jax.config import UserError
-from medvlp_jax.convert.checkpoint import PREPROCESSOR, read_config
-from medvlp_jax.convert.files import read_json
 from medvlp_jax.encoders.base import IMAGENET_MEAN, IMAGENET_STD
 from medvlp_jax.evaluation import provenance
 from medvlp_jax.training import params as paths
-
-SIZE = 224  # where neither the folder nor the user says one
 
 
 class Backbone(NamedTuple):
@@ -52,26 +48,9 @@ def of_folder(source: str) -> Backbone:
     Raises:
       UserError: if it holds none that `convert.load` reads.
     """
-    folder = convert.fetch(source)
-    tower = "vision" if "vision_config" in read_config(folder) else ""
-    heads = {} if tower else weights.heads_of(folder, {})
-    module, variables = convert.load(folder, tower=tower, **heads)
-    if hasattr(module, "vocab_size"):
-        raise UserError(
-            f"{source} holds a text encoder ({type(module).__name__}); an image encoder is needed, "
-            "such as EXPORT/image."
-        )
-    file = folder / PREPROCESSOR
-    said = read_json(file) if file.is_file() else {}
-    return Backbone(
-        module,
-        variables,
-        _side(said),
-        tuple(said.get("image_mean", IMAGENET_MEAN)),
-        tuple(said.get("image_std", IMAGENET_STD)),
-        (),
-        source,
-    )
+    folder, module, variables = outside.image_encoder(source)
+    seen = outside.preparation(folder, module)
+    return Backbone(module, variables, seen.size, seen.mean, seen.std, (), source)
 
 
 def of_run(folder: pathlib.Path) -> Backbone:
@@ -95,16 +74,3 @@ def of_run(folder: pathlib.Path) -> Backbone:
     trained = tuple(config["data"]["corpora"])
     size = config["data"]["crop"]
     return Backbone(module, own, size, IMAGENET_MEAN, IMAGENET_STD, trained, str(folder))
-
-
-def _side(said: Mapping) -> int:
-    """Return the pixels a side of a preprocessor_config.json."""
-    for key in ("crop_size", "size"):
-        value = said.get(key)
-        if key == "crop_size" and said.get("do_center_crop") is False:
-            continue
-        if isinstance(value, Mapping):
-            value = value.get("height") or value.get("shortest_edge")
-        if isinstance(value, int):
-            return value
-    return SIZE

@@ -5,21 +5,21 @@ or a second folder with a text encoder whose features are as wide, also for zero
 What can be read is what `convert.load` reads.
 
 Images are squashed to the encoder's square, where transformers cuts the middle out of one that is
-not square. Mean and deviation are those of preprocessor_config.json.
+not square. Mean, deviation and size are those of preprocessor_config.json.
 
 Axis letters: B batch, D width, E joint width.
 """
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from medvlp_jax import assemble, convert, distributed, sharding
+from medvlp_jax import assemble, convert, distributed, sharding, weights
 from medvlp_jax.config import UserError
 from medvlp_jax.convert.checkpoint import PREPROCESSOR, TOWERS, read_config
 from medvlp_jax.convert.files import read_json
@@ -30,6 +30,20 @@ from medvlp_jax.recipes import base
 SECTION = "report"
 SIZE = 224  # pixels a side, where neither the encoder nor its folder says
 LONGEST = 256  # tokens of a text, as data.text_length
+
+
+class Preparation(NamedTuple):
+    """How an encoder wants its images.
+
+    Attributes:
+      mean: per channel, of pixels scaled to [0, 1].
+      std: likewise.
+      size: pixels a side.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    size: int
 
 
 class Encoders(nn.Module):
@@ -88,8 +102,7 @@ def parts(
     Raises:
       UserError: for a folder that holds no such encoder, or two that do not fit together.
     """
-    folder = convert.fetch(encoder)
-    module, variables = _load(folder, "vision")
+    folder, module, variables = image_encoder(encoder)
     trees, tokenizer, second = {"image": variables}, None, None
     if with_text:
         source = convert.fetch(text) if text else folder
@@ -105,11 +118,11 @@ def parts(
                 f"{source}: its tokenizer has {tokenizer.get_vocab_size()} tokens, "
                 f"its text encoder {second.vocab_size}."
             )
-    mean, std, size = _preparation(folder, module)
+    seen = preparation(folder, module)
     projected = "projection" in variables["params"]
-    recipe = Encoders(module, second, mean, std, projected)
-    data = {**data, "size": size, "crop": size, "crop_black_border": False, "stretch": False}
-    data |= {"fit": "squash", "channels": len(mean)}
+    recipe = Encoders(module, second, seen.mean, seen.std, projected)
+    data = {**data, "size": seen.size, "crop": seen.size, "crop_black_border": False}
+    data |= {"stretch": False, "fit": "squash", "channels": len(seen.mean)}
     data["text_length"] = min(LONGEST, getattr(second, "max_length", LONGEST))
     config = {"recipe": {"name": "encoder"}, "data": data, "seed": 0, "mesh": {"rules": ()}}
     mesh = sharding.make_mesh()
@@ -121,32 +134,69 @@ def parts(
     return made, joined
 
 
+def image_encoder(source: str) -> tuple[Path, nn.Module, dict]:
+    """Return folder, module and variables of the image encoder of a folder or hub id.
+
+    Raises:
+      UserError: if it holds none that `convert.load` reads.
+    """
+    folder = convert.fetch(source)
+    module, variables = _load(folder, "vision")
+    if hasattr(module, "vocab_size"):
+        raise UserError(
+            f"{source} holds a text encoder ({type(module).__name__}); an image encoder is needed, "
+            "such as EXPORT/image."
+        )
+    return folder, module, variables
+
+
+def preparation(folder: Path, module: nn.Module) -> Preparation:
+    """Return how the images of an encoder are prepared, from the file that says so.
+
+    The side is that of the crop, where images are cropped, else of the image; of the encoder where
+    the file has neither.
+
+    Raises:
+      UserError: for a file whose mean, deviation or size are none.
+    """
+    file, found = folder / PREPROCESSOR, {}
+    if file.is_file():
+        found = read_json(file)
+    else:
+        distributed.say(f"medvlp: {folder} has no {PREPROCESSOR}; images get ImageNet's mean.")
+    mean, std = (
+        tuple(found.get(f"image_{name}") or usual)
+        for name, usual in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD))
+    )
+    names = ("size",) if found.get("do_center_crop") is False else ("crop_size", "size")
+    sides = [found[name] for name in names if found.get(name)]
+    side = sides[0] if sides else getattr(module, "image_size", SIZE)
+    if isinstance(side, Mapping):
+        side = side.get("height") or side.get("shortest_edge")
+    if len(mean) != len(std) or not isinstance(side, int):
+        raise UserError(
+            f"{file} has image_mean {mean}, image_std {std} and size {sides}; accepted are lists "
+            "of one length and a size of whole pixels."
+        )
+    return Preparation(mean, std, side)
+
+
 def _is_dual(folder: Path) -> bool:
     config = read_config(folder)
     return any(f"{tower}_config" in config for tower in TOWERS)
 
 
 def _load(folder: Path, tower: str):
-    """Return module and variables of an encoder; texts are projected by their own module."""
-    module, variables = convert.load(folder, tower=tower if _is_dual(folder) else "")
+    """Return module and variables of an encoder without the heads that nothing here reads.
+
+    Texts are projected by their own module.
+    """
+    is_dual = _is_dual(folder)
+    heads = {} if is_dual else weights.heads_of(folder, {})
+    module, variables = convert.load(folder, tower=tower if is_dual else "", **heads)
     if tower == "text" and "projection" in variables["params"]:
         module = module.clone(pooling="projection")
     return module, variables
-
-
-def _preparation(folder: Path, module) -> tuple[tuple, tuple, int]:
-    """Return mean, deviation and side of the images an encoder was made for."""
-    file, found = folder / PREPROCESSOR, {}
-    if file.is_file():
-        found = read_json(file)
-    else:
-        distributed.say(f"medvlp: {folder} has no {PREPROCESSOR}; images get ImageNet's mean.")
-    mean = tuple(found.get("image_mean", IMAGENET_MEAN))
-    std = tuple(found.get("image_std", IMAGENET_STD))
-    size = found.get("crop_size", found.get("size", SIZE))
-    if isinstance(size, Mapping):
-        size = size.get("height", size.get("shortest_edge", SIZE))
-    return mean, std, int(getattr(module, "image_size", size))
 
 
 def _check_widths(made: assemble.Parts, variables: Mapping) -> None:

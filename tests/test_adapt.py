@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from medvlp_jax import adapt, backbones, cli, convert
+from medvlp_jax import adapt, backbones, cli, convert, outside
 from medvlp_jax.data import corpora
 from medvlp_jax.encoders import bert, resnet
 from medvlp_jax.encoders.base import Tokens
@@ -64,7 +64,9 @@ def test_segment_writes_results_with_their_origin_and_a_picture(given, tmp_path,
 def test_detect_writes_every_metric(given, tmp_path):
     results = run(given, "detect", tmp_path, "--fraction=0.5")
     assert {"detect/boxes_50%/map", "detect/boxes_50%/froc/0.125"} <= {*results}
-    assert results["detect/boxes_50%/protocol"]["skipped"] is not None
+    notes = results["detect/boxes_50%/protocol"]
+    assert not {*notes["skipped"]} & {*notes["boxes"]}
+    assert {*notes["skipped"], *notes["boxes"]} == {*notes["settings"]["classes"]}
 
 
 @pytest.mark.slow
@@ -98,6 +100,16 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(given, tmp_path, capsys, c
     assert not out.exists()
 
 
+def test_a_split_with_nothing_to_find_is_one_sentence_and_leaves_nothing(
+    given, tmp_path, capsys, monkeypatch
+):
+    nothing = lambda task, source: (np.zeros(0, int), np.zeros(0, str))
+    monkeypatch.setattr(adapt.tasks, "scan", nothing)
+    assert cli.run(adapt.main, command(given, "segment", tmp_path / "out")) == 2
+    assert "has nothing to segment in train" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_text_encoder_is_refused(tmp_path):
     module = bert.make("tiny", vocab_size=20, width=16, depth=1, mlp_dim=16)
     tokens = Tokens(np.zeros((1, 4), int), np.ones((1, 4), bool))
@@ -107,3 +119,5 @@ def test_a_text_encoder_is_refused(tmp_path):
         backbones.UserError, match=r"text encoder \(Bert\); an image encoder is need"
     ):
         backbones.of_folder(str(tmp_path))
+    with pytest.raises(backbones.UserError, match=r"text encoder \(Bert\)"):  # of evaluate, too
+        outside.parts(str(tmp_path), "", {}, with_text=False)

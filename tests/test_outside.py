@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import types
 
 import numpy as np
 import pytest
@@ -128,6 +129,32 @@ def test_two_encoders_that_do_not_meet_are_refused(clip, command, tmp_path, voca
     shutil.copy(tokenisation._VOCAB / "cxr_phantom" / "tokenizer.json", tmp_path)
     with pytest.raises(UserError, match=f"Images become 12 numbers and texts {width}"):
         command("--encoder", clip, "--text", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("said", "size"),
+    [
+        ({}, 518),  # of the encoder
+        ({"crop_size": {"height": 224, "width": 224}, "size": {"shortest_edge": 256}}, 224),
+        ({"crop_size": 224, "do_center_crop": False, "size": {"height": 384, "width": 384}}, 384),
+        ({"size": 256}, 256),
+        ({"image_mean": [0.5], "image_std": [0.2], "size": None}, 518),
+    ],
+)
+def test_a_folder_says_how_images_are_prepared(tmp_path, said, size):
+    module = types.SimpleNamespace(image_size=518)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(said))
+    found = outside.preparation(tmp_path, module)
+    assert found.size == size
+    assert found.mean == tuple(said.get("image_mean", outside.IMAGENET_MEAN))
+    assert outside.preparation(tmp_path / "none", types.SimpleNamespace()).size == outside.SIZE
+
+
+@pytest.mark.parametrize("said", [{"size": {"depth": 3}}, {"size": "big"}, {"image_mean": [0.5]}])
+def test_a_preparation_that_cannot_be_is_one_sentence(tmp_path, said):
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(said))
+    with pytest.raises(UserError, match="accepted are lists of one length and a size"):
+        outside.preparation(tmp_path, types.SimpleNamespace())
 
 
 def test_bad_arguments_are_one_sentence(tmp_path):
