@@ -27,6 +27,7 @@ from medvlp_jax import (
     cases,
     checks,
     cli,
+    controls,
     distributed,
     examples,
     export,
