@@ -9,11 +9,12 @@ from medvlp_jax.config import UserError
 from medvlp_jax.evaluation import folds
 
 STAMP = {"protocol": "classify@v1", "hash": "x"}
+REST = {"low": None, "high": None, "n": 9, "chance": None}
 
 
 def write(folder, **values):
     folder.mkdir()
-    entries = {f"classify/diagnosis/{k}": {"value": v, **STAMP} for k, v in values.items()}
+    entries = {f"classify/diagnosis/{k}": {"value": v, **REST, **STAMP} for k, v in values.items()}
     entries["classify/diagnosis/protocol"] = {**STAMP, "settings": {}}
     (folder / "results.json").write_text(json.dumps(entries))
     return folder
