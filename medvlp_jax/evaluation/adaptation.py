@@ -143,11 +143,6 @@ class Fitted(NamedTuple):
     steps: int
 
 
-def task_name(name: str, fraction: float) -> str:
-    """Return the middle part of the result keys: "lung", or "lung_10%" of a tenth of the labels."""
-    return name if fraction == 1 else f"{name}_{100 * fraction:g}%"
-
-
 def over_seeds(results: Sequence[Results]) -> Results:
     """Return the mean of each number over trainings that differ in their seed alone.
 

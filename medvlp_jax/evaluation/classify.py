@@ -13,7 +13,7 @@ import numpy as np
 import scipy.special
 
 from medvlp_jax.config import UserError, nearest
-from medvlp_jax.evaluation import metrics, statistics
+from medvlp_jax.evaluation import metrics, scoring, statistics
 from medvlp_jax.evaluation.features import check_finite
 from medvlp_jax.evaluation.results import Results, assemble, number
 
@@ -228,8 +228,7 @@ def _decisions(truth, scores, classes, share, positive):
     num_classes, present = len(classes), share > 0
     predictions = scores.argmax(1)
     # Worth many points and transductive (it looks at the whole test set): a row of its own.
-    spread = scores.std(0)
-    standard = (scores - scores.mean(0)) / np.where(spread > 0, spread, 1.0)
+    standard = scoring.standardised(scores)
     one_hot = (truth[:, None] == np.arange(num_classes)).astype(np.int8)[:, present]
     rankable = _has_both(one_hot)
     focus = np.array([name == positive for name in classes]) if positive else present

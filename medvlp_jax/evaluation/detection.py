@@ -15,10 +15,10 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from medvlp_jax.evaluation import adaptation, statistics, yolo
 from medvlp_jax.evaluation import average_precision as ap
+from medvlp_jax.evaluation import statistics, yolo
 from medvlp_jax.evaluation.average_precision import Boxes
-from medvlp_jax.evaluation.results import Results, assemble, number
+from medvlp_jax.evaluation.results import Results, assemble, number, task_name
 
 PROTOCOL = {False: "detect@clean-v1", True: "detect-train-encoder@clean-v1"}
 IOUS = tuple(np.round(np.arange(0.4, 0.76, 0.05), 2).tolist())
@@ -164,5 +164,5 @@ def run(
         **{"classes": list(names), "ious": IOUS, "nms": NMS, "floor": FLOOR, "kept": yolo.KEPT},
         **{"fraction": fraction, **settings, **bootstrap},
     }
-    name = adaptation.task_name(names[0] if len(names) == 1 else "boxes", fraction)
+    name = task_name(names[0] if len(names) == 1 else "boxes", fraction)
     return assemble(PROTOCOL[train_encoder], name, numbers, settings=settings, notes=notes)

@@ -17,9 +17,9 @@ import optax
 import scipy.special
 
 from medvlp_jax.config import UserError
-from medvlp_jax.evaluation import adaptation, classify, metrics
+from medvlp_jax.evaluation import classify, metrics, probe
 from medvlp_jax.evaluation.features import check_finite
-from medvlp_jax.evaluation.results import Results, assemble
+from medvlp_jax.evaluation.results import Results, assemble, task_name
 from medvlp_jax.layers import LayerNorm, Linear
 
 PROTOCOL = "finetune@clean-v1"
@@ -78,10 +78,9 @@ def is_multi_label(labels: np.ndarray) -> bool:
     Raises:
       UserError: where nothing is known of any row.
     """
-    known = labels[(labels >= 0).any(1)]
-    if not len(known):
+    if not (labels >= 0).any():
         raise UserError("No training row has a known label of this task; another task is needed.")
-    return bool(labels.shape[1] == 1 or ((known == 1).sum(1) != 1).any())
+    return labels.shape[1] == 1 or probe.is_multi_label(labels)
 
 
 def value(found: Mapping, *, task: str, multi_label: bool) -> float:
@@ -135,7 +134,7 @@ def run(
     settings = {"classes": list(classes), "fraction": fraction, **settings, **bootstrap}
     return assemble(
         PROTOCOL,
-        adaptation.task_name(task, fraction),
+        task_name(task, fraction),
         scored.numbers,
         settings=settings,
         notes=scored.notes | dict(notes),

@@ -19,7 +19,7 @@ from sklearn.preprocessing import StandardScaler
 from medvlp_jax.config import UserError
 from medvlp_jax.evaluation import classify, metrics, statistics
 from medvlp_jax.evaluation.features import check_finite
-from medvlp_jax.evaluation.results import Results, assemble
+from medvlp_jax.evaluation.results import Results, assemble, task_name
 
 PROTOCOL = "probe@clean-v1"
 # Inverse L2 strengths, our choice: a path in which each fit starts from the one before.
@@ -242,7 +242,7 @@ def run(
     score = classify.multi_label_scores if multi_label else classify.single_label_scores
     scored = score(test_labels, scores, classes, groups=test_groups, seed=seed, **bootstrap)
     settings = {"classes": list(classes), "fraction": fraction, "strengths": STRENGTHS, **bootstrap}
-    name = task if fraction == 1 else f"{task}_{100 * fraction:g}%"
+    name = task_name(task, fraction)
     notes = scored.notes | named(fitted, classes)
     return assemble(PROTOCOL, name, scored.numbers, settings=settings, notes=notes)
 

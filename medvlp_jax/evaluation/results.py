@@ -76,6 +76,11 @@ def assemble(
     return _plain(entries)
 
 
+def task_name(name: str, fraction: float) -> str:
+    """Return the middle part of the keys: "lung", or "lung_10%" of a tenth of the patients."""
+    return name if fraction == 1 else f"{name}_{100 * fraction:g}%"
+
+
 def renamed(results: Results, variant: str) -> Results:
     """Mark the task of every key: "zero_shot/organ/x" -> "zero_shot/organ (variant)/x"."""
     split = [(*key.split("/", 2), entry) for key, entry in results.items()]

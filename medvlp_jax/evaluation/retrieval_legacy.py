@@ -7,8 +7,9 @@ Let y be classes and pi_q the gallery by decreasing similarity with query q, tie
   R@K = mean_q 1[pair(q) is among the first K]           pair recall; mean_rank of the pair
 
   gloria    P@5, 10, 100. Every report is a gallery entry, copies too. Each report's similarities
-            are standardised over all images (population deviation), which changes what an image
-            ranks first. Huang et al. 2021 average this with a local matrix; no recipe here has one.
+            are standardised over all images of a known class (population deviation), which changes
+            what an image ranks first. Huang et al. 2021 average this with a local matrix; no recipe
+            here has one.
   benchx    P@K and H@K, K = 1, 5, 10, of cosines; copies are entries. Zhou et al. 2024.
   cxrclip   R@1, 5, 10 and mean_rank of cosines; identical texts are one entry. You et al. 2023
             take the longer of findings and impression for the text; here it is the run's own.
@@ -37,7 +38,7 @@ class Flavour(NamedTuple):
       metrics: letters of P, H and R.
       ks: the K.
       distinct: identical texts are one gallery entry.
-      standardised: each gallery entry's similarities over all queries.
+      standardised: each gallery entry's similarities over all queries that are scored.
     """
 
     metrics: str
@@ -104,7 +105,8 @@ def search(query: Side, gallery: Side, flavour: Flavour, ks, *, tile=256) -> dic
     mean, spread = 0.0, 1.0
     if flavour.standardised:
         mean, spread = column_moments(query.features, gallery.features)
-        spread = np.where(spread > 0, spread, 1.0)
+        # But for rounding, as in scoring.standardised: of equal queries every entry is tied.
+        spread = np.where(spread > 1e-9 * np.abs(mean), spread, np.inf)
     entries = np.asarray(gallery.features, np.float64).T
     for start in range(0, len(query.features), tile):
         rows = slice(start, start + tile)

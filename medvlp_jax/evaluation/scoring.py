@@ -119,7 +119,12 @@ def pooled(image, groups: Sequence[np.ndarray], pool: str) -> np.ndarray:
 
 
 def standardised(scores: np.ndarray) -> np.ndarray:
-    """Shift and scale each column to mean 0 and population deviation 1; a constant one to 0."""
+    """Shift and scale each column to mean 0 and population deviation 1; a constant one to 0.
+
+    A single row stays as it is, as in GLoRIA: of all zeros the first class would be the answer.
+    """
+    if len(scores) < 2:
+        return scores
     centred, spread = scores - scores.mean(0), scores.std(0)
     varies = spread > 1e-9 * np.abs(scores).max(0)  # but for rounding
     return np.where(varies, centred / np.where(varies, spread, 1.0), 0.0)
@@ -149,7 +154,7 @@ def scores(
         values = values - pooled(image, negative, flavour.pool)
     if flavour.compare == "softmax":
         values = 1 / (1 + np.exp(-values))  # the softmax of two depends on their difference alone
-    if flavour.standardise == "all" and len(values) > 1:  # GLoRIA leaves a single image as it is
+    if flavour.standardise == "all":
         values = standardised(values)
     if flavour.standardise == "batch":
         size = batch_size or len(values)

@@ -28,8 +28,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from medvlp_jax.evaluation import adaptation, decoders, metrics, statistics
-from medvlp_jax.evaluation.results import Results, assemble, number
+from medvlp_jax.evaluation import decoders, metrics, statistics
+from medvlp_jax.evaluation.results import Results, assemble, number, task_name
 
 PROTOCOL = {False: "segment@clean-v1", True: "segment-train-encoder@clean-v1"}
 THRESHOLDS = tuple(np.round(np.arange(0.1, 0.95, 0.1), 1).tolist())
@@ -201,7 +201,7 @@ def run(
     skipped = [name for name in names if name not in kept]
     notes = {"patients": len({*map(str, groups)}), "skipped": skipped, **notes}
     settings = {"regions": list(names), "fraction": fraction, **settings, **bootstrap}
-    name = adaptation.task_name(names[0] if len(names) == 1 else "regions", fraction)
+    name = task_name(names[0] if len(names) == 1 else "regions", fraction)
     return assemble(PROTOCOL[train_encoder], name, numbers, settings=settings, notes=notes)
 
 

@@ -116,3 +116,15 @@ def test_what_cannot_be_measured_is_refused(corpus):
         retrieval_legacy.run(image, text, ids, flavour="bench")
     with pytest.raises(UserError, match="retrieval@gloria counts classes"):
         retrieval_legacy.run(image, text, ids, flavour="gloria")
+
+
+def test_queries_that_do_not_differ_leave_the_order_of_the_gallery():
+    rng = np.random.default_rng(0)
+    query, entries = np.tile(unit(rng.normal(size=6)), (7, 1)), unit(rng.normal(size=(9, 6)))
+    kind = rng.permutation(9) % 3
+    sides = [
+        retrieval_legacy.Side(features, np.arange(n), kinds, np.arange(n))
+        for features, n, kinds in ((query, 7, np.zeros(7, int)), (entries, 9, kind))
+    ]
+    found = retrieval_legacy.search(*sides, retrieval_legacy.FLAVOURS["gloria"], (4,))
+    assert found["P@4"].tolist() == [(kind[:4] == 0).mean()] * 7

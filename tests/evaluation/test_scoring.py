@@ -123,9 +123,12 @@ def test_benchx_averages_batches_of_unequal_size():
 def test_a_single_image_and_a_constant_class_stay_finite():
     for flavour in ("gloria", "benchx"):
         one = zero_shot.scores(IMAGE[:1], SINGLE, flavour=flavour)
-        assert np.isfinite(one).all()
+        expected = [[loop_pool(IMAGE[0], p, "max") for p in POSITIVE]]
+        np.testing.assert_allclose(one, expected, rtol=1e-9)
         same = zero_shot.scores(np.tile(IMAGE[:1], (3, 1)), SINGLE, flavour=flavour)
         assert np.abs(same).max() < 1e-6
+    last = zero_shot.scores(IMAGE, SINGLE, flavour="benchx", batch_size=11)[22]  # 11, 11 and 1
+    np.testing.assert_allclose(last, [loop_pool(IMAGE[22], p, "max") for p in POSITIVE], rtol=1e-9)
 
 
 def test_what_a_flavour_does_not_score_is_refused_with_what_does():
