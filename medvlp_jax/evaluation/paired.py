@@ -4,7 +4,8 @@
 
 The n-th run of each side has scored the same cases: one run each, or one a seed or fold. The number
 is the mean over the runs of ours minus theirs; patients are drawn with all their rows in all runs,
-the same for both sides. What folds say among themselves is `over_folds`.
+the same for both sides; the interval of a difference is the percentile one. What folds say among
+themselves is `over_folds`.
 """
 
 import argparse
