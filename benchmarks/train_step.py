@@ -157,6 +157,8 @@ def time_steps(step, state, batches, rounds: int, steps: int) -> dict:
     """
     total, waited = [], []
     for turn in range(rounds + 1):
+        if turn == 1:
+            used = resource.getrusage(resource.RUSAGE_SELF)
         began, waiting = time.perf_counter(), 0.0
         for _ in range(steps):
             asked = time.perf_counter()
@@ -168,7 +170,11 @@ def time_steps(step, state, batches, rounds: int, steps: int) -> dict:
             total.append((time.perf_counter() - began) / steps)
             waited.append(waiting / steps)
     loss = float(metrics["loss"])
+    now = resource.getrusage(resource.RUSAGE_SELF)
+    processor = now.ru_utime + now.ru_stime - used.ru_utime - used.ru_stime
     return {
+        "processor_seconds": processor / (rounds * steps),
+        "page_faults": (now.ru_minflt - used.ru_minflt) / (rounds * steps),
         "step_seconds": float(np.median(total)),
         "step_seconds_quartiles": np.quantile(total, (0.25, 0.75)).tolist(),
         "host_waits_for_data_seconds": float(np.median(waited)),
@@ -316,6 +322,8 @@ def table(rows: list[dict]) -> str:
         "pairs": lambda r: r["batch_size"],
         "input": lambda r: r["input"],
         "ms a step": lambda r: f"{1e3 * r['step_seconds']:,.1f}",
+        "processor ms": lambda r: f"{1e3 * r['processor_seconds']:,.1f}",
+        "page faults": lambda r: f"{r['page_faults']:,.0f}",
         "of it waiting": lambda r: f"{1e3 * r['host_waits_for_data_seconds']:,.1f}",
         "pairs/s": lambda r: f"{r['pairs_per_second']:,.1f}",
         "images/s": lambda r: f"{r['images_per_second']:,.1f}",

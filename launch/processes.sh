@@ -3,8 +3,8 @@
 # Reads: command, workdir, processes, restarts, dry_run, mode.
 # shellcheck disable=SC2154  # set by launch/run.sh
 
-# XLA asks for the memory of each step anew. glibc would give it back to the system in between, which then has to clear it again: a tenth of
-# a step's time on a CPU (docs/performance.md). One arena, because only the first can keep blocks of this size.
+# XLA asks for the memory of each step anew. glibc would give it back to the system in between, which then has to clear it again: up to a
+# quarter of a step's time on a CPU (docs/performance.md). One arena, because only the first can keep blocks of this size.
 if [[ -z "$MEDVLP_ACCELERATOR" ]]; then
   export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1099511627776:glibc.malloc.arena_max=1}"
 fi
