@@ -3,6 +3,15 @@
 import jax
 import numpy as np
 import pytest
+import twins
+
+START = twins.RNG.bit_generator.state
+
+
+@pytest.fixture(autouse=True)
+def same_draws():
+    """Start each test at the same draw, whichever tests ran before it."""
+    twins.RNG.bit_generator.state = START
 
 
 def fill(path, leaf):

@@ -37,6 +37,43 @@ def outputs_of_theirs(theirs, images):
     return out.pooler_output[:, :, 0, 0], *(h.permute(0, 2, 3, 1) for h in out.hidden_states[1:])
 
 
+def draw_images_off_kinks(theirs, *size, batch, margin=1e-5):
+    """Draw images until no input of a ReLU and no two of a maximum are nearer than float32 errs.
+
+    The gradient jumps where one of some 1e5 inputs changes side: one in 1e-6 of zero is not rare.
+    """
+    import torch
+
+    nearest = []
+
+    def relu(module, inputs, output):
+        nearest.append(inputs[0].abs().min().item())
+
+    def pool(module, inputs, output):
+        windows = torch.nn.functional.unfold(inputs[0], 3, padding=1, stride=2)
+        windows = windows.unflatten(1, (-1, 9)).topk(2, dim=2).values
+        apart = (windows[:, :, 0] - windows[:, :, 1])[windows[:, :, 0] > 0]
+        nearest.append(apart.min().item())
+
+    hooks = [
+        module.register_forward_hook(relu if isinstance(module, torch.nn.ReLU) else pool)
+        for module in theirs.modules()
+        if isinstance(module, (torch.nn.ReLU, torch.nn.MaxPool2d))
+    ]
+    for _ in range(100):
+        nearest.clear()
+        images = draw_images(*size, batch=batch)
+        with torch.no_grad():
+            theirs(as_torch(images))
+        if min(nearest) > margin:
+            break
+    else:
+        raise AssertionError(f"No draw of 100 keeps {margin} from every kink.")
+    for hook in hooks:
+        hook.remove()
+    return images
+
+
 @pytest.mark.hf
 @pytest.mark.parametrize("size", [(64, 64), (70, 93)])
 def test_outputs_equal_transformers(pair, size):
@@ -59,7 +96,7 @@ def test_outputs_equal_transformers(pair, size):
 def test_every_gradient_and_a_step_of_adamw_equal_torch(pair, tmp_path, train):
     theirs, module, variables = pair
     theirs = copy.deepcopy(theirs).train(train)
-    images = draw_images(70, 93, batch=4)
+    images = draw_images_off_kinks(copy.deepcopy(theirs), 38, 45, batch=4)
 
     def outputs(model, params):
         if model is not None:
