@@ -32,7 +32,8 @@ from absl import flags
 from jax.experimental.compilation_cache import compilation_cache
 
 from medvlp_jax import assemble, examples, plan, sharding, train
-from medvlp_jax.encoders.base import Tokens
+from medvlp_jax.data import packing
+from medvlp_jax.encoders.base import Packed, Tokens
 from medvlp_jax.training import flops
 from medvlp_jax.training import params as paths
 from medvlp_jax.training import step as training
@@ -55,15 +56,23 @@ def random_batch(blueprint: plan.Blueprint, seed: int = 0) -> dict:
     rng = np.random.default_rng(seed)
     vocabulary = getattr(getattr(blueprint.recipe, "text", None), "vocab_size", 1)
 
-    def tokens(struct):
-        count, length = struct.ids.shape
-        lengths = rng.integers(max(1, int(SHORTEST * length)), length + 1, count)
-        ids = rng.integers(0, vocabulary, struct.ids.shape, np.int32)
-        return Tokens(ids, np.arange(length) < lengths[:, None])
+    def tokens(shape):
+        length = shape[-1]
+        lengths = rng.integers(max(1, int(SHORTEST * length)), length + 1, shape[:-1])
+        ids = rng.integers(0, vocabulary, shape, np.int32)
+        return Tokens(ids, np.arange(length) < lengths[..., None])
+
+    def packed(struct):
+        groups, rows, length = struct.ids.shape
+        examples = struct.at.shape[1]
+        shape = (groups * examples, *struct.at.shape[2:], length)
+        return packing.Packing({"": rows / examples}, groups)({"": tokens(shape)})[""]
 
     def leaf(key, struct):
         if isinstance(struct, Tokens):
-            return tokens(struct)
+            return tokens(struct.ids.shape)
+        if isinstance(struct, Packed):
+            return packed(struct)
         if key.endswith("_valid"):
             return np.ones(struct.shape, bool)
         if key.endswith("_id"):
@@ -92,7 +101,7 @@ def random_state(blueprint: plan.Blueprint):
 
 def words(batch) -> int:
     """Count the tokens of a batch that are no padding, those of texts the recipe reads."""
-    masks = [np.asarray(t.mask) for t in batch.values() if isinstance(t, Tokens)]
+    masks = [np.asarray(t.mask) for t in batch.values() if isinstance(t, (Tokens, Packed))]
     return int(sum(mask.sum() for mask in masks))
 
 

@@ -16,12 +16,12 @@ def data(**fields) -> ConfigDict:
             "tokenizer": "",  # a file or folder, a shipped vocabulary, "train"; "" = init.text's
             "vocab_size": 4000,  # of a vocabulary that is trained
             "text_length": 256,  # tokens a section; IMITATE's released code
+            "pack": 0.0,  # rows of them for each example, texts sharing a row; 0 = its own
             "size": 256,  # pixels a side before the crop; G2D, same group
             "crop": 224,  # pixels a side the encoder sees; IMITATE's released code
             "channels": 1,
             "fit": "squash",  # or "pad"; squash: IMITATE's released code
-            "crop_black_border": True,  # IMITATE's released code
-            "stretch": True,  # likewise
+            **{"crop_black_border": True, "stretch": True},  # IMITATE's released code
             "legacy_wrap": False,  # their uint8 overflow of the brightest pixels
             "mask_lower_edge": 0.0,  # share of the image height blackened from below
             "view": {  # probabilities, degrees; IMITATE's released code
@@ -46,7 +46,7 @@ def data(**fields) -> ConfigDict:
             | {"group": "patient_id", "inner": 0},  # corpus' own splits
             "pairing": {"ratio": 1.0, "variant": "disjoint", "share": 0.5, "related": 0.5},
             "evidence": {"folder": "", "unit": "phrase", "negated": False}  # "" = by rules
-            | {"phrases": 12, "length": 24},
+            | {"phrases": 12, "length": 24, "pack": 0.0},  # rows of `length`, as data.pack
             "decode_cache": 0,  # decoded images kept in memory, size^2 bytes each
             **{"threads": 2, "prefetch": 4},
         },

@@ -4,7 +4,7 @@ Reads the corpora of a config as a run would, decodes, draws the views, makes ba
 nothing; cached text features, which a run computes before its first step, are zeros here. Printed
 are, for each number of threads, examples and images a second, and images a second of processor
 time: what one core can do, whatever else the machine is busy with. An image shown in two views
-counts once.
+counts once. Of texts that may be packed it says how much is padding and which setting would do.
 
 --consumes says how many examples a second the device takes (`time/pairs_per_second` of a run whose
 `time/data` is near 0, or benchmarks/train_step.py): the answer is whether it would starve.
@@ -19,15 +19,16 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-import jax
 import numpy as np
 from absl import flags
 
-from medvlp_jax import assemble, cli, clinical, examples, train, unpaired
+from medvlp_jax import assemble, cli, clinical, examples, sharding, train, unpaired
 from medvlp_jax.config import UserError
-from medvlp_jax.data import pairing, pipeline
+from medvlp_jax.data import packing, pairing, pipeline
+from medvlp_jax.encoders.base import Tokens
 
 SECONDS = 10.0  # of measuring for each number of threads
+BATCHES = 8  # whose texts are looked at
 
 
 class Rate(NamedTuple):
@@ -62,7 +63,7 @@ def rate_of(
         batches()
     count, wall, processor = 0, time.perf_counter(), time.process_time()
     while not count or time.perf_counter() - wall < seconds:
-        count += len(jax.tree.leaves(batches())[0])
+        count += len(batches()["text_id"])
     wall, processor = time.perf_counter() - wall, time.process_time() - processor
     return Rate(threads, count / wall, images * count / wall, images * count / processor)
 
@@ -124,6 +125,36 @@ def table(rates: Sequence[Rate]) -> str:
     return "\n".join(lines)
 
 
+def packing_advice(batches: Sequence[Mapping], packs: Sequence[str], groups: int) -> list[str]:
+    """Say of each text a recipe may read packed how much of it is padding, and what would do.
+
+    Args:
+      batches: not packed.
+      packs: keys of the texts.
+      groups: devices of this process.
+    """
+    said = []
+    for key in packs:
+        rows, words, tokens, examples = [], 0, 0, len(batches[0][key].ids) // groups
+        for batch in batches:
+            ids, mask = batch[key]
+            used = batch.get(f"{key}_mask", np.ones(mask.shape[:-1], bool))
+            words, tokens = words + mask[used].sum(), tokens + mask.size
+            shape = (groups, -1, mask.shape[-1])
+            parts = zip(
+                *(x.reshape(shape) for x in (ids, mask)), used.reshape(groups, -1), strict=True
+            )
+            rows += [packing.fewest_rows(Tokens(i, m), u) for i, m, u in parts]
+        setting = "data.evidence.pack" if key == "evidence" else "data.pack"
+        said.append(
+            f"{key}: {words / tokens:.0%} of the tokens are words. {setting}="
+            f"{math.ceil(100 * max(rows) / examples) / 100:g} would hold the texts of these "
+            f"{len(batches)} batches; an encoder then computes on "
+            f"{max(rows) * ids.shape[-1] * groups * len(batches) / tokens:.0%} of the tokens."
+        )
+    return said
+
+
 def data(argv: Sequence[str]) -> list[Rate]:
     """Measure the input of a config.
 
@@ -164,6 +195,13 @@ def data(argv: Sequence[str]) -> list[Rate]:
     ]
     print(f"{sum(map(len, sources)):,} examples, batches of {config['train']['batch_size']}")
     print(table(rates))
+    if packs := getattr(parts.recipe, "packs", ()):
+        for setting in (config["data"], config["data"]["evidence"]):
+            setting["pack"] = 0.0
+        batches = loader(parts, sources, threads=1)
+        groups = sharding.batch_devices(parts.mesh) // parts.part.count
+        for line in packing_advice([batches() for _ in range(BATCHES)], packs, groups):
+            print(line)
     if cached:
         print(f"Every image was decoded; data.decode_cache={cached} spares that from then on.")
     if options.consumes:

@@ -8,6 +8,7 @@ import jax
 from medvlp_jax import assemble, distributed, sharding
 from medvlp_jax import config as configs
 from medvlp_jax.config import UserError
+from medvlp_jax.data import packing
 from medvlp_jax.training import optim
 
 VALIDATION = "validation"
@@ -69,11 +70,50 @@ def batch(config: Mapping, parts) -> None:
             f"train.batch_size={size} cannot be split into train.chunks={chunks} on {pieces} "
             f"devices; accepted are multiples of {pieces} times chunks."
         )
+    packed(config, parts.recipe, parts.mesh)
     group = getattr(parts.recipe, "contrast_group", 0)
     if group and size % group:
         raise UserError(
             f"train.batch_size={size} cannot be split into recipe.contrast_group={group}."
         )
+
+
+def packed(config: Mapping, recipe, mesh) -> dict[str, float]:
+    """Return rows for each example by text that is packed, see data/packing.py.
+
+    Args:
+      config: resolved.
+      recipe: whose `packs` names the texts that may be.
+      mesh: each of whose devices packs its own.
+
+    Raises:
+      UserError: where the recipe packs nothing, chunks would part a row, or rows are too few.
+    """
+    data, train = config["data"], config["train"]
+    asked = {"data.pack": data["pack"], "data.evidence.pack": data["evidence"]["pack"]}
+    known = getattr(recipe, "packs", ())
+    reports = [key for key in known if key != "evidence"]
+    keys = {"data.pack": reports, "data.evidence.pack": [k for k in known if k == "evidence"]}
+    found = {}
+    for setting, share in asked.items():
+        if not share:
+            continue
+        if not keys[setting]:
+            raise UserError(
+                f"{setting}={share}: {type(recipe).__name__} reads no text that could be "
+                "packed; accepted is 0."
+            )
+        if train["chunks"] > 1:
+            raise UserError(
+                f"{setting}={share} and train.chunks={train['chunks']}: a chunk would part the "
+                "texts of a row; accepted is one of the two."
+            )
+        of = data["evidence"] if setting == "data.evidence.pack" else {}
+        examples = train["batch_size"] // sharding.batch_devices(mesh)
+        texts, length = examples * of.get("phrases", 1), of.get("length", data["text_length"])
+        packing.check(share, examples, texts, length, setting)
+        found |= dict.fromkeys(keys[setting], share)
+    return found
 
 
 def say_changes(config: Mapping, workdir: pathlib.Path) -> None:

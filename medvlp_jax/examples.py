@@ -7,11 +7,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from medvlp_jax import clinical, tables
+from medvlp_jax import checks, clinical, sharding, tables
 from medvlp_jax import config as configs
 from medvlp_jax.assemble import SECTIONS, Parts
 from medvlp_jax.config import UserError
-from medvlp_jax.data import corpora, pipeline, records, scans, transforms, volumes
+from medvlp_jax.data import corpora, packing, pipeline, records, scans, transforms, volumes
 from medvlp_jax.evidence import phrases
 from medvlp_jax.training import text as text_stage
 
@@ -53,8 +53,16 @@ def train_batches(parts: Parts, sources, features=None, *, shares=None):
             process_count=parts.part.count,
             threads=data["threads"],
             prefetch=data["prefetch"],
+            pack=packing_of(parts),
         )
     )
+
+
+def packing_of(parts: Parts) -> packing.Packing | None:
+    """Return what packs the texts of this process's batches, as data.pack says; None: nothing."""
+    shares = checks.packed(parts.config, parts.recipe, parts.mesh)
+    devices = sharding.batch_devices(parts.mesh) // parts.part.count
+    return packing.Packing(shares, devices) if shares else None
 
 
 def cached_text(parts: Parts, variables: Mapping, sources) -> dict[str, np.ndarray] | None:

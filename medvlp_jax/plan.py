@@ -15,11 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from medvlp_jax import assemble, clinical, sharding, tables, weights
+from medvlp_jax import assemble, checks, clinical, sharding, tables, weights
 from medvlp_jax import config as configs
 from medvlp_jax.config import UserError
 from medvlp_jax.convert import architectures
 from medvlp_jax.convert.checkpoint import read_config
+from medvlp_jax.data import packing
 from medvlp_jax.data import text as tokenisation
 from medvlp_jax.data.prompts import Prompt
 from medvlp_jax.encoders.base import Tokens, construct
@@ -133,6 +134,10 @@ def blueprint(config: Mapping[str, Any], devices: Sequence[jax.Device] | None = 
     state = jax.eval_shape(lambda v: training.make_state(v, tx, frozen), variables)
     batch = _batch(recipe, config["data"], settings["batch_size"])
     training.check_batch(recipe, batch)
+    if shares := checks.packed(config, recipe, mesh):
+        pack = packing.Packing(shares, sharding.batch_devices(mesh))
+        empty = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), {k: batch[k] for k in shares})
+        batch |= jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), pack(empty))
     return Blueprint(
         config,
         recipe,

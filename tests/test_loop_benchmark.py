@@ -10,6 +10,7 @@ import pytest
 from benchmarks import input_pipeline, loop
 from medvlp_jax import bench, cli
 from medvlp_jax.data import transforms
+from medvlp_jax.encoders.base import Tokens
 
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIG = "--config=tests/tiny_config.py"
@@ -29,6 +30,7 @@ def test_a_loader_is_measured_from_a_config(capsys):
     said = capsys.readouterr().out
     assert "batches of 16" in said
     assert "would starve 100% of the time" in said
+    assert "of the tokens are words. data.pack=" in said
     assert len([line for line in said.splitlines() if line.strip()[:1].isdigit()]) == 3
 
 
@@ -54,13 +56,24 @@ def test_rates_count_what_was_made_after_the_batches_that_lay_ready():
     def batches():
         time.sleep(0.01)
         made.append(1)
-        return {"image": np.zeros((8, 2, 2, 1), np.uint8)}
+        return {"image": np.zeros((8, 2, 2, 1), np.uint8), "text_id": np.zeros(8, np.int32)}
 
     rate = bench.rate_of(batches, threads=1, images=2, ahead=3, seconds=0.1)
     assert 5 <= len(made) <= 14
     assert 0 < rate.examples <= 800
     assert rate.images == 2 * rate.examples
     assert rate.images_per_core > rate.images  # it sleeps
+
+
+def test_the_advice_on_packing_holds_every_text():
+    sizes = np.array([[5, 5, 9, 3], [2, 2, 2, 2]])
+    texts = [Tokens(np.ones((4, 10), np.int32), np.arange(10) < row[:, None]) for row in sizes]
+    (said,) = bench.packing_advice([{"report": t} for t in texts], ("report",), 1)
+    # The first batch takes three rows of four, the second one: 30 of 80 tokens are words.
+    assert said == (
+        "report: 38% of the tokens are words. data.pack=0.75 would hold the texts of these 2 "
+        "batches; an encoder then computes on 75% of the tokens."
+    )
 
 
 def test_the_verdict_says_how_many_cores_a_device_takes():

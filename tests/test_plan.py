@@ -20,6 +20,7 @@ VIT_B = {"name": "vit", "variant": "B/16", "dtype": "bfloat16"}
 
 @pytest.fixture(autouse=True)
 def _home(monkeypatch, tmp_path):
+    jax.devices()  # the eight of conftest, before anything asks for others
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("MEDVLP_DATA_DIR", str(tmp_path / "data"))
     monkeypatch.delenv("MEDVLP_TEST_DATA", raising=False)
@@ -160,11 +161,25 @@ def test_the_command_prints_a_table_and_writes_nothing(capsys, monkeypatch, tmp_
         (["--plan", "--config.data.text_length=600"], "600 tokens is longer than .* 512"),
         (["--plan", "--config.optim.freeze=('imgae',)"], "pattern 'imgae' matches no parameter"),
         (["--plan", "--config.recipe.image.variant=tny"], "Did you mean tiny"),
+        (["--plan", "--config.data.pack=2"], r"data.pack=2.0 must be in \(0, 1\], or 0"),
+        (["--plan", "--config.data.evidence.pack=1"], "Clip reads no text that could be packed"),
+        (["--plan", "--config.data.pack=0.5", "--config.train.chunks=2"], "one of the two"),
     ],
 )
 def test_bad_input_is_one_sentence(arguments, message):
     with pytest.raises(UserError, match=message):
         train.main(["--config=configs/clip.py:demo", *arguments])
+
+
+def test_packed_reports_cost_what_their_rows_cost():
+    found = []
+    for share in (0.0, 0.5):
+        blueprint = plan.blueprint(tiny_clip(data__pack=share))
+        jaxpr = blueprint.step.trace(blueprint.state, blueprint.batch).jaxpr
+        found.append(flops.by_part(jaxpr, flops.step_part)[0])
+    alone, packed = found
+    assert packed["image encoder"] == alone["image encoder"]
+    assert packed["text encoder"] == pytest.approx(alone["text encoder"] / 2, rel=0.05)
 
 
 def test_bad_input_leaves_with_code_2(capsys):

@@ -67,6 +67,7 @@ def train_dataset(
     process_count: int = 1,
     threads: int = 2,
     prefetch: int = 4,
+    pack: Callable[[Example], Example] | None = None,
 ) -> grain.IterDataset:
     """Return the endless stream of this process's training batches.
 
@@ -85,6 +86,7 @@ def train_dataset(
       process_count: P, has to divide B.
       threads: batches made at the same time.
       prefetch: batches kept ready; at least `threads` keeps all threads busy.
+      pack: applied to each of this process's batches, see `packing.Packing`.
 
     Raises:
       UserError: for a batch that P does not divide, an empty source, or weights that do not fit.
@@ -97,7 +99,8 @@ def train_dataset(
         lambda g, record: transform(record, np.random.default_rng((seed, g)))
     ).batch(local, drop_remainder=True, batch_fn=_stack)
     # Batch k of the stream belongs to process k % P at step k // P.
-    return _threaded(batches[process_index::process_count], threads, prefetch)
+    mine = batches[process_index::process_count]
+    return _threaded(mine.map(pack) if pack else mine, threads, prefetch)
 
 
 def eval_batches(

@@ -24,6 +24,24 @@ class Tokens(NamedTuple):
     mask: jax.Array
 
 
+class Packed(NamedTuple):
+    """Several texts a row, in g groups of r rows that hold the texts of n examples each.
+
+    Attributes:
+      ids: [g, r, T] int32.
+      mask: [g, r, T] bool, True = real.
+      segments: [g, r, T] int32, which text of its row a token belongs to.
+      filled: [g, r, G] bool, which texts of a row there are.
+      at: [g, n] or, with N phrases an example, [g, n, N] int32: where a text lies, row * G + which.
+    """
+
+    ids: jax.Array
+    mask: jax.Array
+    segments: jax.Array
+    filled: jax.Array
+    at: jax.Array
+
+
 class Encoded(NamedTuple):
     """Output of every encoder; what an architecture does not have is None or empty.
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from medvlp_jax import config
+from medvlp_jax.encoders.base import Packed, Tokens
 from medvlp_jax.layers import Lora
 from medvlp_jax.losses import contrastive, tiled
 from medvlp_jax.schedules import Knots
@@ -40,6 +41,7 @@ class Recipe(Protocol):
     * `evaluated`: batch keys read in evaluation, where these are not those of training;
     * `fresh` and `left`: parts the run before may lack, and patterns of what it may have besides,
       for stages that start from one another;
+    * `packs`: keys of texts it reads through `pooled_texts`, which may come packed in training;
     * `alarms`, {term: (most, sentence)}: what is said once when a term rises above `most`, though
       its weight may be 0;
     * localise(batch), with patch tokens: for "image" {map: [B, N, F]}, one vector a patch, for
@@ -75,6 +77,30 @@ def encoder(spec: Mapping | nn.Module) -> nn.Module:
     if "lora" in fields:
         fields["lora"] = low_rank(fields["lora"])
     return config.build("medvlp_jax.encoders", fields.pop("name"), **fields)
+
+
+def pooled_texts(encoder: nn.Module, texts: Tokens | Packed, *, train: bool = False) -> jax.Array:
+    """Return the pooled feature of every text.
+
+    Args:
+      encoder: of texts.
+      texts: Tokens [B, T], or [B, N, T] where an example has N of them; or the same texts packed,
+        see data/packing.py: the features are the same to rounding.
+      train: apply dropout.
+
+    Returns:
+      [B, D] or [B, N, D]; of a packed phrase that does not exist, values without meaning.
+    """
+    if isinstance(texts, Tokens):
+        flat = Tokens(*(x.reshape(-1, x.shape[-1]) for x in texts))
+        return encoder(flat, train=train).pooled.reshape(*texts.ids.shape[:-1], -1)
+    ids, mask, segments = (x.reshape(-1, x.shape[-1]) for x in texts[:3])  # [g r, T]
+    groups, _, slots = texts.filled.shape
+    packing = {"segments": segments, "num_segments": slots}
+    pooled = encoder(Tokens(ids, mask), train=train, **packing).pooled  # [g r, G, D]
+    pooled = pooled.reshape(groups, -1, pooled.shape[-1])
+    found = jnp.take_along_axis(pooled, texts.at.reshape(groups, -1, 1), axis=1)
+    return found.reshape(-1, *texts.at.shape[2:], pooled.shape[-1])
 
 
 def low_rank(spec: Mapping) -> Lora | None:

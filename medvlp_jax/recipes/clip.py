@@ -52,6 +52,11 @@ class Clip(nn.Module):
         return ("image", self.section, f"{self.section}_valid", f"{self.section}_id")
 
     @property
+    def packs(self) -> tuple[str, ...]:
+        """Texts that may share rows."""
+        return (self.section,)
+
+    @property
     def frozen(self) -> tuple[str, ...]:
         """Parameter patterns that are never trained."""
         return () if self.train_text else ("^text/",)
@@ -88,7 +93,9 @@ class Clip(nn.Module):
             features["image_pooled"] = pooled
         pooled = batch.get(f"{self.section}_feature")
         if self.section in batch:
-            pooled = self.text(batch[self.section], train=train and self.train_text).pooled
+            pooled = base.pooled_texts(
+                self.text, batch[self.section], train=train and self.train_text
+            )
         if pooled is not None:
             features["text"] = base.unit(self.text_projection(pooled))
         return features

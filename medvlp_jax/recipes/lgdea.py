@@ -25,7 +25,7 @@ import numpy as np
 from flax import linen as nn
 
 from medvlp_jax.config import UserError
-from medvlp_jax.encoders.base import Tokens, normalise
+from medvlp_jax.encoders.base import normalise
 from medvlp_jax.layers import Linear, Queries
 from medvlp_jax.losses import evidence, relations, tiled
 from medvlp_jax.recipes import base
@@ -72,6 +72,7 @@ class Lgdea(nn.Module):
         return ("image", SECTION, f"{SECTION}_valid", "evidence", "evidence_mask", *rows)
 
     frozen = ()
+    packs = (SECTION, "evidence")
     alarms = {  # noqa: RUF012 (a Linen class attribute without a type)
         "usage": (COLLAPSED, "prototypes collapse: their usage entropy is below 0.5 ln K")
     }
@@ -109,13 +110,11 @@ class Lgdea(nn.Module):
             )
             features["image_evidence"] = evidence.distribution(shares)
         if SECTION in batch:
-            pooled = self.text(batch[SECTION], train=train).pooled
+            pooled = base.pooled_texts(self.text, batch[SECTION], train=train)
             features["text"] = base.unit(self.text_projection(pooled))
         if "evidence" in batch:
-            ids, mask = batch["evidence"]  # [B, N, T]
-            flat = Tokens(ids.reshape(-1, ids.shape[-1]), mask.reshape(-1, ids.shape[-1]))
-            z = self.phrase_projection(self.text(flat, train=train).pooled)
-            z = base.unit(z).reshape(*ids.shape[:2], -1)
+            pooled = base.pooled_texts(self.text, batch["evidence"], train=train)  # [B, N, D]
+            z = base.unit(self.phrase_projection(pooled))
             z = jnp.where(batch["evidence_mask"][..., None], z, 0)
             features["phrases"] = z
             shares = evidence.assignments(z, self.mu, temperature=self.temperature)

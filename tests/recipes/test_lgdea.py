@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from medvlp_jax.config import UserError
+from medvlp_jax.data import packing
 from medvlp_jax.encoders.base import Tokens
 from medvlp_jax.losses import contrastive, evidence
 from medvlp_jax.recipes import lgdea
@@ -134,6 +135,16 @@ def test_rows_are_encoded_independently(model):
     part = ENCODE(variables, some)
     for name, value in part.items():
         np.testing.assert_allclose(value, whole[name][2:5], rtol=1e-4, atol=1e-5)
+
+
+def test_packed_texts_give_the_same_features(model):
+    _, batch, variables, _, whole, _ = model
+    packed = packing.Packing({"report": 1.0, "evidence": 2.0}, 2)(batch)
+    assert packed["evidence"].mask.sum() == batch["evidence"].mask[batch["evidence_mask"]].sum()
+    part = ENCODE(variables, packed)
+    assert set(part) == set(whole)
+    for name, value in part.items():
+        np.testing.assert_allclose(value, whole[name], rtol=1e-4, atol=1e-5)
 
 
 def test_without_relations_only_pairs_and_phrases_count(model):
