@@ -23,6 +23,7 @@ from medvlp_jax.layers import (
     Lora,
     PatchEmbedding,
     Stack,
+    draw_patches,
     patch_grid,
     resize_positions,
 )
@@ -53,6 +54,8 @@ class ClipVision(nn.Module):
       pooling: what `pooled` is: "cls", "mean" of patches, or "projection" of cls to E, not of unit
         norm.
       attention_dropout: on the attention probabilities, in training only.
+      kept_patches: share of the patches that training keeps, drawn anew for each image; `tokens`
+        are then fewer (Li et al. 2023, https://arxiv.org/abs/2212.00794).
       attention: implementation, see layers.Attention.
       lora: low-rank adaptation of the blocks, see layers.Lora.
       layout: of the blocks, see layers.Stack.
@@ -72,6 +75,7 @@ class ClipVision(nn.Module):
     pooling: Literal["cls", "mean", "projection"] = "cls"
     attention_dropout: float = 0.0
     epsilon: float = 1e-5
+    kept_patches: float = 1.0
     attention: Literal["xla", "cudnn"] = "xla"
     lora: Lora | None = None
     layout: Literal["unrolled", "scan"] = "unrolled"
@@ -94,7 +98,12 @@ class ClipVision(nn.Module):
         fields = {name: getattr(self, name) for name in (*names, "dtype")}
         fields |= {"activation": ACTIVATIONS[self.activation], "kernel_init": normal}
         stack = Stack(Block, fields, self.depth, self.layout, self.remat, name="stack")
-        x = stack(norm("pre_norm")(self._embed(images)), train=train)  # [B, N+1, D]
+        x = norm("pre_norm")(self._embed(images))  # [B, N+1, D]
+        if train and self.kept_patches != 1:
+            sizes = len(x), x.shape[1] - 1, self.kept_patches
+            kept = draw_patches(self.make_rng("dropout"), *sizes, prefix=1)
+            x = jnp.take_along_axis(x, kept[..., None], axis=1)
+        x = stack(x, train=train)
         cls, tokens = norm("norm")(x[:, 0]), x[:, 1:]
         pooled = {"cls": cls, "mean": tokens.mean(1)}
         if self.projection:

@@ -24,6 +24,7 @@ from medvlp_jax.layers import (
     Lora,
     PatchEmbedding,
     Stack,
+    draw_patches,
     patch_grid,
     resize_positions,
 )
@@ -60,6 +61,8 @@ class DinoV2(nn.Module):
       dropout: after the embedding, in training only.
       attention_dropout: on the attention probabilities, in training only.
       drop_path: probability that an example goes without a branch, in training only.
+      kept_patches: share of the patches that training keeps, drawn anew for each image; `tokens`
+        are then fewer (Li et al. 2023, https://arxiv.org/abs/2212.00794).
       attention: implementation, see layers.Attention.
       lora: low-rank adaptation, see layers.Lora.
       layout: of the blocks, see layers.Stack.
@@ -84,6 +87,7 @@ class DinoV2(nn.Module):
     attention_dropout: float = 0.0
     drop_path: float = 0.0
     epsilon: float = 1e-6
+    kept_patches: float = 1.0
     attention: Literal["xla", "cudnn"] = "xla"
     lora: Lora | None = None
     layout: Literal["unrolled", "scan"] = "unrolled"
@@ -113,6 +117,11 @@ class DinoV2(nn.Module):
             patches are masked without a mask token, or `pooling` is not to be had.
         """
         x = self._embed(images, masked)  # [B, 1+R+N, D]
+        if train and self.kept_patches != 1:
+            prefix = 1 + self.registers
+            sizes = len(x), x.shape[1] - prefix, self.kept_patches
+            kept = draw_patches(self.make_rng("dropout"), *sizes, prefix=prefix)
+            x = jnp.take_along_axis(x, kept[..., None], axis=1)
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
         names = ("num_heads", "mlp_dim", "gated", "layer_scale", "attention_dropout", "drop_path")
         names += ("epsilon", "attention", "lora", "dtype")

@@ -25,6 +25,7 @@ from medvlp_jax.layers import (
     PatchEmbedding,
     Rope,
     Stack,
+    draw_patches,
     patch_grid,
     rope_2d,
 )
@@ -73,6 +74,8 @@ class DinoV3(nn.Module):
       dropout: on each residual branch, in training only.
       attention_dropout: on the attention probabilities, in training only.
       drop_path: probability that an example goes without a branch, in training only.
+      kept_patches: share of the patches that training keeps, drawn anew for each image; `tokens`
+        are then fewer (Li et al. 2023, https://arxiv.org/abs/2212.00794).
       attention: implementation, see layers.Attention.
       lora: low-rank adaptation, see layers.Lora.
       layout: of the blocks, see layers.Stack.
@@ -102,6 +105,7 @@ class DinoV3(nn.Module):
     attention_dropout: float = 0.0
     drop_path: float = 0.0
     epsilon: float = 1e-5
+    kept_patches: float = 1.0
     attention: Literal["xla", "cudnn"] = "xla"
     lora: Lora | None = None
     layout: Literal["unrolled", "scan"] = "unrolled"
@@ -126,6 +130,12 @@ class DinoV3(nn.Module):
         """
         rope = self._rope(*patch_grid(images, self.patch_size), train)
         x = self._embed(images, masked)  # [B, 1+R+N, D]
+        if train and self.kept_patches != 1:
+            prefix = 1 + self.registers
+            sizes = len(x), x.shape[1] - prefix, self.kept_patches
+            kept = draw_patches(self.make_rng("dropout"), *sizes, prefix=prefix)
+            x = jnp.take_along_axis(x, kept[..., None], axis=1)
+            rope = Rope(rope.cos[kept], rope.sin[kept])
         names = ("num_heads", "mlp_dim", "gated", "layer_scale", "dropout", "attention_dropout")
         names += ("drop_path", "epsilon", "attention", "lora", "dtype")
         fields = {name: getattr(self, name) for name in names}

@@ -24,6 +24,7 @@ from medvlp_jax.layers import (
     Mlp,
     PatchEmbedding,
     Stack,
+    draw_patches,
     patch_grid,
     resize_positions,
 )
@@ -78,6 +79,8 @@ class Siglip(nn.Module):
       head: whether the parameters of the attention pooling exist.
       pooling: what `pooled` is: "head", or "mean" of the patches.
       attention_dropout: on the attention probabilities of the blocks, in training only.
+      kept_patches: share of the patches that training keeps, drawn anew for each image; `tokens`
+        are then fewer (Li et al. 2023, https://arxiv.org/abs/2212.00794).
       attention: implementation, see layers.Attention.
       lora: low-rank adaptation, see layers.Lora.
       layout: of the blocks, see layers.Stack.
@@ -96,6 +99,7 @@ class Siglip(nn.Module):
     pooling: Literal["head", "mean"] = "head"
     attention_dropout: float = 0.0
     epsilon: float = 1e-6
+    kept_patches: float = 1.0
     attention: Literal["xla", "cudnn"] = "xla"
     lora: Lora | None = None
     layout: Literal["unrolled", "scan"] = "unrolled"
@@ -123,7 +127,12 @@ class Siglip(nn.Module):
             "kernel_init": xavier_uniform,
         }
         stack = Stack(Block, fields, self.depth, self.layout, self.remat, name="stack")
-        x = stack(self._embed(images), train=train)  # [B, N, D]
+        x = self._embed(images)  # [B, N, D]
+        if train and self.kept_patches != 1:
+            sizes = len(x), x.shape[1], self.kept_patches
+            kept = draw_patches(self.make_rng("dropout"), *sizes, prefix=0)
+            x = jnp.take_along_axis(x, kept[..., None], axis=1)
+        x = stack(x, train=train)
         tokens = LayerNorm(self.epsilon, self.dtype, name="norm")(x)
         pooled = {"mean": tokens.mean(1)}
         if self.head:

@@ -21,6 +21,7 @@ from medvlp_jax.layers import (
     Lora,
     PatchEmbedding,
     Stack,
+    draw_patches,
     patch_grid,
     resize_positions,
 )
@@ -47,6 +48,8 @@ class ViT(nn.Module):
       pooling: what `pooled` is: "cls", "mean" of patches, "pooler" (tanh of a Linear of cls).
       pooler: whether the pooler's parameters exist.
       dropout: after the embedding and on each residual branch, in training only.
+      kept_patches: share of the patches that training keeps, drawn anew for each image; `tokens`
+        are then fewer (Li et al. 2023, https://arxiv.org/abs/2212.00794).
       attention: implementation, see layers.Attention.
       lora: low-rank adaptation, see layers.Lora.
       layout: of the blocks, see layers.Stack.
@@ -64,6 +67,7 @@ class ViT(nn.Module):
     pooler: bool = False
     dropout: float = 0.0
     epsilon: float = 1e-12
+    kept_patches: float = 1.0
     attention: Literal["xla", "cudnn"] = "xla"
     lora: Lora | None = None
     layout: Literal["unrolled", "scan"] = "unrolled"
@@ -82,6 +86,10 @@ class ViT(nn.Module):
             `pooling` is not to be had.
         """
         x = self._embed(images)  # [B, N+1, D]
+        if train and self.kept_patches != 1:
+            sizes = len(x), x.shape[1] - 1, self.kept_patches
+            kept = draw_patches(self.make_rng("dropout"), *sizes, prefix=1)
+            x = jnp.take_along_axis(x, kept[..., None], axis=1)
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
         names = ("num_heads", "mlp_dim", "dropout", "epsilon", "attention", "lora", "dtype")
         fields = {name: getattr(self, name) for name in names} | {"kernel_init": truncated_normal}

@@ -22,7 +22,13 @@ from medvlp_jax.layers.linear import (
     torch_uniform,
 )
 from medvlp_jax.layers.norms import BatchNorm, LayerNorm, RMSNorm
-from medvlp_jax.layers.patches import PatchEmbedding, bicubic_matrix, patch_grid, resize_positions
+from medvlp_jax.layers.patches import (
+    PatchEmbedding,
+    bicubic_matrix,
+    draw_patches,
+    patch_grid,
+    resize_positions,
+)
 from medvlp_jax.layers.queries import Queries
 from medvlp_jax.layers.rope import Rope, rope_1d, rope_2d, rotate
 
@@ -47,6 +53,7 @@ __all__ = [
     "Rope",
     "Stack",
     "bicubic_matrix",
+    "draw_patches",
     "gelu",
     "patch_grid",
     "quick_gelu",

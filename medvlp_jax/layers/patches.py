@@ -3,6 +3,7 @@
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -60,6 +61,30 @@ def patch_grid(images, patch_size: int, *, partial: bool = False) -> tuple[int, 
             f"{patch_size}: both sides must be multiples of {patch_size}."
         )
     return height // patch_size, width // patch_size
+
+
+def draw_patches(key, batch: int, patches: int, share: float, *, prefix: int = 1):
+    """Draw the tokens that training keeps of each image: FLIP (Li et al. 2023), arXiv 2212.00794.
+
+    Args:
+      key: of the draw.
+      batch: B.
+      patches: N.
+      share: of the patches.
+      prefix: tokens before the patches, which all stay.
+
+    Returns:
+      [B, prefix + K] ascending, K = share N, rounded, at least 1.
+
+    Raises:
+      ValueError: for a share outside (0, 1].
+    """
+    if not 0 < share <= 1:
+        raise ValueError(f"kept_patches={share} must be above 0 and at most 1, which keeps all.")
+    order = jax.random.uniform(key, (batch, patches)).argsort(axis=1)
+    kept = jnp.sort(order[:, : max(1, round(share * patches))], axis=1)
+    before = jnp.broadcast_to(jnp.arange(prefix), (batch, prefix))
+    return jnp.concatenate([before, prefix + kept], axis=1)
 
 
 def resize_positions(
