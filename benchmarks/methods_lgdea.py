@@ -55,8 +55,11 @@ ARMS = {
     "hops_0": ("no hop", {"recipe": {"hops": 0}}),
     "hops_1": ("1 hop", {"recipe": {"hops": 1}}),
     "hops_3": ("3 hops", {"recipe": {"hops": 3}}),
-    "sentences": ("sentences for evidence", {"data": {"evidence": {"unit": "sentence"}}}),
-    "negated": ("with what is absent", {"data": {"evidence": {"negated": True}}}),
+    "sentences": (
+        "sentences for evidence",
+        {"data": {"evidence": {"unit": "sentence", "pack": 0.0}}},
+    ),
+    "negated": ("with what is absent", {"data": {"evidence": {"negated": True, "pack": 0.0}}}),
 }
 STUDY = ("pairs", "no_unpaired", "lgdea")
 METRICS = {

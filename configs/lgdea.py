@@ -95,7 +95,8 @@ def study(config):
     demo(config)
     config.recipe.image.update({"patch_size": 10, "image_size": 80})
     config.data.update({"size": 88, "crop": 80, "text_length": 48})
-    config.data.evidence.update({"phrases": 4, "length": 12})
+    # `medvlp bench data`: 29 % of the tokens are words, 1.43 rows a report hold them.
+    config.data.evidence.update({"phrases": 4, "length": 12, "pack": 1.6})
     config.train.update({"steps": 300, "refresh_every": 60, "checkpoint_every": 100})
     config.train.update({"evaluate_every": 0, "export": False})
     config.evals.update({"protocols": ("zero_shot", "retrieval", "grounding"), "resamples": 500})
