@@ -37,7 +37,7 @@ def data(**fields) -> ConfigDict:
             "table": {
                 "exclude": (),  # columns left out
                 "leakage": (),  # columns taken although the schema says they give away the label
-                "encoding": "vectors",  # or "sentences", through a frozen text encoder:
+                "encoding": "vectors",  # others: tables.py; "sentences", by a text encoder:
                 "text": "",  # its folder or hub id, such as openai/clip-vit-base-patch32
                 "tower": "",  # "text" where that holds an image encoder too
                 "pooling": "",  # "projection" for CLIP; "" = the architecture's default

@@ -3,10 +3,13 @@
 data.table.encoding "vectors" writes each attribute as numbers (data/tabular.py). "sentences" writes
 one English sentence an attribute and encodes it with a frozen text encoder, as CFCML does with that
 of CLIP ViT-B/32; the features are made once and found again by a hash of all they depend on.
+"metablock" is the one row of published PAD-UFES-20 results, "metablock-active" what of it the
+released script had switched on; nothing is scaled and what is missing is zero there.
 """
 
 import functools
 import hashlib
+import json
 import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -22,7 +25,7 @@ from medvlp_jax.data import text as tokenisation
 from medvlp_jax.training import text as text_stage
 from medvlp_jax.writing import replaced
 
-ENCODINGS = ("vectors", "sentences")
+ENCODINGS = ("vectors", "sentences", "metablock", "metablock-active")
 LENGTH = 77  # tokens a sentence; CLIP's
 
 Rows = Callable[[Mapping[str, float]], np.ndarray]
@@ -73,9 +76,31 @@ def _rows(data, schema: tabular.Schema, tables: Iterable[Mapping[str, float]]) -
         )
     if settings["encoding"] == "vectors":
         return functools.partial(tabular.rows, schema=schema, names=names)
+    if settings["encoding"] != "sentences":
+        return functools.partial(
+            tabular.one_hot, schema=schema, columns=_metablock(data["corpora"][0], settings, names)
+        )
     write = functools.partial(tabular.sentences, schema=schema, names=names)
     features = sentence_features(data, {said for values in tables for said in write(values)})
     return lambda values: np.stack([features[said] for said in write(values)])
+
+
+def _metablock(corpus: str, settings: Mapping, names: Sequence[str]) -> dict[str, list[str]]:
+    """Return {attribute: values that have a column} of the published encoding of a corpus.
+
+    Raises:
+      UserError: for a corpus that has none.
+    """
+    file = pathlib.Path(tabular.__file__).parent / "datasets" / corpus.partition(":")[0]
+    file /= "metablock.json"
+    if not file.is_file():
+        raise UserError(
+            f"data.table.encoding={settings['encoding']} is that of pad_ufes_20; accepted for "
+            f"{corpus} are vectors or sentences."
+        )
+    known = json.loads(file.read_text())
+    wanted = known["columns"] if settings["encoding"] == "metablock" else known["active"]
+    return {name: known["columns"][name] for name in wanted if name in names}
 
 
 def sentence_features(data: Mapping[str, Any], sentences: Iterable[str]) -> dict[str, np.ndarray]:

@@ -49,7 +49,7 @@ def encoder(tmp_path_factory):
 def settings(tmp_path, **table):
     plain = {"exclude": (), "leakage": (), "encoding": "vectors", "text": "", "tower": ""}
     plain |= {"pooling": ""}
-    return {"data_dir": str(tmp_path), "table": plain | table}
+    return {"corpora": ("made",), "data_dir": str(tmp_path), "table": plain | table}
 
 
 def test_vectors_are_those_of_the_schema_without_leakage(tmp_path):
@@ -89,6 +89,8 @@ def test_bad_settings_are_one_sentence(tmp_path):
         tables.rows_of(settings(tmp_path, encoding="sentence"), [Corpus()])
     with pytest.raises(UserError, match=r"encoding=sentences needs data.table.text"):
         tables.rows_of(settings(tmp_path, encoding="sentences"), [Corpus()])
+    with pytest.raises(UserError, match=r"encoding=metablock is that of pad_ufes_20; accepted for"):
+        tables.rows_of(settings(tmp_path, encoding="metablock"), [Corpus()])
     shorter = {k: v for k, v in SCHEMA.items() if k != "age"}
     with pytest.raises(UserError, match="The tables of made, made differ"):
         tables.rows_of(settings(tmp_path), [Corpus(), Corpus(schema=shorter)])

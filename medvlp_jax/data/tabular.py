@@ -206,6 +206,30 @@ def rows(values: Mapping[str, float], schema: Schema, names: Sequence[str]) -> n
     return table
 
 
+def one_hot(
+    values: Mapping[str, float], schema: Schema, columns: Mapping[str, Sequence[str]]
+) -> np.ndarray:
+    """Return float32 [1, D] as MetaBlock's released script: a column a value, numbers as they are.
+
+    Where nothing was recorded an attribute is zero; "UNK", somebody was asked, is a value. That a
+    number is missing cannot be told from 0 (Pacheco and Krohling 2021).
+
+    Args:
+      values: of a record.
+      schema: of the corpus.
+      columns: {attribute: its values that have a column}; none for a number.
+    """
+    row = []
+    for name, listed in columns.items():
+        value, entry = values[name], schema[name]
+        if entry["kind"] == "numeric":
+            row.append(0.0 if math.isnan(value) else value)
+            continue
+        said = "" if math.isnan(value) else "UNK" if value == UNKNOWN else say(value, entry)
+        row += [float(said == other) for other in listed]
+    return np.array([row], np.float32)
+
+
 def _block(value: float, entry: Mapping[str, Any]) -> np.ndarray:
     size = len(entry["categories"]) if entry["kind"] == "categorical" else 1
     block = np.zeros(size + 1, np.float32)

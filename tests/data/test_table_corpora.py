@@ -4,11 +4,13 @@ import csv
 import io
 import json
 import math
+import pathlib
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from medvlp_jax import tables
 from medvlp_jax.config import UserError
 from medvlp_jax.data import corpora, records, tabular, volumes
 from medvlp_jax.data.datasets.derm7pt import derm7pt_dataset_builder as derm7pt
@@ -127,6 +129,37 @@ def test_pad_ufes_20_splits_by_patient_and_says_what_is_missing(pad_folder, tmp_
     assert math.isnan(table["smoke"])
     assert (table["grew"], table["fitspatrick"], table["region"]) == (1.0, 1.0, 13.0)
     assert "biopsed" not in tabular.columns(source.metadata["table"])
+
+
+@pytest.mark.parametrize(("encoding", "width"), [("metablock", 81), ("metablock-active", 45)])
+def test_pad_ufes_20_as_published_results_read_it(pad_folder, tmp_path, encoding, width):
+    source, found = entries("pad_ufes_20", "train", pad_folder, tmp_path)
+    settings = {"exclude": (), "leakage": (), "encoding": encoding}
+    read = tables.rows_of({"corpora": ("pad_ufes_20",), "table": settings}, [source])
+    table = found[0]["table"]
+    row = read(table)
+    assert row.shape == (1, width)
+    # One column for each category that is known, "UNK" too; an empty cell has none.
+    columns = json.loads(pathlib.Path(pad.__file__).with_name("metablock.json").read_text())
+    names = columns["columns"] if encoding == "metablock" else columns["active"]
+    numbers = {"age", "diameter_1", "diameter_2"} & {*names}
+    told = [n for n in names if n not in numbers and not math.isnan(table[n])]
+    assert (row == 1).sum() - sum(table[n] == 1 for n in numbers) == len(told)
+    assert row.sum() == len(told) + sum(np.nan_to_num(table[n]) for n in numbers)
+    start = 0
+    for name in names:
+        values = columns["columns"][name]
+        part = row[0, start : start + max(len(values), 1)]
+        start += len(part)
+        if name in numbers:
+            assert part[0] == np.nan_to_num(table[name])
+        elif table[name] == tabular.UNKNOWN:
+            assert part.tolist() == [float(v == "UNK") for v in values]
+        elif math.isnan(table[name]):
+            assert not part.any()
+        else:
+            categories = source.metadata["table"][name]["categories"]
+            assert values[part.argmax()] == categories[int(table[name])]
 
 
 def test_a_number_out_of_range_is_named(pad_folder):
