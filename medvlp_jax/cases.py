@@ -4,6 +4,8 @@ predictions.csv has one row a case: ids, the true class (empty where unknown), a
 of each class. Two runs on the same split are compared case by case with it. classifier.png has the
 confusion matrix, ROC curves and calibration; attention.png, for CFCML with a table, where in the
 image the table's attention goes. grounding.png, where that protocol ran, has maps of phrases.
+zero_shot.csv and zero_shot.png, likewise, have a score for each image and class, with the truth (1,
+0, empty where unknown), and the ROC curves of these scores.
 """
 
 import csv
@@ -14,13 +16,15 @@ import numpy as np
 import scipy.special
 
 from medvlp_jax import assemble, distributed, examples, ground, tables
-from medvlp_jax.evaluation import attention, classify, plots, retrieval
+from medvlp_jax.config import UserError
+from medvlp_jax.evaluation import attention, classify, flavours, plots, retrieval
 from medvlp_jax.evaluator import Evaluator
 from medvlp_jax.recipes.base import classifies
 from medvlp_jax.training.step import make_embed
 from medvlp_jax.writing import replaced
 
 EXAMPLES, ATTENDED = 8, 4
+SCORES, TRUTH = "zero_shot.csv", " (truth)"
 
 
 def show(evaluator: Evaluator, variables: Mapping, folder: pathlib.Path) -> None:
@@ -41,8 +45,15 @@ def show(evaluator: Evaluator, variables: Mapping, folder: pathlib.Path) -> None
     maps = _attended(evaluator, variables)
     if "grounding" in settings["protocols"]:
         evaluator.grounder.draw(assemble.place(variables, evaluator.parts), folder / ground.PICTURE)
+    protocols = [flavours.split(name)[0] for name in settings["protocols"]]
+    prompted = {}
+    if "zero_shot" in protocols:
+        prompted = evaluator.prompt_scores(variables, found)
     if not distributed.is_writer():
         return
+    if prompted:
+        write_scores(prompted, found, folder / SCORES)
+        plots.roc(prompted, folder / "zero_shot.png")
     drawn, caption = (_classified, plots.CLASSIFIED) if labelled else (_retrieved, plots.RETRIEVED)
     picked, texts, scores, truth = drawn(evaluator, found, np.random.default_rng(0))
     transform = examples.record_transform(evaluator.parts, ("image",), train=False)
@@ -89,6 +100,44 @@ def write_predictions(evaluator: Evaluator, found: Mapping, out: pathlib.Path) -
         ):
             truth = names[label.argmax()] if (label == 1).any() else ""
             writer.writerow((image, patient, truth, *(f"{p:.6g}" for p in chance)))
+
+
+def write_scores(tasks: Mapping[str, plots.Scored], found: Mapping, out: pathlib.Path) -> None:
+    """Write zero_shot.csv, whole or not at all."""
+    header, columns = ["image_id", "patient_id"], [found["image_id"], found["patient_id"]]
+    for task, (labels, scores, classes) in tasks.items():
+        for c, name in enumerate(classes):
+            header += [f"{task}/{name}", f"{task}/{name}{TRUTH}"]
+            columns += [
+                [f"{score:.6g}" for score in scores[:, c]],
+                ["" if label < 0 else label for label in labels[:, c]],
+            ]
+    with replaced(out) as scratch, scratch.open("w", newline="") as file:
+        csv.writer(file).writerows([header, *zip(*columns, strict=True)])
+
+
+def read_scores(file: pathlib.Path) -> dict[str, plots.Scored]:
+    """Read zero_shot.csv.
+
+    Raises:
+      UserError: for a file that is none.
+    """
+    with file.open(newline="") as stream:
+        header, *rows = csv.reader(stream)
+    tasks: dict[str, list] = {}
+    try:
+        for c in range(2, len(header), 2):
+            task, _, name = header[c].partition("/")
+            scores = [float(row[c]) for row in rows]
+            labels = [int(row[c + 1] or -1) for row in rows]
+            tasks.setdefault(task, []).append((name, scores, labels))
+    except (ValueError, IndexError):
+        raise UserError(f"{file} is no table of scores: its column {header[c]!r} fails.") from None
+    found = {}
+    for task, columns in tasks.items():
+        names, scores, labels = zip(*columns, strict=True)
+        found[task] = plots.Scored(np.array(labels).T, np.array(scores).T, names)
+    return found
 
 
 def _draw_classifier(evaluator, found, out_png) -> None:

@@ -15,6 +15,7 @@ from medvlp_jax.evaluation import (
     classify,
     flavours,
     masked_tokens,
+    plots,
     probe,
     prompts,
     provenance,
@@ -245,6 +246,23 @@ class Evaluator(Embedder):
                 **options,
             )
         return results
+
+    def prompt_scores(self, variables: Mapping, found: Mapping) -> dict[str, plots.Scored]:
+        """Return labels and zero-shot scores (clean) of every task that has prompts.
+
+        Args:
+          variables: of the recipe.
+          found: features of all images.
+        """
+        spaces, scored = self.parts.recipe.spaces, {}
+        variables = assemble.place(variables, self.parts)
+        for task in self.prompts["tasks"]:
+            texts, columns = self._prompts_of(task)
+            image = spaces.get(texts.section, next(iter(spaces.values())))[0]
+            embeddings = zero_shot.embed_prompts(texts, self.embed_texts(variables))
+            scores = zero_shot.scores(found[image], embeddings)
+            scored[task] = plots.Scored(found[f"label/{task}"][:, columns], scores, texts.classes)
+        return scored
 
     def _retrieval(self, variables, found, *, mask, flavour="clean", **options):
         del variables, mask

@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from medvlp_jax import assemble, cli
+from medvlp_jax import assemble, cases, cli
 from medvlp_jax.data import leakage
 from medvlp_jax.evaluation import page, paired, plots, provenance, results
 from medvlp_jax.writing import replaced
@@ -163,6 +163,12 @@ def _figures(run: pathlib.Path, *, with_texts: bool) -> list[str]:
         if len(scored.truth):
             drawn = _drawn(lambda out: plots.classifier(*scored[1:], out))
             found += [page.text("Classifier", "h2"), page.picture(drawn, caption)]
+    if (scores := run / cases.SCORES).is_file():
+        drawn = _drawn(lambda out: plots.roc(cases.read_scores(scores), out))
+        found += [
+            page.text("Zero-shot", "h2"),
+            page.picture(drawn, "ROC of each class, by prompts"),
+        ]
     # Those of a classifier name classes, those of retrieval show reports.
     texts = {"grounding.png": "Grounded phrases with the maps found for them"}
     plain = {"attention.png": "Where in the image the attention of the table goes"}

@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 
-from medvlp_jax import report
+from medvlp_jax import cases, report
 from medvlp_jax.config import UserError
 from medvlp_jax.evaluation import page, plots, provenance, results
 
@@ -148,6 +148,26 @@ def test_a_classifier_has_its_curves_and_its_examples_name_classes_alone(run):
     assert len(Reader(report.build(run)).images) == 2
     predictions(run, ["i1,anna,hernia,0.9,0.1"])
     with pytest.raises(UserError, match="'hernia' is none of the classes normal, edema"):
+        report.build(run)
+
+
+def test_scores_of_prompts_are_written_read_and_drawn(run):
+    labels = np.array([[1, 0], [0, -1], [1, 1]], np.int8)
+    scores = np.array([[0.5, -0.25], [0.125, 0.75], [0.1, 0.2]])
+    tasks = {"finding": plots.Scored(labels, scores, ("edema", "mass/nodule"))}
+    found = {"image_id": ["i1", "i2", "i3"], "patient_id": ["anna", "bert", "bert"]}
+    cases.write_scores(tasks, found, run / "zero_shot.csv")
+    assert (run / "zero_shot.csv").read_text().splitlines()[2] == "i2,bert,0.125,0,0.75,"
+    (read,) = cases.read_scores(run / "zero_shot.csv").values()
+    np.testing.assert_array_equal(read.labels, labels)
+    np.testing.assert_array_equal(read.scores, scores)
+    assert read.classes == ("edema", "mass/nodule")
+    page_of = Reader(report.build(run))
+    assert len(page_of.images) == 2
+    assert "ROC of each class, by prompts" in page_of.text
+    assert "anna" not in page_of.text
+    (run / "zero_shot.csv").write_text("image_id,patient_id,finding/edema\ni1,anna,high\n")
+    with pytest.raises(UserError, match="no table of scores: its column 'finding/edema' fails"):
         report.build(run)
 
 

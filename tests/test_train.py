@@ -37,7 +37,8 @@ def finished(_home, tmp_path_factory):
 
 def test_a_run_folder_holds_config_metrics_results_pictures_checkpoints_and_export(finished):
     folder, results = finished
-    for name in ("config.json", "metrics.jsonl", "results.json", "curves.png", "examples.png"):
+    pictures = ("curves.png", "examples.png", "zero_shot.png")
+    for name in ("config.json", "metrics.jsonl", "results.json", "zero_shot.csv", *pictures):
         assert (folder / name).stat().st_size > 0, name
     assert written.read(folder).numbers == results
     assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["3", "6"]

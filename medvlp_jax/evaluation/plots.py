@@ -8,6 +8,7 @@ import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import sklearn.metrics
@@ -274,7 +275,8 @@ def classifier(truth, chances, classes: Sequence[str], out_png: str | Path) -> N
     figure = Figure(figsize=(3 * side, side + 0.8), layout="compressed", facecolor="white")
     left, middle, right = figure.subplots(1, 3)
     _draw_confusion(left, truth, chances.argmax(1), classes)
-    _draw_roc(middle, truth, chances, classes)
+    answers = truth[:, None] == np.arange(len(classes))
+    _draw_roc(middle, answers, chances, classes, "ROC, each class against the rest; area")
     _draw_calibration(right, chances.argmax(1) == truth, chances.max(1))
     save(figure, out_png)
 
@@ -295,18 +297,49 @@ def _draw_confusion(ax: Axes, truth, predicted, classes) -> None:
     ax.grid(False)
 
 
-def _draw_roc(ax: Axes, truth, chances, classes) -> None:
-    """One class against the rest, with its area."""
+class Scored(NamedTuple):
+    """What ROC curves are drawn of.
+
+    Attributes:
+      labels: [N, C], 1 present, 0 absent, -1 unknown, which counts in no curve.
+      scores: [N, C], higher is more likely present.
+      classes: C names.
+    """
+
+    labels: np.ndarray
+    scores: np.ndarray
+    classes: Sequence[str]
+
+
+def roc(tasks: Mapping[str, Scored], out_png: str | Path) -> None:
+    """Draw the ROC curves of every class, a panel a task.
+
+    A class that the data lack, or that is all there is, has no curve.
+
+    Args:
+      tasks: by name.
+      out_png: where the picture goes.
+    """
+    figure = Figure(figsize=(5.4 * len(tasks), 5.6), layout="compressed", facecolor="white")
+    panels = figure.subplots(1, len(tasks), squeeze=False)[0]
+    for ax, (name, scored) in zip(panels, tasks.items(), strict=True):
+        _draw_roc(ax, *scored, f"{name}: ROC; area")
+    save(figure, out_png)
+
+
+def _draw_roc(ax: Axes, labels, scores, classes, title: str) -> None:
+    """One curve a class, with its area."""
     for c, name in enumerate(classes):
-        positive = truth == c
+        known = labels[:, c] >= 0
+        positive = labels[known, c] == 1
         if not positive.any() or positive.all():
             continue
-        false, true, _ = sklearn.metrics.roc_curve(positive, chances[:, c])
+        false, true, _ = sklearn.metrics.roc_curve(positive, scores[known, c])
         style = "-" if c < len(COLOURS) else "--"
         label = f"{textwrap.shorten(name, 26, placeholder='…')}  {np.trapezoid(true, false):.2f}"
         ax.plot(false, true, style, color=COLOURS[c % len(COLOURS)], lw=1.5, label=label)
     ax.plot([0, 1], [0, 1], color=RULE, lw=1, zorder=0)
-    _style(ax, "ROC, each class against the rest; area")
+    _style(ax, title)
     ax.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect="equal")
     ax.set_xlabel("1 - specificity", fontsize=8, color=MUTED)
     ax.set_ylabel("sensitivity", fontsize=8, color=MUTED)

@@ -112,3 +112,22 @@ def test_attention_is_drawn_for_images_and_layers(tmp_path):
     plots.attention(images, maps, ["a", "b"], tmp_path / "attention.png")
     with Image.open(tmp_path / "attention.png") as picture:
         assert picture.width > picture.height
+
+
+def test_roc_curves_leave_out_classes_that_are_all_or_nothing(tmp_path, monkeypatch):
+    drawn = []
+    kept = plots.save
+    monkeypatch.setattr(
+        plots, "save", lambda figure, out: (drawn.append(figure), kept(figure, out))
+    )
+    labels = np.array([[1, 1, -1, 0], [0, 1, 0, 0], [1, 1, 1, -1], [0, 1, 0, 0]])
+    scores = np.array([[0.9, 1, 9, 0], [0.1, 1, 0.3, 0], [0.2, 1, 0.2, 0], [0.3, 1, 0.4, 0]])
+    tasks = {"finding": plots.Scored(labels, scores, ("a", "all", "some", "none"))}
+    plots.roc(
+        tasks | {"other": plots.Scored(labels[:, :1], scores[:, :1], ("a",))}, tmp_path / "r.png"
+    )
+    assert (tmp_path / "r.png").stat().st_size > 5000
+    first, second = drawn[0].axes
+    # a: 0.9 and 0.2 against 0.1 and 0.3: three of four pairs; some: 0.2 is below both others.
+    assert [t.get_text() for t in first.get_legend().get_texts()] == ["a  0.75", "some  0.00"]
+    assert "other: ROC; area" in [second.get_title(loc=side) for side in ("left", "center")]
