@@ -3,7 +3,8 @@
 #
 #   bash launch/prima.sh                                  the demo on generated radiographs, random weights, small encoders
 #   bash launch/prima.sh --config=configs/prima.py:pad --risk=pad_ufes_20 --articles=DIR --backend=endpoint --model=NAME
-#       [--workdir=DIR]            one folder a stage in it; the same command again goes on where it stopped
+#       [--workdir=DIR]            one folder a stage in it; the same command again goes on where it stopped, one with other
+#                                  settings is refused where a stage has ended
 #       [--folds=N]                folds to train and test on, of the five the config has (default 5); 0: the corpus' own splits
 #       [--config.optim.lr=1e-4 ...]  passes on to every stage
 #       [--inject.KEY=VALUE ...]   passes on to one stage as --config.KEY=VALUE; also --align., --sharpen., --fuse.
@@ -58,15 +59,22 @@ workdir="${workdir:-runs/prima-$name-$(date +%Y%m%d-%H%M%S)}"
 if [[ "$backend" == template && "$risk" == cxr_phantom && -z "$corpus" ]]; then unvetted=true; fi
 text="${corpus:-$workdir/corpus}"
 
-# Runs a command, or prints it. One that has ended leaves a mark in its folder and is passed over the next time.
+# Runs a command, or prints it. One that has ended leaves itself in its folder and is passed over the next time; another that
+# would go there is refused.
 run() { # run FOLDER COMMAND ...; FOLDER "": always
   local folder="$1"
   shift
   if $dry_run; then printf '%q ' "$@" | sed 's/ $//'; echo; return; fi
-  if [[ -n "$folder" && -e "$folder/finished" ]]; then return; fi
+  local what=() each
+  for each in "$@"; do case "$each" in --processes=* | --restarts=*) ;; *) what+=("$each") ;; esac; done
+  if [[ -n "$folder" && -e "$folder/finished" ]]; then
+    [[ ! -s "$folder/finished" || "$(<"$folder/finished")" == "${what[*]}" ]] && return
+    refuse "$folder was finished with other settings: '$(<"$folder/finished")', not '${what[*]}'. Name another --workdir, or \
+remove that folder and those of the stages after it."
+  fi
   echo "medvlp: $*" >&2
   "$@"
-  if [[ -n "$folder" ]]; then touch "$folder/finished"; fi
+  if [[ -n "$folder" ]]; then echo "${what[*]}" >"$folder/finished.part" && mv "$folder/finished.part" "$folder/finished"; fi
 }
 stage() { # stage NAME FOLDER SETTING ...
   local stage="$1" folder="$2"

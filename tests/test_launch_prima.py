@@ -103,13 +103,15 @@ def chain(tmp_path):
     programs.mkdir()
     log = tmp_path / "log"
 
-    def run(fate=""):
+    def run(fate="", *more):
         file = programs / "python"
         file.write_text(PYTHON.format(log=log, fate=fate, work=tmp_path / "w"))
         file.chmod(file.stat().st_mode | stat.S_IXUSR)
         path = f"{programs}:{os.environ['PATH']}"
         log.write_text("")
-        done = launch(f"--workdir={tmp_path}/w", "--folds=2", MEDVLP_VENV="none", PATH=path)
+        settings = {"MEDVLP_VENV": "none", "PATH": path}
+        done = launch(f"--workdir={tmp_path}/w", "--folds=2", *more, **settings)
+        run.said = done.stderr
         stages = re.findall(
             r"evidence corpus|prima.py:(\w+)_phantom|evaluation.(folds)", log.read_text()
         )
@@ -126,6 +128,15 @@ def test_a_chain_that_failed_goes_on_with_the_stage_that_failed(chain):
     )
     assert chain("") == (0, ["sharpen", "fuse", "folds"])
     assert chain("") == (0, ["folds"])
+
+
+def test_a_stage_that_ended_with_other_settings_is_not_passed_over(chain):
+    assert chain("")[0] == 0
+    assert chain("", "--restarts=1", "--processes=2") == (0, ["folds"])
+    assert chain("", "--fuse.optim.lr=1e-5") == (2, [])
+    assert "w/fold-0/fuse was finished with other settings" in chain.said
+    assert "--config.optim.lr=1e-5" in chain.said
+    assert "Name another --workdir" in chain.said
 
 
 def test_bash_parses_it():
