@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from medvlp_jax import assemble, cases, cli
+from medvlp_jax.config import UserError
 from medvlp_jax.data import leakage
 from medvlp_jax.evaluation import page, paired, plots, provenance, results
 from medvlp_jax.writing import replaced
@@ -155,8 +156,12 @@ def _figures(run: pathlib.Path, *, with_texts: bool) -> list[str]:
     found = []
     log = run / "metrics.jsonl"
     if log.is_file() and log.stat().st_size:
-        drawn = _drawn(lambda out: plots.curves(log, out))
-        found += [page.text("Training", "h2"), page.picture(drawn, "Loss terms, rates, speed")]
+        found.append(page.text("Training", "h2"))
+        try:
+            drawn = _drawn(lambda out: plots.curves(log, out))
+            found.append(page.picture(drawn, "Loss terms, rates, speed"))
+        except UserError as error:  # a run that ended before its first number
+            found.append(page.text(error))
     if predictions.is_file():
         scored = paired.read(predictions)
         caption = "Confusion matrix, ROC of each class against the rest, calibration"

@@ -171,6 +171,13 @@ def test_scores_of_prompts_are_written_read_and_drawn(run):
         report.build(run)
 
 
+def test_a_run_without_a_number_in_its_log_has_a_page_that_says_so(run):
+    (run / "metrics.jsonl").write_text("{}\n")
+    found = Reader(report.build(run))
+    assert not found.images
+    assert "metrics.jsonl" in found.text
+
+
 def test_controls_under_other_keys_join_the_classifiers_table():
     found = {}
     one = lambda value: {"accuracy": results.number(value, n=9, chance=0.5)}
