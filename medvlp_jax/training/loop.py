@@ -133,4 +133,4 @@ def _flush(reporter, pending):
 
 
 def _batch_size(batch):
-    return jax.tree.leaves(batch)[0].shape[0]
+    return max(len(leaf) for leaf in jax.tree.leaves(batch))  # packed texts have fewer rows
