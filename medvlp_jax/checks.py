@@ -1,5 +1,6 @@
 """What a run is refused for before anything is trained, compiled or written."""
 
+import inspect
 import pathlib
 from collections.abc import Mapping
 
@@ -102,6 +103,11 @@ def packed(config: Mapping, recipe, mesh) -> dict[str, float]:
             raise UserError(
                 f"{setting}={share}: {type(recipe).__name__} reads no text that could be "
                 "packed; accepted is 0."
+            )
+        if "segments" not in inspect.signature(type(recipe.text).__call__).parameters:
+            raise UserError(
+                f"{setting}={share}: texts cannot share a row in {type(recipe.text).__name__}; "
+                "accepted is 0."
             )
         if train["chunks"] > 1:
             raise UserError(

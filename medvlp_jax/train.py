@@ -8,7 +8,8 @@ accelerator, and starts nothing. --devices=N plans for N devices, emulated on th
 
 The run folder holds config.json, metrics.jsonl, results.json, curves.png, examples.png,
 checkpoints/ and export/; after zero-shot zero_shot.png and zero_shot.csv; that of a classifier
-predictions.csv, classifier.png and attention.png too. The same command again resumes an interrupted run bit by bit.
+predictions.csv, classifier.png and attention.png too. The same command again resumes an interrupted
+run bit by bit.
 """
 
 import datetime

@@ -15,6 +15,7 @@ from medvlp_jax.convert import (
     qwen3,
     resnet,
     siglip,
+    siglip_text,
     swin,
     vit,
 )
@@ -32,6 +33,7 @@ TABLES = (
     siglip.TABLE,
     bert.TABLE,
     clip_text.TABLE,
+    siglip_text.TABLE,
     modernbert.TABLE,
     qwen3.TABLE,
 )

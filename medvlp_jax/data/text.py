@@ -3,6 +3,9 @@
 Axis letters: B texts, T tokens.
 """
 
+import json
+import re
+import string
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -46,7 +49,33 @@ def load_tokenizer(path: str | Path, *, lowercase: bool | None = None) -> tokeni
     tokenizer = tokenizers.Tokenizer.from_file(str(file))
     tokenizer.no_padding()
     tokenizer.no_truncation()
+    if _is_siglip(file.with_name("tokenizer_config.json")):
+        _canonicalise(tokenizer)
     return tokenizer
+
+
+def _is_siglip(file: Path) -> bool:
+    if not file.is_file():
+        return False
+    try:
+        return "Siglip" in str(json.loads(file.read_text()).get("tokenizer_class"))
+    except (json.JSONDecodeError, AttributeError):
+        raise UserError(f"{file} is no JSON object.") from None
+
+
+def _canonicalise(tokenizer: tokenizers.Tokenizer) -> None:
+    """Let it read texts as SigLIP was trained on: lower case, no punctuation, single spaces.
+
+    `transformers` does so in Python, before the steps that tokenizer.json knows.
+    """
+    steps = [
+        normalizers.Lowercase(),
+        normalizers.Replace(tokenizers.Regex(f"[{re.escape(string.punctuation)}]"), ""),
+        normalizers.Replace(tokenizers.Regex(r"\s+"), " "),
+        normalizers.Strip(),
+    ]
+    own = [tokenizer.normalizer] if tokenizer.normalizer else []
+    tokenizer.normalizer = normalizers.Sequence([*steps, *own])
 
 
 def tokenize(tokenizer: tokenizers.Tokenizer, texts: Sequence[str], length: int) -> Tokens:

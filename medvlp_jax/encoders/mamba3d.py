@@ -64,7 +64,7 @@ def _backward(kept, gradient):
 recurrence.defvjp(_forward, _backward)
 
 
-def selective_scan(u, delta, a, b, c, *, chunk: int = 64):
+def selective_scan(u, delta, a, b, c, *, chunk: int = 16):
     """Run the state-space model of Mamba, Algorithm 2: y_t = c_t h_t along the tokens.
 
     h_t = exp(delta_t a) h_{t-1} + delta_t b_t u_t, from h = 0. Chunks follow one another, the
@@ -77,13 +77,14 @@ def selective_scan(u, delta, a, b, c, *, chunk: int = 64):
       a: [E, N], negative.
       b: [B, L, N].
       c: [B, L, N].
-      chunk: K; 1 is the sequential scan. On a CPU that is the fastest forward, and 64 the fastest
-        with the gradient (benchmarks/selective_scan.py).
+      chunk: K, at most L; 1 is the sequential scan. On a CPU that is the fastest forward, and 16
+        the fastest with the gradient (benchmarks/selective_scan.py).
 
     Returns:
       [B, L, E].
     """
     batch, length, inner = u.shape
+    chunk = min(chunk, length)
     chunks = -(-length // chunk)
 
     def cut(x):  # steps of size 0 keep the state
@@ -129,7 +130,7 @@ class Mamba(nn.Module):
     state: int = 16
     expand: int = 2
     conv_size: int = 4
-    chunk: int = 64
+    chunk: int = 16
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -172,6 +173,32 @@ def four_ways(f, x):
     return sum(jnp.flip(part, axes) for part, axes in zip(parts, flips, strict=True)) / len(flips)
 
 
+def convolve(x, kernel, *, stride: int):
+    """Convolve [B, H, W, S, C] with [k, k, k, C, D], padded by k // 2 on all sides."""
+    side = kernel.shape[0] // 2
+    numbers = ("NHWDC", "HWDIO", "NHWDC")
+    padding = ((side, side),) * 3
+    return jax.lax.conv_general_dilated(
+        x, kernel, (stride,) * 3, padding, dimension_numbers=numbers
+    )
+
+
+def convolve_by_slices(x, kernel, *, stride: int):
+    """Do the same as a sum over the slices of the kernel of convolutions of images."""
+    batch, _, _, slices, channels = x.shape
+    size, side, count = kernel.shape[0], kernel.shape[0] // 2, -(-slices // stride)
+    x = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (side, side), (0, 0)))
+    x = jnp.moveaxis(x, 3, 1)  # [B, S, H, W, C]
+    numbers, padding, total = ("NHWC", "HWIO", "NHWC"), ((side, side),) * 2, 0
+    for k in range(size):
+        images = x[:, k : k + (count - 1) * stride + 1 : stride]
+        images = images.reshape(batch * count, *x.shape[2:4], channels)
+        total += jax.lax.conv_general_dilated(
+            images, kernel[:, :, k], (stride,) * 2, padding, dimension_numbers=numbers
+        )
+    return jnp.moveaxis(total.reshape(batch, count, *total.shape[1:]), 1, 3)
+
+
 class Conv(nn.Module):
     """3-D convolution, padded by size // 2 on both sides as in torch ("SAME" is not)."""
 
@@ -191,10 +218,13 @@ class Conv(nn.Module):
         if self.size == 1:  # a matrix product
             y = x[:, ::stride, ::stride, ::stride] @ kernel[0, 0, 0]
         else:
-            padding = ((self.size // 2, self.size // 2),) * 3
-            numbers = ("NHWDC", "HWDIO", "NHWDC")
-            y = jax.lax.conv_general_dilated(
-                x, kernel, (stride,) * 3, padding, dimension_numbers=numbers
+            # XLA's convolution of volumes on a CPU takes 5 to 100 times as long, most of it for
+            # the gradient (benchmarks/selective_scan.py).
+            y = jax.lax.platform_dependent(
+                x,
+                kernel,
+                cpu=functools.partial(convolve_by_slices, stride=stride),
+                default=functools.partial(convolve, stride=stride),
             )
         if self.use_bias:
             y += self.param("bias", init, (self.features,)).astype(self.dtype)
@@ -204,7 +234,7 @@ class Conv(nn.Module):
 class Branch(nn.Module):
     """A Mamba layer over the voxels of a volume, between two 1x1x1 convolutions."""
 
-    chunk: int = 64
+    chunk: int = 16
     bn_momentum: float = 0.1
     dtype: Any = jnp.float32
 
@@ -257,7 +287,7 @@ class Mamba3D(nn.Module):
 
     channels: int = 16
     depths: tuple[int, ...] = (3, 3, 3)
-    chunk: int = 64
+    chunk: int = 16
     bn_momentum: float = 0.1
     dtype: Any = jnp.float32
 

@@ -14,6 +14,7 @@ from medvlp_jax.encoders import (
     qwen3,
     resnet,
     siglip,
+    siglip_text,
     swin,
     vit,
 )
@@ -353,6 +354,14 @@ def test_a_published_config_is_read_as_the_size_of_that_name(name):
         # The id of the end in files from before transformers 4.31, see encoders.clip_text.
         ("openai/clip-vit-base-patch32", "text", clip_text.make("B/32"), {"eos_id": 2}),
         ("google/siglip-so400m-patch14-384", "vision", siglip.make("So400m/14-384"), {}),
+        # What that file says of the text tower is its width alone: the rest are defaults of the
+        # class, as `transformers` reads it too.
+        (
+            "google/siglip-so400m-patch14-384",
+            "text",
+            siglip_text.make("B"),
+            {"width": 1152, "projection_dim": 1152},
+        ),
     ],
 )
 def test_a_published_config_of_two_encoders_is_read_as_the_tower(name, tower, module, expected):

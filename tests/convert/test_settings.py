@@ -47,6 +47,7 @@ SMALL = {
     "siglip_vision_model": VISION,
     "bert": TEXT,
     "clip_text_model": TEXT | {"eos_token_id": 39},
+    "siglip_text_model": TEXT,
     "modernbert": TEXT | {"pad_token_id": 1},
     "qwen3": TEXT | {"num_key_value_heads": 1, "head_dim": 8},
 }

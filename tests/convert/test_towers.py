@@ -68,15 +68,16 @@ def test_both_towers_of_clip_give_the_features_of_clip(clip):
 
 
 @pytest.mark.hf
-def test_the_vision_tower_of_siglip_gives_the_features_of_siglip(tmp_path):
+def test_both_towers_of_siglip_give_the_features_of_siglip(tmp_path):
     import torch
 
     theirs = make_theirs("SiglipModel", tmp_path)
     module, variables = convert.load(tmp_path, tower="vision")
     expected = theirs.get_image_features(torch.tensor(IMAGES).permute(0, 3, 1, 2)).pooler_output
     assert_close(jax.jit(module.apply)(variables, IMAGES).pooled, expected)
-    with pytest.raises(UserError, match="'siglip_text_model'"):
-        convert.load(tmp_path, tower="text")
+    module, variables = convert.load(tmp_path, tower="text")
+    expected = theirs.get_text_features(torch.tensor(TOKENS.ids).long()).pooler_output
+    assert_close(jax.jit(module.apply)(variables, TOKENS).pooled, expected)
 
 
 @pytest.mark.hf
