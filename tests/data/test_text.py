@@ -1,3 +1,6 @@
+import re
+import shutil
+import string
 import subprocess
 import sys
 
@@ -104,3 +107,19 @@ def test_real_vocabularies_have_their_published_ids(test_data):
     assert (ids[:, 0] == 50281).all()
     assert ids[0, -1] == 50282
     np.testing.assert_array_equal(ids[1], [50281, 50282, 50283, 50283])
+
+
+def test_siglip_reads_texts_without_case_punctuation_or_double_spaces(folder, tmp_path):
+    """As `SiglipTokenizer.canonicalize_text` says, before the tokenizer's own steps."""
+    shutil.copy(folder / "tokenizer.json", tmp_path)
+    plain = text.load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "SiglipTokenizer"}')
+    canonical = text.load_tokenizer(tmp_path)
+    for words in ("Small,  LEFT (pleural) effusion!\n\tNo [pneumothorax].", " a-b ", "...", "^\\"):
+        bare = words.lower().translate(str.maketrans("", "", string.punctuation))
+        expected = plain.encode(re.sub(r"\s+", " ", bare).strip()).ids
+        assert canonical.encode(words).ids == expected
+    assert canonical.encode("no.").ids != plain.encode("no.").ids
+    (tmp_path / "tokenizer_config.json").write_text("[1")
+    with pytest.raises(UserError, match=r"tokenizer_config.json is no JSON object"):
+        text.load_tokenizer(tmp_path)
