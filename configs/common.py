@@ -37,8 +37,8 @@ def data(**fields) -> ConfigDict:
             "table": {
                 "exclude": (),  # columns left out
                 "leakage": (),  # columns taken although the schema says they give away the label
-                "encoding": "vectors",  # others: tables.py; "sentences", by a text encoder:
-                "text": "",  # its folder or hub id, such as openai/clip-vit-base-patch32
+                **{"encoding": "vectors", "scale": 1.0},  # others: tables.py; what is multiplied
+                "text": "",  # of "sentences", folder or hub id: openai/clip-vit-base-patch32
                 "tower": "",  # "text" where that holds an image encoder too
                 "pooling": "",  # "projection" for CLIP; "" = the architecture's default
             },

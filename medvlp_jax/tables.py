@@ -1,6 +1,7 @@
 """From a config and a corpus to the rows [T, D] a model sees of a table: numbers, or sentences.
 
-data.table.encoding "vectors" writes each attribute as numbers (data/tabular.py). "sentences" writes
+data.table.encoding "vectors" writes each attribute as numbers (data/tabular.py), times
+data.table.scale. "sentences" writes
 one English sentence an attribute and encodes it with a frozen text encoder, as CFCML does with that
 of CLIP ViT-B/32; the features are made once and found again by a hash of all they depend on.
 "metablock" is the one row of published PAD-UFES-20 results, "metablock-active" what of it the
@@ -75,7 +76,8 @@ def _rows(data, schema: tabular.Schema, tables: Iterable[Mapping[str, float]]) -
             f"{configs.nearest(settings['encoding'], ENCODINGS)}"
         )
     if settings["encoding"] == "vectors":
-        return functools.partial(tabular.rows, schema=schema, names=names)
+        scale = np.float32(settings["scale"])
+        return lambda values: scale * tabular.rows(values, schema, names)
     if settings["encoding"] != "sentences":
         return functools.partial(
             tabular.one_hot, schema=schema, columns=_metablock(data["corpora"][0], settings, names)

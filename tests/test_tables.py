@@ -48,13 +48,15 @@ def encoder(tmp_path_factory):
 
 def settings(tmp_path, **table):
     plain = {"exclude": (), "leakage": (), "encoding": "vectors", "text": "", "tower": ""}
-    plain |= {"pooling": ""}
+    plain |= {"pooling": "", "scale": 1.0}
     return {"corpora": ("made",), "data_dir": str(tmp_path), "table": plain | table}
 
 
 def test_vectors_are_those_of_the_schema_without_leakage(tmp_path):
     rows = tables.rows_of(settings(tmp_path), [Corpus()])(VALUES[0])
     np.testing.assert_array_equal(rows, tabular.rows(VALUES[0], SCHEMA, ("age", "sex")))
+    larger = tables.rows_of(settings(tmp_path, scale=10.0), [Corpus()])(VALUES[0])
+    np.testing.assert_array_equal(larger, 10 * rows)
 
 
 def test_sentences_are_encoded_once_and_found_again(tmp_path, encoder, monkeypatch):
