@@ -127,8 +127,7 @@ def men_phantom(config):
     config.data.view.probability = 0.1
     config.data.table.scale = 10.0  # docs/cfcml.md: of 1 the net hears nothing for 250 steps
     config.optim.update({"lr": 2e-3, "schedule": "cosine", "warmup": 50})
-    fields = {"steps": 600, "batch_size": 12, "evaluate_every": 200, "checkpoint_every": 200}
-    config.train.update(fields)
+    config.train.update(steps=600, batch_size=12, evaluate_every=200, checkpoint_every=200)
 
 
 def glioma(config):
@@ -147,6 +146,5 @@ def derm(config):
     config.data.update({"size": 96, "crop": 96})
     config.data.view.probability = 1.0
     config.optim.update({"lr": 1e-3, "schedule": "cosine", "warmup": 60, "multipliers": ()})
-    fields = {"steps": 1500, "batch_size": 42, "evaluate_every": 300, "checkpoint_every": 300}
-    config.train.update(fields)
+    config.train.update(steps=1500, batch_size=42, evaluate_every=300, checkpoint_every=300)
     config.evals.views = 8  # docs/cfcml.md: what it is worth
