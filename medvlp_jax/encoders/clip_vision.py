@@ -23,7 +23,7 @@ from medvlp_jax.layers import (
     Lora,
     PatchEmbedding,
     Stack,
-    draw_patches,
+    keep_patches,
     patch_grid,
     resize_positions,
 )
@@ -100,9 +100,8 @@ class ClipVision(nn.Module):
         stack = Stack(Block, fields, self.depth, self.layout, self.remat, name="stack")
         x = norm("pre_norm")(self._embed(images))  # [B, N+1, D]
         if train and self.kept_patches != 1:
-            sizes = len(x), x.shape[1] - 1, self.kept_patches
-            kept = draw_patches(self.make_rng("dropout"), *sizes, prefix=1)
-            x = jnp.take_along_axis(x, kept[..., None], axis=1)
+            key = self.make_rng("dropout")
+            x, _ = keep_patches(x, key, self.kept_patches, prefix=1)
         x = stack(x, train=train)
         cls, tokens = norm("norm")(x[:, 0]), x[:, 1:]
         pooled = {"cls": cls, "mean": tokens.mean(1)}

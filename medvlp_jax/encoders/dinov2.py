@@ -24,7 +24,7 @@ from medvlp_jax.layers import (
     Lora,
     PatchEmbedding,
     Stack,
-    draw_patches,
+    keep_patches,
     patch_grid,
     resize_positions,
 )
@@ -118,10 +118,8 @@ class DinoV2(nn.Module):
         """
         x = self._embed(images, masked)  # [B, 1+R+N, D]
         if train and self.kept_patches != 1:
-            prefix = 1 + self.registers
-            sizes = len(x), x.shape[1] - prefix, self.kept_patches
-            kept = draw_patches(self.make_rng("dropout"), *sizes, prefix=prefix)
-            x = jnp.take_along_axis(x, kept[..., None], axis=1)
+            key = self.make_rng("dropout")
+            x, _ = keep_patches(x, key, self.kept_patches, prefix=1 + self.registers)
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
         names = ("num_heads", "mlp_dim", "gated", "layer_scale", "attention_dropout", "drop_path")
         names += ("epsilon", "attention", "lora", "dtype")

@@ -25,7 +25,7 @@ from medvlp_jax.layers import (
     PatchEmbedding,
     Rope,
     Stack,
-    draw_patches,
+    keep_patches,
     patch_grid,
     rope_2d,
 )
@@ -131,10 +131,8 @@ class DinoV3(nn.Module):
         rope = self._rope(*patch_grid(images, self.patch_size), train)
         x = self._embed(images, masked)  # [B, 1+R+N, D]
         if train and self.kept_patches != 1:
-            prefix = 1 + self.registers
-            sizes = len(x), x.shape[1] - prefix, self.kept_patches
-            kept = draw_patches(self.make_rng("dropout"), *sizes, prefix=prefix)
-            x = jnp.take_along_axis(x, kept[..., None], axis=1)
+            key = self.make_rng("dropout")
+            x, kept = keep_patches(x, key, self.kept_patches, prefix=1 + self.registers)
             rope = Rope(rope.cos[kept], rope.sin[kept])
         names = ("num_heads", "mlp_dim", "gated", "layer_scale", "dropout", "attention_dropout")
         names += ("drop_path", "epsilon", "attention", "lora", "dtype")

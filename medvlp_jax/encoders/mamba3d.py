@@ -218,8 +218,8 @@ class Conv(nn.Module):
         if self.size == 1:  # a matrix product
             y = x[:, ::stride, ::stride, ::stride] @ kernel[0, 0, 0]
         else:
-            # XLA's convolution of volumes on a CPU takes 5 to 100 times as long, most of it for
-            # the gradient (benchmarks/selective_scan.py).
+            # XLA's convolution of volumes on a CPU takes 6 to 58 times as long with the gradient
+            # (benchmarks/selective_scan.py).
             y = jax.lax.platform_dependent(
                 x,
                 kernel,

@@ -24,7 +24,7 @@ from medvlp_jax.layers import (
     Mlp,
     PatchEmbedding,
     Stack,
-    draw_patches,
+    keep_patches,
     patch_grid,
     resize_positions,
 )
@@ -129,9 +129,8 @@ class Siglip(nn.Module):
         stack = Stack(Block, fields, self.depth, self.layout, self.remat, name="stack")
         x = self._embed(images)  # [B, N, D]
         if train and self.kept_patches != 1:
-            sizes = len(x), x.shape[1], self.kept_patches
-            kept = draw_patches(self.make_rng("dropout"), *sizes, prefix=0)
-            x = jnp.take_along_axis(x, kept[..., None], axis=1)
+            key = self.make_rng("dropout")
+            x, _ = keep_patches(x, key, self.kept_patches, prefix=0)
         x = stack(x, train=train)
         tokens = LayerNorm(self.epsilon, self.dtype, name="norm")(x)
         pooled = {"mean": tokens.mean(1)}

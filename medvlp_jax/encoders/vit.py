@@ -21,7 +21,7 @@ from medvlp_jax.layers import (
     Lora,
     PatchEmbedding,
     Stack,
-    draw_patches,
+    keep_patches,
     patch_grid,
     resize_positions,
 )
@@ -87,9 +87,8 @@ class ViT(nn.Module):
         """
         x = self._embed(images)  # [B, N+1, D]
         if train and self.kept_patches != 1:
-            sizes = len(x), x.shape[1] - 1, self.kept_patches
-            kept = draw_patches(self.make_rng("dropout"), *sizes, prefix=1)
-            x = jnp.take_along_axis(x, kept[..., None], axis=1)
+            key = self.make_rng("dropout")
+            x, _ = keep_patches(x, key, self.kept_patches, prefix=1)
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
         names = ("num_heads", "mlp_dim", "dropout", "epsilon", "attention", "lora", "dtype")
         fields = {name: getattr(self, name) for name in names} | {"kernel_init": truncated_normal}

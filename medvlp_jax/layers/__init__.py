@@ -26,6 +26,7 @@ from medvlp_jax.layers.patches import (
     PatchEmbedding,
     bicubic_matrix,
     draw_patches,
+    keep_patches,
     patch_grid,
     resize_positions,
 )
@@ -55,6 +56,7 @@ __all__ = [
     "bicubic_matrix",
     "draw_patches",
     "gelu",
+    "keep_patches",
     "patch_grid",
     "quick_gelu",
     "resize_positions",

@@ -87,6 +87,16 @@ def draw_patches(key, batch: int, patches: int, share: float, *, prefix: int = 1
     return jnp.concatenate([before, prefix + kept], axis=1)
 
 
+def keep_patches(x, key, share: float, *, prefix: int = 1):
+    """Return the tokens of x that `draw_patches` keeps [B, prefix + K, D], and which those are.
+
+    Raises:
+      ValueError: for a share outside (0, 1].
+    """
+    kept = draw_patches(key, len(x), x.shape[1] - prefix, share, prefix=prefix)
+    return jnp.take_along_axis(x, kept[..., None], axis=1), kept
+
+
 def resize_positions(
     positions, rows: int, columns: int, *, prefix: int = 1, antialias: bool = False
 ):

@@ -45,7 +45,7 @@ def test_what_is_kept_is_encoded_as_if_the_rest_could_not_be_seen(name, variable
     variables = variables_of(module, images)
     kept = draw_patches(jax.random.key(1), 3, 20, 0.4, prefix=prefix)
     drawn = lambda key, *sizes, **options: kept
-    monkeypatch.setattr(f"{type(module).__module__}.draw_patches", drawn)
+    monkeypatch.setattr("medvlp_jax.layers.patches.draw_patches", drawn)
     fewer = module.clone(kept_patches=0.4)
     rngs = {"dropout": jax.random.key(2)}
     ours = fewer.apply(variables, images, train=True, rngs=rngs)
