@@ -18,6 +18,7 @@ import scipy.special
 from medvlp_jax import assemble, distributed, examples, ground, tables
 from medvlp_jax.config import UserError
 from medvlp_jax.evaluation import attention, classify, flavours, plots, retrieval
+from medvlp_jax.evaluation.zero_shot import PromptScores
 from medvlp_jax.evaluator import Evaluator
 from medvlp_jax.recipes.base import classifies
 from medvlp_jax.training.step import make_embed
@@ -102,7 +103,7 @@ def write_predictions(evaluator: Evaluator, found: Mapping, out: pathlib.Path) -
             writer.writerow((image, patient, truth, *(f"{p:.6g}" for p in chance)))
 
 
-def write_scores(tasks: Mapping[str, plots.Scored], found: Mapping, out: pathlib.Path) -> None:
+def write_scores(tasks: Mapping[str, PromptScores], found: Mapping, out: pathlib.Path) -> None:
     """Write zero_shot.csv, whole or not at all."""
     header, columns = ["image_id", "patient_id"], [found["image_id"], found["patient_id"]]
     for task, (labels, scores, classes) in tasks.items():
@@ -116,7 +117,7 @@ def write_scores(tasks: Mapping[str, plots.Scored], found: Mapping, out: pathlib
         csv.writer(file).writerows([header, *zip(*columns, strict=True)])
 
 
-def read_scores(file: pathlib.Path) -> dict[str, plots.Scored]:
+def read_scores(file: pathlib.Path) -> dict[str, PromptScores]:
     """Read zero_shot.csv.
 
     Raises:
@@ -136,7 +137,7 @@ def read_scores(file: pathlib.Path) -> dict[str, plots.Scored]:
     found = {}
     for task, columns in tasks.items():
         names, scores, labels = zip(*columns, strict=True)
-        found[task] = plots.Scored(np.array(labels).T, np.array(scores).T, names)
+        found[task] = PromptScores(np.array(labels).T, np.array(scores).T, names)
     return found
 
 

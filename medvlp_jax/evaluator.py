@@ -1,7 +1,7 @@
 """Protocols and controls on a run: what `medvlp evaluate` and the evaluations of training share."""
 
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,6 @@ from medvlp_jax.evaluation import (
     classify,
     flavours,
     masked_tokens,
-    plots,
     probe,
     prompts,
     provenance,
@@ -26,6 +25,7 @@ from medvlp_jax.evaluation import (
     zero_shot,
 )
 from medvlp_jax.evaluation.results import Results, renamed
+from medvlp_jax.evaluation.zero_shot import PromptScores
 from medvlp_jax.recipes import mlm
 from medvlp_jax.recipes.base import classifies
 from medvlp_jax.training.stopping import Signals
@@ -228,15 +228,13 @@ class Evaluator(Embedder):
             rule = "maxf1-on-test"
         if rule == "maxf1-on-val":
             held = self.features(variables, self.validation, inputs=self.images(), mask=mask)
-        spaces, results = self.parts.recipe.spaces, {}
-        for task in self.prompts["tasks"]:
-            texts, columns = self._prompts_of(task)
-            image = spaces.get(texts.section, next(iter(spaces.values())))[0]
-            label = f"label/{task}"
+        results = {}
+        for task, image, columns, embeddings in self._prompted(variables):
+            texts, label = embeddings.prompts, f"label/{task}"
             results |= zero_shot.run(
                 found[image],
                 found[label][:, columns],
-                zero_shot.embed_prompts(texts, self.embed_texts(variables)),
+                embeddings,
                 task=task,
                 groups=found["patient_id"],
                 flavour=flavour,
@@ -247,21 +245,26 @@ class Evaluator(Embedder):
             )
         return results
 
-    def prompt_scores(self, variables: Mapping, found: Mapping) -> dict[str, plots.Scored]:
+    def _prompted(self, variables) -> Iterator[tuple]:
+        """Yield task, image feature, label columns and embedded prompts of each task with some."""
+        spaces = self.parts.recipe.spaces
+        for task in self.prompts["tasks"]:
+            texts, columns = self._prompts_of(task)
+            image = spaces.get(texts.section, next(iter(spaces.values())))[0]
+            yield task, image, columns, zero_shot.embed_prompts(texts, self.embed_texts(variables))
+
+    def prompt_scores(self, variables: Mapping, found: Mapping) -> dict[str, PromptScores]:
         """Return labels and zero-shot scores (clean) of every task that has prompts.
 
         Args:
           variables: of the recipe.
           found: features of all images.
         """
-        spaces, scored = self.parts.recipe.spaces, {}
-        variables = assemble.place(variables, self.parts)
-        for task in self.prompts["tasks"]:
-            texts, columns = self._prompts_of(task)
-            image = spaces.get(texts.section, next(iter(spaces.values())))[0]
-            embeddings = zero_shot.embed_prompts(texts, self.embed_texts(variables))
+        variables, scored = assemble.place(variables, self.parts), {}
+        for task, image, columns, embeddings in self._prompted(variables):
+            labels, classes = found[f"label/{task}"][:, columns], embeddings.prompts.classes
             scores = zero_shot.scores(found[image], embeddings)
-            scored[task] = plots.Scored(found[f"label/{task}"][:, columns], scores, texts.classes)
+            scored[task] = PromptScores(labels, scores, classes)
         return scored
 
     def _retrieval(self, variables, found, *, mask, flavour="clean", **options):

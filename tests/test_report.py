@@ -10,7 +10,7 @@ import pytest
 
 from medvlp_jax import cases, report
 from medvlp_jax.config import UserError
-from medvlp_jax.evaluation import page, plots, provenance, results
+from medvlp_jax.evaluation import page, plots, provenance, results, zero_shot
 
 CONFIG = {
     "recipe": {"name": "clip<script>"},
@@ -154,7 +154,7 @@ def test_a_classifier_has_its_curves_and_its_examples_name_classes_alone(run):
 def test_scores_of_prompts_are_written_read_and_drawn(run):
     labels = np.array([[1, 0], [0, -1], [1, 1]], np.int8)
     scores = np.array([[0.5, -0.25], [0.125, 0.75], [0.1, 0.2]])
-    tasks = {"finding": plots.Scored(labels, scores, ("edema", "mass/nodule"))}
+    tasks = {"finding": zero_shot.PromptScores(labels, scores, ("edema", "mass/nodule"))}
     found = {"image_id": ["i1", "i2", "i3"], "patient_id": ["anna", "bert", "bert"]}
     cases.write_scores(tasks, found, run / "zero_shot.csv")
     assert (run / "zero_shot.csv").read_text().splitlines()[2] == "i2,bert,0.125,0,0.75,"

@@ -8,7 +8,6 @@ import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import sklearn.metrics
@@ -19,6 +18,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from medvlp_jax.config import UserError
+from medvlp_jax.evaluation.zero_shot import PromptScores
 from medvlp_jax.writing import replaced
 
 # Okabe & Ito: distinguishable with colour-vision deficiency.
@@ -297,21 +297,7 @@ def _draw_confusion(ax: Axes, truth, predicted, classes) -> None:
     ax.grid(False)
 
 
-class Scored(NamedTuple):
-    """What ROC curves are drawn of.
-
-    Attributes:
-      labels: [N, C], 1 present, 0 absent, -1 unknown, which counts in no curve.
-      scores: [N, C], higher is more likely present.
-      classes: C names.
-    """
-
-    labels: np.ndarray
-    scores: np.ndarray
-    classes: Sequence[str]
-
-
-def roc(tasks: Mapping[str, Scored], out_png: str | Path) -> None:
+def roc(tasks: Mapping[str, PromptScores], out_png: str | Path) -> None:
     """Draw the ROC curves of every class, a panel a task.
 
     A class that the data lack, or that is all there is, has no curve.

@@ -125,6 +125,20 @@ def scores(
     return scoring.scores(flavour, image, *sides, batch_size=batch_size)
 
 
+class PromptScores(NamedTuple):
+    """Labels and scores of the images, class by class.
+
+    Attributes:
+      labels: [N, C], 1 present, 0 absent, -1 unknown.
+      scores: [N, C], higher is more likely present.
+      classes: C names.
+    """
+
+    labels: np.ndarray
+    scores: np.ndarray
+    classes: Sequence[str]
+
+
 class Validation(NamedTuple):
     """What thresholds are chosen on: images [M, E] and labels [M, C] of the validation split."""
 

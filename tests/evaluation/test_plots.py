@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from medvlp_jax.config import UserError
-from medvlp_jax.evaluation import plots
+from medvlp_jax.evaluation import plots, zero_shot
 
 
 def write(path, lines):
@@ -122,10 +122,9 @@ def test_roc_curves_leave_out_classes_that_are_all_or_nothing(tmp_path, monkeypa
     )
     labels = np.array([[1, 1, -1, 0], [0, 1, 0, 0], [1, 1, 1, -1], [0, 1, 0, 0]])
     scores = np.array([[0.9, 1, 9, 0], [0.1, 1, 0.3, 0], [0.2, 1, 0.2, 0], [0.3, 1, 0.4, 0]])
-    tasks = {"finding": plots.Scored(labels, scores, ("a", "all", "some", "none"))}
-    plots.roc(
-        tasks | {"other": plots.Scored(labels[:, :1], scores[:, :1], ("a",))}, tmp_path / "r.png"
-    )
+    tasks = {"finding": zero_shot.PromptScores(labels, scores, ("a", "all", "some", "none"))}
+    other = zero_shot.PromptScores(labels[:, :1], scores[:, :1], ("a",))
+    plots.roc(tasks | {"other": other}, tmp_path / "r.png")
     assert (tmp_path / "r.png").stat().st_size > 5000
     first, second = drawn[0].axes
     # a: 0.9 and 0.2 against 0.1 and 0.3: three of four pairs; some: 0.2 is below both others.
