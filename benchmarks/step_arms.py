@@ -59,7 +59,9 @@ CASES = {
     "imitate": Case(
         "IMITATE: ResNet-50, 16 pairs, 2 views of 224, cached reports",
         "configs/imitate.py",
-        "train.batch_size=16 recipe.contrast_group=0",
+        # At 1e-5 one update takes the loss from 49 to 34, and another order of the same rows alone
+        # moves it by 5e-4 of itself; at this rate it falls by 1, and a wrong update still shows.
+        "train.batch_size=16 recipe.contrast_group=0 optim.lr=3e-7",
         "data.crop=32 train.batch_size=6 recipe.loss_tile=4 recipe.dim=16 recipe.text_hidden=32 "
         "recipe.keep=(0.5,0.25) recipe.num_tokens=32",
         {"image": "ResNetModel"},

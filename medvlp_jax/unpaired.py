@@ -80,9 +80,13 @@ def begin(parts: assemble.Parts, variables: dict, source, found: pairing.Pools) 
     empty = parts.recipe.no_relations(len(found.images))
     if not parts.config["init"]["params"]:
         rows = found.reports[:FIRST_PASS]
-        phrases = _encoder(parts, source)(variables, rows, TOLD, "phrases")
-        start = jax.device_get(parts.recipe.start(phrases, parts.config["seed"]))
-        variables = {**variables, "params": {**variables["params"], "prototypes": start}}
+        raw = _encoder(parts, source)(variables, rows, TOLD, "phrases_raw")
+        start = parts.recipe.start(raw, parts.config["seed"])
+        params = variables["params"]
+        projection = params["phrase_projection"]
+        centred = {**projection, "bias": projection["bias"] - start["centre"]}
+        begun = {"prototypes": start["prototypes"], "phrase_projection": centred}
+        variables = {**variables, "params": {**params, **begun}}
     return {**variables, RELATIONS: empty}
 
 

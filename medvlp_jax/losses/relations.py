@@ -5,7 +5,7 @@ forms here are our choice (docs/lgdea.md). Nodes are described by their evidence
 
   W_ij = exp((BC_ij - 1) / width) where i is among the k nearest of j or j of i,
   BC_ij = sum_k sqrt(Qbar_i(k) Qbar_j(k)),  S = rows of W scaled to sum 1
-  A_0 = the pairs;  A_{t+1} = alpha S_I A_t S_R^T + (1 - alpha) A_0
+  A_0 = the pairs, or also what is near;  A_{t+1} = alpha S_I A_t S_R^T + (1 - alpha) A_0
 
 S is row-stochastic and alpha below 1, so that this contracts to one fixed point. Nothing is ever
 N x N: graphs keep `degree` edges a node, A the `top` largest entries a row after each product, and
@@ -67,7 +67,12 @@ class Relations(NamedTuple):
 
 
 def nearest(
-    q: Float[Array, "N K"], *, k: int, block: int = 1024, mesh: Mesh | None = None
+    q: Float[Array, "N K"],
+    others: Float[Array, "M K"] | None = None,
+    *,
+    k: int,
+    block: int = 1024,
+    mesh: Mesh | None = None,
 ) -> Sparse:
     """Return the k nearest other nodes by the Bhattacharyya coefficient, and the coefficients.
 
@@ -76,31 +81,35 @@ def nearest(
 
     Args:
       q: evidence distributions, rows sum to 1; with a mesh the same in all processes.
-      k: at most N - 1.
-      block: rows at the same time; memory is block * N.
+      others: among which to look; None: among q, where no node is its own neighbour.
+      k: at most the number of other nodes.
+      block: rows at the same time; memory is block * M.
       mesh: whose devices share the blocks; None is one device.
     """
-    if not 0 < k < len(q):
-        raise ValueError(f"k must be in 1 .. {len(q) - 1} for {len(q)} nodes, got {k}.")
-    return _on(mesh, _nearest, (jnp.asarray(q),), k=k, block=block)
+    most = len(q) - 1 if others is None else len(others)
+    if not 0 < k <= most:
+        raise ValueError(f"k must be in 1 .. {most}, the number of other nodes, got {k}.")
+    given = (jnp.asarray(q), jnp.asarray(q if others is None else others))
+    return _on(mesh, _nearest, given, k=k, within=others is None, block=block)
 
 
-@functools.partial(jax.jit, static_argnames=("k", "block", "mesh"))
-def _nearest(q, *, k, block, mesh):
-    count = len(q)
+@functools.partial(jax.jit, static_argnames=("k", "within", "block", "mesh"))
+def _nearest(q, others, *, k, within, block, mesh):
+    count, most = len(q), len(others)
 
-    def rows(root, start):
+    def rows(roots, start):
+        own, other = roots
         row = start + jnp.arange(block)
-        own = root[jnp.minimum(row, count - 1)]
-        coefficient = jnp.einsum("bk,nk->bn", own, root, precision="highest")
-        after = (jnp.arange(count) - row[:, None]) % count  # 0 is the node itself
+        own = own[jnp.minimum(row, count - 1)]
+        coefficient = jnp.einsum("bk,nk->bn", own, other, precision="highest")
+        after = (jnp.arange(most) - row[:, None]) % most  # within one set 0 is the node itself
         # Far below any difference that means something, above float32's at 1.
-        ranked = jnp.where(after == 0, -jnp.inf, coefficient - 1e-5 * after / count)
-        _, column = jax.lax.top_k(ranked, k)
+        ranked = coefficient - 1e-5 * after / most
+        _, column = jax.lax.top_k(jnp.where((after == 0) & within, -jnp.inf, ranked), k)
         return column, jnp.take_along_axis(coefficient, column, 1)
 
-    root, starts = jnp.sqrt(q.astype(jnp.float32)), jnp.arange(0, count, block)
-    column, value = _by_blocks(rows, root, starts, mesh)
+    roots = [jnp.sqrt(x.astype(jnp.float32)) for x in (q, others)]
+    column, value = _by_blocks(rows, roots, jnp.arange(0, count, block), mesh)
     return Sparse(column.reshape(-1, k)[:count], value.reshape(-1, k)[:count])
 
 
@@ -138,7 +147,7 @@ def graph(neighbours: Sparse, *, width: float = 0.1, degree: int = 64) -> Graph:
     count, k = neighbours.column.shape
     row = np.repeat(np.arange(count, dtype=np.int64), k)
     column = np.asarray(neighbours.column, np.int64).ravel()
-    weight = np.exp((np.asarray(neighbours.value, np.float64).ravel() - 1) / width)
+    weight = _kernel(neighbours.value, width).ravel()
     # Each edge once in both directions: BC is symmetric, but for rounding, of which one is kept.
     low, high = np.minimum(row, column), np.maximum(row, column)
     _, first = np.unique(low * count + high, return_index=True)
@@ -158,6 +167,10 @@ def graph(neighbours: Sparse, *, width: float = 0.1, degree: int = 64) -> Graph:
     return Graph(node, forward, backward, int((~kept).sum()))
 
 
+def _kernel(coefficient, width: float) -> np.ndarray:
+    return np.exp((np.asarray(coefficient, np.float64) - 1) / width)
+
+
 def _rank(row: np.ndarray, weight: np.ndarray, column: np.ndarray) -> np.ndarray:
     """Return the place of each edge among those of its row: heaviest first, then by column."""
     order = np.lexsort((column, -weight, row))
@@ -167,11 +180,29 @@ def _rank(row: np.ndarray, weight: np.ndarray, column: np.ndarray) -> np.ndarray
     return place
 
 
-def seeds(image: np.ndarray, report: np.ndarray, *, images: int, top: int) -> Sparse:
+def seeds(
+    image: np.ndarray,
+    report: np.ndarray,
+    *,
+    images: int,
+    top: int,
+    near: Sparse | None = None,
+    width: float = 0.1,
+) -> Sparse:
     """Return A_0: 1 for each pair (image[p], report[p]), at most `top` a row.
 
+    Args:
+      image: of each pair.
+      report: likewise.
+      images: I.
+      top: entries a row.
+      near: the reports nearest to each image [I, m], m at most `top`, from `nearest`. An image
+        without a pair starts from these, by weight exp((BC - 1) / width) scaled to sum 1; None
+        leaves it empty, as in the specification.
+      width: of that kernel.
+
     Raises:
-      ValueError: if an image has more pairs than that.
+      ValueError: if an image has more pairs than `top`, or more are near.
     """
     image, report = np.asarray(image), np.asarray(report)
     place = _rank(image, np.ones(len(image)), report)
@@ -182,6 +213,14 @@ def seeds(image: np.ndarray, report: np.ndarray, *, images: int, top: int) -> Sp
     column, value = np.zeros((images, top), np.int32), np.zeros((images, top), np.float32)
     column[image, place] = report
     value[image, place] = 1
+    if near is not None:
+        count = near.column.shape[1]
+        if count > top:
+            raise ValueError(f"{count} near reports are more than top={top} entries a row.")
+        apart = np.setdiff1d(np.arange(images), image)
+        weight = _kernel(near.value, width)[apart]
+        column[apart, :count] = np.asarray(near.column)[apart]
+        value[apart, :count] = weight / weight.sum(1, keepdims=True)
     return Sparse(column, value)
 
 

@@ -59,6 +59,7 @@ class Lgdea(nn.Module):
     alpha: float
     related: int
     kept: int
+    direct: int
     confidence: str
     least_confidence: float
     global_on: str
@@ -114,8 +115,10 @@ class Lgdea(nn.Module):
             features["text"] = base.unit(self.text_projection(pooled))
         if "evidence" in batch:
             pooled = base.pooled_texts(self.text, batch["evidence"], train=train)  # [B, N, D]
-            z = base.unit(self.phrase_projection(pooled))
-            z = jnp.where(batch["evidence_mask"][..., None], z, 0)
+            raw = self.phrase_projection(pooled)
+            raw = jnp.where(batch["evidence_mask"][..., None], raw, 0)
+            features["phrases_raw"] = raw
+            z = base.unit(raw)
             features["phrases"] = z
             shares = evidence.assignments(z, self.mu, temperature=self.temperature)
             features["report_evidence"] = evidence.distribution(shares, batch["evidence_mask"])
@@ -193,24 +196,33 @@ class Lgdea(nn.Module):
         loss = base.contrastive_loss("info_nce", self.loss_tile)
         return loss(image, text, jnp.float32(1 / self.global_temperature), valid=valid)
 
-    def start(self, phrases, seed: int) -> jax.Array:
-        """Return the prototypes [K, E] to begin with: centres of the phrases of a first pass.
+    def start(self, raw, seed: int) -> dict[str, np.ndarray]:
+        """Return what training begins with, from the phrases of a first pass.
+
+        Features of a text encoder point almost all one way (mean cosine 0.8), and directions that
+        hardly differ meet all prototypes alike: L_rec then draws them into one. So the phrases
+        are centred, by the bias of their projection, and the prototypes start at centres of them.
 
         Args:
-          phrases: z [R, N, E] of reports, zero where there is none.
+          raw: phrases [R, N, E] before they get unit norm, zero where there is none.
           seed: of the first centres.
+
+        Returns:
+          centre [E], to be taken from the bias of `phrase_projection`, and prototypes [K, E].
 
         Raises:
           UserError: where there are fewer phrases than prototypes.
         """
-        z = phrases.reshape(-1, phrases.shape[-1])
-        z = z[np.linalg.norm(z, axis=1) > 0.5]
-        if len(z) < self.prototypes:
+        raw = np.asarray(raw).reshape(-1, raw.shape[-1])
+        raw = raw[np.abs(raw).sum(1) > 0]
+        if len(raw) < self.prototypes:
             raise UserError(
-                f"recipe.prototypes={self.prototypes} needs more than {len(z)} phrases."
+                f"recipe.prototypes={self.prototypes} needs more than {len(raw)} phrases."
             )
-        key = jax.random.key(seed)
-        return evidence.spherical_kmeans(jnp.asarray(z), self.prototypes, key=key)[0]
+        centre = raw.mean(0)
+        z = base.unit(jnp.asarray(raw - centre))
+        prototypes, _ = evidence.spherical_kmeans(z, self.prototypes, key=jax.random.key(seed))
+        return {"centre": centre, "prototypes": np.asarray(prototypes)}
 
     def no_relations(self, images: int) -> dict[str, np.ndarray]:
         """Return the collection before the first `refresh`: nothing is related to anything."""
@@ -235,16 +247,20 @@ class Lgdea(nn.Module):
           UserError: where there are fewer images or reports than neighbours.
         """
         smallest = min(len(image_evidence), len(report_evidence))
-        if smallest <= self.neighbours:
-            raise UserError(
-                f"recipe.neighbours={self.neighbours} needs more than {smallest} images or reports."
-            )
+        for name in ("neighbours", "direct"):
+            if smallest <= (value := getattr(self, name)):
+                raise UserError(
+                    f"recipe.{name}={value} needs more than {smallest} images or reports."
+                )
         graphs = [
             relations.graph(relations.nearest(q, k=self.neighbours, mesh=mesh))
             for q in (image_evidence, report_evidence)
         ]
         row = np.arange(pairs)
-        start = relations.seeds(row, row, images=len(image_evidence), top=self.kept)
+        near = None
+        if self.direct:
+            near = relations.nearest(image_evidence, report_evidence, k=self.direct, mesh=mesh)
+        start = relations.seeds(row, row, images=len(image_evidence), top=self.kept, near=near)
         settings = {"alpha": self.alpha, "hops": self.hops, "mesh": mesh}
         spread = relations.propagate(start, *graphs, reports=len(report_evidence), **settings)
         told = jnp.asarray(report_evidence, jnp.float32)
@@ -298,6 +314,7 @@ def make(
     alpha: float = 0.8,
     related: int = 10,
     kept: int = 50,
+    direct: int = 0,
     confidence: str = "evidence",
     least_confidence: float = 0.2,
     global_on: str = "pairs",
@@ -324,6 +341,8 @@ def make(
       alpha: share of the neighbours in a hop, in [0, 1).
       related: reports an image is related to.
       kept: entries of a row during the propagation.
+      direct: reports an unpaired image starts from, those nearest by evidence; 0: none, it has
+        what its neighbours' pairs bring.
       confidence: "evidence", do the related reports say the same; "link", is it one report: the
         specification's, which trusts no unpaired image (docs/lgdea.md).
       least_confidence: below it a relation does not count.
@@ -347,6 +366,8 @@ def make(
         raise UserError(f"recipe.alpha must be in [0, 1), got {alpha}.")
     if not 2 <= related <= kept:
         raise UserError(f"recipe.related must be in 2 .. recipe.kept={kept}, got {related}.")
+    if not 0 <= direct <= kept:
+        raise UserError(f"recipe.direct must be in 0 .. recipe.kept={kept}, got {direct}.")
     if confidence not in CONFIDENCES:
         known = " or ".join(CONFIDENCES)
         raise UserError(f"recipe.confidence must be {known}, got '{confidence}'.")
@@ -375,6 +396,7 @@ def make(
         alpha,
         related,
         kept,
+        direct,
         confidence,
         least_confidence,
         global_on,

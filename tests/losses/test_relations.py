@@ -77,6 +77,25 @@ def test_the_nearest_are_those_of_the_bhattacharyya_coefficient():
         np.testing.assert_allclose(sorted(found.value[i]), sorted(bc[j] for j in best), rtol=1e-6)
 
 
+def test_the_nearest_of_another_set_may_have_the_same_number():
+    q, others = simplex(2, 21), simplex(8, 13)
+    found = relations.nearest(q, others, k=4, block=8)
+    for i in range(21):
+        bc = [sum(np.sqrt(q[i] * other)) for other in others]
+        assert np.asarray(found.column[i]).tolist() == np.argsort(bc)[::-1][:4].tolist()
+        np.testing.assert_allclose(found.value[i], sorted(bc, reverse=True)[:4], rtol=1e-6)
+
+
+def test_images_without_a_pair_may_start_from_what_is_near():
+    near = relations.Sparse(
+        np.array([[1, 2], [0, 3], [4, 0]]), np.array([[1, 0.9], [0.8, 0.7], [1, 1]])
+    )
+    start = relations.seeds(np.array([1]), np.array([3]), images=3, top=3, near=near, width=0.1)
+    one, e = 1 / (1 + np.exp(-1)), np.exp(-1) / (1 + np.exp(-1))
+    np.testing.assert_allclose(start.value, [[one, e, 0], [1, 0, 0], [0.5, 0.5, 0]], rtol=1e-6)
+    assert start.column.tolist() == [[1, 2, 0], [3, 0, 0], [4, 0, 0]]
+
+
 def test_a_node_is_not_its_own_neighbour_and_copies_share_their_neighbours_out():
     q = np.repeat(simplex(3, 1), 40, 0)  # forty reports of one stock text
     found = np.asarray(relations.nearest(q, k=5, block=8).column)
@@ -208,6 +227,9 @@ def test_what_cannot_be_is_refused():
         relations.nearest(simplex(7, 5), k=5)
     with pytest.raises(ValueError, match="2 pairs"):
         relations.seeds(np.array([1, 1]), np.array([0, 2]), images=3, top=1)
+    near = relations.Sparse(np.zeros((3, 2), int), np.ones((3, 2)))
+    with pytest.raises(ValueError, match="2 near reports are more than top=1"):
+        relations.seeds(np.array([1]), np.array([0]), images=3, top=1, near=near)
     with pytest.raises(ValueError, match="a paired image"):
         relations.relations(example()[4], np.array([], int))
 

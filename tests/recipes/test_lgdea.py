@@ -225,8 +225,9 @@ def test_every_parameter_moves(model):
     assert still == []
 
 
-def test_refresh_relates_images_to_reports_of_their_pattern():
-    recipe = make(neighbours=6, hops=3, related=4, kept=30)
+@pytest.mark.parametrize("direct", [0, 8])
+def test_refresh_relates_images_to_reports_of_their_pattern(direct):
+    recipe = make(neighbours=6, hops=3, related=4, kept=30, direct=direct)
     rng = np.random.default_rng(0)
     label = np.arange(60) % 3
     base = np.full((3, 5), 0.02)
@@ -239,7 +240,7 @@ def test_refresh_relates_images_to_reports_of_their_pattern():
         n: (x.shape, x.dtype) for n, x in empty.items()
     }
     reached = made["weight"].sum(1) > 0
-    assert reached[9:].mean() > 0.5
+    assert reached[9:].mean() > (0.5, 0.99)[direct > 0]
     best = made["column"][np.arange(60), made["weight"].argmax(1)]
     assert (label[best] == label)[reached].mean() > 0.95
     assert (made["confidence"][9:] > 0).mean() > 0.3
@@ -250,11 +251,13 @@ def test_refresh_relates_images_to_reports_of_their_pattern():
 def test_prototypes_start_at_the_centres_of_the_phrases():
     recipe = make()
     rng = np.random.default_rng(0)
-    z = np.eye(8)[np.arange(60) % 5] + 0.1 * rng.normal(size=(60, 8))
-    z /= np.linalg.norm(z, axis=1, keepdims=True)
-    phrases = np.concatenate([z.reshape(20, 3, 8), np.zeros((20, 1, 8))], 1)  # and empty places
-    start = np.asarray(recipe.start(phrases, 0))
-    assert sorted(start.argmax(1).tolist()) == list(range(5))
+    # Features of a text encoder: five directions beside one, nine times as long, that all share.
+    raw = 9 * np.eye(8)[7] + np.eye(8)[np.arange(60) % 5] + 0.1 * rng.normal(size=(60, 8))
+    phrases = np.concatenate([raw.reshape(20, 3, 8), np.zeros((20, 1, 8))], 1)  # and empty places
+    start = recipe.start(phrases, 0)
+    np.testing.assert_allclose(start["centre"], raw.mean(0), rtol=1e-6)
+    assert sorted(start["prototypes"].argmax(1).tolist()) == list(range(5))
+    np.testing.assert_allclose(np.linalg.norm(start["prototypes"], axis=1), 1, rtol=1e-5)
     with pytest.raises(UserError, match="prototypes=5 needs more than 3 phrases"):
         recipe.start(phrases[:1], 0)
 
@@ -264,6 +267,7 @@ def test_prototypes_start_at_the_centres_of_the_phrases():
     [
         ({"temperature": 0.0}, "recipe.temperature must be above 0"),
         ({"alpha": 1.0}, r"recipe.alpha must be in \[0, 1\)"),
+        ({"direct": 7}, "recipe.direct must be in 0 .. recipe.kept=6"),
         ({"related": 7}, "recipe.related must be in 2 .. recipe.kept=6"),
         ({"confidence": "both"}, "recipe.confidence must be evidence or link, got 'both'"),
         ({"num_heads": 3}, "does not divide the image encoder's 16"),
