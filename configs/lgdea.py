@@ -56,7 +56,7 @@ def recipe() -> ConfigDict:
             "alpha": 0.8,
             "related": 10,
             "kept": 50,
-            "direct": 0,
+            "near_pairs": 0,  # 30 gave better relations, docs/lgdea.md
             "confidence": "evidence",  # "link", the specification's, trusts no unpaired image
             "least_confidence": 0.2,
             "global_on": "pairs",

@@ -196,9 +196,9 @@ def seeds(
       report: likewise.
       images: I.
       top: entries a row.
-      near: the reports nearest to each image [I, m], m at most `top`, from `nearest`. An image
-        without a pair starts from these, by weight exp((BC - 1) / width) scaled to sum 1; None
-        leaves it empty, as in the specification.
+      near: reports each image is near to [I, m] and the coefficients, m at most `top`, from
+        `nearest`. An image without a pair starts from these, by weight exp((BC - 1) / width) scaled
+        to sum 1; None leaves it empty, as in the specification.
       width: of that kernel.
 
     Raises:

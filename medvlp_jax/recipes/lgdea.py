@@ -59,7 +59,7 @@ class Lgdea(nn.Module):
     alpha: float
     related: int
     kept: int
-    direct: int
+    near_pairs: int
     confidence: str
     least_confidence: float
     global_on: str
@@ -247,19 +247,20 @@ class Lgdea(nn.Module):
           UserError: where there are fewer images or reports than neighbours.
         """
         smallest = min(len(image_evidence), len(report_evidence))
-        for name in ("neighbours", "direct"):
-            if smallest <= (value := getattr(self, name)):
-                raise UserError(
-                    f"recipe.{name}={value} needs more than {smallest} images or reports."
-                )
+        if smallest <= self.neighbours:
+            raise UserError(
+                f"recipe.neighbours={self.neighbours} needs more than {smallest} images or reports."
+            )
         graphs = [
             relations.graph(relations.nearest(q, k=self.neighbours, mesh=mesh))
             for q in (image_evidence, report_evidence)
         ]
         row = np.arange(pairs)
         near = None
-        if self.direct:
-            near = relations.nearest(image_evidence, report_evidence, k=self.direct, mesh=mesh)
+        if self.near_pairs:
+            # Row p of both is pair p: the column of an image among them is that of its report.
+            known, k = image_evidence[:pairs], min(self.near_pairs, pairs)
+            near = relations.nearest(image_evidence, known, k=k, mesh=mesh)
         start = relations.seeds(row, row, images=len(image_evidence), top=self.kept, near=near)
         settings = {"alpha": self.alpha, "hops": self.hops, "mesh": mesh}
         spread = relations.propagate(start, *graphs, reports=len(report_evidence), **settings)
@@ -314,7 +315,7 @@ def make(
     alpha: float = 0.8,
     related: int = 10,
     kept: int = 50,
-    direct: int = 0,
+    near_pairs: int = 0,
     confidence: str = "evidence",
     least_confidence: float = 0.2,
     global_on: str = "pairs",
@@ -341,8 +342,8 @@ def make(
       alpha: share of the neighbours in a hop, in [0, 1).
       related: reports an image is related to.
       kept: entries of a row during the propagation.
-      direct: reports an unpaired image starts from, those nearest by evidence; 0: none, it has
-        what its neighbours' pairs bring.
+      near_pairs: pairs an unpaired image starts from, those whose images are nearest; 0: none, it
+        has what reaches it through its neighbours.
       confidence: "evidence", do the related reports say the same; "link", is it one report: the
         specification's, which trusts no unpaired image (docs/lgdea.md).
       least_confidence: below it a relation does not count.
@@ -366,8 +367,8 @@ def make(
         raise UserError(f"recipe.alpha must be in [0, 1), got {alpha}.")
     if not 2 <= related <= kept:
         raise UserError(f"recipe.related must be in 2 .. recipe.kept={kept}, got {related}.")
-    if not 0 <= direct <= kept:
-        raise UserError(f"recipe.direct must be in 0 .. recipe.kept={kept}, got {direct}.")
+    if not 0 <= near_pairs <= kept:
+        raise UserError(f"recipe.near_pairs must be in 0 .. recipe.kept={kept}, got {near_pairs}.")
     if confidence not in CONFIDENCES:
         known = " or ".join(CONFIDENCES)
         raise UserError(f"recipe.confidence must be {known}, got '{confidence}'.")
@@ -396,7 +397,7 @@ def make(
         alpha,
         related,
         kept,
-        direct,
+        near_pairs,
         confidence,
         least_confidence,
         global_on,

@@ -225,9 +225,9 @@ def test_every_parameter_moves(model):
     assert still == []
 
 
-@pytest.mark.parametrize("direct", [0, 8])
-def test_refresh_relates_images_to_reports_of_their_pattern(direct):
-    recipe = make(neighbours=6, hops=3, related=4, kept=30, direct=direct)
+@pytest.mark.parametrize("near_pairs", [0, 3])
+def test_refresh_relates_images_to_reports_of_their_pattern(near_pairs):
+    recipe = make(neighbours=6, hops=3, related=4, kept=30, near_pairs=near_pairs)
     rng = np.random.default_rng(0)
     label = np.arange(60) % 3
     base = np.full((3, 5), 0.02)
@@ -240,7 +240,7 @@ def test_refresh_relates_images_to_reports_of_their_pattern(direct):
         n: (x.shape, x.dtype) for n, x in empty.items()
     }
     reached = made["weight"].sum(1) > 0
-    assert reached[9:].mean() > (0.5, 0.99)[direct > 0]
+    assert reached[9:].mean() > (0.5, 0.99)[near_pairs > 0]
     best = made["column"][np.arange(60), made["weight"].argmax(1)]
     assert (label[best] == label)[reached].mean() > 0.95
     assert (made["confidence"][9:] > 0).mean() > 0.3
@@ -267,7 +267,7 @@ def test_prototypes_start_at_the_centres_of_the_phrases():
     [
         ({"temperature": 0.0}, "recipe.temperature must be above 0"),
         ({"alpha": 1.0}, r"recipe.alpha must be in \[0, 1\)"),
-        ({"direct": 7}, "recipe.direct must be in 0 .. recipe.kept=6"),
+        ({"near_pairs": 7}, "recipe.near_pairs must be in 0 .. recipe.kept=6"),
         ({"related": 7}, "recipe.related must be in 2 .. recipe.kept=6"),
         ({"confidence": "both"}, "recipe.confidence must be evidence or link, got 'both'"),
         ({"num_heads": 3}, "does not divide the image encoder's 16"),
