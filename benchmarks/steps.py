@@ -191,7 +191,6 @@ def main(argv=None):
             found = compare(name, options.pairs, tiny=options.tiny, malloc=options.malloc)
         except ValueError as error:  # the other cases are no worse for it
             refused.append(str(error))
-            print(f"Not measured: {error}", file=sys.stderr, flush=True)
             continue
         cases[name] = found
         check.keep(options.out, {**facts, "cases": cases})

@@ -50,7 +50,7 @@ def recipe() -> ConfigDict:
             "image_temperature": 0.1,
             "alignment_temperature": 0.07,
             "global_temperature": 0.07,
-            "shrinkage": 0.01 / 64,  # 0.01 of a mean over the prototypes
+            "shrinkage": 0.01,
             "neighbours": 10,
             "hops": 5,
             "alpha": 0.8,
@@ -73,7 +73,7 @@ def small(config):
     config.recipe.image.pooling = "mean"
     config.recipe.text = ConfigDict({"name": "bert", "variant": "tiny", "pooling": "mean"})
     config.recipe.text.update({"dropout": 0.0, "attention_dropout": 0.0, "dtype": "float32"})
-    config.recipe.update({"dim": 64, "prototypes": 32, "num_heads": 4, "shrinkage": 0.01 / 32})
+    config.recipe.update({"dim": 64, "prototypes": 32, "num_heads": 4})
     config.init.text = "mlm"
     config.data.update({"tokenizer": "cxr_phantom", "text_length": 64, "size": 106, "crop": 96})
     config.data.evidence.update({"phrases": 6, "length": 16})

@@ -81,12 +81,8 @@ def begin(parts: assemble.Parts, variables: dict, source, found: pairing.Pools) 
     if not parts.config["init"]["params"]:
         rows = found.reports[:FIRST_PASS]
         raw = _encoder(parts, source)(variables, rows, TOLD, "phrases_raw")
-        start = parts.recipe.start(raw, parts.config["seed"])
-        params = variables["params"]
-        projection = params["phrase_projection"]
-        centred = {**projection, "bias": projection["bias"] - start["centre"]}
-        begun = {"prototypes": start["prototypes"], "phrase_projection": centred}
-        variables = {**variables, "params": {**params, **begun}}
+        params = parts.recipe.start(variables["params"], raw, parts.config["seed"])
+        variables = {**variables, "params": params}
     return {**variables, RELATIONS: empty}
 
 

@@ -90,6 +90,18 @@ def test_a_tiny_run_does_not_replace_the_results(capsys):
     assert "--out" in capsys.readouterr().err
 
 
+def test_a_refused_case_leaves_the_others(monkeypatch, tmp_path):
+    def compare(name, *_, **__):
+        steps.check_losses(name, {"ours": [1.0], "eager": [2.0 if name == "clip" else 1.0]})
+        return {"title": name, "ratios": {}, "failed": {}}
+
+    monkeypatch.setattr(steps, "compare", compare)
+    out = tmp_path / "steps.json"
+    with pytest.raises(SystemExit, match="Not measured: clip, step 0"):
+        steps.main(["--cases", "clip", "cfcml", "--out", str(out)])
+    assert list(json.loads(out.read_text())["cases"]) == ["cfcml"]
+
+
 @pytest.mark.slow
 def test_processes_take_steps_by_turns(tmp_path, capsys):
     """All three, torch.compile as well where there is a compiler."""

@@ -360,3 +360,9 @@ def in_batch(
     """
     same = column[:, :, None] == report  # [B, m, R]
     return jnp.where(same, weight[..., None], 0).sum(1)
+
+
+def mean_trust(target: Float[Array, "B R"], trust: Float[Array, " B"]) -> Float[Array, " R"]:
+    """Return c_r, the mean confidence of a batch's images a report is related to; 0 without any."""
+    total = target.sum(0)
+    return jnp.where(total > 0, trust @ target / jnp.where(total > 0, total, 1), 0)

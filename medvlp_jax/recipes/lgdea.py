@@ -98,7 +98,8 @@ class Lgdea(nn.Module):
         """Return the features of the modalities in the batch.
 
         image, text [B, E] unit norm; image_pooled [B, D]; lesions [B, M, E] unit norm; phrases
-        [B, N, E] unit norm, zero where there is none; image_evidence, report_evidence [B, K].
+        [B, N, E] unit norm, zero where there is none, and phrases_raw before they get it;
+        image_evidence, report_evidence [B, K].
         """
         features = {}
         if "image" in batch:
@@ -164,14 +165,17 @@ class Lgdea(nn.Module):
         target = jnp.where(told, target * (confidence > 0)[:, None], 0)
         target = jnp.where(paired[:, None], jnp.diag(pair.astype(target.dtype)), target)  # [B, B]
         trust = jnp.where(pair, 1, confidence)
-        trusts = {"image_confidence": trust, "report_confidence": _mean_trust(target, trust)}
+        trusts = {
+            "image_confidence": trust,
+            "report_confidence": relations.mean_trust(target, trust),
+        }
         return {
             "reconstruction": evidence.reconstruction(
                 features["phrases"],
                 mask,
                 self.mu,
                 temperature=self.temperature,
-                shrinkage=self.shrinkage,
+                shrinkage=self.shrinkage / self.prototypes,
             ),
             "paired": evidence.paired_divergence(report, image, valid=pair),
             "unpaired": evidence.unpaired_divergence(known["pseudo"], image, confidence),
@@ -196,33 +200,33 @@ class Lgdea(nn.Module):
         loss = base.contrastive_loss("info_nce", self.loss_tile)
         return loss(image, text, jnp.float32(1 / self.global_temperature), valid=valid)
 
-    def start(self, raw, seed: int) -> dict[str, np.ndarray]:
-        """Return what training begins with, from the phrases of a first pass.
+    def start(self, params: Mapping, raw, seed: int) -> dict:
+        """Return the parameters to begin with, from the phrases of a first pass.
 
-        Features of a text encoder point almost all one way (mean cosine 0.8), and directions that
-        hardly differ meet all prototypes alike: L_rec then draws them into one. So the phrases
-        are centred, by the bias of their projection, and the prototypes start at centres of them.
+        Features of a text encoder point almost all one way, and directions that hardly differ meet
+        all prototypes alike: L_rec then draws them into one. So the phrases are centred, by the
+        bias of their projection, and the prototypes start at centres of them.
 
         Args:
+          params: with which the phrases were encoded.
           raw: phrases [R, N, E] before they get unit norm, zero where there is none.
           seed: of the first centres.
-
-        Returns:
-          centre [E], to be taken from the bias of `phrase_projection`, and prototypes [K, E].
 
         Raises:
           UserError: where there are fewer phrases than prototypes.
         """
         raw = np.asarray(raw).reshape(-1, raw.shape[-1])
-        raw = raw[np.abs(raw).sum(1) > 0]
+        raw = raw[raw.any(1)]
         if len(raw) < self.prototypes:
             raise UserError(
                 f"recipe.prototypes={self.prototypes} needs more than {len(raw)} phrases."
             )
-        centre = raw.mean(0)
-        z = base.unit(jnp.asarray(raw - centre))
-        prototypes, _ = evidence.spherical_kmeans(z, self.prototypes, key=jax.random.key(seed))
-        return {"centre": centre, "prototypes": np.asarray(prototypes)}
+        mean, key = raw.mean(0), jax.random.key(seed)
+        z = base.unit(jnp.asarray(raw - mean))
+        prototypes = np.asarray(evidence.spherical_kmeans(z, self.prototypes, key=key)[0])
+        projection = {**params["phrase_projection"]}
+        projection["bias"] = projection["bias"] - mean
+        return {**params, "prototypes": prototypes, "phrase_projection": projection}
 
     def no_relations(self, images: int) -> dict[str, np.ndarray]:
         """Return the collection before the first `refresh`: nothing is related to anything."""
@@ -285,12 +289,6 @@ def _shapes(images: int, related: int, prototypes: int) -> dict[str, tuple]:
     }
 
 
-def _mean_trust(target, trust):
-    """Return c_r, the mean confidence of the images a report is related to in the batch."""
-    total = target.sum(0)
-    return jnp.where(total > 0, trust @ target / jnp.where(total > 0, total, 1), 0)
-
-
 def _directions(key, shape, dtype=jnp.float32):
     return base.unit(jax.random.normal(key, shape, dtype))
 
@@ -336,7 +334,7 @@ def make(
       image_temperature: tau_p of Eq. 6.
       alignment_temperature: tau_a.
       global_temperature: of the global InfoNCE.
-      shrinkage: lambda_mu of Eq. 5.
+      shrinkage: lambda_mu of Eq. 5, of a mean over the prototypes.
       neighbours: k of the neighbour graphs.
       hops: T of the propagation.
       alpha: share of the neighbours in a hop, in [0, 1).

@@ -160,7 +160,7 @@ def test_without_relations_only_pairs_and_phrases_count(model):
         rtol=1e-5,
     )
     rebuilt = evidence.reconstruction(
-        f["phrases"], batch["evidence_mask"], mu, temperature=0.1, shrinkage=0.01
+        f["phrases"], batch["evidence_mask"], mu, temperature=0.1, shrinkage=0.01 / 5
     )
     np.testing.assert_allclose(terms["reconstruction"], rebuilt, rtol=1e-5)
     valid = batch["paired"] & batch["report_valid"]
@@ -254,12 +254,15 @@ def test_prototypes_start_at_the_centres_of_the_phrases():
     # Features of a text encoder: five directions beside one, nine times as long, that all share.
     raw = 9 * np.eye(8)[7] + np.eye(8)[np.arange(60) % 5] + 0.1 * rng.normal(size=(60, 8))
     phrases = np.concatenate([raw.reshape(20, 3, 8), np.zeros((20, 1, 8))], 1)  # and empty places
-    start = recipe.start(phrases, 0)
-    np.testing.assert_allclose(start["centre"], raw.mean(0), rtol=1e-6)
+    params = {"phrase_projection": {"kernel": 1, "bias": np.ones(8)}, "others": 2}
+    start = recipe.start(params, phrases, 0)
+    assert start["others"] == 2
+    assert start["phrase_projection"]["kernel"] == 1
+    np.testing.assert_allclose(start["phrase_projection"]["bias"], 1 - raw.mean(0), rtol=1e-6)
     assert sorted(start["prototypes"].argmax(1).tolist()) == list(range(5))
     np.testing.assert_allclose(np.linalg.norm(start["prototypes"], axis=1), 1, rtol=1e-5)
     with pytest.raises(UserError, match="prototypes=5 needs more than 3 phrases"):
-        recipe.start(phrases[:1], 0)
+        recipe.start(params, phrases[:1], 0)
 
 
 @pytest.mark.parametrize(
