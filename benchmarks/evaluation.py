@@ -110,17 +110,19 @@ def table(rows: Mapping[str, Mapping[str, Mapping]]) -> str:
         if not any(found):
             continue
         chance = next(entry for entry in found if entry)["chance"]
-        texts = [_cell(entry) if entry else "" for entry in found]
-        lines.append(f"| {column} | {' | '.join(texts)} | {_number(chance)} |")
+        texts = [entry_text(entry) if entry else "" for entry in found]
+        lines.append(f"| {column} | {' | '.join(texts)} | {number(chance)} |")
     return "\n".join(lines)
 
 
-def _cell(entry: Mapping) -> str:
-    low, high = _number(entry["low"]), _number(entry["high"])
-    return f"{_number(entry['value'])} [{low}, {high}]" if low else _number(entry["value"])
+def entry_text(entry: Mapping) -> str:
+    """Write an entry: its value with its interval, if it has one."""
+    low, high = number(entry["low"]), number(entry["high"])
+    return f"{number(entry['value'])} [{low}, {high}]" if low else number(entry["value"])
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
+    """Write a rate; "" where there is none."""
     return "" if value is None else f"{value:.3f}"
 
 

@@ -2,15 +2,18 @@
 
 Source folder: the reports, as `ecgen-radiology.tgz` or unpacked as `ecgen-radiology/*.xml`; for the
 variant "pairs" also the PNG files of the images under `NLMCXR_png/`, each named as its report names
-it (`CXR1_1_IM-0001-3001.png`). A file `index.csv` with the columns `uid` and `split` (train, val,
-test) sets the split; without it a report's is a hash of its id, 80/10/10. The source names no
-patients: each report counts as one.
+it (`CXR1_1_IM-0001-3001.png`). Or the CSV re-pack of Kaggle: `indiana_reports.csv`,
+`indiana_projections.csv`, which alone tells frontal images from lateral ones, and
+`images/images_normalized/`. Ids of reports and images are the same from both. A file `index.csv`
+with the columns `uid` (`CXR1`) and `split` (train, val, test) sets the split; without it a report's
+is a hash of its id, 80/10/10. The source names no patients: each report counts as one.
 
 Task `normal`: the coders' heading "normal", or any other; unknown where they indexed nothing.
 """
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -22,15 +25,43 @@ SPLITS = {"train": "train", "val": "validation", "validation": "validation", "te
 # Headings of a report that nobody could or did index.
 UNINDEXED = ("no indexing", "technical quality of image unsatisfactory")
 REPORTS, IMAGES, INDEX = "ecgen-radiology", "NLMCXR_png", "index.csv"
+KAGGLE = "https://www.kaggle.com/datasets/raddar/chest-xrays-indiana-university"
+TABLE = layouts.Table(
+    ("indiana_reports.csv",),
+    ("uid,MeSH,Problems,image,indication,comparison,findings,impression",),
+    KAGGLE,
+)
+PROJECTIONS = layouts.Table(("indiana_projections.csv",), ("uid,filename,projection",), KAGGLE)
+REPACKED, SUFFIX = "images/images_normalized", ".dcm.png"
+
+
+class Image(NamedTuple):
+    """An image of a report.
+
+    Attributes:
+      row: that names it, for errors.
+      id: as the XML names it.
+      file: its path in the source folder.
+      view: "Frontal", "Lateral", or "" where the source does not tell.
+    """
+
+    row: files.Row
+    id: str
+    file: str
+    view: str = ""
 
 
 class Builder(building.Builder):
     """TFDS builder of `openi`."""
 
     MANUAL_DOWNLOAD_INSTRUCTIONS = (
-        f"A folder with {REPORTS}.tgz; for the variant pairs also {IMAGES}/."
+        f"A folder with {REPORTS}.tgz; for the variant pairs also {IMAGES}/. Or the CSV re-pack."
     )
-    VARIANTS = {"pairs": "One record an image.", "reports": "One record a report, no image."}
+    VARIANTS = {
+        "pairs": "One record an image.",
+        "frontal": "Frontal images; needs the CSV re-pack.",
+        "reports": "One record a report, no image.",
+    }
     PUBLISHED = {"reports": 3_955, "images": 7_470}
 
     def tasks(self):
@@ -38,27 +69,72 @@ class Builder(building.Builder):
 
     def samples(self, folder: Path) -> Iterator[building.Sample]:
         splits = read_splits(folder)
-        for report in reports.read_reports(source_of(folder)):
+        is_table = TABLE.find(folder) is not None
+        if self.variant == "frontal" and not is_table:
+            raise UserError(
+                f"{folder / TABLE.names[0]} is missing: only the CSV re-pack ({KAGGLE}) says which "
+                "images are frontal; the variant pairs needs no such table."
+            )
+        for report, images in (_repacked if is_table else _original)(folder):
             if not report.text:
                 self.left_out("reports without a text")
                 continue
             split = splits[report.id] if splits else files.split_of(report.id)
-            for name in (report.id,) if self.variant == "reports" else report.images:
-                yield self._sample(folder, report, name, split)
+            if self.variant == "reports":
+                row = images[0].row if images else files.Row(folder / report.id, 1, {})
+                yield self._sample(report, row, report.id, None, split)
+                continue
+            if not images:
+                self.left_out("reports without an image")
+            for image in images:
+                if self.variant == "frontal" and image.view != "Frontal":
+                    self.left_out("lateral images")
+                    continue
+                path = layouts.member(folder, image.row, image.file)
+                yield self._sample(report, image.row, image.id, path, split)
 
-    def _sample(self, folder, report, name, split):
-        row = files.Row(folder / REPORTS / report.id, 1, {})
-        image = layouts.member(folder, row, f"{IMAGES}/{name}.png")
+    def _sample(self, report, row, image_id, path, split):
         return building.Sample(
             row=row,
-            path=None if self.variant == "reports" else image,
+            path=path,
             split=split,
-            image_id=name,
+            image_id=image_id,
             patient_id=report.id,
             study_id=report.id,
             sections=(report.findings, report.impression),
             labels={"normal": label_of(report.headings)},
         )
+
+
+def _original(folder: Path) -> Iterator[tuple[reports.Report, list[Image]]]:
+    """Yield the reports of the XML files with their images."""
+    for report in reports.read_reports(source_of(folder)):
+        row = files.Row(folder / REPORTS / report.id, 1, {})
+        yield report, [Image(row, name, f"{IMAGES}/{name}.png") for name in report.images]
+
+
+def _repacked(folder: Path) -> Iterator[tuple[reports.Report, list[Image]]]:
+    """Yield the reports of the CSV re-pack with their images.
+
+    Raises:
+      UserError: for an image of a report that is not there, or whose file is named otherwise.
+    """
+    rows = TABLE.rows(folder, filled=("uid",), unique="uid")
+    images: dict[str, list[Image]] = {row["uid"]: [] for row in rows}
+    needed = ("uid", "filename", "projection")
+    for row in PROJECTIONS.rows(folder, filled=needed, unique="filename"):
+        uid, name = row["uid"], row["filename"]
+        if uid not in images:
+            raise row.error(f"uid {uid} is no report of {TABLE.names[0]}.")
+        if not (name.startswith(f"{uid}_") and name.endswith(SUFFIX)):
+            raise row.error(f"filename '{name[:80]}' is not like {uid}_IM-0001-4001{SUFFIX}.")
+        view = row.choice("projection", ("Frontal", "Lateral"))
+        image_id = f"CXR{uid}_{name.removesuffix(SUFFIX)}"
+        images[uid].append(Image(row, image_id, f"{REPACKED}/{name}", view))
+    for row in rows:
+        headings = tuple(filter(None, map(str.strip, row["MeSH"].split(";"))))
+        texts = row["findings"], row["impression"]
+        yield reports.Report(f"CXR{row['uid']}", *texts, headings), images[row["uid"]]
 
 
 def source_of(folder: Path) -> Path:
