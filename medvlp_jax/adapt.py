@@ -68,7 +68,12 @@ def parser() -> argparse.ArgumentParser:
     how.add_argument("--width", type=int, default=0, help="of decoder or heads; default published")
     how.add_argument("--steps", type=int, default=DEFAULTS.steps, help="at most; for any fraction")
     how.add_argument("--batch-size", type=int, default=DEFAULTS.batch_size)
-    how.add_argument("--lr", type=float, help="highest learning rate; the encoder's is a tenth")
+    how.add_argument("--lr", type=float, help="highest learning rate; default the task's")
+    how.add_argument(
+        "--encoder-lr",
+        type=float,
+        help="share of it for an encoder that is trained; default 0.1, with --untrained 1",
+    )
     how.add_argument("--evaluate-every", type=int, default=DEFAULTS.evaluate_every)
     how.add_argument("--patience", type=int, default=DEFAULTS.patience, help="looks without gain")
     how.add_argument("--resamples", type=int, default=2000, help="of the bootstrap over patients")
@@ -103,14 +108,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         category=lambda phrase: ground.category_of(phrase, train.tasks),
         annotated_only=options.annotated_only,
     )
-    settings = adaptation.Settings(
-        options.steps,
-        options.batch_size,
-        task.lr if options.lr is None else options.lr,
-        evaluate_every=options.evaluate_every,
-        patience=options.patience,
-    )
-    settings.check()
+    settings = settings_of(options, task)
     job = Job(backbone, task, train, test, settings, options)
     options.out.mkdir(parents=True, exist_ok=True)
     results = adaptation.over_seeds([job.run(seed) for seed in seeds])
@@ -119,6 +117,37 @@ def main(argv: Sequence[str] | None = None) -> None:
     if distributed.is_writer():
         write_results(results, options.out, job.provenance(code, seeds))
         print(results_table(results))
+
+
+def settings_of(options: argparse.Namespace, task: tasks.Task) -> adaptation.Settings:
+    """Return how the task is trained.
+
+    Random weights that are trained move as fast as their head: at a tenth of its rate they would be
+    a control that is easy to beat.
+
+    Args:
+      options: of the command line.
+      task: what is trained.
+
+    Raises:
+      UserError: for a number that cannot be, or --encoder-lr of an encoder that is frozen.
+    """
+    trains = task.train_encoder or options.train_encoder
+    if options.encoder_lr is not None and not trains:
+        raise UserError("--encoder-lr goes with --train-encoder: here the encoder is frozen.")
+    share = options.encoder_lr
+    if share is None:
+        share = 1.0 if trains and options.untrained else adaptation.Settings().encoder_lr
+    settings = adaptation.Settings(
+        options.steps,
+        options.batch_size,
+        task.lr if options.lr is None else options.lr,
+        encoder_lr=share,
+        evaluate_every=options.evaluate_every,
+        patience=options.patience,
+    )
+    settings.check()
+    return settings
 
 
 class Job:
@@ -201,11 +230,13 @@ class Job:
         )
 
     def _options(self, fitted, split, seed) -> dict[str, Any]:
-        how = self.settings._asdict()
+        # None is the default, of random weights another than of others: one hash for both.
+        how = self.settings._asdict() | {"encoder_lr": self.options.encoder_lr}
         where = {"corpus": self.options.corpus, "split": self.test_split}
         seen = {"size": self.task.frame.size, "fit": self.task.frame.fit}
         notes = {
             "encoder": self.backbone.description() | {"untrained": self.options.untrained},
+            "encoder_lr": self.settings.encoder_lr,
             "seed": seed,
             "train_rows": len(split.fit),
             "validation_rows": len(split.validation),

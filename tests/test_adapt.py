@@ -89,6 +89,8 @@ def test_finetune_of_two_seeds_and_the_untrained_control(given, tmp_path):
         (["--split=train"], "--split train is what is learnt from"),
         (["--split=tests"], "cxr_phantom has no split 'tests'. Did you mean test"),
         (["--lr=0"], "lr=0.0; accepted is a positive number"),
+        (["--encoder-lr=1"], "--encoder-lr goes with --train-encoder"),
+        (["--train-encoder", "--encoder-lr=2"], "encoder_lr=2.0; accepted is a share"),
     ],
 )
 def test_bad_input_is_one_sentence_and_leaves_nothing(given, tmp_path, capsys, changed, sentence):
@@ -98,6 +100,22 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(given, tmp_path, capsys, c
     assert sentence in said
     assert "Traceback" not in said
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("task", "given", "share"),
+    [
+        ("segment", [], 0.1),  # frozen: it does not matter
+        ("segment", ["--untrained"], 0.1),
+        ("segment", ["--untrained", "--train-encoder"], 1.0),
+        ("finetune", [], 0.1),
+        ("finetune", ["--untrained"], 1.0),
+        ("finetune", ["--untrained", "--encoder-lr=0.1"], 0.1),
+    ],
+)
+def test_random_weights_that_are_trained_move_as_fast_as_their_head(task, given, share):
+    options = adapt.parser().parse_args([f"--task={task}", "--corpus=x", "--out=y", *given])
+    assert adapt.settings_of(options, adapt.tasks.TASKS[task]).encoder_lr == share
 
 
 def test_a_split_with_nothing_to_find_is_one_sentence_and_leaves_nothing(

@@ -123,6 +123,8 @@ class Settings(NamedTuple):
                 raise UserError(f"{name}={getattr(self, name)}; accepted is 1 or more.")
         if not (self.lr > 0 and math.isfinite(self.lr)):
             raise UserError(f"lr={self.lr}; accepted is a positive number, such as 1e-3.")
+        if not 0 < self.encoder_lr <= 1:
+            raise UserError(f"encoder_lr={self.encoder_lr}; accepted is a share in (0, 1], as 0.1.")
         if not 0 <= self.warmup < 1:
             raise UserError(f"warmup={self.warmup}; accepted is a share of the steps in [0, 1).")
 
