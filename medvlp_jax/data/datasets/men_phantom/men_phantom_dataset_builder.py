@@ -48,6 +48,12 @@ class Builder(tfds.core.GeneratorBasedBuilder):
             flat=True,
         ),
         Config(
+            name="flat_many",
+            description="Generated: 3,600 training cases of three images.",
+            counts=(3600, 300, 900),
+            flat=True,
+        ),
+        Config(
             name="flat_tiny",
             description="Generated: 24 training cases of three images.",
             counts=(24, 6, 6),
