@@ -15,6 +15,7 @@ from medvlp_jax.evaluation.average_precision import Boxes
 
 COLUMNS = 4
 TRUE, SAID = (1, (3, 2)), "solid"  # dashes on top of lines: both stay visible where they agree
+COLOURS = (*plots.COLOURS, "#F0E442", "#B3B3FF")  # the last two are for grey images alone
 CONFIDENT = 0.25  # score of the boxes that are drawn; of an image without one its best is
 
 
@@ -62,7 +63,11 @@ def boxes(
                 corner, sides = (left, top), (right - left, bottom - top)
                 ax.add_patch(Rectangle(corner, *sides, fill=False, ec=colour, ls=style, lw=1.1))
                 if style == SAID:
-                    ax.text(left, top, f"{score:.2f}", fontsize=5, color=colour, va="bottom")
+                    # With its name: more classes than colours that an eye tells apart.
+                    side = "bottom" if top > 0.06 * ax.get_ylim()[0] else "top"  # else cut off
+                    tag = {"fontsize": 5, "color": "black", "va": side, "clip_on": True}
+                    box = {"facecolor": colour, "edgecolor": "none", "pad": 0.8}
+                    ax.text(left, top, f"{names[int(kind)]} {score:.2f}", bbox=box, **tag)
         said = ", ".join(dict.fromkeys(names[k] for k in theirs.kinds)) or "nothing"
         ax.set_title(textwrap.shorten(said, 40), fontsize=7, loc="left")
     _legend(figure, names)
@@ -122,7 +127,7 @@ def _grid(examples, text: float = 0.25):
 
 
 def _colour(kind):
-    return plots.COLOURS[(int(kind) + 1) % len(plots.COLOURS)]
+    return COLOURS[(int(kind) + 1) % len(COLOURS)]
 
 
 def _legend(figure, names):
