@@ -15,12 +15,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from configs import common
-from medvlp_jax import assemble, cli, controls, distributed, ground, outside, weights
+from medvlp_jax import assemble, cli, controls, distributed, ground, outside, protocols, weights
 from medvlp_jax import config as configs
 from medvlp_jax.config import UserError
 from medvlp_jax.evaluation import flavours, prompts
 from medvlp_jax.evaluation.results import results_table, write_results
-from medvlp_jax.evaluator import PROTOCOLS, Evaluator
+from medvlp_jax.evaluator import Evaluator
 
 GIVEN = ("corpus", "split", "prompts", "limit", "views")
 
@@ -34,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
     model.add_argument("--run", type=pathlib.Path, help="run folder")
     model.add_argument("--encoder", help="Hugging Face folder or id: an image encoder, or a CLIP")
     top.add_argument("--text", default="", help="folder of the text encoder, if --encoder has none")
-    known = ", ".join(flavours.names(PROTOCOLS))
+    known = ", ".join(flavours.names(protocols.NAMES))
     top.add_argument("--protocol", help=f"comma-separated, of {known}")
     top.add_argument(
         "--controls", help=f"comma-separated, of {', '.join(controls.NAMES)}; none leaves them out"
@@ -125,7 +125,7 @@ def settings_of(evals: Mapping[str, Any], arguments) -> dict[str, Any]:
     settings |= {k: getattr(arguments, k) for k in GIVEN if getattr(arguments, k) is not None}
     if arguments.protocol:
         given = arguments.protocol.split(",")
-        settings["protocols"] = flavours.normalise(given, PROTOCOLS)
+        settings["protocols"] = flavours.normalise(given, protocols.NAMES)
         # The run's controls of other protocols do not go with these.
         settings["controls"] = controls.fitting(settings["controls"], settings["protocols"])
     if arguments.controls is not None:

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from medvlp_jax import assemble, controls, distributed, ground
-from medvlp_jax.config import UserError, nearest
+from medvlp_jax import assemble, controls, distributed, ground, protocols
+from medvlp_jax.config import UserError
 from medvlp_jax.data import corpora, datasets, leakage
 from medvlp_jax.embedder import Embedder
 from medvlp_jax.evaluation import (
@@ -20,20 +20,11 @@ from medvlp_jax.evaluation import (
     provenance,
     retrieval,
     retrieval_legacy,
-    scoring,
-    thresholds,
     zero_shot,
 )
 from medvlp_jax.evaluation.results import Results, renamed
 from medvlp_jax.evaluation.zero_shot import PromptScores
-from medvlp_jax.recipes import mlm
-from medvlp_jax.recipes.base import classifies
 from medvlp_jax.training.stopping import Signals
-
-PROTOCOLS = ("zero_shot", "retrieval", "grounding", "probe", "classify", "classify_studies")
-PROTOCOLS += ("masked_tokens",)
-CLASSIFIES = ("classify", "classify_studies")
-VIEWS = (1, 4, 8)
 
 
 class Evaluator(Embedder):
@@ -52,13 +43,9 @@ class Evaluator(Embedder):
         Raises:
           UserError: for an unknown protocol, control, corpus, split or prompt file.
         """
-        settings = {**settings, "protocols": flavours.normalise(settings["protocols"], PROTOCOLS)}
-        for name in settings["controls"]:
-            if name not in controls.NAMES:
-                raise UserError(f"No control '{name}'. {nearest(name, controls.NAMES)}")
-        thresholds.check(settings["zero_shot"]["threshold"])
-        probe.check_fractions(**settings["probe"])
-        _check_numbers(settings)
+        known = flavours.normalise(settings["protocols"], protocols.NAMES)
+        settings = {**settings, "protocols": known}
+        protocols.check_settings(settings)
         super().__init__(parts, settings["batch_size"], stop)
         self.settings = settings
         self.corpus = settings["corpus"] or parts.config["data"]["corpora"][0]
@@ -70,78 +57,10 @@ class Evaluator(Embedder):
         self.prompts = self._read_prompts(needed)
         self.validation = self._open_validation(needed)
         self._code, self._seen = provenance.code(), {}
-        self._check_protocols()
-        self._check_flavours()
-
-    def _check_protocols(self):
-        """Refuse protocols the recipe has no features for, and classes it does not have."""
-        recipe = self.parts.recipe
-        fitting = [*(("zero_shot", "retrieval") if recipe.spaces else ())]
-        fitting += ["grounding"] if hasattr(recipe, "localise") else []
-        fitting += ["probe"] if self.images() else []
-        fitting += ["classify", "classify_studies"] if classifies(recipe) else []
-        fitting += ["masked_tokens"] if isinstance(recipe, mlm.MaskedLanguageModel) else []
-        for name in self.settings["protocols"]:
-            if flavours.split(name)[0] not in fitting:
-                raise UserError(
-                    f"Protocol {name} does not fit recipe {self.parts.config['recipe']['name']}; "
-                    f"accepted are {', '.join(fitting)}."
-                )
-        if "masked_tokens" in self.settings["protocols"] and not len(self.source):
-            raise UserError(
-                "Protocol masked_tokens needs texts that are not trained on: name a source of the "
-                "corpus in data.knowledge.held_out."
-            )
-        task, tasks = self.settings["class_task"], self.source.tasks
-        if task and task not in tasks:
-            raise UserError(
-                f"evals.class_task: {self.corpus} has no task '{task}'. {nearest(task, [*tasks])}"
-            )
-        if self.settings["split"] == "train" and "probe" in self.settings["protocols"]:
-            raise UserError(
-                "Protocol probe learns from the split train and cannot be scored on it: set "
-                "another evals.split, or leave it out."
-            )
+        protocols.check(self)
         controls.check(self)
-        if "grounding" in self.settings["protocols"]:
+        if "grounding" in settings["protocols"]:
             self.grounder = ground.Grounder(self)
-        if not classifies(recipe):
-            if "regression" in self.settings["controls"] or self.settings["views"] > 1:
-                raise UserError(
-                    f"evals.views and the control regression are for classifiers; recipe "
-                    f"{self.parts.config['recipe']['name']} is none."
-                )
-            return
-        if {*CLASSIFIES, "regression", "missing_mask"} & {
-            *self.settings["protocols"],
-            *self.settings["controls"],
-        }:
-            tasks = self.source.tasks
-            if recipe.task not in tasks:
-                raise UserError(
-                    f"{self.corpus} has no task '{recipe.task}'. "
-                    f"{nearest(recipe.task, list(tasks))}"
-                )
-            positive = self.settings["positive"]
-            if positive and positive not in tasks[recipe.task]:
-                raise UserError(
-                    f"evals.positive: no class '{positive}' in task {recipe.task}. "
-                    f"{nearest(positive, list(tasks[recipe.task]))}"
-                )
-            if len(tasks[recipe.task]) != recipe.num_classes:
-                raise UserError(
-                    f"recipe.num_classes={recipe.num_classes}, but task {recipe.task} of "
-                    f"{self.corpus} has {len(tasks[recipe.task])} classes."
-                )
-
-    def _check_flavours(self):
-        """Refuse a flavour that does not score the tasks of the prompts."""
-        for name in self.settings["protocols"]:
-            protocol, flavour = flavours.split(name)
-            for task in self.prompts["tasks"] if protocol == "zero_shot" else ():
-                texts = self._prompts_of(task)[0]
-                kind = {"multi_label": texts.multi_label, "has_negatives": bool(texts.negative)}
-                scoring.check(flavour, task, **kind)
 
     def run(self, variables: Mapping, *, mask=None, source=None, progress="") -> Results:
         """Run every protocol of the settings.
@@ -213,7 +132,7 @@ class Evaluator(Embedder):
         method = getattr(self, f"_{protocol}")
         return method if flavour == flavours.CLEAN else partial(method, flavour=flavour)
 
-    def _prompts_of(self, task: str) -> tuple[zero_shot.Prompts, list[int]]:
+    def prompts_of(self, task: str) -> tuple[zero_shot.Prompts, list[int]]:
         """Return the prompts of a task, and the label columns of the classes that have some."""
         known, spec = self.source.tasks[task], self.prompts["tasks"][task]
         columns = range(len(known))
@@ -249,7 +168,7 @@ class Evaluator(Embedder):
         """Yield task, image feature, label columns and embedded prompts of each task with some."""
         spaces = self.parts.recipe.spaces
         for task in self.prompts["tasks"]:
-            texts, columns = self._prompts_of(task)
+            texts, columns = self.prompts_of(task)
             image = spaces.get(texts.section, next(iter(spaces.values())))[0]
             yield task, image, columns, zero_shot.embed_prompts(texts, self.embed_texts(variables))
 
@@ -384,21 +303,3 @@ class Evaluator(Embedder):
         if not is_zero_shot or rule != "maxf1-on-val" or split == "validation":
             return None
         return assemble.open_corpus(self.corpus, self.parts.config["data"], "validation")
-
-
-def _check_numbers(settings: Mapping[str, Any]) -> None:
-    """Refuse sizes that cannot be.
-
-    Raises:
-      UserError: naming one and what would be accepted.
-    """
-    for name, least in (("batch_size", 1), ("limit", 0), ("probe_limit", 0), ("resamples", 0)):
-        if settings[name] < least:
-            raise UserError(f"evals.{name}={settings[name]} must be {least} or more.")
-    if not 0 < settings["masked_edge"] < 1:
-        raise UserError(
-            f"evals.masked_edge={settings['masked_edge']} must be a share of the image's height in "
-            "(0, 1), such as 0.12."
-        )
-    if settings["views"] not in VIEWS:
-        raise UserError(f"evals.views={settings['views']} must be one of {VIEWS}.")

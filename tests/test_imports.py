@@ -19,7 +19,7 @@ LEVELS = (
     ("clinical", "tables", "weights"),
     ("assemble",),
     ("checks", "examples", "outside"),
-    ("unpaired", "ground", "embedder", "controls", "evaluator", "backbones"),
+    ("unpaired", "ground", "embedder", "controls", "protocols", "evaluator", "backbones"),
     (
         "adapt",
         "bench",

@@ -346,6 +346,23 @@ def tbx11k(folder):
         image(folder / "imgs" / name, k)
 
 
+def openi_csv(folder):
+    """Kaggle's re-pack: both views of report 1, 2 without findings, 3 no image, 4 no text."""
+    table(
+        folder / "indiana_reports.csv",
+        "uid,MeSH,Problems,image,indication,comparison,findings,impression",
+        '1,normal,normal,Xray Chest PA and Lateral,Cough.,None.,"Clear, XXXX.",Normal.',
+        "2,Pleural Effusion/left;Opacity,Pleural Effusion;Opacity,Xray,,,,Effusion.",
+        "3,normal,normal,Xray,,,Clear.,Normal.",
+        "4,No Indexing,No Indexing,Xray,,,,",
+    )
+    images = {"1_IM-0001-4001": "Frontal", "1_IM-0001-3001": "Lateral", "2_IM-0652-1001": "Frontal"}
+    rows = [f"{name[0]},{name}.dcm.png,{view}" for name, view in images.items()]
+    table(folder / "indiana_projections.csv", "uid,filename,projection", *rows)
+    for seed, name in enumerate(images):
+        image(folder / f"images/images_normalized/{name}.dcm.png", seed)
+
+
 WRITERS = {
     "mimic_cxr": mimic_cxr,
     "chexpert": chexpert,
@@ -359,4 +376,5 @@ WRITERS = {
     "object_cxr": object_cxr,
     "vindr_cxr": vindr_cxr,
     "tbx11k": tbx11k,
+    "openi": openi_csv,
 }

@@ -8,6 +8,7 @@ import pathlib
 import shutil
 import tarfile
 
+import layout_writers as layouts
 import numpy as np
 import pytest
 from conftest import write_image
@@ -166,30 +167,16 @@ def test_defects_of_openi_are_named(openi_folder):
 
 @pytest.fixture
 def repacked_folder(tmp_path):
-    """The re-pack: report 1 with both views, 2 frontal and without findings, 3 without an image."""
     folder = tmp_path / "openi_csv"
-    folder.mkdir()
-    rows = [
-        ("1", "normal", "normal", "x", "Cough.", "None.", "Clear, XXXX.", "Normal."),
-        ("2", "Pleural Effusion/left;Opacity", "Pleural Effusion", "x", "", "", "", "Effusion."),
-        ("3", "normal", "normal", "x", "", "", "Clear.", "Normal."),
-        ("4", "No Indexing", "No Indexing", "x", "", "", "", ""),
-    ]
-    views = [("1", "4001", "Frontal"), ("1", "3001", "Lateral"), ("2", "4001", "Frontal")]
-    with (folder / openi.TABLE.names[0]).open("w", newline="") as file:
-        csv.writer(file).writerows([openi.TABLE.headers[0].split(","), *rows])
-    named = [f"{uid},{uid}_IM-0001-{k}{openi.SUFFIX},{view}" for uid, k, view in views]
-    (folder / openi.PROJECTIONS.names[0]).write_text("\n".join(["uid,filename,projection", *named]))
-    for i, (uid, k, _) in enumerate(views):
-        write_image(folder / openi.REPACKED / f"{uid}_IM-0001-{k}{openi.SUFFIX}", i)
+    layouts.openi_csv(folder)
     (folder / openi.INDEX).write_text("uid,split\nCXR1,train\nCXR2,train\nCXR3,train\nCXR4,val")
     return folder
 
 
 def test_the_csv_repack_of_openi_gives_the_ids_of_the_xml_files(repacked_folder, tmp_path):
     found = {r["image_id"]: r for r in records_of("openi", "train", repacked_folder, tmp_path)}
-    assert {*found} == {"CXR1_1_IM-0001-4001", "CXR1_1_IM-0001-3001", "CXR2_2_IM-0001-4001"}
-    first, last = found["CXR1_1_IM-0001-4001"], found["CXR2_2_IM-0001-4001"]
+    assert {*found} == {"CXR1_1_IM-0001-4001", "CXR1_1_IM-0001-3001", "CXR2_2_IM-0652-1001"}
+    first, last = found["CXR1_1_IM-0001-4001"], found["CXR2_2_IM-0652-1001"]
     assert (first["patient_id"], first["findings"]) == ("CXR1", "Clear, XXXX.")
     assert (last["findings"], last["impression"]) == ("", "Effusion.")
     assert [[*r["labels"]["normal"]] for r in (first, last)] == [[1, 0], [0, 1]]
@@ -204,7 +191,7 @@ def test_the_csv_repack_tells_frontal_images_and_the_xml_files_do_not(
     repacked_folder, openi_folder, tmp_path
 ):
     found = records_of("openi", "train", repacked_folder, tmp_path, "frontal")
-    assert {r["image_id"] for r in found} == {"CXR1_1_IM-0001-4001", "CXR2_2_IM-0001-4001"}
+    assert {r["image_id"] for r in found} == {"CXR1_1_IM-0001-4001", "CXR2_2_IM-0652-1001"}
     found = records_of("openi", "train", repacked_folder, tmp_path, "reports")
     assert {r["image_id"] for r in found} == {"CXR1", "CXR2", "CXR3"}
     with pytest.raises(UserError, match="only the CSV re-pack"):
@@ -215,7 +202,7 @@ def test_the_csv_repack_tells_frontal_images_and_the_xml_files_do_not(
     ("old", "new", "message"),
     [
         ("2,2_IM", "9,9_IM", "row 4: uid 9 is no report of indiana_reports.csv"),
-        ("2,2_IM", "2,../2_IM", r"row 4: filename '../2_IM-0001-4001.dcm.png' is not like 2_IM"),
+        ("2,2_IM", "2,../2_IM", r"row 4: filename '../2_IM-0652-1001.dcm.png' is not like 2_IM"),
         ("Lateral", "Side", "row 3: projection is 'Side'"),
         ("filename", "file", "row 1: this is no known header"),
         ("1_IM-0001-3001", "1_IM-0001-4001", "row 3: filename .* is also in row 2"),

@@ -1,0 +1,123 @@
+"""Which protocols there are, and what an evaluation is refused for before anything is compiled."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from medvlp_jax import controls
+from medvlp_jax.config import UserError, nearest
+from medvlp_jax.evaluation import flavours, probe, scoring, thresholds
+from medvlp_jax.recipes import mlm
+from medvlp_jax.recipes.base import classifies
+
+NAMES = ("zero_shot", "retrieval", "grounding", "probe", "classify", "classify_studies")
+NAMES += ("masked_tokens",)
+CLASSIFY = ("classify", "classify_studies")
+VIEWS = (1, 4, 8)
+
+
+def check_settings(settings: Mapping[str, Any]) -> None:
+    """Refuse settings of config.evals that cannot be, whatever the run and the corpus.
+
+    Raises:
+      UserError: naming one and what would be accepted.
+    """
+    for name in settings["controls"]:
+        if name not in controls.NAMES:
+            raise UserError(f"No control '{name}'. {nearest(name, controls.NAMES)}")
+    thresholds.check(settings["zero_shot"]["threshold"])
+    probe.check_fractions(**settings["probe"])
+    for name, least in (("batch_size", 1), ("limit", 0), ("probe_limit", 0), ("resamples", 0)):
+        if settings[name] < least:
+            raise UserError(f"evals.{name}={settings[name]} must be {least} or more.")
+    if not 0 < settings["masked_edge"] < 1:
+        raise UserError(
+            f"evals.masked_edge={settings['masked_edge']} must be a share of the image's height in "
+            "(0, 1), such as 0.12."
+        )
+    if settings["views"] not in VIEWS:
+        raise UserError(f"evals.views={settings['views']} must be one of {VIEWS}.")
+
+
+def fitting(recipe: Any, *, has_images: bool) -> list[str]:
+    """Return the protocols a recipe has features for."""
+    names = [*(("zero_shot", "retrieval") if recipe.spaces else ())]
+    names += ["grounding"] if hasattr(recipe, "localise") else []
+    names += ["probe"] if has_images else []
+    names += CLASSIFY if classifies(recipe) else ()
+    names += ["masked_tokens"] if isinstance(recipe, mlm.MaskedLanguageModel) else []
+    return names
+
+
+def check(evaluator: Any) -> None:
+    """Refuse protocols and flavours that do not fit the recipe, the corpus or the prompts.
+
+    Args:
+      evaluator: see evaluator.Evaluator.
+
+    Raises:
+      UserError: naming the setting and what would be accepted.
+    """
+    settings, source, recipe = evaluator.settings, evaluator.source, evaluator.parts.recipe
+    name = evaluator.parts.config["recipe"]["name"]
+    accepted = fitting(recipe, has_images=bool(evaluator.images()))
+    for asked in settings["protocols"]:
+        if flavours.split(asked)[0] not in accepted:
+            raise UserError(
+                f"Protocol {asked} does not fit recipe {name}; accepted are {', '.join(accepted)}."
+            )
+    if "masked_tokens" in settings["protocols"] and not len(source):
+        raise UserError(
+            "Protocol masked_tokens needs texts that are not trained on: name a source of the "
+            "corpus in data.knowledge.held_out."
+        )
+    task = settings["class_task"]
+    if task and task not in source.tasks:
+        raise UserError(
+            f"evals.class_task: {evaluator.corpus} has no task '{task}'. "
+            f"{nearest(task, [*source.tasks])}"
+        )
+    if settings["split"] == "train" and "probe" in settings["protocols"]:
+        raise UserError(
+            "Protocol probe learns from the split train and cannot be scored on it: set another "
+            "evals.split, or leave it out."
+        )
+    if classifies(recipe):
+        _check_classes(evaluator)
+    elif "regression" in settings["controls"] or settings["views"] > 1:
+        raise UserError(
+            f"evals.views and the control regression are for classifiers; recipe {name} is none."
+        )
+    _check_flavours(evaluator)
+
+
+def _check_classes(evaluator: Any) -> None:
+    """Refuse a corpus that has other classes than the classifier."""
+    settings, recipe, tasks = evaluator.settings, evaluator.parts.recipe, evaluator.source.tasks
+    asked = {*settings["protocols"], *settings["controls"]}
+    if not {*CLASSIFY, "regression", "missing_mask"} & asked:
+        return
+    if recipe.task not in tasks:
+        raise UserError(
+            f"{evaluator.corpus} has no task '{recipe.task}'. {nearest(recipe.task, [*tasks])}"
+        )
+    classes, positive = tasks[recipe.task], settings["positive"]
+    if positive and positive not in classes:
+        raise UserError(
+            f"evals.positive: no class '{positive}' in task {recipe.task}. "
+            f"{nearest(positive, [*classes])}"
+        )
+    if len(classes) != recipe.num_classes:
+        raise UserError(
+            f"recipe.num_classes={recipe.num_classes}, but task {recipe.task} of "
+            f"{evaluator.corpus} has {len(classes)} classes."
+        )
+
+
+def _check_flavours(evaluator: Any) -> None:
+    """Refuse a flavour that does not score the tasks of the prompts."""
+    for asked in evaluator.settings["protocols"]:
+        protocol, flavour = flavours.split(asked)
+        for task in evaluator.prompts["tasks"] if protocol == "zero_shot" else ():
+            texts = evaluator.prompts_of(task)[0]
+            kind = {"multi_label": texts.multi_label, "has_negatives": bool(texts.negative)}
+            scoring.check(flavour, task, **kind)
