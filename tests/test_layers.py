@@ -20,6 +20,7 @@ from medvlp_jax.layers import (
     RMSNorm,
     Stack,
     gelu,
+    product,
     rope_1d,
     rotate,
     torch_uniform,
@@ -65,6 +66,35 @@ def random_variables(layer, *inputs):
 def exact(tree):
     """Return a tree in float64."""
     return jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), tree)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("shape", [(5,), (3, 5), (2, 3, 4, 5)])
+def test_the_gradients_of_a_product_are_sums_over_its_rows(shape, dtype):
+    rng = np.random.default_rng(0)
+    x, kernel = (jnp.asarray(rng.normal(size=s), dtype) for s in (shape, (5, 7)))
+    cotangent = jnp.asarray(rng.normal(size=(*shape[:-1], 7)), dtype)
+    y, back = jax.vjp(product, x, kernel)
+    dx, dkernel = back(cotangent)
+    assert (y.dtype, dx.dtype, dkernel.dtype) == (dtype,) * 3
+    x64, kernel64, dy64 = (np.asarray(a, np.float64) for a in (x, kernel, cotangent))
+    expected = np.zeros((5, 7))
+    for row, dy in zip(x64.reshape(-1, 5), dy64.reshape(-1, 7), strict=True):
+        expected += np.outer(row, dy)
+    tolerance = 1e-5 if dtype == jnp.float32 else 0.03
+    np.testing.assert_allclose(np.float64(y), x64 @ kernel64, rtol=tolerance, atol=tolerance)
+    np.testing.assert_allclose(np.float64(dkernel), expected, rtol=tolerance, atol=tolerance)
+    np.testing.assert_allclose(np.float64(dx), dy64 @ kernel64.T, rtol=tolerance, atol=tolerance)
+
+
+def test_a_product_is_mapped_and_differentiated_twice():
+    rng = np.random.default_rng(0)
+    x, kernel = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((4, 3, 5), (5, 2)))
+    value = lambda times: lambda x, w: jnp.sin(jax.vmap(times, (0, None))(x, w)).sum()
+    plain = lambda x, w: x @ w
+    for order in (jax.grad, lambda f: jax.grad(lambda x, w: jnp.square(jax.grad(f)(x, w)).sum())):
+        ours, theirs = (order(value(times))(x, kernel) for times in (product, plain))
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
 def test_linear_adds_the_scaled_low_rank_product():

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from medvlp_jax.encoders.base import Encoded, from_variant
-from medvlp_jax.layers import BatchNorm, Linear, torch_uniform
+from medvlp_jax.layers import BatchNorm, Linear, product, torch_uniform
 
 # "men": the released code's net for one modality of meningioma. "tiny" is our choice, for tests.
 VARIANTS = {
@@ -216,7 +216,7 @@ class Conv(nn.Module):
         kernel = self.param("kernel", init, shape).astype(self.dtype)
         x, stride = x.astype(self.dtype), self.stride
         if self.size == 1:  # a matrix product
-            y = x[:, ::stride, ::stride, ::stride] @ kernel[0, 0, 0]
+            y = product(x[:, ::stride, ::stride, ::stride], kernel[0, 0, 0])
         else:
             # XLA's convolution of volumes on a CPU takes 6 to 58 times as long with the gradient
             # (benchmarks/selective_scan.py).

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from medvlp_jax.encoders.base import Encoded, from_variant
-from medvlp_jax.layers import BatchNorm
+from medvlp_jax.layers import BatchNorm, product
 
 # He et al. 2016, Table 1, in the terms of ResNetConfig. "tiny" is our choice, for CPU demos.
 VARIANTS = {
@@ -44,7 +44,7 @@ class Conv(nn.Module):
         kernel = self.param("kernel", kaiming_normal, shape).astype(self.dtype)
         x, stride = x.astype(self.dtype), self.stride
         if self.size == 1:  # a matrix product: twice as fast on CPU, the same elsewhere
-            return x[:, ::stride, ::stride] @ kernel[0, 0]
+            return product(x[:, ::stride, ::stride], kernel[0, 0])
         padding = ((self.size // 2, self.size // 2),) * 2
         return jax.lax.conv_general_dilated(
             x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")

@@ -27,6 +27,37 @@ ACTIVATIONS = {  # by the names of `transformers`
 }
 
 
+@jax.custom_vjp
+def _product(x, kernel):
+    return x @ kernel
+
+
+def _product_forward(x, kernel):
+    return x @ kernel, (x, kernel)
+
+
+def _product_backward(seen, dy):
+    x, kernel = seen
+    dy = jax.lax.optimization_barrier(dy)
+    rows = lambda array: array.reshape(-1, array.shape[-1])
+    dx, dkernel = dy @ kernel.T, rows(x).T @ rows(dy)
+    return dx.astype(x.dtype), dkernel.astype(kernel.dtype)
+
+
+_product.defvjp(_product_forward, _product_backward)
+
+
+def product(x, kernel):
+    """x W over the last axis: [..., in] and [in, features] -> [..., features].
+
+    On a CPU with a backward pass of its own, the same sums. XLA would write what the gradient of W
+    reads transposed, and work out what that comes from, such as GELU's derivative, anew in this
+    order: up to a quarter of a transformer's step (docs/performance.md). Its price, on a CPU alone:
+    no forward-mode derivative (jax.jvp).
+    """
+    return _product(x, kernel) if jax.default_backend() == "cpu" else x @ kernel
+
+
 def torch_uniform(fan_in: int) -> Initializer:
     """Uniform in ±1/sqrt(fan_in): torch's default for both weight and bias of `nn.Linear`."""
     bound = fan_in**-0.5
@@ -84,7 +115,7 @@ class Linear(nn.Module):
         """Map [..., in] to [..., features]; `train` switches the low-rank branch's dropout on."""
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
         x = x.astype(self.dtype)
-        y = x @ kernel.astype(self.dtype)
+        y = product(x, kernel.astype(self.dtype))
         if self.use_bias:
             y += self.param("bias", self.bias_init, (self.features,)).astype(self.dtype)
         if covers(self.lora, self.path):

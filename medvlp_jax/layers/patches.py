@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from medvlp_jax.layers.linear import Initializer
+from medvlp_jax.layers.linear import Initializer, product
 
 
 class PatchEmbedding(nn.Module):
@@ -34,7 +34,7 @@ class PatchEmbedding(nn.Module):
         patches = images.reshape(batch, rows, size, columns, size, channels).swapaxes(2, 3)
         shape = (size, size, channels, self.features)
         kernel = self.param("kernel", self.kernel_init, shape).astype(self.dtype)
-        x = patches.reshape(batch, rows * columns, -1) @ kernel.reshape(-1, self.features)
+        x = product(patches.reshape(batch, rows * columns, -1), kernel.reshape(-1, self.features))
         if self.use_bias:
             x += self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
         return x
