@@ -17,9 +17,11 @@ On a GPU the case is "vit": bfloat16 (losses to 5e-2), cuDNN's attention here, t
 """
 
 import argparse
+import contextlib
 import json
 import os
 import pathlib
+import signal
 import statistics
 import subprocess
 import sys
@@ -47,6 +49,10 @@ HALF = 5e-2  # likewise in bfloat16: cosines, to 4e-3 each, are 14 times as larg
 REST = 0.1  # seconds before each step: the threads of the process before spin for a while
 
 
+class Ended(RuntimeError):
+    """A process ended before it was asked to."""
+
+
 class Arm:
     """A process that takes steps when asked to."""
 
@@ -60,21 +66,29 @@ class Arm:
         self.said = self._read()
 
     def step(self) -> dict:
-        """Take a step."""
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
+        """Take a step.
+
+        Raises:
+          Ended: with the code the process left, -9 where memory ran out.
+        """
+        with contextlib.suppress(BrokenPipeError):  # `_read` says why
+            self.process.stdin.write("\n")
+            self.process.stdin.flush()
         return self._read()
 
     def close(self) -> None:
         """End the process."""
-        self.process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
         self.process.wait()
 
     def _read(self) -> dict:
         for line in self.process.stdout:
             if line.startswith("{"):  # else a library's word
                 return json.loads(line)
-        raise RuntimeError(f"{self.name} ended with code {self.process.wait()}.")
+        code = self.process.wait()
+        why = " (killed: too little memory?)" if code == -signal.SIGKILL else ""
+        raise Ended(f"{self.name} ended with code {code}{why}.")
 
 
 def by_turns(arms: dict, turns: int) -> dict[str, list[dict]]:
@@ -99,6 +113,7 @@ def compare(name: str, turns: int, *, tiny: bool = False, malloc: bool = False) 
 
     Raises:
       ValueError: where losses do not agree.
+      Ended: where a process does not live to the end.
     """
     arms = {}
     with tempfile.TemporaryDirectory() as scratch:
@@ -189,8 +204,8 @@ def main(argv=None):
     for name in options.cases or here:
         try:
             found = compare(name, options.pairs, tiny=options.tiny, malloc=options.malloc)
-        except ValueError as error:  # the other cases are no worse for it
-            refused.append(str(error))
+        except (ValueError, Ended) as error:  # the other cases are no worse for it
+            refused.append(f"{name}: {error}" if isinstance(error, Ended) else str(error))
             continue
         cases[name] = found
         check.keep(options.out, {**facts, "cases": cases})

@@ -77,6 +77,15 @@ def test_a_process_answers_step_by_step_and_its_end_is_noticed():
         each.close()
 
 
+def test_a_process_that_is_killed_is_said_to_be():
+    arm = steps.Arm("ours", ["-c", STAND_IN])
+    arm.process.kill()
+    arm.process.wait()
+    with pytest.raises(steps.Ended, match=r"ours ended with code -9 \(killed: too little memory"):
+        arm.step()
+    arm.close()
+
+
 def test_losses_that_differ_are_refused():
     steps.check_losses("clip", {"ours": [2.0, 1.0], "eager": [2.0001, 1.0]})
     for theirs in (2.001, float("nan")):
@@ -92,13 +101,15 @@ def test_a_tiny_run_does_not_replace_the_results(capsys):
 
 def test_a_refused_case_leaves_the_others(monkeypatch, tmp_path):
     def compare(name, *_, **__):
+        if name == "imitate":
+            raise steps.Ended("ours ended with code -9.")
         steps.check_losses(name, {"ours": [1.0], "eager": [2.0 if name == "clip" else 1.0]})
         return {"title": name, "ratios": {}, "failed": {}}
 
     monkeypatch.setattr(steps, "compare", compare)
     out = tmp_path / "steps.json"
-    with pytest.raises(SystemExit, match="Not measured: clip, step 0"):
-        steps.main(["--cases", "clip", "cfcml", "--out", str(out)])
+    with pytest.raises(SystemExit, match=r"Not measured: clip, step 0.* imitate: ours ended with"):
+        steps.main(["--cases", "clip", "imitate", "cfcml", "--out", str(out)])
     assert list(json.loads(out.read_text())["cases"]) == ["cfcml"]
 
 
