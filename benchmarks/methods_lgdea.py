@@ -2,11 +2,12 @@
 
   python -m benchmarks.methods_lgdea [--ratios 0.01 0.05 0.1 0.2 1] [--seeds 3] [--steps 300]
       [--arms pairs no_unpaired lgdea ...] [--config configs/lgdea.py:study]
-      [--out benchmarks/results/lgdea.json] [--config.KEY=VALUE ...]
+      [--start views] [--out benchmarks/results/lgdea.json] [--config.KEY=VALUE ...]
 
 A cell is one training: a share of the studies that stay pairs, an arm, a seed. All arms have the
 same network, start, steps and rows a batch; they differ in which rows they see and which terms
-count. A finished cell is written to --out at once and never run again; an interrupted one goes on
+count. Their image encoder starts where pairs of views of the corpus' images left it, trained once
+(`configs/lgdea.py:views`), as their text encoder starts at masked words of its reports. A finished cell is written to --out at once and never run again; an interrupted one goes on
 from its checkpoint: run the same command again. Beside the numbers come a Markdown table (mean and
 spread over seeds, and how much of the way from the control to 100 % pairs LGDEA goes) and a curve.
 """
@@ -28,6 +29,7 @@ from medvlp_jax import cli, train
 from medvlp_jax.evaluation import plots
 
 TERMS = ("reconstruction", "paired", "unpaired", "alignment", "global", "usage")
+OTHERS = tuple(term for term in TERMS if term != "global")
 PAIRS_ALONE = {"data": {"pairing": {"share": 1.0}}, "train": {"refresh_every": 0}}
 
 
@@ -36,9 +38,14 @@ def without(*terms: str) -> dict:
     return {"recipe": {"weights": dict.fromkeys(terms, 0.0)}}
 
 
+def globally(change: dict) -> dict:
+    """Let texts meet images by the global embeddings: nothing else is trained."""
+    return change | {"recipe": {**change["recipe"], "meets": "global"}}
+
+
 # By name: title, and what differs from LGDEA. The first three are the study, the rest section B.6.
 ARMS = {
-    "pairs": ("pairs alone, global InfoNCE", PAIRS_ALONE | without(*(set(TERMS) - {"global"}))),
+    "pairs": ("pairs alone, global InfoNCE", globally(PAIRS_ALONE | without(*OTHERS))),
     "no_unpaired": ("LGDEA on the pairs alone", PAIRS_ALONE),
     "lgdea": ("LGDEA", {}),
     "no_rec": ("without L_rec", without("reconstruction")),
@@ -99,6 +106,25 @@ def _change(config: dict, changes: Mapping) -> None:
             _change(config[key], value)
         else:
             config[key] = value
+
+
+def start_of(arguments: argparse.Namespace, config: Mapping) -> str:
+    """Return the image encoder all cells start from, after training it if it is not there.
+
+    Args:
+      arguments: with `config`, `start` and `folder`.
+      config: of a cell, for its images.
+    """
+    place = arguments.folder.absolute() / "views"
+    if arguments.start == "none" or config["init"]["image"]:
+        return config["init"]["image"]
+    if not (place / "export" / "image").is_dir():
+        file = arguments.config.partition(":")[0]
+        views, _ = train.resolve([f"--config={file}:views"])
+        same = ("corpora", "data_dir", "manual_dir", "size", "crop", "channels", "threads")
+        views["data"] |= {key: config["data"][key] for key in same}
+        train.run(views, place)
+    return str(place / "export" / "image")
 
 
 def run_cell(config: dict, folder: pathlib.Path) -> dict:
@@ -241,6 +267,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--ratios", nargs="+", type=float, default=[0.01, 0.05, 0.1, 0.2, 1.0])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=0, help="0: as the config says")
+    help_start = "of the image encoder: views of the images, or none: random weights"
+    parser.add_argument("--start", default="views", choices=("views", "none"), help=help_start)
     parser.add_argument("--arms", nargs="+", default=list(STUDY), choices=list(ARMS))
     folder = pathlib.Path("runs/methods_lgdea")
     parser.add_argument("--folder", type=pathlib.Path, default=folder, help="runs")
@@ -248,10 +276,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=pathlib.Path, default=out)
     arguments, overrides = parser.parse_known_args(argv)
     flags.FLAGS.mark_as_parsed()
-    steps = cell_config("lgdea", 1.0, 0, arguments, overrides)["train"]["steps"]
-    settings = {"config": arguments.config, "steps": steps}
+    whole = cell_config("lgdea", 1.0, 0, arguments, overrides)
+    steps = whole["train"]["steps"]
+    settings = {"config": arguments.config, "steps": steps, "start": arguments.start}
     settings["overrides"] = studies.deciding(overrides)
     cells = studies.finished(arguments.out, settings).get("cells", {})
+    start = start_of(arguments, whole)
     # Seeds outermost: an interrupted study is still one of all arms.
     todo = [
         (seed, ratio, arm)
@@ -264,6 +294,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         name = f"{arm}/{ratio:g}/{seed}"
         place = arguments.folder / name.replace("/", "-")
         config = cell_config(arm, ratio, seed, arguments, overrides)
+        config["init"]["image"] = start
         cells[name] = run_cell(config, place.absolute())
         studies.keep(arguments.out, {"settings": settings, "cells": cells}, table(cells))
         draw(cells, arguments.out.with_suffix(".png"))

@@ -1,10 +1,13 @@
-"""LGDEA, images and reports that are mostly no pairs: "" (ViT-B/16), demo, study, smoke."""
+"""LGDEA, few pairs: "" (ViT-B/16), demo, study, the start of its images (views), smoke."""
 
 from ml_collections import ConfigDict
 
-from configs import common
+from configs import common, imitate
 
-VARIANTS = ("", "demo", "study", "smoke")
+VARIANTS = ("", "demo", "study", "views", "smoke")
+STUDY_IMAGE = {"name": "resnet", "variant": "tiny", "dtype": "float32"}
+STUDY_IMAGE |= {"hidden_sizes": (32, 64, 128), "depths": (1, 1, 2)}  # ends at 5 x 5 pixels
+STUDY_PIXELS = {"channels": 3, "size": 88, "crop": 80}
 
 
 def get_config(variant: str = "") -> ConfigDict:
@@ -12,6 +15,8 @@ def get_config(variant: str = "") -> ConfigDict:
     if variant not in VARIANTS:
         known = ", ".join(VARIANTS[1:])
         raise ValueError(f"No variant '{variant}' of configs/lgdea.py. Known: {known}.")
+    if variant == "views":
+        return views()
     config = ConfigDict(
         {
             "recipe": recipe(),
@@ -60,6 +65,8 @@ def recipe() -> ConfigDict:
             "confidence": "evidence",  # "link", the specification's, trusts no unpaired image
             "least_confidence": 0.2,
             "global_on": "pairs",
+            "near_by": "evidence",
+            "meets": "evidence",
             "loss_tile": 512,
         }
     )
@@ -94,18 +101,34 @@ def demo(config):
 def study(config):
     """A cell of benchmarks/methods_lgdea.py: a small ResNet, which learns more in five minutes."""
     demo(config)
-    sizes = {"hidden_sizes": (32, 64, 128), "depths": (1, 1, 2)}  # ends at 5 x 5 pixels
-    config.recipe.image = ConfigDict({"name": "resnet", "variant": "tiny", **sizes})
-    config.recipe.image.dtype = "float32"
+    config.recipe.image = ConfigDict(STUDY_IMAGE)
     config.recipe.text.update({"width": 96, "depth": 2, "mlp_dim": 192})
-    config.data.update({"size": 88, "crop": 80, "text_length": 48})
+    # Relations by what an encoder with a start can tell, docs/lgdea.md.
+    config.recipe.update({"near_by": "image", "near_pairs": 30, "related": 50})
+    config.data.update({**STUDY_PIXELS, "text_length": 48})
     # `medvlp bench data`: 29 % of the tokens are words, 1.43 rows a report hold them; batches of
     # sick patients need more.
     config.data.evidence.update({"phrases": 4, "length": 12, "pack": 2.2})
-    config.optim.lr = 3e-3
-    config.train.update({"steps": 300, "refresh_every": 60, "checkpoint_every": 100})
+    config.optim.update({"lr": 3e-3, "multipliers": (("^(image|text)/", 0.1),)})
+    config.train.update({"steps": 300, "refresh_every": 75, "checkpoint_every": 100})
     config.train.update({"evaluate_every": 0, "export": False})
     config.evals.update({"protocols": ("zero_shot", "retrieval", "grounding"), "resamples": 500})
+
+
+def views():
+    """Where the study's image encoder starts: two views of an image have to find one another."""
+    config = imitate.get_config("demo")
+    config.recipe.image = ConfigDict(STUDY_IMAGE)
+    config.recipe.keep = (0.25, 0.15, 0.10)  # three levels
+    config.recipe.weights.update({"impression": 0.0, "findings": 0.0})
+    config.data.update({**STUDY_PIXELS, "decode_cache": 8192})
+    upright = {"flip_horizontal": 0.0, "flip_vertical": 0.0, "rotation": 10.0}
+    config.data.view.update({**upright, "perspective": 0.2})
+    config.mlm.steps = 1  # no term reads a report
+    config.train.update({"steps": 600, "checkpoint_every": 200, "evaluate_every": 0})
+    config.evals.protocols = ("probe",)
+    config.evals.probe.fractions = (0.1, 1.0)
+    return config
 
 
 def smoke(config):

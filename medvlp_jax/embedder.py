@@ -98,12 +98,18 @@ class Embedder:
         )
 
     def embed_texts(self, variables) -> Callable[[list[str], str], np.ndarray]:
-        """Return (texts, section) -> embeddings [n, E] in the space of the section."""
-        spaces = self.parts.recipe.spaces
+        """Return (texts, section) -> embeddings [n, E] of prompts, where they meet images."""
+        recipe = self.parts.recipe
+        spaces, told = recipe.spaces, "evidence" in getattr(recipe, "beside", ())
 
         def embed(texts, section):
             key = section if section in spaces else next(iter(spaces))
-            read = lambda tokens: {"": self.embed(variables, {key: tokens})[spaces[key][1]]}
+            name = getattr(recipe, "prompted", spaces[key])[1]
+
+            def read(tokens, words):
+                also = examples.evidence_in(words, self.parts) if told else {}
+                return {"": self.embed(variables, {key: tokens, **also})[name]}
+
             return self.encode_texts(texts, read)[""]
 
         return embed
@@ -113,7 +119,7 @@ class Embedder:
 
         Args:
           texts: n of them.
-          read: Tokens of this process's rows -> arrays by name.
+          read: (Tokens of this process's rows, their texts) -> arrays by name.
         """
         part = self.parts.part
         size = self.multiple_of_devices(PROMPT_BATCH)
@@ -124,7 +130,7 @@ class Embedder:
             filled = [*texts[start : start + size]]
             filled += [""] * (size - len(filled))
             tokens = tokenisation.tokenize(self.parts.tokenizer, filled[own], length)
-            for name, value in read(tokens).items():
+            for name, value in read(tokens, filled[own]).items():
                 rows.setdefault(name, []).append(value)
         whole = {
             k: np.moveaxis(distributed.gather_parts(np.stack(v), part), 0, 1)
@@ -143,7 +149,7 @@ class Embedder:
         """Return what a full evaluation encodes: image and sections, or all a classifier reads."""
         recipe = self.parts.recipe
         if recipe.spaces:
-            return ("image", *recipe.spaces)
+            return ("image", *recipe.spaces, *getattr(recipe, "beside", ()))
         if hasattr(recipe, "evaluated"):
             return recipe.evaluated
         return tuple(key for key in recipe.inputs if not key.startswith("label/"))
@@ -154,11 +160,14 @@ class Embedder:
         A recipe may return more, such as a vector a patch: of 25,596 images that is gigabytes.
         """
         pairs = self.parts.recipe.spaces.values() if self.parts.recipe.spaces else ()
-        return {*(name for pair in pairs for name in pair), *POOLED}
+        prompted = getattr(self.parts.recipe, "prompted", ())
+        return {*(name for pair in pairs for name in pair), *prompted, *POOLED}
 
     def images(self) -> tuple[str, ...]:
         """Return the batch keys of images among them."""
-        others = (*self.parts.recipe.spaces, *pipeline.SECTIONS, "tabular", *clinical.KEYS)
+        recipe = self.parts.recipe
+        others = (*recipe.spaces, *pipeline.SECTIONS, "tabular", *clinical.KEYS)
+        others += tuple(getattr(recipe, "beside", ()))
         return tuple(key for key in self.inputs() if key not in others)
 
     def multiple_of_devices(self, size: int) -> int:

@@ -166,10 +166,11 @@ class Evaluator(Embedder):
 
     def _prompted(self, variables) -> Iterator[tuple]:
         """Yield task, image feature, label columns and embedded prompts of each task with some."""
-        spaces = self.parts.recipe.spaces
+        recipe = self.parts.recipe
         for task in self.prompts["tasks"]:
             texts, columns = self.prompts_of(task)
-            image = spaces.get(texts.section, next(iter(spaces.values())))[0]
+            space = recipe.spaces.get(texts.section, next(iter(recipe.spaces.values())))
+            image = getattr(recipe, "prompted", space)[0]
             yield task, image, columns, zero_shot.embed_prompts(texts, self.embed_texts(variables))
 
     def prompt_scores(self, variables: Mapping, found: Mapping) -> dict[str, PromptScores]:

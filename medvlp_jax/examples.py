@@ -159,6 +159,18 @@ def evidence_of(data: Mapping[str, Any]) -> pipeline.Evidence:
     return pipeline.Evidence(read, settings["phrases"], settings["length"])
 
 
+def evidence_in(texts: Sequence[str], parts: Parts) -> dict[str, Any]:
+    """Return "evidence" and "evidence_mask" of prompts, by rules: no extraction has read them.
+
+    A text in which the rules find nothing is a phrase as it is.
+    """
+    settings = parts.config["data"]["evidence"]
+    read = phrases.reader(unit=settings["unit"], negated=settings["negated"])
+    known = lambda text: read({"findings": text, "impression": ""}) or (text,)
+    reader = pipeline.Evidence(known, settings["phrases"], settings["length"])
+    return pipeline.evidence_of_texts(texts, reader, parts.tokenizer)
+
+
 def _further_image(name, spec, decode, view, data, *, train) -> pipeline.Transform:
     """Return (record, rng) -> view of a further image, by what the corpus says it is.
 

@@ -110,7 +110,7 @@ class Grounder:
         see = lambda batch: self.localise(variables, {"image": batch["image"]})
         patches = features.extract(see, batches, part=self.parts.part)
         texts = list(dict.fromkeys(pair.phrase for pair in pairs))
-        read = lambda tokens: self.localise(variables, {"phrase": tokens})
+        read = lambda tokens, _: self.localise(variables, {"phrase": tokens})
         phrases = self.evaluator.encode_texts(texts, read)
         return {
             name: (patches[name], dict(zip(texts, rows, strict=True)))

@@ -105,7 +105,10 @@ def refresher(
 
     def refresh(state):
         variables = {k: v for k, v in state.variables.items() if k != RELATIONS}
-        images = encode(variables, found.images, ("image",), "image_evidence")
+        images = {
+            name: encode(variables, found.images, ("image",), name)
+            for name in parts.recipe.described
+        }
         reports = encode(variables, found.reports, TOLD, "report_evidence")
         made = parts.recipe.refresh(images, reports, len(found.pairs), mesh=mesh)
         made = jax.tree.map(np.asarray, made)

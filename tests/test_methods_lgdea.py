@@ -13,8 +13,9 @@ from medvlp_jax.config import UserError, flatten
 
 ROOT = pathlib.Path(__file__).parents[1]
 
-ARGUMENTS = ("--ratios", "0.01", "1", "--seeds", "2", "--steps", "5")
+ARGUMENTS = ("--ratios", "0.01", "1", "--seeds", "2", "--steps", "5", "--start", "none")
 SMOKE = ("--config=configs/lgdea.py:smoke", "--ratios", "0.3", "--seeds", "1", "--arms", "lgdea")
+SMOKE += ("--start", "none")
 DRAW = bench.draw
 
 
@@ -39,7 +40,7 @@ def test_arms_differ_from_lgdea_in_what_they_say_and_nothing_else():
     assert changed["lgdea"] == set()
     assert changed["no_unpaired"] == {"data.pairing.share", "train.refresh_every"}
     off = {f"recipe.weights.{name}" for name in ("reconstruction", "paired", "unpaired")}
-    off |= {"recipe.weights.alignment"}
+    off |= {"recipe.weights.alignment", "recipe.meets"}
     assert changed["pairs"] == changed["no_unpaired"] | off
     assert all(changed[arm] for arm in bench.ARMS if arm != "lgdea")
     for arm in bench.ARMS:  # equal compute: rows, steps, network
@@ -101,6 +102,29 @@ def test_a_finished_cell_is_kept_and_never_run_again(study, monkeypatch):
     assert not list(out.parent.glob("runs/*/checkpoints"))
     with pytest.raises(UserError, match="holds numbers of settings"):
         begin("--config.recipe.hops=2")
+
+
+def test_all_cells_start_from_one_encoder_trained_once(study, monkeypatch, tmp_path):
+    begin, calls, _ = study
+    cell, starts = bench.train.run, []
+
+    def run(config, folder):
+        if folder.name != "views":
+            starts.append(config["init"]["image"])
+            return cell(config, folder)
+        assert config["recipe"]["weights"]["findings"] == 0
+        assert config["data"]["data_dir"] == "elsewhere"
+        calls.append("views")
+        (folder / "export" / "image").mkdir(parents=True)
+        return {}
+
+    monkeypatch.setattr(bench.train, "run", run)
+    data = "--config.data.data_dir=elsewhere"
+    for seeds in ("1", "2"):
+        begin("--start", "views", "--seeds", seeds, "--ratios", "0.01", data)
+    assert calls.count("views") == 1
+    assert calls[0] == "views"
+    assert starts == [str(tmp_path / "runs" / "views" / "export" / "image")] * 6
 
 
 def test_the_table_says_what_was_gained_and_how_much_of_the_way_that_is(study, capsys):

@@ -71,6 +71,7 @@ def nearest(
     others: Float[Array, "M K"] | None = None,
     *,
     k: int,
+    directions: bool = False,
     block: int = 1024,
     mesh: Mesh | None = None,
 ) -> Sparse:
@@ -83,6 +84,7 @@ def nearest(
       q: evidence distributions, rows sum to 1; with a mesh the same in all processes.
       others: among which to look; None: among q, where no node is its own neighbour.
       k: at most the number of other nodes.
+      directions: the nodes are unit vectors instead, near where their cosine is high.
       block: rows at the same time; memory is block * M.
       mesh: whose devices share the blocks; None is one device.
     """
@@ -90,6 +92,9 @@ def nearest(
     if not 0 < k <= most:
         raise ValueError(f"k must be in 1 .. {most}, the number of other nodes, got {k}.")
     given = (jnp.asarray(q), jnp.asarray(q if others is None else others))
+    given = tuple(x.astype(jnp.float32) for x in given)
+    if not directions:  # the coefficient is the inner product of the roots
+        given = tuple(jnp.sqrt(x) for x in given)
     return _on(mesh, _nearest, given, k=k, within=others is None, block=block)
 
 
@@ -97,8 +102,8 @@ def nearest(
 def _nearest(q, others, *, k, within, block, mesh):
     count, most = len(q), len(others)
 
-    def rows(roots, start):
-        own, other = roots
+    def rows(given, start):
+        own, other = given
         row = start + jnp.arange(block)
         own = own[jnp.minimum(row, count - 1)]
         coefficient = jnp.einsum("bk,nk->bn", own, other, precision="highest")
@@ -108,8 +113,7 @@ def _nearest(q, others, *, k, within, block, mesh):
         _, column = jax.lax.top_k(jnp.where((after == 0) & within, -jnp.inf, ranked), k)
         return column, jnp.take_along_axis(coefficient, column, 1)
 
-    roots = [jnp.sqrt(x.astype(jnp.float32)) for x in (q, others)]
-    column, value = _by_blocks(rows, roots, jnp.arange(0, count, block), mesh)
+    column, value = _by_blocks(rows, (q, others), jnp.arange(0, count, block), mesh)
     return Sparse(column.reshape(-1, k)[:count], value.reshape(-1, k)[:count])
 
 

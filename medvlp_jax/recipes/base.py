@@ -41,6 +41,8 @@ class Recipe(Protocol):
     * `evaluated`: batch keys read in evaluation, where these are not those of training;
     * `fresh` and `left`: parts the run before may lack, and patterns of what it may have besides,
       for stages that start from one another;
+    * `prompted`: (image feature, text feature) where prompts meet images elsewhere than reports;
+      and `beside`, batch keys that evaluation reads beside the sections;
     * `packs`: keys of texts it reads through `pooled_texts`, which may come packed in training;
     * `alarms`, {term: (most, sentence)}: what is said once when a term rises above `most`, though
       its weight may be 0;

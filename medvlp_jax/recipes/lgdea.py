@@ -10,6 +10,9 @@ are a pair, in the others each comes from its own pool.
 
   L = L_rec + L_evid^p + w L_evid^u + w L_evi-align + w L_glob + w usage
 
+In evaluation a prompt meets images in the evidence space, as the evidence it is, and a report by
+the mean of the cosines there and of the global embeddings; or both by the global ones alone.
+
 usage = 1 - entropy of the mean assignment / ln K is logged always and off by default; above 0.5
 the prototypes have collapsed.
 
@@ -34,6 +37,8 @@ from medvlp_jax.schedules import Knots
 TERMS = ("reconstruction", "paired", "unpaired", "alignment", "global", "usage")
 CONFIDENCES = ("evidence", "link")
 GLOBALS = ("pairs", "relations")
+NEAR_BY = ("evidence", "image")
+MEETS = ("global", "evidence")
 COLLAPSED = 0.5  # of `usage`
 SECTION = "report"
 RELATIONS = "relations"  # the collection that `refresh` fills
@@ -63,6 +68,8 @@ class Lgdea(nn.Module):
     confidence: str
     least_confidence: float
     global_on: str
+    near_by: str
+    meets: str
     loss_tile: int
     weights: Mapping[str, float | Knots]
 
@@ -77,7 +84,24 @@ class Lgdea(nn.Module):
     alarms = {  # noqa: RUF012 (a Linen class attribute without a type)
         "usage": (COLLAPSED, "prototypes collapse: their usage entropy is below 0.5 ln K")
     }
-    spaces = {SECTION: ("image", "text")}  # noqa: RUF012 (a Linen class attribute without a type)
+
+    @property
+    def spaces(self) -> dict[str, tuple[str, str]]:
+        """Where reports meet images."""
+        at_evidence = self.meets == "evidence"
+        return {SECTION: ("image_joint", "text_joint") if at_evidence else ("image", "text")}
+
+    @property
+    def prompted(self) -> tuple[str, str]:
+        """Where prompts meet images."""
+        if self.meets == "evidence":
+            return ("image_direction", "text_direction")
+        return self.spaces[SECTION]
+
+    @property
+    def beside(self) -> tuple[str, ...]:
+        """Batch keys read beside a report in evaluation."""
+        return ("evidence", "evidence_mask") if self.meets == "evidence" else ()
 
     def setup(self):
         """Name the heads and the prototypes."""
@@ -99,7 +123,9 @@ class Lgdea(nn.Module):
 
         image, text [B, E] unit norm; image_pooled [B, D]; lesions [B, M, E] unit norm; phrases
         [B, N, E] unit norm, zero where there is none, and phrases_raw before they get it;
-        image_evidence, report_evidence [B, K].
+        image_evidence, report_evidence [B, K]; image_direction, text_direction [B, E], of the mean
+        lesion and the mean phrase; image_joint, text_joint [B, 2 E], the global embedding and that
+        direction, whose inner product is the mean of both cosines.
         """
         features = {}
         if "image" in batch:
@@ -111,6 +137,9 @@ class Lgdea(nn.Module):
                 features["lesions"], self.mu, temperature=self.image_temperature
             )
             features["image_evidence"] = evidence.distribution(shares)
+            direction = evidence.mean_direction(features["lesions"])
+            features["image_direction"] = direction
+            features["image_joint"] = _joint(features["image"], direction)
         if SECTION in batch:
             pooled = base.pooled_texts(self.text, batch[SECTION], train=train)
             features["text"] = base.unit(self.text_projection(pooled))
@@ -123,6 +152,10 @@ class Lgdea(nn.Module):
             features["phrases"] = z
             shares = evidence.assignments(z, self.mu, temperature=self.temperature)
             features["report_evidence"] = evidence.distribution(shares, batch["evidence_mask"])
+            direction = evidence.mean_direction(z, batch["evidence_mask"])
+            features["text_direction"] = direction
+            if SECTION in batch:
+                features["text_joint"] = _joint(features["text"], direction)
         return features
 
     def _lesions(self, patches, train):
@@ -180,8 +213,8 @@ class Lgdea(nn.Module):
             "paired": evidence.paired_divergence(report, image, valid=pair),
             "unpaired": evidence.unpaired_divergence(known["pseudo"], image, confidence),
             "alignment": evidence.alignment(
-                evidence.mean_direction(features["lesions"]),
-                evidence.mean_direction(features["phrases"], mask),
+                features["image_direction"],
+                features["text_direction"],
                 target,
                 **trusts,
                 temperature=self.alignment_temperature,
@@ -228,18 +261,23 @@ class Lgdea(nn.Module):
         projection["bias"] = projection["bias"] - mean
         return {**params, "prototypes": prototypes, "phrase_projection": projection}
 
+    @property
+    def described(self) -> tuple[str, ...]:
+        """Features of an image that `refresh` reads."""
+        return ("image",) if self.near_by == "image" else ("image_evidence",)
+
     def no_relations(self, images: int) -> dict[str, np.ndarray]:
         """Return the collection before the first `refresh`: nothing is related to anything."""
         shapes = _shapes(images, self.related, self.prototypes)
         return {name: np.zeros(*shape) for name, shape in shapes.items()}
 
     def refresh(
-        self, image_evidence, report_evidence, pairs: int, *, mesh=None
+        self, images: Mapping, report_evidence, pairs: int, *, mesh=None
     ) -> dict[str, jax.Array]:
-        """Relate the images of the corpus to its reports, from their evidence distributions.
+        """Relate the images of the corpus to its reports.
 
         Args:
-          image_evidence: Qbar_I [I, K].
+          images: features of the images, those of `described`.
           report_evidence: Qbar_R [R, K].
           pairs: the first ones of both are pairs.
           mesh: whose devices share the work.
@@ -250,22 +288,24 @@ class Lgdea(nn.Module):
         Raises:
           UserError: where there are fewer images or reports than neighbours.
         """
-        smallest = min(len(image_evidence), len(report_evidence))
+        looks = images[self.described[0]]
+        directions = self.near_by == "image"
+        smallest = min(len(looks), len(report_evidence))
         if smallest <= self.neighbours:
             raise UserError(
                 f"recipe.neighbours={self.neighbours} needs more than {smallest} images or reports."
             )
         graphs = [
-            relations.graph(relations.nearest(q, k=self.neighbours, mesh=mesh))
-            for q in (image_evidence, report_evidence)
+            relations.graph(relations.nearest(q, k=self.neighbours, directions=how, mesh=mesh))
+            for q, how in ((looks, directions), (report_evidence, False))
         ]
         row = np.arange(pairs)
         near = None
         if self.near_pairs:
             # Row p of both is pair p: the column of an image among them is that of its report.
-            known, k = image_evidence[:pairs], min(self.near_pairs, pairs)
-            near = relations.nearest(image_evidence, known, k=k, mesh=mesh)
-        start = relations.seeds(row, row, images=len(image_evidence), top=self.kept, near=near)
+            k = min(self.near_pairs, pairs)
+            near = relations.nearest(looks, looks[:pairs], k=k, directions=directions, mesh=mesh)
+        start = relations.seeds(row, row, images=len(looks), top=self.kept, near=near)
         settings = {"alpha": self.alpha, "hops": self.hops, "mesh": mesh}
         spread = relations.propagate(start, *graphs, reports=len(report_evidence), **settings)
         told = jnp.asarray(report_evidence, jnp.float32)
@@ -287,6 +327,10 @@ def _shapes(images: int, related: int, prototypes: int) -> dict[str, tuple]:
         "confidence": ((images,), np.float32),
         "pseudo": ((images, prototypes), np.float32),
     }
+
+
+def _joint(one, other):
+    return jnp.concatenate([one, other.astype(one.dtype)], -1) * 0.5**0.5
 
 
 def _directions(key, shape, dtype=jnp.float32):
@@ -317,6 +361,8 @@ def make(
     confidence: str = "evidence",
     least_confidence: float = 0.2,
     global_on: str = "pairs",
+    near_by: str = "evidence",
+    meets: str = "global",
     loss_tile: int = tiled.TILE,
 ) -> Lgdea:
     """Build the recipe; all defaults are our choice, none is published.
@@ -346,6 +392,10 @@ def make(
         specification's, which trusts no unpaired image (docs/lgdea.md).
       least_confidence: below it a relation does not count.
       global_on: what L_glob contrasts: "pairs", or "relations", pairs and what is related.
+      near_by: what makes images neighbours: "evidence", their distributions as in the
+        specification, or "image", their global embeddings, which know more at first.
+      meets: where texts meet images in evaluation: "global", or "evidence", see the head of this
+        file.
       loss_tile: side of the tiles of the global InfoNCE; 0 keeps the whole logits.
 
     Raises:
@@ -372,6 +422,10 @@ def make(
         raise UserError(f"recipe.confidence must be {known}, got '{confidence}'.")
     if global_on not in GLOBALS:
         raise UserError(f"recipe.global_on must be {' or '.join(GLOBALS)}, got '{global_on}'.")
+    if near_by not in NEAR_BY:
+        raise UserError(f"recipe.near_by must be {' or '.join(NEAR_BY)}, got '{near_by}'.")
+    if meets not in MEETS:
+        raise UserError(f"recipe.meets must be {' or '.join(MEETS)}, got '{meets}'.")
     image, text = base.encoder(image), base.encoder(text)
     if image.width % num_heads:
         raise UserError(
@@ -399,6 +453,8 @@ def make(
         confidence,
         least_confidence,
         global_on,
+        near_by,
+        meets,
         loss_tile,
         weights=weights,
     )

@@ -86,6 +86,17 @@ def test_the_nearest_of_another_set_may_have_the_same_number():
         np.testing.assert_allclose(found.value[i], sorted(bc, reverse=True)[:4], rtol=1e-6)
 
 
+def test_the_nearest_directions_are_those_of_the_highest_cosine():
+    x = np.random.default_rng(5).normal(size=(21, 6))
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    found = relations.nearest(x, k=5, directions=True, block=8)
+    for i in range(21):
+        cosine = {j: sum(x[i] * x[j]) for j in range(21) if j != i}
+        best = sorted(cosine, key=cosine.get, reverse=True)[:5]
+        assert np.asarray(found.column[i]).tolist() == best
+        np.testing.assert_allclose(found.value[i], [cosine[j] for j in best], atol=1e-6)
+
+
 def test_images_without_a_pair_may_start_from_what_is_near():
     near = relations.Sparse(
         np.array([[1, 2], [0, 3], [4, 0]]), np.array([[1, 0.9], [0.8, 0.7], [1, 1]])

@@ -115,9 +115,9 @@ def test_the_global_term_may_follow_the_relations(model):
 @pytest.mark.slow
 def test_features_are_those_of_the_modalities_in_the_batch(model):
     _, batch, variables, _, whole, _ = model
-    image = {"image", "image_pooled", "lesions", "image_evidence"}
-    report = {"phrases", "report_evidence"}
-    assert set(whole) == image | report | {"text"}
+    image = {"image", "image_pooled", "lesions", "image_evidence", "image_direction", "image_joint"}
+    report = {"phrases", "phrases_raw", "report_evidence", "text_direction"}
+    assert set(whole) == image | report | {"text", "text_joint"}
     for keys, expected in (
         (("image",), image),
         (("report",), {"text"}),
@@ -234,7 +234,8 @@ def test_refresh_relates_images_to_reports_of_their_pattern(near_pairs):
     base[np.arange(3), np.arange(3)] = 0.92
     noisy = lambda: base[label] * np.exp(0.3 * rng.normal(size=(60, 5)))
     q = [x / x.sum(1, keepdims=True) for x in (noisy(), noisy())]
-    made = {name: np.asarray(x) for name, x in recipe.refresh(*q, pairs=9).items()}
+    images = {"image_evidence": q[0]}
+    made = {name: np.asarray(x) for name, x in recipe.refresh(images, q[1], pairs=9).items()}
     empty = recipe.no_relations(60)
     assert {n: (x.shape, x.dtype) for n, x in made.items()} == {
         n: (x.shape, x.dtype) for n, x in empty.items()
@@ -246,6 +247,37 @@ def test_refresh_relates_images_to_reports_of_their_pattern(near_pairs):
     assert (made["confidence"][9:] > 0).mean() > 0.3
     mixed = np.einsum("im,imk->ik", made["weight"], q[1][made["column"]])
     np.testing.assert_allclose(made["pseudo"], mixed, rtol=1e-4, atol=1e-6)
+
+
+def test_images_may_be_near_by_their_embeddings():
+    recipe = make(neighbours=6, hops=3, related=4, kept=30, near_pairs=3, near_by="image")
+    assert recipe.described == ("image",)
+    rng = np.random.default_rng(0)
+    label = np.arange(60) % 3
+    told = np.full((60, 5), 0.02)
+    told[np.arange(60), label] = 0.92
+    seen = np.eye(8)[label] - np.eye(8)[label + 3] + 0.1 * rng.normal(size=(60, 8))
+    seen /= np.linalg.norm(seen, axis=1, keepdims=True)
+    made = {k: np.asarray(x) for k, x in recipe.refresh({"image": seen}, told, pairs=9).items()}
+    best = made["column"][np.arange(60), made["weight"].argmax(1)]
+    assert (label[best] == label).mean() > 0.95
+
+
+def test_the_joint_space_means_both_cosines(model):
+    _, batch, _, _, features, _ = model
+    cosine = lambda name: features[f"image_{name}"] @ features[f"text_{name}"].T
+    both = (features["image"] @ features["text"].T + cosine("direction")) / 2
+    np.testing.assert_allclose(cosine("joint"), both, atol=1e-6)
+    told = batch["evidence_mask"].any(1)
+    np.testing.assert_array_equal(np.asarray(features["text_direction"]).any(1), told)
+
+
+def test_texts_meet_images_where_the_recipe_says():
+    at_evidence = make(meets="evidence")
+    assert at_evidence.spaces == {"report": ("image_joint", "text_joint")}
+    assert at_evidence.prompted == ("image_direction", "text_direction")
+    assert RECIPE.prompted == RECIPE.spaces["report"] == ("image", "text")
+    assert RECIPE.beside == ()
 
 
 def test_prototypes_start_at_the_centres_of_the_phrases():
@@ -273,6 +305,8 @@ def test_prototypes_start_at_the_centres_of_the_phrases():
         ({"near_pairs": 7}, "recipe.near_pairs must be in 0 .. recipe.kept=6"),
         ({"related": 7}, "recipe.related must be in 2 .. recipe.kept=6"),
         ({"confidence": "both"}, "recipe.confidence must be evidence or link, got 'both'"),
+        ({"near_by": "text"}, "recipe.near_by must be evidence or image, got 'text'"),
+        ({"meets": "both"}, "recipe.meets must be global or evidence, got 'both'"),
         ({"num_heads": 3}, "does not divide the image encoder's 16"),
         ({"loss_tile": -1}, "loss_tile"),
     ],
@@ -284,4 +318,4 @@ def test_what_cannot_be_is_refused(fields, sentence):
 
 def test_too_small_a_corpus_for_the_graphs_is_refused():
     with pytest.raises(UserError, match="neighbours=2 needs more than 2"):
-        make().refresh(np.ones((2, 5)) / 5, np.ones((9, 5)) / 5, pairs=1)
+        make().refresh({"image_evidence": np.ones((2, 5)) / 5}, np.ones((9, 5)) / 5, pairs=1)
