@@ -7,9 +7,10 @@
 A cell is one training: a share of the studies that stay pairs, an arm, a seed. All arms have the
 same network, start, steps and rows a batch; they differ in which rows they see and which terms
 count. Their image encoder starts where pairs of views of the corpus' images left it, trained once
-(`configs/lgdea.py:views`), as their text encoder starts at masked words of its reports. A finished cell is written to --out at once and never run again; an interrupted one goes on
-from its checkpoint: run the same command again. Beside the numbers come a Markdown table (mean and
-spread over seeds, and how much of the way from the control to 100 % pairs LGDEA goes) and a curve.
+(`configs/lgdea.py:views`), as their text encoder starts at masked words of its reports. A finished
+cell is written to --out at once and never run again; an interrupted one goes on from its
+checkpoint: run the same command again. Beside the numbers come a Markdown table (mean and spread
+over seeds, and how much of the way from the control to 100 % pairs LGDEA goes) and a curve.
 """
 
 import argparse
