@@ -234,7 +234,9 @@ def main(argv: list[str] | None = None) -> None:
     flags.FLAGS.mark_as_parsed()
     name = options.config.partition(":")[2]
     out = options.out or pathlib.Path(f"benchmarks/results/prima-{name}.json")
-    settings = {"config": options.config, "overrides": studies.deciding(overrides)}
+    steps = stage_config("image", "image", 0, "", "", options.config, overrides)["train"]["steps"]
+    settings = {"config": options.config, "steps": steps}  # of a baseline
+    settings["overrides"] = studies.deciding(overrides)
     rows = studies.finished(out, settings).get("rows", {})
     home = options.folder.absolute()
     wanted = list(ROWS) if "all" in options.rows else options.rows

@@ -201,13 +201,21 @@ def image_shapes(data: Mapping[str, Any], names: Sequence[str]) -> dict[str, tup
     return found
 
 
+def evidence_batch(tokenizer, data: Mapping[str, Any], told: Sequence[Sequence[str]]) -> dict:
+    """Return "evidence" and "evidence_mask" of the first phrases of each row, as a batch."""
+    count, length = data["evidence"]["phrases"], data["evidence"]["length"]
+    told = [list(phrases)[:count] for phrases in told]
+    rows = [phrase for row in told for phrase in row + [""] * (count - len(row))]
+    ids, mask = tokenisation.tokenize(tokenizer, rows, length)
+    shape = (len(told), count, length)
+    exists = np.arange(count) < np.array([len(row) for row in told])[:, None]
+    tokens = Tokens(ids.reshape(shape), mask.reshape(shape))
+    return {"evidence": tokens, "evidence_mask": exists}
+
+
 def empty_evidence(tokenizer, data: Mapping[str, Any], size: int) -> dict[str, Any]:
     """Return the phrases of `size` reports in which nothing is said."""
-    count, length = data["evidence"]["phrases"], data["evidence"]["length"]
-    ids, mask = tokenisation.tokenize(tokenizer, [""] * size * count, length)
-    shape = (size, count, length)
-    tokens = Tokens(ids.reshape(shape), mask.reshape(shape))
-    return {"evidence": tokens, "evidence_mask": np.ones((size, count), bool)}
+    return evidence_batch(tokenizer, data, [[""] * data["evidence"]["phrases"]] * size)
 
 
 def initial_variables(parts: Parts) -> dict:

@@ -9,7 +9,7 @@ import numpy as np
 
 from medvlp_jax import checks, clinical, sharding, tables
 from medvlp_jax import config as configs
-from medvlp_jax.assemble import SECTIONS, Parts
+from medvlp_jax.assemble import SECTIONS, Parts, evidence_batch
 from medvlp_jax.config import UserError
 from medvlp_jax.data import corpora, packing, pipeline, records, scans, transforms, volumes
 from medvlp_jax.evidence import phrases
@@ -166,9 +166,8 @@ def evidence_in(texts: Sequence[str], parts: Parts) -> dict[str, Any]:
     """
     settings = parts.config["data"]["evidence"]
     read = phrases.reader(unit=settings["unit"], negated=settings["negated"])
-    known = lambda text: read({"findings": text, "impression": ""}) or (text,)
-    reader = pipeline.Evidence(known, settings["phrases"], settings["length"])
-    return pipeline.evidence_of_texts(texts, reader, parts.tokenizer)
+    told = [read({"findings": text, "impression": ""}) or (text,) for text in texts]
+    return evidence_batch(parts.tokenizer, parts.config["data"], told)
 
 
 def _further_image(name, spec, decode, view, data, *, train) -> pipeline.Transform:

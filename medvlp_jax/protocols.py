@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from medvlp_jax import controls
+from medvlp_jax import controls, examples
 from medvlp_jax.config import UserError, nearest
 from medvlp_jax.evaluation import flavours, probe, scoring, thresholds
 from medvlp_jax.recipes import mlm
@@ -88,6 +88,7 @@ def check(evaluator: Any) -> None:
             f"evals.views and the control regression are for classifiers; recipe {name} is none."
         )
     _check_flavours(evaluator)
+    _check_evidence(evaluator)
 
 
 def _check_classes(evaluator: Any) -> None:
@@ -111,6 +112,21 @@ def _check_classes(evaluator: Any) -> None:
             f"recipe.num_classes={recipe.num_classes}, but task {recipe.task} of "
             f"{evaluator.corpus} has {len(classes)} classes."
         )
+
+
+def _check_evidence(evaluator: Any) -> None:
+    """Refuse reports whose evidence is read, but not in the extraction the run was told of."""
+    recipe, data = evaluator.parts.recipe, evaluator.parts.config["data"]
+    if "evidence" not in getattr(recipe, "beside", ()) or not data["evidence"]["folder"]:
+        return
+    if not {*evaluator.settings["protocols"]} - {"grounding"}:
+        return
+    read, source = examples.evidence_of(data).read, evaluator.source
+    try:
+        for row in range(min(evaluator.settings["limit"] or len(source), len(source))):
+            read(source[row])
+    except UserError as error:
+        raise UserError(f"{error} Or do without in evaluation: recipe.meets=global.") from error
 
 
 def _check_flavours(evaluator: Any) -> None:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from medvlp_jax import assemble, train
+from medvlp_jax.config import UserError
 from medvlp_jax.data import text
 from medvlp_jax.evaluator import Evaluator
 
@@ -47,6 +48,17 @@ def test_a_prompt_is_the_evidence_it_holds(evaluator, prompt, phrases):
     here, variables = evaluator
     found = here.embed_texts(variables)([prompt], "report")[0]
     np.testing.assert_allclose(found, phrase_direction(evaluator, phrases), atol=1e-5)
+
+
+def test_reports_that_were_not_extracted_are_refused_before_anything_runs(evaluator, tmp_path):
+    here = evaluator[0]
+    (tmp_path / "evidence.jsonl").write_text("")
+    data = {**here.parts.config["data"]}
+    data["evidence"] = {**data["evidence"], "folder": str(tmp_path)}
+    parts = here.parts._replace(config={**here.parts.config, "data": data})
+    with pytest.raises(UserError, match=r"is not in .*: extract .*recipe.meets=global"):
+        Evaluator(parts, here.settings)
+    Evaluator(parts, {**here.settings, "protocols": ("grounding",)})
 
 
 def test_images_are_met_where_the_recipe_says(evaluator):

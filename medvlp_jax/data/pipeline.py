@@ -301,15 +301,6 @@ def _phrases(tokens: Callable, evidence: Evidence, record: Mapping) -> Example:
     return {"evidence": stacked, "evidence_mask": np.arange(evidence.phrases) < len(found)}
 
 
-def evidence_of_texts(
-    texts: Sequence[str], evidence: Evidence, tokenizer: tokenizers.Tokenizer
-) -> Example:
-    """Return "evidence" and "evidence_mask" of texts, as a batch of them; `read` takes a text."""
-    tokens = functools.partial(_tokens, tokenizer)
-    rows = [_phrases(tokens, evidence, words) for words in texts]
-    return jax.tree.map(lambda *leaves: np.stack(leaves), *rows)
-
-
 def _feature(features: Mapping[str, np.ndarray], words: str) -> np.ndarray:
     if not words:
         return np.zeros_like(next(iter(features.values())))

@@ -1,7 +1,8 @@
 """Relations of images and reports that are no pairs: seeds spread over two neighbour graphs.
 
 LGDEA (https://arxiv.org/abs/2602.07540) names seed-edge propagation and higher-order relations; the
-forms here are our choice (docs/lgdea.md). Nodes are described by their evidence distributions.
+forms here are our choice (docs/lgdea.md). Nodes are described by their evidence distributions,
+or by unit vectors, whose cosine then stands for BC.
 
   W_ij = exp((BC_ij - 1) / width) where i is among the k nearest of j or j of i,
   BC_ij = sum_k sqrt(Qbar_i(k) Qbar_j(k)),  S = rows of W scaled to sum 1
