@@ -115,7 +115,7 @@ def evals(**fields) -> ConfigDict:
             "masked_edge": 0.12,
             "grounding": {"interpolation": "bilinear", "smoothing": 0.0}  # BioViL: nearest, 1.5
             | {"signed": False, "ddof": 0, "strict": True, "scale": "clamp"},
-            "zero_shot": {"draw": 0, "seed": 6, "strip": False, "threshold": ""},  # GLoRIA: draw 5
+            "zero_shot": dict(draw=0, seed=6, strip=False, threshold="", by_rules=False),
             "probe": {"fractions": (1.0,), "draws": 3},  # papers: 0.01, 0.1, 1.0
         },
         fields,

@@ -80,7 +80,7 @@ def begin(parts: assemble.Parts, variables: dict, source, found: pairing.Pools) 
     empty = parts.recipe.no_relations(len(found.images))
     if not parts.config["init"]["params"]:
         rows = found.reports[:FIRST_PASS]
-        raw = _encoder(parts, source)(variables, rows, TOLD, "phrases_raw")
+        raw = _encoder(parts, source)(variables, rows, TOLD, ("phrases_raw",))["phrases_raw"]
         params = parts.recipe.start(variables["params"], raw, parts.config["seed"])
         variables = {**variables, "params": params}
     return {**variables, RELATIONS: empty}
@@ -105,11 +105,8 @@ def refresher(
 
     def refresh(state):
         variables = {k: v for k, v in state.variables.items() if k != RELATIONS}
-        images = {
-            name: encode(variables, found.images, ("image",), name)
-            for name in parts.recipe.described
-        }
-        reports = encode(variables, found.reports, TOLD, "report_evidence")
+        images = encode(variables, found.images, ("image",), parts.recipe.described)
+        reports = encode(variables, found.reports, parts.recipe.told_by, parts.recipe.told)
         made = parts.recipe.refresh(images, reports, len(found.pairs), mesh=mesh)
         made = jax.tree.map(np.asarray, made)
         related.learn(made["column"], made["weight"], made["confidence"])
@@ -122,10 +119,10 @@ def refresher(
 
 
 def _encoder(parts: assemble.Parts, source) -> Callable:
-    """Return (variables, rows of the source, batch keys, feature) -> the feature of each row."""
+    """Return (variables, rows of the source, batch keys, names) -> features of each row."""
     embed = training.make_embed(parts.recipe, parts.mesh)
 
-    def encode(variables, rows, inputs, key):
+    def encode(variables, rows, inputs, keys):
         batches = pipeline.eval_batches(
             pairing.Nodes(source, rows),
             transform=examples.record_transform(parts, inputs, train=False),
@@ -135,6 +132,6 @@ def _encoder(parts: assemble.Parts, source) -> Callable:
             threads=parts.config["data"]["threads"],
         )
         read = lambda batch: embed(variables, {name: batch[name] for name in inputs})
-        return features.extract(read, batches, keys=(key,), part=parts.part)[key]
+        return features.extract(read, batches, keys=keys, part=parts.part)
 
     return encode

@@ -15,6 +15,7 @@ A task may also have
 What is shipped is in `prompt_sets/`; where each comes from is its "source".
 """
 
+import functools
 import itertools
 import json
 import pathlib
@@ -23,6 +24,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from medvlp_jax.config import UserError, nearest
+from medvlp_jax.evidence import phrases
 
 FOLDER = pathlib.Path(__file__).with_name("prompt_sets")
 SIDES = ("positive", "negative")
@@ -67,6 +69,7 @@ def resolve(
     strip: bool = False,
     draw: int = 0,
     seed: int = 6,
+    by_rules: bool = False,
 ) -> dict[str, Any]:
     """Turn a parsed file into one of plain texts, for the tasks a corpus has.
 
@@ -78,6 +81,7 @@ def resolve(
       seed: of one `random.Random` for all draws of a task, classes in the order of the file. GLoRIA
         seeds with 6 when it is imported, so that its draw depends on everything drawn before; this
         is its draw where nothing was.
+      by_rules: see `as_read`.
 
     Raises:
       UserError: for a negative draw, or a set with no task of the corpus.
@@ -96,13 +100,30 @@ def resolve(
         classes = spec.get("classes") or dict.fromkeys(tasks[task], spec.get("template", {}))
         texts = {}
         for name, sides in classes.items():
-            texts[name] = {
+            drawn = {
                 side: _drawn(_texts(sides[side], name, strip), draw, rng)
                 for side in SIDES
                 if side in sides
             }
+            read = as_read if by_rules else str
+            texts[name] = {side: [read(t) for t in drawn[side]] for side in drawn}
         resolved[task] = {k: v for k, v in spec.items() if k != "template"} | {"classes": texts}
     return {**prompts_json, "tasks": resolved}
+
+
+def as_read(text: str) -> str:
+    """Return the evidence the rules find in a text, each phrase a sentence.
+
+    A denied finding becomes that nothing is wrong; a text that tells the rules nothing stays. So a
+    text encoder of reports meets how reports put it, as LGDEA's evidence space does of itself.
+    """
+    told = _phrases()({"findings": text, "impression": ""})
+    return " ".join(f"{phrase[:1].upper()}{phrase[1:]}." for phrase in told) or text
+
+
+@functools.cache
+def _phrases():
+    return phrases.reader()
 
 
 def _texts(side: Sequence[str] | Mapping, name: str, strip: bool) -> list[str]:

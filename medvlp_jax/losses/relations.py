@@ -29,6 +29,8 @@ from jaxtyping import Array, Float, Int
 
 from medvlp_jax import sharding
 
+WIDTH = 0.1  # of the kernel of a graph; our choice
+
 
 class Graph(NamedTuple):
     """A symmetric neighbour graph; unused places hold node 0 with weight 0.
@@ -73,6 +75,7 @@ def nearest(
     *,
     k: int,
     directions: bool = False,
+    hubs: float = 0.0,
     block: int = 1024,
     mesh: Mesh | None = None,
 ) -> Sparse:
@@ -81,11 +84,19 @@ def nearest(
     Equal texts have equal distributions, and thousands of reports one text: among ties the nodes
     that follow in number come first, round the end, so that no node is everybody's neighbour.
 
+    Across modalities a few nodes are near to all. With `hubs` they lose what they have of that:
+
+      BC_ij - hubs log mean_i exp(BC_ij / hubs)
+
+    as in the inverted softmax (Smith et al. 2017, https://arxiv.org/abs/1702.03859), which is one
+    step of Sinkhorn's algorithm.
+
     Args:
       q: evidence distributions, rows sum to 1; with a mesh the same in all processes.
       others: among which to look; None: among q, where no node is its own neighbour.
       k: at most the number of other nodes.
       directions: the nodes are unit vectors instead, near where their cosine is high.
+      hubs: temperature of that correction; 0 is none.
       block: rows at the same time; memory is block * M.
       mesh: whose devices share the blocks; None is one device.
     """
@@ -96,25 +107,47 @@ def nearest(
     given = tuple(x.astype(jnp.float32) for x in given)
     if not directions:  # the coefficient is the inner product of the roots
         given = tuple(jnp.sqrt(x) for x in given)
-    return _on(mesh, _nearest, given, k=k, within=others is None, block=block)
+    settings = {"within": others is None, "block": block}
+    liked = _on(mesh, _liked, given, hubs=hubs, **settings) if hubs else jnp.zeros(len(given[1]))
+    return _on(mesh, _nearest, (*given, jnp.asarray(liked)), k=k, **settings)
 
 
-@functools.partial(jax.jit, static_argnames=("k", "within", "block", "mesh"))
-def _nearest(q, others, *, k, within, block, mesh):
-    count, most = len(q), len(others)
+@functools.partial(jax.jit, static_argnames=("hubs", "within", "block", "mesh"))
+def _liked(q, others, *, hubs, within, block, mesh):
+    """Return hubs log mean_i exp(BC_ij / hubs) of each of the others [M]."""
+    count = len(q)
 
     def rows(given, start):
         own, other = given
         row = start + jnp.arange(block)
-        own = own[jnp.minimum(row, count - 1)]
-        coefficient = jnp.einsum("bk,nk->bn", own, other, precision="highest")
+        scaled = _coefficients(own[jnp.minimum(row, count - 1)], other) / hubs
+        itself = within & (row[:, None] == jnp.arange(len(other)))
+        left_out = itself | (row >= count)[:, None]
+        return jax.nn.logsumexp(jnp.where(left_out, -jnp.inf, scaled), axis=0)
+
+    sums = _by_blocks(rows, (q, others), jnp.arange(0, count, block), mesh)  # [blocks, M]
+    return hubs * (jax.nn.logsumexp(sums, axis=0) - jnp.log(count - within))
+
+
+def _coefficients(own, others):
+    return jnp.einsum("bk,nk->bn", own, others, precision="highest")
+
+
+@functools.partial(jax.jit, static_argnames=("k", "within", "block", "mesh"))
+def _nearest(q, others, liked, *, k, within, block, mesh):
+    count, most = len(q), len(others)
+
+    def rows(given, start):
+        own, other, liked = given
+        row = start + jnp.arange(block)
+        coefficient = _coefficients(own[jnp.minimum(row, count - 1)], other) - liked
         after = (jnp.arange(most) - row[:, None]) % most  # within one set 0 is the node itself
         # Far below any difference that means something, above float32's at 1.
         ranked = coefficient - 1e-5 * after / most
         _, column = jax.lax.top_k(jnp.where((after == 0) & within, -jnp.inf, ranked), k)
         return column, jnp.take_along_axis(coefficient, column, 1)
 
-    column, value = _by_blocks(rows, (q, others), jnp.arange(0, count, block), mesh)
+    column, value = _by_blocks(rows, (q, others, liked), jnp.arange(0, count, block), mesh)
     return Sparse(column.reshape(-1, k)[:count], value.reshape(-1, k)[:count])
 
 
@@ -140,12 +173,12 @@ def _by_blocks(one, given, starts, mesh):
     return jax.tree.map(lambda x: x[: len(starts)], found)
 
 
-def graph(neighbours: Sparse, *, width: float = 0.1, degree: int = 64) -> Graph:
+def graph(neighbours: Sparse, *, width: float = WIDTH, degree: int = 64) -> Graph:
     """Symmetrise and normalise a neighbour list; on the host, in memory linear in its edges.
 
     Args:
       neighbours: from `nearest`.
-      width: of the kernel, 0.1 is our choice.
+      width: of the kernel.
       degree: at most this many edges a node: an edge stays if it is among the heaviest of both
         its ends. A node that many others chose may lose some; `dropped` counts them.
     """
@@ -192,7 +225,7 @@ def seeds(
     images: int,
     top: int,
     near: Sparse | None = None,
-    width: float = 0.1,
+    width: float = WIDTH,
 ) -> Sparse:
     """Return A_0: 1 for each pair (image[p], report[p]), at most `top` a row.
 

@@ -65,6 +65,7 @@ class Lgdea(nn.Module):
     related: int
     kept: int
     near_pairs: int
+    near_reports: int
     confidence: str
     least_confidence: float
     global_on: str
@@ -263,8 +264,21 @@ class Lgdea(nn.Module):
 
     @property
     def described(self) -> tuple[str, ...]:
-        """Features of an image that `refresh` reads."""
-        return ("image",) if self.near_by == "image" else ("image_evidence",)
+        """Features of an image that `refresh` reads: what makes them neighbours comes first."""
+        looks = "image" if self.near_by == "image" else "image_evidence"
+        return (looks, "image_joint") if self.near_reports else (looks,)
+
+    @property
+    def told(self) -> tuple[str, ...]:
+        """Features of a report that `refresh` reads."""
+        said = "report_evidence"
+        return (said, "text_joint") if self.near_reports else (said,)
+
+    @property
+    def told_by(self) -> tuple[str, ...]:
+        """Batch keys these need."""
+        phrases = ("evidence", "evidence_mask")
+        return (*phrases, SECTION) if self.near_reports else phrases
 
     def no_relations(self, images: int) -> dict[str, np.ndarray]:
         """Return the collection before the first `refresh`: nothing is related to anything."""
@@ -272,13 +286,13 @@ class Lgdea(nn.Module):
         return {name: np.zeros(*shape) for name, shape in shapes.items()}
 
     def refresh(
-        self, images: Mapping, report_evidence, pairs: int, *, mesh=None
+        self, images: Mapping, reports: Mapping, pairs: int, *, mesh=None
     ) -> dict[str, jax.Array]:
         """Relate the images of the corpus to its reports.
 
         Args:
           images: features of the images, those of `described`.
-          report_evidence: Qbar_R [R, K].
+          reports: features of the reports, those of `told`.
           pairs: the first ones of both are pairs.
           mesh: whose devices share the work.
 
@@ -288,7 +302,7 @@ class Lgdea(nn.Module):
         Raises:
           UserError: where there are fewer images or reports than neighbours.
         """
-        looks = images[self.described[0]]
+        looks, report_evidence = images[self.described[0]], reports["report_evidence"]
         directions = self.near_by == "image"
         smallest = min(len(looks), len(report_evidence))
         if smallest <= self.neighbours:
@@ -300,12 +314,17 @@ class Lgdea(nn.Module):
             for q, how in ((looks, directions), (report_evidence, False))
         ]
         row = np.arange(pairs)
-        near = None
-        if self.near_pairs:
+        near, width = None, relations.WIDTH
+        if self.near_reports:
+            width = self.alignment_temperature
+            met = images["image_joint"], reports["text_joint"]
+            k = min(self.near_reports, len(report_evidence))
+            near = relations.nearest(*met, k=k, directions=True, hubs=width, mesh=mesh)
+        elif self.near_pairs:
             # Row p of both is pair p: the column of an image among them is that of its report.
             k = min(self.near_pairs, pairs)
             near = relations.nearest(looks, looks[:pairs], k=k, directions=directions, mesh=mesh)
-        start = relations.seeds(row, row, images=len(looks), top=self.kept, near=near)
+        start = relations.seeds(row, row, images=len(looks), top=self.kept, near=near, width=width)
         settings = {"alpha": self.alpha, "hops": self.hops, "mesh": mesh}
         spread = relations.propagate(start, *graphs, reports=len(report_evidence), **settings)
         told = jnp.asarray(report_evidence, jnp.float32)
@@ -358,6 +377,7 @@ def make(
     related: int = 10,
     kept: int = 50,
     near_pairs: int = 0,
+    near_reports: int = 0,
     confidence: str = "evidence",
     least_confidence: float = 0.2,
     global_on: str = "pairs",
@@ -388,6 +408,8 @@ def make(
       kept: entries of a row during the propagation.
       near_pairs: pairs an unpaired image starts from, those whose images are nearest; 0: none, it
         has what reaches it through its neighbours.
+      near_reports: reports an unpaired image starts from instead, those that are nearest in the
+        joint space less how near they are to all images; 0: none.
       confidence: "evidence", do the related reports say the same; "link", is it one report: the
         specification's, which trusts no unpaired image (docs/lgdea.md).
       least_confidence: below it a relation does not count.
@@ -417,6 +439,15 @@ def make(
         raise UserError(f"recipe.related must be in 2 .. recipe.kept={kept}, got {related}.")
     if not 0 <= near_pairs <= kept:
         raise UserError(f"recipe.near_pairs must be in 0 .. recipe.kept={kept}, got {near_pairs}.")
+    if not 0 <= near_reports <= kept:
+        raise UserError(
+            f"recipe.near_reports must be in 0 .. recipe.kept={kept}, got {near_reports}."
+        )
+    if near_pairs and near_reports:
+        raise UserError(
+            f"An unpaired image starts from pairs or from reports: one of recipe.near_pairs="
+            f"{near_pairs} and recipe.near_reports={near_reports} must be 0."
+        )
     if confidence not in CONFIDENCES:
         known = " or ".join(CONFIDENCES)
         raise UserError(f"recipe.confidence must be {known}, got '{confidence}'.")
@@ -450,6 +481,7 @@ def make(
         related,
         kept,
         near_pairs,
+        near_reports,
         confidence,
         least_confidence,
         global_on,

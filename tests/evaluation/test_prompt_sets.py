@@ -72,6 +72,16 @@ def test_the_drawn_strings_stand_in_the_settings_of_the_result():
     assert sum(map(len, written)) == 25
 
 
+def test_prompts_are_read_by_the_rules_if_asked():
+    sides = {"positive": ["Evidence of small left effusion", "zebra"], "negative": ["No effusion."]}
+    given = {"version": "x", "tasks": {"finding": {"classes": {"effusion": sides}}}}
+    found = prompts.resolve(given, {"finding": ("effusion",)}, by_rules=True)
+    assert found["tasks"]["finding"]["classes"]["effusion"] == {
+        "positive": ["Small left effusion.", "zebra"],
+        "negative": ["No acute cardiopulmonary abnormality."],
+    }
+
+
 @pytest.mark.parametrize(
     ("name", "task", "classes", "counts"),
     [

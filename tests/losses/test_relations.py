@@ -97,6 +97,27 @@ def test_the_nearest_directions_are_those_of_the_highest_cosine():
         np.testing.assert_allclose(found.value[i], [cosine[j] for j in best], atol=1e-6)
 
 
+@pytest.mark.parametrize("within", [False, True])
+def test_a_node_that_is_near_to_all_loses_that_much(within):
+    unit = lambda x: x / np.linalg.norm(x, axis=1, keepdims=True)
+    rng, t = np.random.default_rng(4), 0.1
+    a = unit(rng.normal(size=(21, 4)))
+    b = a if within else unit(rng.normal(size=(13, 4)))
+    others = None if within else b
+    settings = {"directions": True, "hubs": t, "block": 8}
+    found = relations.nearest(a, others, k=5, **settings)
+    for i in range(21):
+        corrected = {}
+        for j in range(len(b)):
+            rest = [n for n in range(21) if not within or n != j]
+            hub = t * np.log(np.mean([np.exp(a[n] @ b[j] / t) for n in rest]))
+            if not within or i != j:
+                corrected[j] = a[i] @ b[j] - hub
+        best = sorted(corrected, key=corrected.get, reverse=True)[:5]
+        assert np.asarray(found.column[i]).tolist() == best
+        np.testing.assert_allclose(found.value[i], [corrected[j] for j in best], atol=1e-6)
+
+
 def test_images_without_a_pair_may_start_from_what_is_near():
     near = relations.Sparse(
         np.array([[1, 2], [0, 3], [4, 0]]), np.array([[1, 0.9], [0.8, 0.7], [1, 1]])
@@ -299,6 +320,12 @@ def test_devices_share_the_blocks_and_find_the_same():
         for one, shared in listed:
             np.testing.assert_array_equal(one.column, shared.column)
             np.testing.assert_allclose(one.value, shared.value, rtol=1e-6)
+        across = [
+            relations.nearest(images, reports, k=4, hubs=0.1, block=block, mesh=m)
+            for m in (None, mesh)
+        ]
+        np.testing.assert_array_equal(across[0].column, across[1].column)
+        np.testing.assert_allclose(across[0].value, across[1].value, atol=1e-6)
         graphs = [relations.graph(one) for one, _ in listed]
         start = relations.seeds(np.arange(12), np.arange(12), images=90, top=20)
         spread = [

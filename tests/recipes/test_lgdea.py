@@ -235,7 +235,8 @@ def test_refresh_relates_images_to_reports_of_their_pattern(near_pairs):
     noisy = lambda: base[label] * np.exp(0.3 * rng.normal(size=(60, 5)))
     q = [x / x.sum(1, keepdims=True) for x in (noisy(), noisy())]
     images = {"image_evidence": q[0]}
-    made = {name: np.asarray(x) for name, x in recipe.refresh(images, q[1], pairs=9).items()}
+    told = {"report_evidence": q[1]}
+    made = {name: np.asarray(x) for name, x in recipe.refresh(images, told, pairs=9).items()}
     empty = recipe.no_relations(60)
     assert {n: (x.shape, x.dtype) for n, x in made.items()} == {
         n: (x.shape, x.dtype) for n, x in empty.items()
@@ -258,9 +259,33 @@ def test_images_may_be_near_by_their_embeddings():
     told[np.arange(60), label] = 0.92
     seen = np.eye(8)[label] - np.eye(8)[label + 3] + 0.1 * rng.normal(size=(60, 8))
     seen /= np.linalg.norm(seen, axis=1, keepdims=True)
-    made = {k: np.asarray(x) for k, x in recipe.refresh({"image": seen}, told, pairs=9).items()}
+    reports = {"report_evidence": told}
+    made = {k: np.asarray(x) for k, x in recipe.refresh({"image": seen}, reports, pairs=9).items()}
     best = made["column"][np.arange(60), made["weight"].argmax(1)]
     assert (label[best] == label).mean() > 0.95
+
+
+def test_images_may_start_from_the_reports_they_meet():
+    """Without any hop an image has its pair, or the reports nearest to it that are no hubs."""
+    fields = {"neighbours": 6, "hops": 0, "related": 4, "kept": 5, "near_reports": 5}
+    recipe = make(**fields, alignment_temperature=0.1)
+    assert recipe.described == ("image_evidence", "image_joint")
+    assert recipe.told == ("report_evidence", "text_joint")
+    assert recipe.told_by == ("evidence", "evidence_mask", "report")
+    rng = np.random.default_rng(0)
+    told = rng.dirichlet(np.ones(5), 30)
+    unit = lambda x: x / np.linalg.norm(x, axis=1, keepdims=True)
+    image, text = unit(rng.normal(size=(40, 6))), unit(rng.normal(size=(30, 6)))
+    images = {"image_evidence": rng.dirichlet(np.ones(5), 40), "image_joint": image}
+    reports = {"report_evidence": told, "text_joint": text}
+    made = {k: np.asarray(x) for k, x in recipe.refresh(images, reports, pairs=9).items()}
+    share = np.exp(image @ text.T / 0.1)
+    share /= share.sum(0)
+    for i in range(40):
+        weights = {r: share[i, r] for r in np.argsort(-share[i])[:4]} if i >= 9 else {i: 1}
+        found = np.bincount(made["column"][i], made["weight"][i], 30)
+        for r, weight in weights.items():
+            np.testing.assert_allclose(found[r], weight / sum(weights.values()), rtol=1e-4)
 
 
 def test_the_joint_space_means_both_cosines(model):
@@ -303,6 +328,8 @@ def test_prototypes_start_at_the_centres_of_the_phrases():
         ({"temperature": 0.0}, "recipe.temperature must be above 0"),
         ({"alpha": 1.0}, r"recipe.alpha must be in \[0, 1\)"),
         ({"near_pairs": 7}, "recipe.near_pairs must be in 0 .. recipe.kept=6"),
+        ({"near_reports": 7}, "recipe.near_reports must be in 0 .. recipe.kept=6"),
+        ({"near_pairs": 2, "near_reports": 2}, "one of recipe.near_pairs=2 and .* must be 0"),
         ({"related": 7}, "recipe.related must be in 2 .. recipe.kept=6"),
         ({"confidence": "both"}, "recipe.confidence must be evidence or link, got 'both'"),
         ({"near_by": "text"}, "recipe.near_by must be evidence or image, got 'text'"),
@@ -317,5 +344,6 @@ def test_what_cannot_be_is_refused(fields, sentence):
 
 
 def test_too_small_a_corpus_for_the_graphs_is_refused():
+    told = {"report_evidence": np.ones((9, 5)) / 5}
     with pytest.raises(UserError, match="neighbours=2 needs more than 2"):
-        make().refresh({"image_evidence": np.ones((2, 5)) / 5}, np.ones((9, 5)) / 5, pairs=1)
+        make().refresh({"image_evidence": np.ones((2, 5)) / 5}, told, pairs=1)
