@@ -114,15 +114,16 @@ def _prepare(config, workdir, stop) -> _Job:
     fields = {k: v for k, v in config["optim"].items() if k != "freeze"}
     trainable, fixed = paths.split(variables["params"], frozen)
     tx, rate = optim.make(trainable, steps=settings["steps"], **fields)
-    rows, shares, refresh = sources, None, None
+    rows, shares, alone, refresh = sources, None, None, None
     if (pools := unpaired.pools(parts, sources)) is not None:
         variables = unpaired.begin(parts, variables, sources[0], pools)
         related = pairing.Related()
         rows, shares = unpaired.streams(parts, sources[0], pools, related)
+        alone = unpaired.waiting(parts, related)
         refresh = unpaired.refresher(parts, sources[0], pools, related)
     state = assemble.place(training.make_state(variables, tx, frozen), parts)
     features = examples.cached_text(parts, variables, sources)
-    batches = examples.train_batches(parts, rows, features, shares=shares)
+    batches = examples.train_batches(parts, rows, features, shares=shares, alone=alone)
 
     checkpointer = Checkpointer(
         workdir / "checkpoints", keep=settings["keep"], keep_every=settings["keep_every"]

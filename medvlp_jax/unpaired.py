@@ -66,6 +66,15 @@ def streams(
     return [pairs, apart], (share, 1 - share)
 
 
+def waiting(parts: assemble.Parts, related: pairing.Related) -> Callable[[], bool] | None:
+    """Return whether all rows are pairs now: until something is related the others teach little.
+
+    None where they do not wait: data.pairing.wait is off, or nothing will ever be related.
+    """
+    waits = parts.config["data"]["pairing"]["wait"] and parts.config["train"]["refresh_every"] > 0
+    return (lambda: related.found is None) if waits else None
+
+
 def begin(parts: assemble.Parts, variables: dict, source, found: pairing.Pools) -> dict:
     """Return the variables with prototypes from a first pass over reports, and empty relations.
 
