@@ -64,9 +64,13 @@ ARMS = {
     ),
     "no_neighbours": ("no report from neighbours", {"data": {"pairing": {"related": 0.0}}}),
     "global_relations": ("L_glob on relations too", {"recipe": {"global_on": "relations"}}),
+    "mixed_at_once": ("rows apart from the first step on", {"data": {"pairing": {"wait": False}}}),
     "hops_0": ("no hop", {"recipe": {"hops": 0}}),
-    "hops_1": ("1 hop", {"recipe": {"hops": 1}}),
     "hops_3": ("3 hops", {"recipe": {"hops": 3}}),
+    "from_pairs": (
+        "relations as specified: A_0 the pairs alone, 5 hops, 10 reports",
+        {"recipe": {"near_reports": 0, "hops": 5, "kept": 50, "related": 10}},
+    ),
     "sentences": (
         "sentences for evidence",
         {"data": {"evidence": {"unit": "sentence", "pack": 0.0}}},

@@ -118,6 +118,12 @@ def refresher(
         reports = encode(variables, found.reports, parts.recipe.told_by, parts.recipe.told)
         made = parts.recipe.refresh(images, reports, len(found.pairs), mesh=mesh)
         made = jax.tree.map(np.asarray, made)
+        trust = made["confidence"][len(found.pairs) :]
+        if len(trust):
+            distributed.say(
+                f"Step {int(state.step)}: {(trust > 0).mean():.0%} of {len(trust)} images apart "
+                f"have relations, with a mean confidence of {trust.mean():.2f}."
+            )
         related.learn(made["column"], made["weight"], made["confidence"])
         kept = state.collections[RELATIONS]
         # Where the state's own lie, so that the step is the same program.
