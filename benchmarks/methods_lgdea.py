@@ -83,9 +83,9 @@ METRICS = {
     "retrieval/image_to_text/P@1": "image to text P@1",
     "retrieval/image_to_text/R@10": "image to text R@10",
     "retrieval/text_to_image/R@10": "text to image R@10",
-    "grounding/cosine/cnr": "CNR, cosine",
-    "grounding/lesions/cnr": "CNR, lesions",
-    "grounding/cosine/pointing": "pointing, cosine",
+    "grounding/cosine/cnr": "signed CNR, cosine",
+    "grounding/lesions/cnr": "signed CNR, lesions",
+    "grounding/lesions/pointing": "pointing, lesions",
 }
 CONTROLS = {"untrained": "untrained", "shuffled phrases": "wrong phrases"}
 COLLAPSED = 0.5  # of ln K, below which the prototypes have collapsed
@@ -103,6 +103,8 @@ def cell_config(
     settings = {"evaluate_every": 0, "export": False, "checkpoint_every": 100, "log_every": 5}
     config["train"] |= settings | ({"steps": arguments.steps} if arguments.steps else {})
     config["evals"] |= {"protocols": ("zero_shot", "retrieval", "grounding")}
+    # Below 0 where a phrase's map is darker inside its boxes: without a sign that would count, too.
+    config["evals"]["grounding"]["signed"] = True
     # The controls ask what the full method's maps owe to training and to the words.
     config["evals"]["controls"] = ("untrained", "shuffled_phrases") if arm == "lgdea" else ()
     return config

@@ -168,22 +168,18 @@ class Lgdea(nn.Module):
         """Return two maps of `phrase` over the patches of `image`, see recipes.base.
 
         cosine   of the patch and the phrase in the global space [B, P, E], [B, E]
-        lesions  sum_l w_l Attn_l(x) with w_l = sum_k sqrt(p(k|z) Q_I(l,k)): [B, P, K], [B, K]
+        lesions  sum_l w_l Attn_l(x) with w_l = z . phi(v_l): [B, P, E], [B, E]
         """
         maps = {}
         if "image" in batch:
             patches = self.image(normalise(batch["image"])).tokens
             maps["cosine"] = base.unit(self.image_projection(patches))
             lesions, paid = self._lesions(patches, False)
-            shares = evidence.assignments(lesions, self.mu, temperature=self.image_temperature)
-            maps["lesions"] = jnp.einsum("bmp,bmk->bpk", paid, jnp.sqrt(shares))
+            maps["lesions"] = jnp.einsum("bmp,bme->bpe", paid, lesions)
         if "phrase" in batch:
             pooled = self.text(batch["phrase"]).pooled
             maps["cosine"] = base.unit(self.text_projection(pooled))
-            z = base.unit(self.phrase_projection(pooled))
-            maps["lesions"] = jnp.sqrt(
-                evidence.assignments(z, self.mu, temperature=self.temperature)
-            )
+            maps["lesions"] = base.unit(self.phrase_projection(pooled))
         return maps
 
     def objective(self, features, batch, *, train=False):
