@@ -132,7 +132,7 @@ class Grounder:
         return grounding.region(pair.boxes, side, side)
 
     def draw(self, variables: Mapping, out_png: pathlib.Path) -> None:
-        """Draw some pairs with the maps of their phrase and the first map of a wrong one."""
+        """Draw some pairs with the maps of their phrase and those of a wrong one."""
         wrong = grounding.shuffled(self.pairs)
         maps = self.encode(variables, [*self.pairs, *wrong])
         if not distributed.is_writer():
@@ -143,16 +143,13 @@ class Grounder:
         crop = slice(start, start + data["crop"])
         for i in picked(self.pairs, SHOWN):
             drawn, notes = [], []
-            for title, pair, names in (
-                ("", self.pairs[i], maps),
-                ("wrong: ", wrong[i], [*maps][:1]),
-            ):
-                for name in names:
+            for title, pair in (("", self.pairs[i]), ("wrong: ", wrong[i])):
+                for name in maps:
                     values = self.map_of(name, *maps[name], pair)
                     cnr = grounding.contrast_to_noise(values, self.region(pair), signed=True)
                     drawn.append(values[crop, crop])
-                    phrase = pair.phrase if title else name
-                    notes.append(f"{title}{phrase}: CNR {cnr:+.2f}")
+                    said = f"{title}{pair.phrase}, " if title else ""
+                    notes.append(f"{said}{name}: CNR {cnr:+.2f}")
             pair = self.pairs[i]
             image = see(self.evaluator.source[self.rows[pair.row]], None)["image"]
             rows.append(heatmaps.Example(image, pair.boxes - start, pair.phrase, drawn, notes))
