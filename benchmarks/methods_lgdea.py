@@ -31,7 +31,7 @@ from medvlp_jax.evaluation import plots
 
 TERMS = ("reconstruction", "paired", "unpaired", "alignment", "global", "usage")
 OTHERS = tuple(term for term in TERMS if term != "global")
-PAIRS_ALONE = {"data": {"pairing": {"share": 1.0}}, "train": {"refresh_every": 0}}
+PAIRS_ALONE = {"data": {"pairing": {"share": 1.0, "passes": 0}}, "train": {"refresh_every": 0}}
 
 
 def without(*terms: str) -> dict:
@@ -64,7 +64,6 @@ ARMS = {
     ),
     "no_neighbours": ("no report from neighbours", {"data": {"pairing": {"related": 0.0}}}),
     "global_relations": ("L_glob on relations too", {"recipe": {"global_on": "relations"}}),
-    "mixed_at_once": ("rows apart from the first step on", {"data": {"pairing": {"wait": False}}}),
     "hops_0": ("no hop", {"recipe": {"hops": 0}}),
     "hops_3": ("3 hops", {"recipe": {"hops": 3}}),
     "from_pairs": (

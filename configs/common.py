@@ -26,8 +26,7 @@ def data(**fields) -> ConfigDict:
             "mask_lower_edge": 0.0,  # share of the image height blackened from below
             "view": {  # probabilities, degrees; IMITATE's released code
                 "name": "imitate",
-                **{"flip_horizontal": 0.5, "flip_vertical": 0.5},
-                "rotation": 30.0,
+                **{"flip_horizontal": 0.5, "flip_vertical": 0.5, "rotation": 30.0},
                 "perspective": 0.5,
                 "perspective_probability": 0.5,
                 "autocontrast": 0.5,
@@ -43,8 +42,9 @@ def data(**fields) -> ConfigDict:
             },
             "folds": {"count": 0, "index": 0, "task": "", "seed": 0}  # data/folds.py; count 0 = the
             | {"group": "patient_id", "inner": 0},  # corpus' own splits
-            "pairing": {"ratio": 1.0, "variant": "disjoint", "share": 0.5, "related": 0.5}
-            | {"wait": True},  # rows apart come with the first relations; until then all are pairs
+            # Pairs fill `share` of a batch, each seen at most `passes` times; 0: any number.
+            "pairing": {"ratio": 1.0, "variant": "disjoint", "share": 0.5, "passes": 0}
+            | {"related": 0.5},
             "evidence": {"folder": "", "unit": "phrase", "negated": False}  # "" = by rules
             | {"phrases": 12, "length": 24, "pack": 0.0},  # rows of `length`, as data.pack
             "decode_cache": 0,  # decoded images kept in memory, size^2 bytes each

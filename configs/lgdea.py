@@ -103,14 +103,14 @@ def study(config):
     demo(config)
     config.recipe.image = ConfigDict(STUDY_IMAGE)
     config.recipe.text.update({"width": 96, "depth": 2, "mlp_dim": 192})
-    # Relations by what 150 steps on the pairs have taught, docs/lgdea.md.
     config.recipe.update({"near_reports": 50, "hops": 1, "kept": 100, "related": 100})
     config.data.update({**STUDY_PIXELS, "text_length": 48})
     # `medvlp bench data`: 29 % of the tokens are words, 1.43 rows a report hold them; batches of
     # sick patients need more.
     config.data.evidence.update({"phrases": 4, "length": 12, "pack": 2.2})
     config.optim.update({"lr": 3e-3, "multipliers": (("^(image|text)/", 0.1),)})
-    config.train.update({"steps": 300, "refresh_every": 150, "checkpoint_every": 100})
+    config.data.pairing.update({"share": 1.0, "passes": 60})  # rows apart where pairs run out
+    config.train.update({"steps": 300, "refresh_every": 75, "checkpoint_every": 100})
     config.train.update({"evaluate_every": 0, "export": False})
     config.evals.update({"protocols": ("zero_shot", "retrieval", "grounding"), "resamples": 500})
 

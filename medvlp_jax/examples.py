@@ -18,7 +18,7 @@ from medvlp_jax.training import text as text_stage
 VOLUME_VIEW = "men"
 
 
-def train_batches(parts: Parts, sources, features=None, *, shares=None, alone=None):
+def train_batches(parts: Parts, sources, features=None, *, shares=None):
     """Return the iterator of this process's training batches.
 
     Args:
@@ -26,7 +26,6 @@ def train_batches(parts: Parts, sources, features=None, *, shares=None, alone=No
       sources: of rows.
       features: cached text features by text.
       shares: of each source in a batch; None takes data.shares.
-      alone: whether all rows are of the first source now, see `pipeline.train_dataset`.
     """
     data = parts.config["data"]
     recipe = parts.recipe
@@ -55,7 +54,6 @@ def train_batches(parts: Parts, sources, features=None, *, shares=None, alone=No
             threads=data["threads"],
             prefetch=data["prefetch"],
             pack=packing_of(parts),
-            alone=alone,
         )
     )
 

@@ -114,16 +114,15 @@ def _prepare(config, workdir, stop) -> _Job:
     fields = {k: v for k, v in config["optim"].items() if k != "freeze"}
     trainable, fixed = paths.split(variables["params"], frozen)
     tx, rate = optim.make(trainable, steps=settings["steps"], **fields)
-    rows, shares, alone, refresh = sources, None, None, None
+    rows, shares, refresh = sources, None, None
     if (pools := unpaired.pools(parts, sources)) is not None:
         variables = unpaired.begin(parts, variables, sources[0], pools)
         related = pairing.Related()
         rows, shares = unpaired.streams(parts, sources[0], pools, related)
-        alone = unpaired.waiting(parts, related)
         refresh = unpaired.refresher(parts, sources[0], pools, related)
     state = assemble.place(training.make_state(variables, tx, frozen), parts)
     features = examples.cached_text(parts, variables, sources)
-    batches = examples.train_batches(parts, rows, features, shares=shares, alone=alone)
+    batches = examples.train_batches(parts, rows, features, shares=shares)
 
     checkpointer = Checkpointer(
         workdir / "checkpoints", keep=settings["keep"], keep_every=settings["keep_every"]

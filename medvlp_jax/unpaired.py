@@ -35,9 +35,11 @@ def pools(parts: assemble.Parts, sources) -> pairing.Pools | None:
         raise UserError(f"data.pairing takes one corpus, got {len(sources)}.")
     if data["balance"]:
         raise UserError(f"data.balance={data['balance']} does not go with data.pairing.")
-    share = data["pairing"]["share"]
+    share, passes = data["pairing"]["share"], data["pairing"]["passes"]
     if not 0 < share <= 1:
         raise UserError(f"data.pairing.share must be above 0 and at most 1, got {share}.")
+    if passes < 0:
+        raise UserError(f"data.pairing.passes must be 0, for any number, or more, got {passes}.")
     patients = [sources[0][i]["patient_id"] for i in range(len(sources[0]))]
     return pairing.split(
         patients,
@@ -52,6 +54,9 @@ def streams(
 ) -> tuple[list, tuple[float, ...]]:
     """Return the sources of rows, pairs and others, and the share of each in a batch.
 
+    Pairs fill data.pairing.share of the rows, or less, so that none of them is seen more often than
+    data.pairing.passes times in the whole training.
+
     Raises:
       UserError: for a share of related reports outside [0, 1].
     """
@@ -61,18 +66,13 @@ def streams(
         raise UserError(f"data.pairing.related must be in 0 .. 1, got {neighbours}.")
     pairs = pairing.Pairs(source, found)
     apart = pairing.Unpaired(source, found, parts.config["seed"], neighbours, related)
+    if settings["passes"]:
+        train = parts.config["train"]
+        rows = train["steps"] * train["batch_size"]
+        share = min(share, settings["passes"] * len(pairs) / rows)
     if share == 1 or len(apart) == 0:
         return [pairs], (1.0,)
     return [pairs, apart], (share, 1 - share)
-
-
-def waiting(parts: assemble.Parts, related: pairing.Related) -> Callable[[], bool] | None:
-    """Return whether all rows are pairs now: until something is related the others teach little.
-
-    None where they do not wait: data.pairing.wait is off, or nothing will ever be related.
-    """
-    waits = parts.config["data"]["pairing"]["wait"] and parts.config["train"]["refresh_every"] > 0
-    return (lambda: related.found is None) if waits else None
 
 
 def begin(parts: assemble.Parts, variables: dict, source, found: pairing.Pools) -> dict:

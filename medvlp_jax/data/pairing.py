@@ -99,10 +99,9 @@ class Related:
         self.found: tuple[np.ndarray, np.ndarray] | None = None
 
     def learn(self, column: np.ndarray, weight: np.ndarray, confidence: np.ndarray) -> None:
-        """Take relations [I, m]; an image with confidence 0 has none, and all together nothing."""
+        """Take relations [I, m]; an image with confidence 0 has none."""
         weight = np.where(np.asarray(confidence)[:, None] > 0, weight, 0)
-        # At once: other threads read it.
-        self.found = (np.asarray(column), weight) if weight.any() else None
+        self.found = np.asarray(column), weight  # at once: other threads read it
 
 
 @dataclasses.dataclass(frozen=True)

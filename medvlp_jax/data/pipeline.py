@@ -68,7 +68,6 @@ def train_dataset(
     threads: int = 2,
     prefetch: int = 4,
     pack: Callable[[Example], Example] | None = None,
-    alone: Callable[[], bool] | None = None,
 ) -> grain.IterDataset:
     """Return the endless stream of this process's training batches.
 
@@ -88,8 +87,6 @@ def train_dataset(
       threads: batches made at the same time.
       prefetch: batches kept ready; at least `threads` keeps all threads busy.
       pack: applied to each of this process's batches, see `packing.Packing`.
-      alone: while it says so all records are of the first source. What was read ahead of a change
-        is dropped by `set_state(get_state())`.
 
     Raises:
       UserError: for a batch that P does not divide, an empty source, or weights that do not fit.
@@ -98,8 +95,6 @@ def train_dataset(
     shares = _shares(sources, weights)
     streams = [_epochs(source, (seed, k), balance) for k, source in enumerate(sources)]
     stream = grain.MapDataset.mix(streams, shares) if len(streams) > 1 else streams[0]
-    if alone and len(streams) > 1:
-        stream = stream.map_with_index(lambda g, record: streams[0][g] if alone() else record)
     batches = stream.map_with_index(
         lambda g, record: transform(record, np.random.default_rng((seed, g)))
     ).batch(local, drop_remainder=True, batch_fn=_stack)

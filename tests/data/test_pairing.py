@@ -141,11 +141,3 @@ def test_a_share_of_the_reports_is_drawn_from_those_an_image_is_related_to():
     assert [rows[k]["report_row"] for k in range(500)] == [r["report_row"] for r in after]
     texts = {row["report_row"]: row["findings"] for row in after}
     assert texts[reports - 1] == f"findings {found.reports[-1]}"
-
-
-def test_relations_nobody_trusts_are_none():
-    related = pairing.Related()
-    related.learn(np.zeros((4, 2), int), np.ones((4, 2)), np.zeros(4))
-    assert related.found is None
-    related.learn(np.zeros((4, 2), int), np.ones((4, 2)), np.array([0, 0, 0.5, 0]))
-    assert related.found[1].tolist() == [[0, 0], [0, 0], [1, 1], [0, 0]]

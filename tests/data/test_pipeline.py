@@ -166,19 +166,6 @@ def test_sources_share_by_size_without_weights():
     assert sorted(records) == [*range(30), *range(100, 110)]
 
 
-def test_the_first_source_may_be_alone_until_something_is_known():
-    sources, known = [range(10), range(100, 140)], []
-    options = {"weights": (0.5, 0.5), "batch_size": 10}
-    batches = stream(sources, alone=lambda: not known, **options)
-    for batch in take(batches, 3):
-        assert sorted(batch["record"]) == list(range(10))  # each pass has every record once
-    known.append(True)
-    batches.set_state(batches.get_state())  # drops what was read ahead
-    mixed = take(stream(sources, **options), 8)
-    for found, expected in zip(take(batches, 5), mixed[3:], strict=True):
-        assert_equal(found, expected)
-
-
 def test_mixed_sources_are_bit_identical_for_any_process_count():
     options = {"weights": (2.0, 1.0), "batch_size": 6}
     sources = [range(10), range(100, 107)]
