@@ -137,7 +137,7 @@ def smoke(config):
     config.recipe.image.update({**block, "patch_size": 16})
     config.recipe.text.update(block)
     config.recipe.update({"dim": 16, "prototypes": 8, "depth": 1, "num_heads": 2, "hops": 2})
-    config.recipe.update({"neighbours": 4, "lesions": 3})
+    config.recipe.update({"neighbours": 4, "lesions": 3, "near_reports": 8})
     config.mlm.update({"steps": 5, "batch_size": 16, "warmup": 1})
     config.data.update({"corpora": ("cxr_phantom:tiny",), "size": 70, "crop": 64})
     config.data.update({"text_length": 24})
