@@ -61,11 +61,10 @@ def recipe() -> ConfigDict:
             "alpha": 0.8,
             "related": 10,
             "kept": 50,
-            **{"near_pairs": 0, "near_reports": 0},  # 50 reports: better relations, docs/lgdea.md
+            "near_reports": 0,  # 50 gave better relations, docs/lgdea.md
             "confidence": "evidence",  # "link", the specification's, trusts no unpaired image
             "least_confidence": 0.2,
             "global_on": "pairs",
-            "near_by": "evidence",
             "meets": "evidence",
             "loss_tile": 512,
         }

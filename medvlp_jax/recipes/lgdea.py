@@ -37,7 +37,6 @@ from medvlp_jax.schedules import Knots
 TERMS = ("reconstruction", "paired", "unpaired", "alignment", "global", "usage")
 CONFIDENCES = ("evidence", "link")
 GLOBALS = ("pairs", "relations")
-NEAR_BY = ("evidence", "image")
 MEETS = ("global", "evidence")
 COLLAPSED = 0.5  # of `usage`
 SECTION = "report"
@@ -64,12 +63,10 @@ class Lgdea(nn.Module):
     alpha: float
     related: int
     kept: int
-    near_pairs: int
     near_reports: int
     confidence: str
     least_confidence: float
     global_on: str
-    near_by: str
     meets: str
     loss_tile: int
     weights: Mapping[str, float | Knots]
@@ -260,9 +257,9 @@ class Lgdea(nn.Module):
 
     @property
     def described(self) -> tuple[str, ...]:
-        """Features of an image that `refresh` reads: what makes them neighbours comes first."""
-        looks = "image" if self.near_by == "image" else "image_evidence"
-        return (looks, "image_joint") if self.near_reports else (looks,)
+        """Features of an image that `refresh` reads."""
+        seen = "image_evidence"
+        return (seen, "image_joint") if self.near_reports else (seen,)
 
     @property
     def told(self) -> tuple[str, ...]:
@@ -298,32 +295,26 @@ class Lgdea(nn.Module):
         Raises:
           UserError: where there are fewer images or reports than neighbours.
         """
-        looks, report_evidence = images[self.described[0]], reports["report_evidence"]
-        directions = self.near_by == "image"
-        smallest = min(len(looks), len(report_evidence))
+        seen, said = images["image_evidence"], reports["report_evidence"]
+        smallest = min(len(seen), len(said))
         if smallest <= self.neighbours:
             raise UserError(
                 f"recipe.neighbours={self.neighbours} needs more than {smallest} images or reports."
             )
         graphs = [
-            relations.graph(relations.nearest(q, k=self.neighbours, directions=how, mesh=mesh))
-            for q, how in ((looks, directions), (report_evidence, False))
+            relations.graph(relations.nearest(q, k=self.neighbours, mesh=mesh))
+            for q in (seen, said)
         ]
         row = np.arange(pairs)
-        near, width = None, relations.WIDTH
+        near, width = None, self.alignment_temperature
         if self.near_reports:
-            width = self.alignment_temperature
             met = images["image_joint"], reports["text_joint"]
-            k = min(self.near_reports, len(report_evidence))
+            k = min(self.near_reports, len(said))
             near = relations.nearest(*met, k=k, directions=True, hubs=width, mesh=mesh)
-        elif self.near_pairs:
-            # Row p of both is pair p: the column of an image among them is that of its report.
-            k = min(self.near_pairs, pairs)
-            near = relations.nearest(looks, looks[:pairs], k=k, directions=directions, mesh=mesh)
-        start = relations.seeds(row, row, images=len(looks), top=self.kept, near=near, width=width)
+        start = relations.seeds(row, row, images=len(seen), top=self.kept, near=near, width=width)
         settings = {"alpha": self.alpha, "hops": self.hops, "mesh": mesh}
-        spread = relations.propagate(start, *graphs, reports=len(report_evidence), **settings)
-        told = jnp.asarray(report_evidence, jnp.float32)
+        spread = relations.propagate(start, *graphs, reports=len(said), **settings)
+        told = jnp.asarray(said, jnp.float32)
         found = relations.relations(
             spread,
             row,
@@ -331,8 +322,7 @@ class Lgdea(nn.Module):
             least=self.least_confidence,
             reports=told if self.confidence == "evidence" else None,
         )
-        said = relations.pseudo(found, told)
-        return {**found._asdict(), "pseudo": said}
+        return {**found._asdict(), "pseudo": relations.pseudo(found, told)}
 
 
 def _shapes(images: int, related: int, prototypes: int) -> dict[str, tuple]:
@@ -372,12 +362,10 @@ def make(
     alpha: float = 0.8,
     related: int = 10,
     kept: int = 50,
-    near_pairs: int = 0,
     near_reports: int = 0,
     confidence: str = "evidence",
     least_confidence: float = 0.2,
     global_on: str = "pairs",
-    near_by: str = "evidence",
     meets: str = "global",
     loss_tile: int = tiled.TILE,
 ) -> Lgdea:
@@ -402,16 +390,12 @@ def make(
       alpha: share of the neighbours in a hop, in [0, 1).
       related: reports an image is related to.
       kept: entries of a row during the propagation.
-      near_pairs: pairs an unpaired image starts from, those whose images are nearest; 0: none, it
-        has what reaches it through its neighbours.
-      near_reports: reports an unpaired image starts from instead, those that are nearest in the
-        joint space less how near they are to all images; 0: none.
+      near_reports: reports an unpaired image starts from, those that are nearest in the joint space
+        less how near they are to all images; 0: what reaches it through its neighbours alone.
       confidence: "evidence", do the related reports say the same; "link", is it one report: the
         specification's, which trusts no unpaired image (docs/lgdea.md).
       least_confidence: below it a relation does not count.
       global_on: what L_glob contrasts: "pairs", or "relations", pairs and what is related.
-      near_by: what makes images neighbours: "evidence", their distributions as in the
-        specification, or "image", their global embeddings, which know more at first.
       meets: where texts meet images in evaluation: "global", or "evidence", see the head of this
         file.
       loss_tile: side of the tiles of the global InfoNCE; 0 keeps the whole logits.
@@ -433,24 +417,15 @@ def make(
         raise UserError(f"recipe.alpha must be in [0, 1), got {alpha}.")
     if not 2 <= related <= kept:
         raise UserError(f"recipe.related must be in 2 .. recipe.kept={kept}, got {related}.")
-    if not 0 <= near_pairs <= kept:
-        raise UserError(f"recipe.near_pairs must be in 0 .. recipe.kept={kept}, got {near_pairs}.")
     if not 0 <= near_reports <= kept:
         raise UserError(
             f"recipe.near_reports must be in 0 .. recipe.kept={kept}, got {near_reports}."
-        )
-    if near_pairs and near_reports:
-        raise UserError(
-            f"An unpaired image starts from pairs or from reports: one of recipe.near_pairs="
-            f"{near_pairs} and recipe.near_reports={near_reports} must be 0."
         )
     if confidence not in CONFIDENCES:
         known = " or ".join(CONFIDENCES)
         raise UserError(f"recipe.confidence must be {known}, got '{confidence}'.")
     if global_on not in GLOBALS:
         raise UserError(f"recipe.global_on must be {' or '.join(GLOBALS)}, got '{global_on}'.")
-    if near_by not in NEAR_BY:
-        raise UserError(f"recipe.near_by must be {' or '.join(NEAR_BY)}, got '{near_by}'.")
     if meets not in MEETS:
         raise UserError(f"recipe.meets must be {' or '.join(MEETS)}, got '{meets}'.")
     image, text = base.encoder(image), base.encoder(text)
@@ -476,12 +451,10 @@ def make(
         alpha,
         related,
         kept,
-        near_pairs,
         near_reports,
         confidence,
         least_confidence,
         global_on,
-        near_by,
         meets,
         loss_tile,
         weights=weights,
