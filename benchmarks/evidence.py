@@ -120,7 +120,7 @@ def relation_cost(count, prototypes=64, seeds=200, hops=5):
     """Return seconds and peak memory of graphs and propagation over count x count nodes."""
     import jax
 
-    from medvlp_jax.losses import relations
+    from medvlp_jax.losses import neighbours, relations
 
     rng = np.random.default_rng(0)
     base = rng.dirichlet(np.full(prototypes, 0.05), 50)
@@ -131,10 +131,10 @@ def relation_cost(count, prototypes=64, seeds=200, hops=5):
     seconds, graphs = {}, []
     for name, q in zip(("images", "reports"), nodes, strict=True):
         start = time.perf_counter()
-        listed = jax.block_until_ready(relations.nearest(q.astype(np.float32), k=10))
+        listed = jax.block_until_ready(neighbours.nearest(q.astype(np.float32), k=10))
         seconds[f"nearest {name}"] = time.perf_counter() - start
         start = time.perf_counter()
-        graphs.append(relations.graph(listed))
+        graphs.append(neighbours.graph(listed))
         seconds[f"graph {name}"] = time.perf_counter() - start
     pairs = np.arange(seeds)
     begin = relations.seeds(pairs, pairs, images=count, top=50)

@@ -166,7 +166,7 @@ def evidence_in(texts: Sequence[str], parts: Parts) -> dict[str, Any]:
     """
     settings = parts.config["data"]["evidence"]
     read = phrases.reader(unit=settings["unit"], negated=settings["negated"])
-    told = [read({"findings": text, "impression": ""}) or (text,) for text in texts]
+    told = [phrases.in_prompt(text, read) or (text,) for text in texts]
     return evidence_batch(parts.tokenizer, parts.config["data"], told)
 
 

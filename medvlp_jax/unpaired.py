@@ -89,7 +89,7 @@ def begin(parts: assemble.Parts, variables: dict, source, found: pairing.Pools) 
     empty = parts.recipe.no_relations(len(found.images))
     if not parts.config["init"]["params"]:
         rows = found.reports[:FIRST_PASS]
-        raw = _encoder(parts, source)(variables, rows, TOLD, ("phrases_raw",))["phrases_raw"]
+        raw = encoder(parts, source)(variables, rows, TOLD, ("phrases_raw",))["phrases_raw"]
         params = parts.recipe.start(variables["params"], raw, parts.config["seed"])
         variables = {**variables, "params": params}
     return {**variables, RELATIONS: empty}
@@ -109,7 +109,7 @@ def refresher(
     All processes encode their share of the corpus, and all devices their share of the graphs and
     hops; `related` is told the result.
     """
-    encode = _encoder(parts, source)
+    encode = encoder(parts, source)
     mesh = parts.mesh if parts.mesh.size > 1 else None
 
     def refresh(state):
@@ -133,7 +133,7 @@ def refresher(
     return refresh
 
 
-def _encoder(parts: assemble.Parts, source) -> Callable:
+def encoder(parts: assemble.Parts, source) -> Callable:
     """Return (variables, rows of the source, batch keys, names) -> features of each row."""
     embed = training.make_embed(parts.recipe, parts.mesh)
 

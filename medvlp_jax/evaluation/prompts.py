@@ -15,7 +15,6 @@ A task may also have
 What is shipped is in `prompt_sets/`; where each comes from is its "source".
 """
 
-import functools
 import itertools
 import json
 import pathlib
@@ -117,13 +116,8 @@ def as_read(text: str) -> str:
     A denied finding becomes that nothing is wrong; a text that tells the rules nothing stays. So a
     text encoder of reports meets how reports put it, as LGDEA's evidence space does of itself.
     """
-    told = _phrases()({"findings": text, "impression": ""})
+    told = phrases.in_prompt(text, phrases.reader())
     return " ".join(f"{phrase[:1].upper()}{phrase[1:]}." for phrase in told) or text
-
-
-@functools.cache
-def _phrases():
-    return phrases.reader()
 
 
 def _texts(side: Sequence[str] | Mapping, name: str, strip: bool) -> list[str]:

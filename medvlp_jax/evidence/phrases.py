@@ -75,5 +75,10 @@ def reader(
     return phrases
 
 
+def in_prompt(text: str, read: Callable[[Mapping], tuple[str, ...]]) -> tuple[str, ...]:
+    """Return the phrases that a function from `reader` finds in a prompt."""
+    return read({"findings": text, "impression": ""})
+
+
 def _text(record: Mapping) -> str:
     return Report("", record["findings"], record["impression"]).text

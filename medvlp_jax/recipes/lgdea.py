@@ -30,7 +30,7 @@ from flax import linen as nn
 from medvlp_jax.config import UserError
 from medvlp_jax.encoders.base import normalise
 from medvlp_jax.layers import Linear, Queries
-from medvlp_jax.losses import evidence, relations, tiled
+from medvlp_jax.losses import evidence, neighbours, relations, tiled
 from medvlp_jax.recipes import base
 from medvlp_jax.schedules import Knots
 
@@ -302,7 +302,7 @@ class Lgdea(nn.Module):
                 f"recipe.neighbours={self.neighbours} needs more than {smallest} images or reports."
             )
         graphs = [
-            relations.graph(relations.nearest(q, k=self.neighbours, mesh=mesh))
+            neighbours.graph(neighbours.nearest(q, k=self.neighbours, mesh=mesh))
             for q in (seen, said)
         ]
         row = np.arange(pairs)
@@ -310,7 +310,7 @@ class Lgdea(nn.Module):
         if self.near_reports:
             met = images["image_joint"], reports["text_joint"]
             k = min(self.near_reports, len(said))
-            near = relations.nearest(*met, k=k, directions=True, hubs=width, mesh=mesh)
+            near = neighbours.nearest(*met, k=k, directions=True, hubs=width, mesh=mesh)
         start = relations.seeds(row, row, images=len(seen), top=self.kept, near=near, width=width)
         settings = {"alpha": self.alpha, "hops": self.hops, "mesh": mesh}
         spread = relations.propagate(start, *graphs, reports=len(said), **settings)

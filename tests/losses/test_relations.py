@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from medvlp_jax import sharding
-from medvlp_jax.losses import relations
+from medvlp_jax.losses import neighbours, relations
 
 WIDTH, ALPHA = 0.1, 0.8
 
@@ -53,7 +53,7 @@ def dense_entries(sparse, columns):
 
 
 def make_graph(q, k=4, **settings):
-    return relations.graph(relations.nearest(q, k=k, block=8), width=WIDTH, **settings)
+    return neighbours.graph(neighbours.nearest(q, k=k, block=8), width=WIDTH, **settings)
 
 
 @functools.cache
@@ -69,7 +69,7 @@ def example():
 
 def test_the_nearest_are_those_of_the_bhattacharyya_coefficient():
     q = simplex(2, 21)
-    found = relations.nearest(q, k=5, block=8)
+    found = neighbours.nearest(q, k=5, block=8)
     for i in range(21):
         bc = {j: sum(np.sqrt(q[i] * q[j])) for j in range(21) if j != i}
         best = sorted(bc, key=bc.get, reverse=True)[:5]
@@ -79,7 +79,7 @@ def test_the_nearest_are_those_of_the_bhattacharyya_coefficient():
 
 def test_the_nearest_of_another_set_may_have_the_same_number():
     q, others = simplex(2, 21), simplex(8, 13)
-    found = relations.nearest(q, others, k=4, block=8)
+    found = neighbours.nearest(q, others, k=4, block=8)
     for i in range(21):
         bc = [sum(np.sqrt(q[i] * other)) for other in others]
         assert np.asarray(found.column[i]).tolist() == np.argsort(bc)[::-1][:4].tolist()
@@ -89,7 +89,7 @@ def test_the_nearest_of_another_set_may_have_the_same_number():
 def test_the_nearest_directions_are_those_of_the_highest_cosine():
     x = np.random.default_rng(5).normal(size=(21, 6))
     x /= np.linalg.norm(x, axis=1, keepdims=True)
-    found = relations.nearest(x, k=5, directions=True, block=8)
+    found = neighbours.nearest(x, k=5, directions=True, block=8)
     for i in range(21):
         cosine = {j: sum(x[i] * x[j]) for j in range(21) if j != i}
         best = sorted(cosine, key=cosine.get, reverse=True)[:5]
@@ -105,7 +105,7 @@ def test_a_node_that_is_near_to_all_loses_that_much(within):
     b = a if within else unit(rng.normal(size=(13, 4)))
     others = None if within else b
     settings = {"directions": True, "hubs": t, "block": 8}
-    found = relations.nearest(a, others, k=5, **settings)
+    found = neighbours.nearest(a, others, k=5, **settings)
     for i in range(21):
         corrected = {}
         for j in range(len(b)):
@@ -119,7 +119,7 @@ def test_a_node_that_is_near_to_all_loses_that_much(within):
 
 
 def test_images_without_a_pair_may_start_from_what_is_near():
-    near = relations.Sparse(
+    near = neighbours.Sparse(
         np.array([[1, 2], [0, 3], [4, 0]]), np.array([[1, 0.9], [0.8, 0.7], [1, 1]])
     )
     start = relations.seeds(np.array([1]), np.array([3]), images=3, top=3, near=near, width=0.1)
@@ -130,7 +130,7 @@ def test_images_without_a_pair_may_start_from_what_is_near():
 
 def test_a_node_is_not_its_own_neighbour_and_copies_share_their_neighbours_out():
     q = np.repeat(simplex(3, 1), 40, 0)  # forty reports of one stock text
-    found = np.asarray(relations.nearest(q, k=5, block=8).column)
+    found = np.asarray(neighbours.nearest(q, k=5, block=8).column)
     assert (found != np.arange(40)[:, None]).all()
     assert np.bincount(found.ravel(), minlength=40).tolist() == [5] * 40
 
@@ -197,7 +197,9 @@ def test_relations_are_the_normalised_largest_and_their_confidence():
     rng = np.random.default_rng(5)
     a = rng.random((12, 20)) ** 4
     a[4] = 0
-    spread = relations.Sparse(np.tile(np.arange(20, dtype=np.int32), (12, 1)), a.astype(np.float32))
+    spread = neighbours.Sparse(
+        np.tile(np.arange(20, dtype=np.int32), (12, 1)), a.astype(np.float32)
+    )
     paired = np.array([0, 1, 2])
     found = relations.relations(spread, paired, top=6, least=0.2)
     kept = np.sort(a, 1)[:, ::-1][:, :6]
@@ -218,7 +220,9 @@ def test_confidence_in_what_is_said_is_the_agreement_of_the_related_reports():
     rng = np.random.default_rng(8)
     a, q = rng.random((12, 20)) ** 4, simplex(9, 20)
     a[4] = 0
-    spread = relations.Sparse(np.tile(np.arange(20, dtype=np.int32), (12, 1)), a.astype(np.float32))
+    spread = neighbours.Sparse(
+        np.tile(np.arange(20, dtype=np.int32), (12, 1)), a.astype(np.float32)
+    )
     found = relations.relations(spread, np.array([0, 1]), top=6, least=0.3, reports=q)
     kept = np.argsort(-a, 1)[:, :6]
     strength = [a[i, kept[i]].sum() for i in range(12)]
@@ -234,7 +238,7 @@ def test_confidence_in_what_is_said_is_the_agreement_of_the_related_reports():
         np.testing.assert_allclose(found.confidence[i], c if c >= 0.3 else 0, rtol=1e-4)
     # Where the pairs are all that is reached, no other image is trusted.
     alone = relations.relations(
-        relations.Sparse(spread.column, spread.value * (np.arange(12) < 2)[:, None]),
+        neighbours.Sparse(spread.column, spread.value * (np.arange(12) < 2)[:, None]),
         np.array([0, 1]),
         top=6,
         reports=q,
@@ -256,10 +260,10 @@ def test_pseudo_distributions_and_the_targets_of_a_batch():
 
 def test_what_cannot_be_is_refused():
     with pytest.raises(ValueError, match="k must be in"):
-        relations.nearest(simplex(7, 5), k=5)
+        neighbours.nearest(simplex(7, 5), k=5)
     with pytest.raises(ValueError, match="2 pairs"):
         relations.seeds(np.array([1, 1]), np.array([0, 2]), images=3, top=1)
-    near = relations.Sparse(np.zeros((3, 2), int), np.ones((3, 2)))
+    near = neighbours.Sparse(np.zeros((3, 2), int), np.ones((3, 2)))
     with pytest.raises(ValueError, match="2 near reports are more than top=1"):
         relations.seeds(np.array([1]), np.array([0]), images=3, top=1, near=near)
     with pytest.raises(ValueError, match="a paired image"):
@@ -314,19 +318,19 @@ def test_devices_share_the_blocks_and_find_the_same():
     for block in (64, 9):
         images, reports = (rng.dirichlet(np.full(6, 0.5), n) for n in (90, 70))
         listed = [
-            [relations.nearest(q, k=4, block=block, mesh=m) for m in (None, mesh)]
+            [neighbours.nearest(q, k=4, block=block, mesh=m) for m in (None, mesh)]
             for q in (images, reports)
         ]
         for one, shared in listed:
             np.testing.assert_array_equal(one.column, shared.column)
             np.testing.assert_allclose(one.value, shared.value, rtol=1e-6)
         across = [
-            relations.nearest(images, reports, k=4, hubs=0.1, block=block, mesh=m)
+            neighbours.nearest(images, reports, k=4, hubs=0.1, block=block, mesh=m)
             for m in (None, mesh)
         ]
         np.testing.assert_array_equal(across[0].column, across[1].column)
         np.testing.assert_allclose(across[0].value, across[1].value, atol=1e-6)
-        graphs = [relations.graph(one) for one, _ in listed]
+        graphs = [neighbours.graph(one) for one, _ in listed]
         start = relations.seeds(np.arange(12), np.arange(12), images=90, top=20)
         spread = [
             relations.propagate(start, *graphs, reports=70, hops=3, block=block, mesh=m)
@@ -338,7 +342,7 @@ def test_devices_share_the_blocks_and_find_the_same():
 
 def test_no_hop_leaves_the_pairs_alone():
     rng = np.random.default_rng(3)
-    graphs = [relations.graph(relations.nearest(rng.dirichlet(np.ones(4), 20), k=3))] * 2
+    graphs = [neighbours.graph(neighbours.nearest(rng.dirichlet(np.ones(4), 20), k=3))] * 2
     start = relations.seeds(np.arange(5), np.arange(5), images=20, top=4)
     found = relations.propagate(start, *graphs, reports=20, hops=0)
     np.testing.assert_array_equal(found.value, start.value)

@@ -1,0 +1,118 @@
+"""How right are LGDEA's relations? What related reports say of unpaired images, beside the truth.
+
+  python benchmarks/relations.py RUN [RUN ...] [--out benchmarks/results/lgdea-relations.json]
+
+RUN is a run of LGDEA that has its checkpoint. Its corpus knows the findings of every image and of
+every report, which training never sees. An image without a pair is given the findings of the
+reports it is related to, by weight; a row is the mean AUROC over findings of what it was given.
+Each row relates with other settings of the recipe. The last two do not relate, they ask the model:
+the mean over reports by softmax of their cosine to the image in the joint space.
+"""
+
+import argparse
+import functools
+import json
+import pathlib
+from collections.abc import Mapping
+
+import numpy as np
+from absl import flags
+
+from medvlp_jax import assemble, cli, unpaired, weights
+from medvlp_jax.evaluation import metrics
+from medvlp_jax.writing import replaced
+
+TASK = "finding"
+SPECIFIED = {"near_reports": 0, "neighbours": 10, "hops": 5, "kept": 50, "related": 10}
+ROWS = {
+    "as specified: the pairs, 10 neighbours, 5 hops, 10 reports": SPECIFIED,
+    "the same, 30 neighbours, 50 reports": {**SPECIFIED, "neighbours": 30, "related": 50},
+    "the same, 200 entries kept, 200 reports": {
+        **SPECIFIED,
+        **{"neighbours": 30, "kept": 200, "related": 200},
+    },
+    "`near_reports=50`, no hop": {**SPECIFIED, "near_reports": 50, "hops": 0, "related": 50},
+    "`near_reports=50`, one hop, 100 reports: the study": {
+        **SPECIFIED,
+        **{"near_reports": 50, "hops": 1, "kept": 100, "related": 100},
+    },
+    "`near_reports=50`, three hops, 200 kept, 50 reports": {
+        **SPECIFIED,
+        **{"near_reports": 50, "hops": 3, "kept": 200, "related": 50},
+    },
+}
+ALL, NEAREST = "the joint space, all reports", "the joint space, its 50 nearest, hubs and all"
+
+
+def right(given: np.ndarray, truth: np.ndarray) -> float:
+    """Return the mean AUROC over findings of what images [N, F] were given."""
+    return float(np.mean([metrics.auroc(truth[:, f], given[:, f]) for f in range(truth.shape[1])]))
+
+
+def asked(cosine: np.ndarray, told: np.ndarray, *, temperature: float, most: int = 0) -> np.ndarray:
+    """Return the mean findings [N, F] of reports by softmax of their cosine [N, R].
+
+    Args:
+      cosine: of images and reports.
+      told: findings of the reports [R, F].
+      temperature: of the softmax.
+      most: of the nearest reports; 0 takes all.
+    """
+    if most:
+        cosine = np.where(cosine >= np.sort(cosine, 1)[:, -most, None], cosine, -np.inf)
+    share = np.exp((cosine - cosine.max(1, keepdims=True)) / temperature)
+    return share / share.sum(1, keepdims=True) @ told
+
+
+def measure(run: pathlib.Path) -> dict[str, float]:
+    """Return every row of one run."""
+    config = assemble.read_config(run)
+    # All features are needed, whichever relations the run was trained with.
+    config["recipe"]["near_reports"] = min(50, config["recipe"]["kept"])
+    parts = assemble.parts(config, pretrained=False)
+    variables = weights.read_variables(run, assemble.initial_variables(parts))
+    source = assemble.open_corpora(config["data"], config["data"]["split"])[0]
+    found, recipe = unpaired.pools(parts, [source]), parts.recipe
+    encode = unpaired.encoder(parts, source)
+    images = encode(variables, found.images, ("image",), recipe.described)
+    reports = encode(variables, found.reports, recipe.told_by, recipe.told)
+    known = lambda rows: np.stack([source[int(row)]["labels"][TASK] for row in rows]) == 1
+    truth, told, pairs = known(found.images), known(found.reports), len(found.pairs)
+    rows = {}
+    for title, settings in ROWS.items():
+        made = recipe.clone(**settings).refresh(images, reports, pairs)
+        weight, column = (np.asarray(made[name]) for name in ("weight", "column"))
+        given = np.einsum("im,imf->if", weight, told[column].astype(float))
+        rows[title] = right(given[pairs:], truth[pairs:])
+    cosine = images["image_joint"][pairs:] @ reports["text_joint"].T
+    ask = functools.partial(asked, cosine, told, temperature=recipe.alignment_temperature)
+    rows[ALL], rows[NEAREST] = (right(ask(most=most), truth[pairs:]) for most in (0, 50))
+    return rows
+
+
+def table(runs: Mapping[str, Mapping]) -> str:
+    """Lay the runs side by side."""
+    lines = [f"| | {' | '.join(runs)} |", f"|---|{'---|' * len(runs)}"]
+    for title in next(iter(runs.values())):
+        lines.append(f"| {title} | {' | '.join(f'{rows[title]:.3f}' for rows in runs.values())} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure every run, print the table and keep the numbers."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", nargs="+", type=pathlib.Path, help="run folders")
+    out = pathlib.Path("benchmarks/results/lgdea-relations.json")
+    parser.add_argument("--out", type=pathlib.Path, default=out)
+    arguments = parser.parse_args()
+    flags.FLAGS.mark_as_parsed()
+    runs = {run.name: measure(run.absolute()) for run in arguments.runs}
+    with replaced(arguments.out) as temporary:
+        temporary.write_text(json.dumps(runs, indent=1) + "\n")
+    print(table(runs))
+
+
+if __name__ == "__main__":
+    cli.leave(cli.run(main))
