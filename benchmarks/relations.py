@@ -13,7 +13,7 @@ import argparse
 import functools
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from absl import flags
@@ -98,7 +98,7 @@ def table(runs: Mapping[str, Mapping]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Measure every run, print the table and keep the numbers."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -106,7 +106,7 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", type=pathlib.Path, help="run folders")
     out = pathlib.Path("benchmarks/results/lgdea-relations.json")
     parser.add_argument("--out", type=pathlib.Path, default=out)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     flags.FLAGS.mark_as_parsed()
     runs = {run.name: measure(run.absolute()) for run in arguments.runs}
     with replaced(arguments.out) as temporary:
