@@ -123,7 +123,7 @@ def views():
     config.data.update({**STUDY_PIXELS, "decode_cache": 8192})
     upright = {"flip_horizontal": 0.0, "flip_vertical": 0.0, "rotation": 10.0}
     config.data.view.update({**upright, "perspective": 0.2})
-    config.mlm.steps = 1  # no term reads a report
+    config.init.text = ""  # random: no term reads a report
     config.train.update({"steps": 600, "checkpoint_every": 200, "evaluate_every": 0})
     config.evals.protocols = ("probe",)
     config.evals.probe.fractions = (0.1, 1.0)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import jax
 
-from medvlp_jax import assemble, distributed, sharding
+from medvlp_jax import assemble, distributed, schedules, sharding
 from medvlp_jax import config as configs
 from medvlp_jax.config import UserError
 from medvlp_jax.data import packing
@@ -34,6 +34,12 @@ def settings(config: Mapping) -> None:
     if data["channels"] not in (1, 3):
         raise UserError(f"data.channels must be 1 (grey) or 3, got {data['channels']}.")
     optim.check(steps=train["steps"], **config["optim"])
+    if config["init"]["text"] == "mlm":
+        lr, rate = config["mlm"]["lr"], {key: config["mlm"][key] for key in ("steps", "warmup")}
+        try:
+            schedules.learning_rate(lr, kind="cosine", **rate)
+        except ValueError as error:
+            raise UserError(f"mlm: {error}.") from None
     if train["select"]:
         _selection(train, config["evals"])
 

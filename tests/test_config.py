@@ -10,7 +10,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from medvlp_jax import config as configs
-from medvlp_jax import train
+from medvlp_jax import checks, train
 
 ROOT = pathlib.Path(__file__).parents[1]
 GOLDEN = pathlib.Path(__file__).parent / "golden"
@@ -44,6 +44,11 @@ def test_resolved_config_equals_the_committed_one(name, variant):
     text = configs.to_json(get(name, variant).to_dict()) + "\n"
     file = GOLDEN / f"{name}-{variant or 'default'}.json"
     assert file.read_text() == text, f"python tests/test_config.py rewrites {file.name}"
+
+
+@pytest.mark.parametrize(("name", "variant"), VARIANTS)
+def test_the_settings_of_every_experiment_fit_one_another(name, variant):
+    checks.settings(get(name, variant).to_dict())
 
 
 def test_config_files_stay_readable():

@@ -178,6 +178,7 @@ def test_bad_input_is_one_sentence_before_anything_is_written(tmp_path, override
     ("overrides", "message"),
     [
         (["--config.optim.warmup=900"], "warmup must be at least 0 and below steps=.*, got 900"),
+        (["--config.mlm.warmup=900", "--config.init.text=mlm"], "mlm: warmup must be .*, got 900"),
         (["--config.optim.name=adamm"], "optim.name must be one of .*, got 'adamm'"),
         (["--config.train.select=x", "--config.train.evaluate_every=0"], "needs evaluations"),
     ],
