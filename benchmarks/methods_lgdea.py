@@ -14,6 +14,7 @@ over seeds, and how much of the way from the control to 100 % pairs LGDEA goes) 
 """
 
 import argparse
+import hashlib
 import json
 import math
 import pathlib
@@ -135,6 +136,17 @@ def start_of(arguments: argparse.Namespace, config: Mapping) -> str:
         views["data"] |= {key: config["data"][key] for key in same}
         train.run(views, place)
     return str(place / "export" / "image")
+
+
+def weights_of(start: str) -> str:
+    """Return what tells the weights of a folder from others, "" for random ones.
+
+    Another machine may round otherwise in 600 steps: cells of another start are another study's.
+    """
+    digest = hashlib.sha256()
+    for file in sorted(pathlib.Path(start).glob("*.safetensors") if start else ()):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:12] if start else ""
 
 
 def run_cell(config: dict, folder: pathlib.Path) -> dict:
@@ -312,11 +324,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments, overrides = parser.parse_known_args(argv)
     flags.FLAGS.mark_as_parsed()
     whole = cell_config("lgdea", 1.0, 0, arguments, overrides)
-    steps = whole["train"]["steps"]
-    settings = {"config": arguments.config, "steps": steps, "start": arguments.start}
+    start = start_of(arguments, whole)
+    settings = {"config": arguments.config, "steps": whole["train"]["steps"]}
+    settings |= {"start": arguments.start, "weights": weights_of(start)}
     settings["overrides"] = studies.deciding(overrides)
     cells = studies.finished(arguments.out, settings).get("cells", {})
-    start = start_of(arguments, whole)
     # Seeds outermost: an interrupted study is still one of all arms.
     todo = [
         (seed, ratio, arm)

@@ -118,13 +118,14 @@ def views():
     """Where the study's image encoder starts: two views of an image have to find one another."""
     config = imitate.get_config("demo")
     config.recipe.image = ConfigDict(STUDY_IMAGE)
-    config.recipe.keep = (0.25, 0.15, 0.10)  # three levels
+    config.recipe.update({"keep": (0.25, 0.15, 0.10), "view_temperature": 0.1})  # three levels
     config.recipe.weights.update({"impression": 0.0, "findings": 0.0})
+    config.optim.clip = 1.0
     config.data.update({**STUDY_PIXELS, "decode_cache": 8192})
     upright = {"flip_horizontal": 0.0, "flip_vertical": 0.0, "rotation": 10.0}
     config.data.view.update({**upright, "perspective": 0.2})
     config.init.text = ""  # random: no term reads a report
-    config.train.update({"steps": 600, "checkpoint_every": 200, "evaluate_every": 0})
+    config.train.update({"steps": 900, "checkpoint_every": 300, "evaluate_every": 0})
     config.evals.protocols = ("probe",)
     config.evals.probe.fractions = (0.1, 1.0)
     return config

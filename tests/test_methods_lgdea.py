@@ -124,7 +124,12 @@ def test_all_cells_start_from_one_encoder_trained_once(study, monkeypatch, tmp_p
         begin("--start", "views", "--seeds", seeds, "--ratios", "0.01", data)
     assert calls.count("views") == 1
     assert calls[0] == "views"
-    assert starts == [str(tmp_path / "runs" / "views" / "export" / "image")] * 6
+    image = tmp_path / "runs" / "views" / "export" / "image"
+    assert starts == [str(image)] * 6
+    # Cells that began elsewhere are no cells of this study.
+    (image / "model.safetensors").write_bytes(b"others")
+    with pytest.raises(UserError, match="holds numbers of settings"):
+        begin("--start", "views", "--seeds", "2", "--ratios", "0.01", data)
 
 
 def test_the_table_says_what_was_gained_and_how_much_of_the_way_that_is(study, capsys):
