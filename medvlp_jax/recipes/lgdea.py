@@ -36,7 +36,7 @@ from medvlp_jax.schedules import Knots
 
 TERMS = ("reconstruction", "paired", "unpaired", "alignment", "global", "usage")
 CONFIDENCES = ("evidence", "link")
-GLOBALS = ("pairs", "rows", "relations")
+GLOBALS = ("pairs", "relations")
 MEETS = ("global", "evidence")
 COLLAPSED = 0.5  # of `usage`
 SECTION = "report"
@@ -224,12 +224,8 @@ class Lgdea(nn.Module):
         if self.global_on == "relations":
             settings = {**trusts, "temperature": self.global_temperature}
             return evidence.alignment(image, text, target, **settings)
-        loss, scale = base.contrastive_loss("info_nce", self.loss_tile), 1 / self.global_temperature
-        if self.global_on == "pairs":
-            return loss(image, text, jnp.float32(scale), valid=valid)
-        # The mean over pairs, as there: "keep" divides by all rows.
-        share = jnp.maximum(valid.sum(), 1) / len(valid)
-        return loss(image, text, jnp.float32(scale), valid=valid, invalid="keep") / share
+        loss = base.contrastive_loss("info_nce", self.loss_tile)
+        return loss(image, text, jnp.float32(1 / self.global_temperature), valid=valid)
 
     def start(self, params: Mapping, raw, seed: int) -> dict:
         """Return the parameters to begin with, from the phrases of a first pass.
@@ -429,8 +425,7 @@ def make(
         known = " or ".join(CONFIDENCES)
         raise UserError(f"recipe.confidence must be {known}, got '{confidence}'.")
     if global_on not in GLOBALS:
-        known = " or ".join(GLOBALS)
-        raise UserError(f"recipe.global_on must be {known}, got '{global_on}'.")
+        raise UserError(f"recipe.global_on must be {' or '.join(GLOBALS)}, got '{global_on}'.")
     if meets not in MEETS:
         raise UserError(f"recipe.meets must be {' or '.join(MEETS)}, got '{meets}'.")
     image, text = base.encoder(image), base.encoder(text)

@@ -107,22 +107,8 @@ def test_the_global_term_may_follow_the_relations(model):
             log_share = x[i] - np.log(np.exp(x[i]).sum())
             total -= c[i] * sum(t[i] / t[i].sum() * log_share) / 6 / 2
     np.testing.assert_allclose(found, total, rtol=1e-5)
-    with pytest.raises(UserError, match="pairs or rows or relations, got 'all'"):
+    with pytest.raises(UserError, match="pairs or relations, got 'all'"):
         make(global_on="all")
-
-
-@pytest.mark.parametrize("loss_tile", [0, 3])
-def test_pairs_may_be_told_from_all_rows_there(model, loss_tile):
-    _, batch, _, _, features, _ = model
-    recipe = make(global_on="rows", global_temperature=0.2, loss_tile=loss_tile)
-    valid = batch["paired"] & batch["report_valid"]
-    found = recipe._global(features, valid, None, None)
-    logits = np.asarray(features["image"], np.float64) @ np.asarray(features["text"]).T / 0.2
-    total = 0.0
-    for x in (logits, logits.T):
-        for i in (0, 2):  # the pairs with a report
-            total -= (x[i, i] - np.log(np.exp(x[i]).sum())) / 2 / 2
-    np.testing.assert_allclose(found, total, rtol=1e-5)
 
 
 @pytest.mark.slow
