@@ -7,7 +7,8 @@ wherever it stands in them. Its noise is what repeating the same measurement mov
 relative: half the distance of the quartiles over the median, at least FLOOR. A ratio has fallen
 where it is lower than the kept one by more than the noise of both together. Ratios that only the
 new file has are no fault, those that only the kept file has are named. Times are never compared:
-they belong to one machine.
+they belong to one machine. Files of different devices or sizes are not compared, and a measurement
+noisier than CEILING has to be taken again: it would let anything pass.
 
 Ends with 1 where a ratio has fallen, with 2 where files cannot be compared.
 """
@@ -25,6 +26,8 @@ import numpy as np
 from medvlp_jax.writing import replaced
 
 FLOOR = 0.05  # of the noise: medians of few turns agree by chance, too
+CEILING = 0.25
+SAME = ("device", "threads", "cores", "tiny")  # facts of a file that have to be those of the other
 FIELDS = {"median", "quartiles", "noise"}
 
 
@@ -65,8 +68,12 @@ def fallen(new: Mapping, kept: Mapping) -> list[str]:
     """Return a line for every kept ratio that has fallen or is gone.
 
     Raises:
-      CheckError: where there is nothing to compare, or a ratio is no number above 0.
+      CheckError: where there is nothing to compare, the facts in SAME differ, the new measurement
+        is too noisy, or a ratio is no number above 0.
     """
+    for fact in SAME:
+        if new.get(fact) != kept.get(fact):
+            raise CheckError(f"{fact} is {new.get(fact)} now and {kept.get(fact)} in the kept file.")
     news, olds = dict(entries(new)), dict(entries(kept))
     if not olds.keys() & news.keys():
         raise CheckError("The two files have no ratio in common.")
@@ -79,6 +86,11 @@ def fallen(new: Mapping, kept: Mapping) -> list[str]:
         for ratio in (now, old):
             if not (math.isfinite(ratio["median"]) and ratio["median"] > 0):
                 raise CheckError(f"{path} is {ratio['median']}, and no ratio.")
+        if now["noise"] > CEILING:
+            raise CheckError(
+                f"{path} has a noise of {now['noise']:.0%}, more than {CEILING:.0%}: measure again, "
+                "with more turns or on an idle machine."
+            )
         noise = math.hypot(old["noise"], now["noise"])
         if now["median"] < old["median"] * (1 - noise):
             lines.append(f"{path}: {text(now)}, kept {text(old)}, noise {noise:.0%}")

@@ -300,7 +300,7 @@ class Cfcml(nn.Module):
         share = 1 / member.sum(0)[label]
         different = label[:, None] != label[None, :]
         sample = (relation(own / tau, others / tau, different) * share).sum()
-        away = ~torch.eye(classes, dtype=torch.bool)
+        away = ~torch.eye(classes, dtype=torch.bool, device=z.device)
         own = torch.einsum("mkc,kc->mk", unimodal, crossmodal)[..., None]
         others = torch.einsum("mkc,nlc->mknl", unimodal, unimodal).flatten(2)
         terms = relation(own / tau, others / tau, away.tile(1, len(z)))

@@ -58,7 +58,8 @@ class Arm:
 
     def __init__(self, name: str, command: list[str]):
         """Start it; `said` is its first line: losses of the first steps, or why there are none."""
-        environment = {**os.environ, **({} if name.endswith(WITHOUT) else KEEP)}
+        is_cpu = jax.default_backend() == "cpu"  # with a GPU its threads would wait for one arena
+        environment = {**os.environ, **(KEEP if is_cpu and not name.endswith(WITHOUT) else {})}
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         command = [sys.executable, *command]
         self.name = name
@@ -187,16 +188,24 @@ def main(argv=None):
     parser.add_argument("--pairs", type=int, default=9, help="turns")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--malloc", action="store_true", help="also without keeping freed memory")
-    default = ROOT / "benchmarks/results/steps.json"
-    parser.add_argument("--out", type=pathlib.Path, default=default)
+    kept = "default: benchmarks/results/steps.json, on a GPU steps-gpu.json"
+    parser.add_argument("--out", type=pathlib.Path, help=kept)
     options = parser.parse_args(argv)
-    if options.tiny and options.out == default:
+    if options.tiny and not options.out:
         parser.error("--tiny measures nothing worth keeping: name another --out.")
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # the arms share a GPU
     is_cpu = jax.default_backend() == "cpu"
+    if not is_cpu:
+        import torch  # slow to import, and nothing else here needs it
+
+        if not torch.cuda.is_available():
+            parser.error("JAX has a GPU and PyTorch none: install a build of PyTorch with CUDA.")
+    results = ROOT / "benchmarks/results"
+    options.out = options.out or results / ("steps.json" if is_cpu else "steps-gpu.json")
     here = tuple(name for name in CASES if (name == ON_GPU) != is_cpu)
     facts = {"device": jax.devices()[0].device_kind, "threads": len(os.sched_getaffinity(0))}
     facts["versions"] = encoders.versions("cpu")
+    facts |= {"tiny": True} if options.tiny else {}
     stored = json.loads(options.out.read_text()) if options.out.is_file() else {}
     cases = stored.pop("cases", {})
     cases = cases if stored == facts else {}
@@ -207,6 +216,8 @@ def main(argv=None):
         except (ValueError, Ended) as error:  # the other cases are no worse for it
             refused.append(f"{name}: {error}" if isinstance(error, Ended) else str(error))
             continue
+        if not is_cpu and "compiled" in found["failed"]:  # the weaker PyTorch would count
+            refused.append(f"{name}: torch.compile: {found['failed']['compiled']}")
         cases[name] = found
         check.keep(options.out, {**facts, "cases": cases})
         print(table({name: found}), flush=True)

@@ -58,6 +58,8 @@ def test_the_command_ends_with_a_code_for_each_outcome(tmp_path, capsys):
         "fallen": file_of(a=ratio(0.5)),
         "other": file_of(b=ratio(1.0)),
         "broken": file_of(a=ratio(float("nan"))),
+        "noisy": file_of(a=ratio(1.0, 0.6)),
+        "tiny": file_of(a=ratio(1.0)) | {"tiny": True},
     }
     for name, found in files.items():
         (tmp_path / name).write_text(json.dumps(found))
@@ -65,6 +67,8 @@ def test_the_command_ends_with_a_code_for_each_outcome(tmp_path, capsys):
     assert main("kept") == 0
     assert main("fallen") == 1
     assert "0.50" in capsys.readouterr().out
-    for name, said in (("other", "no ratio in common"), ("broken", "nan"), ("absent", "absent")):
+    unlike = (("other", "no ratio in common"), ("broken", "nan"), ("absent", "absent"))
+    unlike += (("noisy", "noise of 60%"), ("tiny", "tiny is True now and None"))
+    for name, said in unlike:
         assert main(name) == 2
         assert said in capsys.readouterr().err

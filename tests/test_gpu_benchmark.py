@@ -17,32 +17,40 @@ def test_every_part_has_settings_that_exist_and_time_that_is_there(tiny, tmp_pat
     parts = gpu.parts(tmp_path, tiny=tiny)
     assert sum(part.limit for part in parts) <= 60 * gpu.MINUTES
     own = ("--quick", "--out", "--rounds", "--steps")
-    steps = [part for part in parts if part.command[0].endswith("train_step.py")]
+    steps = [part for part in parts if part.commands[0][0].endswith("train_step.py")]
     assert len(steps) == 3
-    for part in steps:
-        settings = [s for s in part.command[1:] if s.partition("=")[0] not in own]
+    for program, *arguments in (command for part in steps for command in part.commands):
+        settings = [s for s in arguments if s.partition("=")[0] not in own]
         config, _ = train.resolve(settings)
         assert config["recipe"]["image"]["dtype"] == "bfloat16"
         assert config["recipe"]["image"]["attention"] == ("xla" if tiny else "cudnn")
         assert config["recipe"]["text"]["attention_dropout"] == 0  # cuDNN's has none
-        assert (ROOT / part.command[0]).is_file()
+        assert (ROOT / program).is_file()
+    # On a GPU the correctness tests must not fall back to a CPU, where they are skipped.
+    (correct,) = (part for part in parts if part.name == "correct")
+    assert correct.environment["JAX_PLATFORMS"] == ("cpu" if tiny else "cuda")
 
 
 def test_a_part_that_fails_is_named_and_stops_no_other(tmp_path, monkeypatch, capsys):
+    sleeping = ["bash", "-c", f"sleep 2; touch {tmp_path}/awake"]  # a child of the part
     made = [
-        gpu.Part("breaks", 60, ("-c", "raise SystemExit(3)")),
-        gpu.Part("hangs", 1, ("-c", "import time; time.sleep(60)")),
-        gpu.Part("runs", 60, ("-c", "print('a word')")),
+        gpu.Part("hangs", 1, (("-c", f"import subprocess; subprocess.run({sleeping})"),)),
+        gpu.Part("breaks", 60, (("-c", "raise SystemExit(3)"), ("-c", "raise SystemExit(4)"))),
+        gpu.Part("full", 60, (("-c", f"raise ValueError('{gpu.FULL}')"), ("-c", "print(2)"))),
+        gpu.Part("runs", 60, (("-c", "import os; print(os.environ['WORD'])"),), {"WORD": "a word"}),
     ]
     monkeypatch.setattr(gpu, "parts", lambda folder, tiny: made)
     found = gpu.main([str(tmp_path / "out")])
     assert {name: part["outcome"] for name, part in found.items()} == {
-        "breaks": "not measured: code 3",
         "hangs": "not measured: longer than 1 s",
+        "breaks": "not measured: code 3",
+        "full": "measured",
         "runs": "measured",
     }
     assert json.loads((tmp_path / "out/parts.json").read_text()) == found
     assert (tmp_path / "out/runs.log").read_text() == "a word\n"
+    assert (tmp_path / "out/full.log").read_text() == "2\n"
+    assert not (tmp_path / "awake").exists()
     assert capsys.readouterr().out.splitlines()[-1] == "runs: measured"
 
 

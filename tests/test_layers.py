@@ -442,6 +442,24 @@ def test_every_kind_of_attention_equals_loops(fields, mask, rotary, dropout):
     assert_close(run(params), expected)
 
 
+@pytest.mark.parametrize("shape", [(2, 5), (1, 1, 5), (2, 5, 5)])
+def test_cudnn_is_given_a_mask_with_a_row_for_each_query(monkeypatch, shape):
+    """As a bias of one row it is refused (https://github.com/jax-ml/jax/issues/28974)."""
+    attend = jax.nn.dot_product_attention
+
+    def strict(query, key, value, *, mask, implementation, **settings):
+        assert implementation == "cudnn"
+        assert mask.shape == (len(query), 1, query.shape[1], key.shape[1])
+        return attend(query, key, value, mask=mask, implementation="xla", **settings)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", strict)
+    x = RNG.normal(size=(2, 5, 8)).astype(np.float32)
+    mask = np.broadcast_to(np.arange(5) < 3, shape)
+    variables = Attention(2).init(jax.random.key(0), x)
+    found = Attention(2, implementation="cudnn").apply(variables, x, mask)
+    np.testing.assert_allclose(found, Attention(2).apply(variables, x, mask), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("train", [False, True])
 def test_a_row_that_may_see_nothing_is_finite(train):
     x = RNG.normal(size=(2, 9, 16)).astype(np.float32)

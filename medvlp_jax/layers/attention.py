@@ -147,6 +147,9 @@ class Attention(nn.Module):
                 f"{self.implementation!r}; or set the dropout to 0."
             )
         else:
+            if mask is not None:  # a bias to cuDNN, which has one row a query
+                rows = (query.shape[0], 1, query.shape[1], key.shape[1])
+                mask = jnp.broadcast_to(mask, rows)
             y = jax.nn.dot_product_attention(
                 query,
                 key,

@@ -3,7 +3,8 @@
 Counted from the jaxpr, whose operations carry the names of the modules they come from. XLA's own
 count takes the body of a loop once, however often it runs, and tiles, chunks and scanned layers are
 loops. A multiplication with addition is 2; elementwise arithmetic and reductions are 1 an element;
-moving, comparing, choosing, random bits and what a custom call does (cuDNN attention) are 0.
+moving, comparing, choosing, random bits and what a custom call does are 0. cuDNN's attention counts
+as its matrix products do without it: two forward and four backward, also of pairs that are masked.
 """
 
 import math
@@ -29,6 +30,7 @@ REDUCTIONS = (
     "cumlogsumexp", "cumprod",
 )
 # fmt: on
+CUDNN = "dot_product_attention_"  # then fwd or bwd; query and key [B, T, A, S] first
 SIDES = {"image": "image encoder", "text": "text encoder", "llm": "language model"}
 RECOMPUTED = "rematted_computation"  # how JAX names what a backward pass makes again
 
@@ -124,6 +126,10 @@ def _flops(kind, eqn) -> int:
         return 2 * out.size * math.prod(operands[0].shape[axis] for axis in contracted)
     if kind == "conv_general_dilated":
         return _convolution(eqn.params, *operands, out)
+    if kind.startswith(CUDNN):
+        (batch, queries, heads, width), keys = operands[0].shape, operands[1].shape[1]
+        products = 4 if "_bwd" in kind else 2
+        return 2 * products * batch * heads * queries * keys * width
     if kind in ELEMENTWISE and np.issubdtype(out.dtype, np.inexact):
         return out.size
     if kind in REDUCTIONS and np.issubdtype(operands[0].dtype, np.inexact):

@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.extend.core import Primitive
 
 from medvlp_jax import sharding
 from medvlp_jax.losses import tiled
@@ -25,6 +26,14 @@ def xla(function, *shapes):
 def test_a_matrix_product_is_two_operations_for_each_of_its_multiplications():
     assert count(jnp.matmul, (3, 5), (5, 7)) == 2 * 3 * 5 * 7
     assert count(lambda a, b: jnp.einsum("bij,bkj->bik", a, b), (4, 3, 5), (4, 7, 5)) == 840
+
+
+@pytest.mark.parametrize(("kind", "products"), [("fwd", 2), ("bwd", 4)])
+def test_attention_by_cudnn_counts_as_its_matrix_products(kind, products):
+    attend = Primitive(f"dot_product_attention_{kind}_wrapper")
+    attend.def_abstract_eval(lambda query, key, value: query)
+    found = count(attend.bind, (2, 5, 4, 8), (2, 7, 1, 8), (2, 7, 1, 8))
+    assert found == products * 2 * (2 * 4 * 5 * 7 * 8)
 
 
 @pytest.mark.parametrize("stride", [1, 2])
