@@ -30,7 +30,7 @@ from benchmarks import studies
 from medvlp_jax import cli, train
 from medvlp_jax.evaluation import plots
 
-TERMS = ("reconstruction", "paired", "unpaired", "alignment", "global", "usage")
+TERMS = ("reconstruction", "paired", "unpaired", "alignment", "relations", "global", "usage")
 OTHERS = tuple(term for term in TERMS if term != "global")
 PAIRS_ALONE = {"data": {"pairing": {"share": 1.0, "passes": 0}}, "train": {"refresh_every": 0}}
 
@@ -57,7 +57,8 @@ ARMS = {
     "no_rec": ("without L_rec", without("reconstruction")),
     "no_paired": ("without L_evid^p", without("paired")),
     "no_pseudo": ("without L_evid^u", without("unpaired")),
-    "no_alignment": ("without L_evi-align", without("alignment")),
+    "no_alignment": ("without L_evi-align", without("alignment", "relations")),
+    "no_relations": ("without L_evi-align of relations", without("relations")),
     "no_global": ("without L_glob", without("global")),
     "no_prototypes": (
         "without prototypes",

@@ -39,13 +39,13 @@ def get_config(variant: str = "") -> ConfigDict:
 
 def recipe() -> ConfigDict:
     """Every field is explained in recipes/lgdea.py; none is published, all are our choice."""
-    names = ("reconstruction", "paired", "unpaired", "alignment", "global", "usage")
+    names = ("reconstruction", "paired", "unpaired", "alignment", "relations", "global", "usage")
     return ConfigDict(
         {
             "name": "lgdea",
             "image": {"name": "vit", "variant": "B/16", "dtype": "float32"},
             "text": {"name": "bert", "variant": "base", "pooling": "cls", "dtype": "float32"},
-            "weights": dict(zip(names, (1.0, 1.0, 0.5, 1.0, 1.0, 0.0), strict=True)),
+            "weights": dict(zip(names, (1.0, 1.0, 0.5, 1.0, 0.5, 1.0, 0.0), strict=True)),
             "dim": 256,
             "prototypes": 64,
             "lesions": 8,

@@ -9,7 +9,7 @@ import pytest
 from medvlp_jax import train
 
 ROOT = pathlib.Path(__file__).parents[1]
-TERMS = ("alignment", "global", "paired", "reconstruction", "unpaired", "usage")
+TERMS = ("alignment", "global", "paired", "reconstruction", "relations", "unpaired", "usage")
 
 
 @pytest.fixture(scope="module")

@@ -120,11 +120,13 @@ def alignment(
     """Return L_evi-align: contrast in evidence space, with soft positives from relations.
 
       s_ir = a_i . b_r / temperature
-      L = -1/2 [ mean_i c_i sum_r That_ir log softmax_r s_ir
-               + mean_r c_r sum_i That'_ri log softmax_i s_ir ]
+      L = -1/2 [ sum_i c_i sum_r That_ir log softmax_r s_ir / sum_i c_i
+               + sum_r c_r sum_i That'_ri log softmax_i s_ir / sum_r c_r ]
 
     That and That' are the rows and columns of the target, each scaled to sum 1; a row or column
-    of zeros has no positive and gives no term. The name is the paper's, the form our choice.
+    of zeros has no positive and counts nowhere. Zero where nothing has one. The name is the
+    paper's, the form our choice: the specification's divides by all rows instead of their trust,
+    so that each positive counts the less, the fewer rows of a batch have one.
 
     Args:
       image: a, unit norm: the direction of the mean lesion.
@@ -141,7 +143,8 @@ def alignment(
     def direction(logits, target, confidence):
         total = target.sum(-1, keepdims=True)
         share = jnp.where(total > 0, target / jnp.where(total > 0, total, 1), 0)
-        return (confidence * (share * jax.nn.log_softmax(logits, axis=-1)).sum(-1)).mean()
+        terms = (share * jax.nn.log_softmax(logits, axis=-1)).sum(-1)
+        return _weighted_mean(terms, jnp.where(total[:, 0] > 0, confidence, 0))
 
     to_report = direction(logits, target, image_confidence)
     return -(to_report + direction(logits.T, target.T, report_confidence)) / 2

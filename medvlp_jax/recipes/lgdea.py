@@ -8,7 +8,8 @@ are a pair, in the others each comes from its own pool.
   phrases   evidence of the report, encoded one by one -> z [B, N, E], unit norm
   evidence  means over lesions and phrases of softmax(. mu / tau) -> Qbar_I, Qbar_R [B, K]
 
-  L = L_rec + L_evid^p + w L_evid^u + w L_evi-align + w L_glob + w usage
+  L = L_rec + L_evid^p + w L_evid^u + w L_evi-align (pairs) + w L_evi-align (relations)
+      + w L_glob + w usage
 
 In evaluation a prompt meets images in the evidence space, as the evidence it is, and a report by
 the mean of the cosines there and of the global embeddings; or both by the global ones alone.
@@ -34,7 +35,7 @@ from medvlp_jax.losses import evidence, neighbours, relations, tiled
 from medvlp_jax.recipes import base
 from medvlp_jax.schedules import Knots
 
-TERMS = ("reconstruction", "paired", "unpaired", "alignment", "global", "usage")
+TERMS = ("reconstruction", "paired", "unpaired", "alignment", "relations", "global", "usage")
 CONFIDENCES = ("evidence", "link")
 GLOBALS = ("pairs", "relations")
 MEETS = ("global", "evidence")
@@ -188,14 +189,17 @@ class Lgdea(nn.Module):
         row = batch["image_row"]
         known = {name: self.get_variable(RELATIONS, name)[row] for name in _shapes(1, 1, 1)}
         confidence = jnp.where(paired, 0, known["confidence"])
-        target = relations.in_batch(known["column"], known["weight"], batch["report_row"])
-        target = jnp.where(told, target * (confidence > 0)[:, None], 0)
-        target = jnp.where(paired[:, None], jnp.diag(pair.astype(target.dtype)), target)  # [B, B]
-        trust = jnp.where(pair, 1, confidence)
-        trusts = {
-            "image_confidence": trust,
-            "report_confidence": relations.mean_trust(target, trust),
-        }
+        related = relations.in_batch(known["column"], known["weight"], batch["report_row"])
+        related = jnp.where(told, related * (confidence > 0)[:, None], 0)  # [B, B]
+        own = jnp.diag(pair.astype(related.dtype))
+        directions = features["image_direction"], features["text_direction"]
+        align = lambda target, trust: evidence.alignment(
+            *directions,
+            target,
+            image_confidence=trust,
+            report_confidence=relations.mean_trust(target, trust),
+            temperature=self.alignment_temperature,
+        )
         return {
             "reconstruction": evidence.reconstruction(
                 features["phrases"],
@@ -206,24 +210,30 @@ class Lgdea(nn.Module):
             ),
             "paired": evidence.paired_divergence(report, image, valid=pair),
             "unpaired": evidence.unpaired_divergence(known["pseudo"], image, confidence),
-            "alignment": evidence.alignment(
-                features["image_direction"],
-                features["text_direction"],
-                target,
-                **trusts,
-                temperature=self.alignment_temperature,
+            "alignment": align(own, pair.astype(own.dtype)),
+            "relations": align(related, confidence),
+            "global": self._global(
+                features,
+                paired & batch[f"{SECTION}_valid"],
+                own + related,
+                jnp.where(pair, 1, confidence),
             ),
-            "global": self._global(features, paired & batch[f"{SECTION}_valid"], target, trusts),
             "usage": 1
             - evidence.usage_entropy(jnp.where(told[:, None], (image + report) / 2, image)),
         }
 
-    def _global(self, features, valid, target, trusts):
+    def _global(self, features, valid, target, trust):
         """Return InfoNCE of the global embeddings of pairs, or with relations as L_evi-align."""
         image, text = features["image"], features["text"]
         if self.global_on == "relations":
-            settings = {**trusts, "temperature": self.global_temperature}
-            return evidence.alignment(image, text, target, **settings)
+            return evidence.alignment(
+                image,
+                text,
+                target,
+                image_confidence=trust,
+                report_confidence=relations.mean_trust(target, trust),
+                temperature=self.global_temperature,
+            )
         loss = base.contrastive_loss("info_nce", self.loss_tile)
         return loss(image, text, jnp.float32(1 / self.global_temperature), valid=valid)
 

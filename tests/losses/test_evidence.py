@@ -137,6 +137,7 @@ def test_alignment_is_the_printed_sum_in_both_directions():
     target = rng.random((4, 5)) * (rng.random((4, 5)) < 0.4)
     target[1], target[:, 2] = 0, 0  # an image and a report without a positive
     ci, cr = rng.random(4), rng.random(5)
+    positive_i, positive_r = target.sum(1) > 0, target.sum(0) > 0
     s = [[sum(a[i] * b[r]) / 0.07 for r in range(5)] for i in range(4)]
     to_report = to_image = 0.0
     for i in range(4):
@@ -144,13 +145,15 @@ def test_alignment_is_the_printed_sum_in_both_directions():
         for r in range(5):
             if target[i].sum() > 0:
                 share = target[i, r] / target[i].sum()
-                to_report += ci[i] * share * math.log(math.exp(s[i][r]) / norm) / 4
+                to_report += ci[i] * share * math.log(math.exp(s[i][r]) / norm)
     for r in range(5):
         norm = sum(math.exp(s[i][r]) for i in range(4))
         for i in range(4):
             if target[:, r].sum() > 0:
                 share = target[i, r] / target[:, r].sum()
-                to_image += cr[r] * share * math.log(math.exp(s[i][r]) / norm) / 5
+                to_image += cr[r] * share * math.log(math.exp(s[i][r]) / norm)
+    to_report /= sum(ci[i] for i in range(4) if positive_i[i])
+    to_image /= sum(cr[r] for r in range(5) if positive_r[r])
     found = evidence.alignment(
         a, b, target, image_confidence=ci, report_confidence=cr, temperature=0.07
     )
