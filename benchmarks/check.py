@@ -73,7 +73,9 @@ def fallen(new: Mapping, kept: Mapping) -> list[str]:
     """
     for fact in SAME:
         if new.get(fact) != kept.get(fact):
-            raise CheckError(f"{fact} is {new.get(fact)} now and {kept.get(fact)} in the kept file.")
+            raise CheckError(
+                f"{fact} is {new.get(fact)} now and {kept.get(fact)} in the kept file."
+            )
     news, olds = dict(entries(new)), dict(entries(kept))
     if not olds.keys() & news.keys():
         raise CheckError("The two files have no ratio in common.")
@@ -88,8 +90,8 @@ def fallen(new: Mapping, kept: Mapping) -> list[str]:
                 raise CheckError(f"{path} is {ratio['median']}, and no ratio.")
         if now["noise"] > CEILING:
             raise CheckError(
-                f"{path} has a noise of {now['noise']:.0%}, more than {CEILING:.0%}: measure again, "
-                "with more turns or on an idle machine."
+                f"{path} has a noise of {now['noise']:.0%}, more than {CEILING:.0%}: measure "
+                "again, with more turns or on an idle machine."
             )
         noise = math.hypot(old["noise"], now["noise"])
         if now["median"] < old["median"] * (1 - noise):

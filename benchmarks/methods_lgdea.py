@@ -27,7 +27,9 @@ from absl import flags
 from matplotlib.figure import Figure
 
 from benchmarks import studies
-from medvlp_jax import cli, train
+from medvlp_jax import assemble, cli, train
+from medvlp_jax import config as configs
+from medvlp_jax.config import UserError
 from medvlp_jax.evaluation import plots
 
 TERMS = ("reconstruction", "paired", "unpaired", "alignment", "relations", "global", "usage")
@@ -126,17 +128,32 @@ def start_of(arguments: argparse.Namespace, config: Mapping) -> str:
     Args:
       arguments: with `config`, `start` and `folder`.
       config: of a cell, for its images.
+
+    Raises:
+      UserError: where one of other settings is there.
     """
     place = arguments.folder.absolute() / "views"
     if arguments.start == "none" or config["init"]["image"]:
         return config["init"]["image"]
+    file = arguments.config.partition(":")[0]
+    views, _ = train.resolve([f"--config={file}:views"])
+    same = ("corpora", "data_dir", "manual_dir", "size", "crop", "channels", "threads")
+    views["data"] |= {key: config["data"][key] for key in same}
     if not (place / "export" / "image").is_dir():
-        file = arguments.config.partition(":")[0]
-        views, _ = train.resolve([f"--config={file}:views"])
-        same = ("corpora", "data_dir", "manual_dir", "size", "crop", "channels", "threads")
-        views["data"] |= {key: config["data"][key] for key in same}
         train.run(views, place)
+    elif _decides(assemble.read_config(place)) != _decides(views):
+        raise UserError(f"{place} holds an encoder of other settings: move it away.")
     return str(place / "export" / "image")
+
+
+def _decides(views: Mapping) -> str:
+    """Return the settings of a run that decide its encoder, as JSON."""
+    data = {
+        k: v for k, v in views["data"].items() if k not in ("data_dir", "manual_dir", "threads")
+    }
+    train = {key: views["train"][key] for key in ("steps", "batch_size")}
+    kept = {key: views[key] for key in ("seed", "recipe", "optim")}
+    return configs.to_json(kept | {"data": data, "train": train})
 
 
 def weights_of(start: str) -> str:
@@ -148,6 +165,11 @@ def weights_of(start: str) -> str:
     for file in sorted(pathlib.Path(start).glob("*.safetensors") if start else ()):
         digest.update(file.read_bytes())
     return digest.hexdigest()[:12] if start else ""
+
+
+def fingerprint(settings: Mapping) -> str:
+    """Return a short name of what decides a cell, so that no other study goes on in its folder."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def run_cell(config: dict, folder: pathlib.Path) -> dict:
@@ -325,10 +347,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments, overrides = parser.parse_known_args(argv)
     flags.FLAGS.mark_as_parsed()
     whole = cell_config("lgdea", 1.0, 0, arguments, overrides)
-    start = start_of(arguments, whole)
     settings = {"config": arguments.config, "steps": whole["train"]["steps"]}
-    settings |= {"start": arguments.start, "weights": weights_of(start)}
-    settings["overrides"] = studies.deciding(overrides)
+    settings |= {"start": arguments.start, "overrides": studies.deciding(overrides)}
+    studies.finished(arguments.out, settings, later=("weights",))  # before anything is trained
+    start = start_of(arguments, whole)
+    settings["weights"] = weights_of(start)
     cells = studies.finished(arguments.out, settings).get("cells", {})
     # Seeds outermost: an interrupted study is still one of all arms.
     todo = [
@@ -341,7 +364,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     ]
     for done, (seed, ratio, arm) in enumerate(todo, start=1):
         name = f"{arm}/{ratio:g}/{seed}"
-        place = arguments.folder / name.replace("/", "-")
+        place = arguments.folder / f"{name.replace('/', '-')}-{fingerprint(settings)}"
         config = cell_config(arm, ratio, seed, arguments, overrides)
         config["init"]["image"] = start
         cells[name] = run_cell(config, place.absolute())

@@ -21,12 +21,15 @@ def deciding(overrides: Sequence[str]) -> list[str]:
     return [given for given in overrides if not given.startswith(PLACES)]
 
 
-def finished(out: pathlib.Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+def finished(
+    out: pathlib.Path, settings: Mapping[str, Any], later: Sequence[str] = ()
+) -> dict[str, Any]:
     """Return what a study has written so far; {} where it begins.
 
     Args:
       out: its file.
       settings: that decide its numbers, `overrides` among them.
+      later: names of settings that are not known yet, and are compared later.
 
     Raises:
       UserError: if it was made with other settings, or is no file of a study.
@@ -39,6 +42,7 @@ def finished(out: pathlib.Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{out} is no file of a study: choose another place.") from None
     theirs["overrides"] = deciding(theirs.get("overrides", ()))  # older files name places
+    theirs = {name: value for name, value in theirs.items() if name not in later}
     if theirs != settings:
         raise UserError(
             f"{out} holds numbers of settings {theirs}, not {settings}: choose another place, or "

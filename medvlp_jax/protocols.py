@@ -126,7 +126,7 @@ def _check_evidence(evaluator: Any) -> None:
         for row in range(min(evaluator.settings["limit"] or len(source), len(source))):
             read(source[row])
     except UserError as error:
-        raise UserError(f"{error} Or do without in evaluation: recipe.meets=global.") from error
+        raise UserError(f"{error} Grounding alone reads no report.") from error
 
 
 def _check_flavours(evaluator: Any) -> None:

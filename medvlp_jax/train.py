@@ -119,7 +119,8 @@ def _prepare(config, workdir, stop) -> _Job:
         variables = unpaired.begin(parts, variables, sources[0], pools)
         related = pairing.Related()
         rows, shares = unpaired.streams(parts, sources[0], pools, related)
-        refresh = unpaired.refresher(parts, sources[0], pools, related)
+        if len(rows) > 1:  # else no row has a relation
+            refresh = unpaired.refresher(parts, sources[0], pools, related)
     state = assemble.place(training.make_state(variables, tx, frozen), parts)
     features = examples.cached_text(parts, variables, sources)
     batches = examples.train_batches(parts, rows, features, shares=shares)
@@ -137,9 +138,10 @@ def _prepare(config, workdir, stop) -> _Job:
     select = settings["select"]
     selection = Selection(workdir, select, state) if select else None
     _write_config(config, workdir)
+    pairs = sum(map(len, sources)) if pools is None else len(pools.pairs)
     distributed.say(
         f"{config['recipe']['name']}: {paths.count(trainable) / 1e6:.2f} M trainable and "
-        f"{paths.count(fixed) / 1e6:.2f} M fixed parameters, {sum(map(len, sources))} pairs, "
+        f"{paths.count(fixed) / 1e6:.2f} M fixed parameters, {pairs} pairs, "
         f"{settings['steps']} steps of {settings['batch_size']} on {len(jax.devices())} devices "
         f"of {jax.process_count()} processes"
     )

@@ -5,6 +5,7 @@ what the loop calls between steps. All are functions of config, seed and state a
 resumed run repeats them.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -86,6 +87,8 @@ def begin(parts: assemble.Parts, variables: dict, source, found: pairing.Pools) 
         f"Limited pairing: {count} pairs; {len(found.images) - count} images and "
         f"{len(found.reports) - count} reports apart."
     )
+    if parts.config["train"]["refresh_every"]:
+        parts.recipe.check_sizes(len(found.images), len(found.reports))
     empty = parts.recipe.no_relations(len(found.images))
     if not parts.config["init"]["params"]:
         rows = found.reports[:FIRST_PASS]
@@ -136,11 +139,15 @@ def refresher(
 def encoder(parts: assemble.Parts, source) -> Callable:
     """Return (variables, rows of the source, batch keys, names) -> features of each row."""
     embed = training.make_embed(parts.recipe, parts.mesh)
+    # One for all passes, for it remembers what it has decoded and read.
+    transform_of = functools.cache(
+        lambda inputs: examples.record_transform(parts, inputs, train=False)
+    )
 
     def encode(variables, rows, inputs, keys):
         batches = pipeline.eval_batches(
             pairing.Nodes(source, rows),
-            transform=examples.record_transform(parts, inputs, train=False),
+            transform=transform_of(inputs),
             batch_size=parts.config["evals"]["batch_size"],
             process_index=parts.part.index,
             process_count=parts.part.count,

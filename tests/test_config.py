@@ -9,8 +9,8 @@ import sys
 import pytest
 from ml_collections import ConfigDict
 
-from medvlp_jax import config as configs
 from medvlp_jax import checks, train
+from medvlp_jax import config as configs
 
 ROOT = pathlib.Path(__file__).parents[1]
 GOLDEN = pathlib.Path(__file__).parent / "golden"

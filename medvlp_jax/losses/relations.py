@@ -24,6 +24,8 @@ from jaxtyping import Array, Float, Int
 
 from medvlp_jax.losses.neighbours import WIDTH, Graph, Sparse, by_blocks, kernel, on_devices, rank
 
+ROWS = 1024  # images whose related reports are read at a time
+
 
 class Relations(NamedTuple):
     """What the objective reads.
@@ -79,7 +81,8 @@ def seeds(
         apart = np.setdiff1d(np.arange(images), image)
         weight = kernel(near.value, width)[apart]
         column[apart, :count] = np.asarray(near.column)[apart]
-        value[apart, :count] = weight / weight.sum(1, keepdims=True)
+        # All of a row may be out of the question, by a coefficient of -inf.
+        value[apart, :count] = weight / np.maximum(weight.sum(1, keepdims=True), 1e-30)
     return Sparse(column, value)
 
 
@@ -194,9 +197,9 @@ def relations(
     else:
         reached = total.at[jnp.asarray(paired)].set(0) > 0
         usual = jnp.nanmedian(jnp.where(reached, total, jnp.nan))
-        said = reports[column]  # [I, m, K]
-        mean = jnp.einsum("im,imk->ik", weight, said, precision="highest")
-        trust = (weight[..., None] * jnp.sqrt(said * mean[:, None])).sum((1, 2))
+        told = jnp.asarray(reports)
+        agreement = lambda row: _agreement(*row, told)
+        trust = jax.lax.map(agreement, (column, weight), batch_size=ROWS)
     # No image but the paired ones may be reached, and then there is nothing to compare with.
     confidence = jnp.nan_to_num(jnp.minimum(1, total / usual)) * trust
     return Relations(column, weight, jnp.where(confidence >= least, confidence, 0))
@@ -204,7 +207,19 @@ def relations(
 
 def pseudo(found: Relations, reports: Float[Array, "R K"]) -> Float[Array, "I K"]:
     """Return Qtil_i = sum_r T_ir Qbar_R(r), what the related reports say; zero without any."""
-    return jnp.einsum("im,imk->ik", found.weight, reports[found.column], precision="highest")
+    told = jnp.asarray(reports)
+    mixture = lambda row: _mixture(*row, told)
+    return jax.lax.map(mixture, (found.column, found.weight), batch_size=ROWS)
+
+
+def _mixture(column, weight, reports):
+    return jnp.einsum("m,mk->k", weight, reports[column], precision="highest")
+
+
+def _agreement(column, weight, reports):
+    """Return sum_r T_r BC(Qbar_R(r), Qtil) of one image."""
+    coefficients = jnp.sqrt(reports[column] * _mixture(column, weight, reports)).sum(-1)
+    return (weight * coefficients).sum()
 
 
 def in_batch(

@@ -122,9 +122,10 @@ class Lgdea(nn.Module):
 
         image, text [B, E] unit norm; image_pooled [B, D]; lesions [B, M, E] unit norm; phrases
         [B, N, E] unit norm, zero where there is none, and phrases_raw before they get it;
-        image_evidence, report_evidence [B, K]; image_direction, text_direction [B, E], of the mean
-        lesion and the mean phrase; image_joint, text_joint [B, 2 E], the global embedding and that
-        direction, whose inner product is the mean of both cosines.
+        image_evidence, report_evidence [B, K]; report_told [B], is there a phrase; image_direction,
+        text_direction [B, E], of the mean lesion and the mean phrase; image_joint, text_joint
+        [B, 2 E], the global embedding and that direction, whose inner product is the mean of both
+        cosines.
         """
         features = {}
         if "image" in batch:
@@ -151,6 +152,7 @@ class Lgdea(nn.Module):
             features["phrases"] = z
             shares = evidence.assignments(z, self.mu, temperature=self.temperature)
             features["report_evidence"] = evidence.distribution(shares, batch["evidence_mask"])
+            features["report_told"] = batch["evidence_mask"].any(1)
             direction = evidence.mean_direction(z, batch["evidence_mask"])
             features["text_direction"] = direction
             if SECTION in batch:
@@ -274,8 +276,8 @@ class Lgdea(nn.Module):
     @property
     def told(self) -> tuple[str, ...]:
         """Features of a report that `refresh` reads."""
-        said = "report_evidence"
-        return (said, "text_joint") if self.near_reports else (said,)
+        said = ("report_evidence", "report_told")
+        return (*said, "text_joint") if self.near_reports else said
 
     @property
     def told_by(self) -> tuple[str, ...]:
@@ -288,10 +290,24 @@ class Lgdea(nn.Module):
         shapes = _shapes(images, self.related, self.prototypes)
         return {name: np.zeros(*shape) for name, shape in shapes.items()}
 
+    def check_sizes(self, images: int, reports: int) -> None:
+        """Refuse a corpus that is too small for the graphs of `refresh`.
+
+        Raises:
+          UserError: where there are fewer images or reports than neighbours.
+        """
+        if min(images, reports) <= self.neighbours:
+            raise UserError(
+                f"recipe.neighbours={self.neighbours} needs more than {min(images, reports)} "
+                "images or reports."
+            )
+
     def refresh(
         self, images: Mapping, reports: Mapping, pairs: int, *, mesh=None
     ) -> dict[str, jax.Array]:
-        """Relate the images of the corpus to its reports.
+        """Relate the images of the corpus to those of its reports that hold a phrase.
+
+        One without is as uniform as the next: all of them would be near one another, and agree.
 
         Args:
           images: features of the images, those of `described`.
@@ -303,27 +319,31 @@ class Lgdea(nn.Module):
           The collection that `objective` reads.
 
         Raises:
-          UserError: where there are fewer images or reports than neighbours.
+          UserError: as `check_sizes`, or where no pair's report holds a phrase.
         """
         seen, said = images["image_evidence"], reports["report_evidence"]
-        smallest = min(len(seen), len(said))
-        if smallest <= self.neighbours:
-            raise UserError(
-                f"recipe.neighbours={self.neighbours} needs more than {smallest} images or reports."
-            )
+        self.check_sizes(len(seen), len(said))
+        is_told = np.asarray(reports["report_told"]).astype(bool)
+        if not is_told[:pairs].any():
+            raise UserError(f"None of the reports of {pairs} pairs holds a phrase of evidence.")
         graphs = [
             neighbours.graph(neighbours.nearest(q, k=self.neighbours, mesh=mesh))
             for q in (seen, said)
         ]
-        row = np.arange(pairs)
+        row = np.flatnonzero(is_told[:pairs])
         near, width = None, self.alignment_temperature
         if self.near_reports:
             met = images["image_joint"], reports["text_joint"]
             k = min(self.near_reports, len(said))
             near = neighbours.nearest(*met, k=k, directions=True, hubs=width, mesh=mesh)
+            near = near._replace(
+                value=np.where(is_told[np.asarray(near.column)], near.value, -np.inf)
+            )
         start = relations.seeds(row, row, images=len(seen), top=self.kept, near=near, width=width)
         settings = {"alpha": self.alpha, "hops": self.hops, "mesh": mesh}
         spread = relations.propagate(start, *graphs, reports=len(said), **settings)
+        holds = jnp.asarray(is_told)[spread.column]
+        spread = spread._replace(value=jnp.where(holds, spread.value, 0))
         told = jnp.asarray(said, jnp.float32)
         found = relations.relations(
             spread,

@@ -247,7 +247,7 @@ def test_refresh_relates_images_to_reports_of_their_pattern():
     noisy = lambda: base[label] * np.exp(0.3 * rng.normal(size=(60, 5)))
     q = [x / x.sum(1, keepdims=True) for x in (noisy(), noisy())]
     images = {"image_evidence": q[0]}
-    told = {"report_evidence": q[1]}
+    told = {"report_evidence": q[1], "report_told": np.ones(60)}
     made = {name: np.asarray(x) for name, x in recipe.refresh(images, told, pairs=9).items()}
     empty = recipe.no_relations(60)
     assert {n: (x.shape, x.dtype) for n, x in made.items()} == {
@@ -267,14 +267,14 @@ def test_images_may_start_from_the_reports_they_meet():
     fields = {"neighbours": 6, "hops": 0, "related": 4, "kept": 5, "near_reports": 5}
     recipe = make(**fields, alignment_temperature=0.1)
     assert recipe.described == ("image_evidence", "image_joint")
-    assert recipe.told == ("report_evidence", "text_joint")
+    assert recipe.told == ("report_evidence", "report_told", "text_joint")
     assert recipe.told_by == ("evidence", "evidence_mask", "report")
     rng = np.random.default_rng(0)
     told = rng.dirichlet(np.ones(5), 30)
     unit = lambda x: x / np.linalg.norm(x, axis=1, keepdims=True)
     image, text = unit(rng.normal(size=(40, 6))), unit(rng.normal(size=(30, 6)))
     images = {"image_evidence": rng.dirichlet(np.ones(5), 40), "image_joint": image}
-    reports = {"report_evidence": told, "text_joint": text}
+    reports = {"report_evidence": told, "report_told": np.ones(30), "text_joint": text}
     made = {k: np.asarray(x) for k, x in recipe.refresh(images, reports, pairs=9).items()}
     share = np.exp(image @ text.T / 0.1)
     share /= share.sum(0)
@@ -283,6 +283,26 @@ def test_images_may_start_from_the_reports_they_meet():
         found = np.bincount(made["column"][i], made["weight"][i], 30)
         for r, weight in weights.items():
             np.testing.assert_allclose(found[r], weight / sum(weights.values()), rtol=1e-4)
+
+
+def test_a_report_without_a_phrase_is_related_to_nothing():
+    """Its distribution is uniform: it would be near, and agree with, every other such report."""
+    recipe = make(neighbours=3, hops=2, related=4, kept=8, near_reports=5)
+    rng = np.random.default_rng(0)
+    unit = lambda x: x / np.linalg.norm(x, axis=1, keepdims=True)
+    is_told = np.arange(30) % 3 > 0
+    said = np.where(is_told[:, None], rng.dirichlet(np.ones(5), 30), 1 / 5)
+    images = {"image_evidence": rng.dirichlet(np.ones(5), 40)}
+    images["image_joint"] = unit(rng.normal(size=(40, 6)))
+    reports = {"report_evidence": said, "report_told": is_told}
+    reports["text_joint"] = unit(rng.normal(size=(30, 6)))
+    made = {k: np.asarray(x) for k, x in recipe.refresh(images, reports, pairs=9).items()}
+    assert all(np.isfinite(x).all() for x in made.values())
+    used = made["weight"] > 0
+    assert is_told[made["column"][used]].all()
+    assert (made["confidence"][9:] > 0).any()
+    with pytest.raises(UserError, match="None of the reports of 9 pairs holds a phrase"):
+        recipe.refresh(images, reports | {"report_told": np.arange(30) >= 9}, pairs=9)
 
 
 def test_the_joint_space_means_both_cosines(model):
