@@ -56,7 +56,7 @@ def test_reports_that_were_not_extracted_are_refused_before_anything_runs(evalua
     data = {**here.parts.config["data"]}
     data["evidence"] = {**data["evidence"], "folder": str(tmp_path)}
     parts = here.parts._replace(config={**here.parts.config, "data": data})
-    with pytest.raises(UserError, match=r"is not in .*: extract .*recipe.meets=global"):
+    with pytest.raises(UserError, match=r"is not in .*: extract .*Grounding alone reads no report"):
         Evaluator(parts, here.settings)
     Evaluator(parts, {**here.settings, "protocols": ("grounding",)})
 
