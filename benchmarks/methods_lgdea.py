@@ -159,7 +159,7 @@ def _decides(views: Mapping) -> str:
 def weights_of(start: str) -> str:
     """Return what tells the weights of a folder from others, "" for random ones.
 
-    Another machine may round otherwise in 600 steps: cells of another start are another study's.
+    Another machine may round otherwise on the way: cells of another start are another study's.
     """
     digest = hashlib.sha256()
     for file in sorted(pathlib.Path(start).glob("*.safetensors") if start else ()):
