@@ -194,14 +194,7 @@ class Lgdea(nn.Module):
         related = relations.in_batch(known["column"], known["weight"], batch["report_row"])
         related = jnp.where(told, related * (confidence > 0)[:, None], 0)  # [B, B]
         own = jnp.diag(pair.astype(related.dtype))
-        directions = features["image_direction"], features["text_direction"]
-        align = lambda target, trust: evidence.alignment(
-            *directions,
-            target,
-            image_confidence=trust,
-            report_confidence=relations.mean_trust(target, trust),
-            temperature=self.alignment_temperature,
-        )
+        met = features["image_direction"], features["text_direction"], self.alignment_temperature
         return {
             "reconstruction": evidence.reconstruction(
                 features["phrases"],
@@ -212,8 +205,8 @@ class Lgdea(nn.Module):
             ),
             "paired": evidence.paired_divergence(report, image, valid=pair),
             "unpaired": evidence.unpaired_divergence(known["pseudo"], image, confidence),
-            "alignment": align(own, pair.astype(own.dtype)),
-            "relations": align(related, confidence),
+            "alignment": _align(*met, own, pair.astype(own.dtype)),
+            "relations": _align(*met, related, confidence),
             "global": self._global(
                 features,
                 paired & batch[f"{SECTION}_valid"],
@@ -228,14 +221,7 @@ class Lgdea(nn.Module):
         """Return InfoNCE of the global embeddings of pairs, or with relations as L_evi-align."""
         image, text = features["image"], features["text"]
         if self.global_on == "relations":
-            return evidence.alignment(
-                image,
-                text,
-                target,
-                image_confidence=trust,
-                report_confidence=relations.mean_trust(target, trust),
-                temperature=self.global_temperature,
-            )
+            return _align(image, text, self.global_temperature, target, trust)
         loss = base.contrastive_loss("info_nce", self.loss_tile)
         return loss(image, text, jnp.float32(1 / self.global_temperature), valid=valid)
 
@@ -353,6 +339,18 @@ class Lgdea(nn.Module):
             reports=told if self.confidence == "evidence" else None,
         )
         return {**found._asdict(), "pseudo": relations.pseudo(found, told)}
+
+
+def _align(image, text, temperature, target, trust):
+    """Return L_evi-align; a report is trusted as the images it is related to are."""
+    return evidence.alignment(
+        image,
+        text,
+        target,
+        image_confidence=trust,
+        report_confidence=relations.mean_trust(target, trust),
+        temperature=temperature,
+    )
 
 
 def _shapes(images: int, related: int, prototypes: int) -> dict[str, tuple]:
