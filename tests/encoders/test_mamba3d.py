@@ -138,12 +138,14 @@ def torch_net(volumes, params, stats, depths, train):
 
 @pytest.mark.hf
 @pytest.mark.parametrize("train", [False, True])
-def test_levels_gradients_a_step_and_running_averages_equal_torch(variables_of, train):
+def test_levels_gradients_a_step_and_running_averages_equal_torch(train):
     import torch
 
     module = mamba3d.make("tiny", depths=(3, 2), chunk=8)
     volumes = RNG.normal(size=(3, 16, 20, 9, 1)).astype(np.float32)
-    variables = variables_of(module, volumes)
+    # The net's own start: steps and decays drawn at large let the running averages of `train=False`
+    # pass gradients of 1e10, whose rounding is the processor's.
+    variables = jax.jit(module.init)(jax.random.key(0), volumes)
     jitter = lambda leaf: leaf + RNG.uniform(-0.1, 0.1, leaf.shape).astype(np.float32)
     variables = jax.tree.map(jitter, variables)
     tensors, stats = (
@@ -181,7 +183,7 @@ def test_levels_gradients_a_step_and_running_averages_equal_torch(variables_of, 
         if train and "stem_conv" in path and path.endswith("bias"):  # the norm takes it off again
             assert np.abs(leaf).max() <= 1e-6 * largest
         else:
-            assert_close(leaf, tensors[path].grad, 1e-4)
+            assert_close(leaf, tensors[path].grad, 2e-5)
     # An epsilon that gradients near zero lie well below.
     settings = {"eps": float(largest) / 10, "weight_decay": 0.1}
     torch.optim.AdamW(tensors.values(), lr=1e-3, **settings).step()
