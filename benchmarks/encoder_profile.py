@@ -63,20 +63,35 @@ def profile(module, inputs, rounds: int) -> dict[str, float]:
     loss = lambda params: jnp.square(module.apply({"params": params}, inputs).tokens).mean()
     step = jax.jit(jax.value_and_grad(loss)).lower(variables["params"]).compile()
     jax.block_until_ready(step(variables["params"]))
+    kinds = kinds_of(step.as_text())
+    spent = dict.fromkeys(KINDS, 0.0)
+    run = lambda: jax.block_until_ready(step(variables["params"]))
+    for name, milliseconds in by_instruction(run, kinds, rounds).items():
+        spent[kinds[name]] += milliseconds
+    return spent
+
+
+def by_instruction(run, names, rounds: int) -> dict[str, float]:
+    """Return milliseconds of thread time that each of the instructions took in a run.
+
+    Args:
+      run: function that runs the program once and waits for it.
+      names: of the instructions.
+      rounds: runs.
+    """
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             for _ in range(rounds):
-                jax.block_until_ready(step(variables["params"]))
+                run()
         (file,) = pathlib.Path(folder).rglob("*.xplane.pb")
         planes = jax.profiler.ProfileData.from_file(str(file)).planes
-    kinds = kinds_of(step.as_text())
-    spent = dict.fromkeys(KINDS, 0.0)
+    spent = collections.Counter()
     for plane in planes:
         for line in plane.lines:
             for event in line.events:
-                if event.name in kinds:
-                    spent[kinds[event.name]] += event.duration_ns / 1e6 / rounds
-    return spent
+                if event.name in names:
+                    spent[event.name] += event.duration_ns / 1e6 / rounds
+    return dict(spent)
 
 
 def main(argv=None):

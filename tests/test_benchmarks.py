@@ -1,6 +1,7 @@
 """The benchmarks run where there is no accelerator, and count what the programs really do."""
 
 import itertools
+import json
 import math
 import pathlib
 
@@ -9,13 +10,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import step_model, train_step
+from benchmarks import encoder_profile, step_model, step_profile, train_step
 from medvlp_jax import sharding
 from medvlp_jax.losses import tiled
 from medvlp_jax.training import flops
 
 ROOT = pathlib.Path(__file__).parents[1]
 BATCH, WIDTH, DEVICES, TILE = 256, 128, 8, 16
+SMALL = (
+    "--config=configs/clip.py:vit_b16",
+    "--config.train.batch_size=16",
+    "--config.recipe.image.variant=tiny",
+    "--config.recipe.image.dtype=float32",
+    "--config.recipe.text.variant=tiny",
+    "--config.recipe.text.dtype=float32",
+    "--config.data.crop=32",
+    "--config.data.text_length=16",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -75,9 +86,7 @@ def test_a_step_on_more_chips_takes_longer_but_makes_more_pairs():
 
 def test_a_step_is_measured_with_every_number(tmp_path):
     out = tmp_path / "step.json"
-    small = ["--config=configs/clip.py:demo", "--config.train.batch_size=16"]
-    small += ["--config.data.crop=32", "--config.data.text_length=16"]
-    (row,) = train_step.main([*small, "--devices=1", "--rounds=1", "--steps=1", f"--out={out}"])
+    (row,) = train_step.main([*SMALL, "--devices=1", "--rounds=1", "--steps=1", f"--out={out}"])
     assert out.is_file()
     assert row["finite_loss"]
     for key, value in row.items():
@@ -88,3 +97,31 @@ def test_a_step_is_measured_with_every_number(tmp_path):
     assert row["model_flops"] > 0
     assert row["seconds_of"]["encode forward"] > 0
     assert row["mfu_of_data_sheet"] is None  # no data sheet of a CPU
+
+
+def test_a_step_is_profiled_by_part_and_kind(tmp_path):
+    out = tmp_path / "profile.json"
+    rows = step_profile.main([*SMALL, "--rounds=1", f"--out={out}"])
+    assert json.loads(out.read_text())["milliseconds"] == rows
+    assert {"image encoder", "text encoder", "heads", "loss", "optimiser"} <= set(rows)
+    for row in rows.values():
+        by_way = sum(row.get(way, 0) for way in ("forward", "backward"))
+        assert by_way == pytest.approx(sum(row.get(kind, 0) for kind in encoder_profile.KINDS))
+    for encoder in ("image encoder", "text encoder"):
+        assert rows[encoder]["forward"] > 0
+        assert rows[encoder]["backward"] > 0
+        assert rows[encoder]["matrix products"] > 0
+    assert rows["optimiser"].get("backward", 0) == 0
+
+
+def test_an_instruction_that_runs_others_is_not_counted_beside_them():
+    @jax.jit
+    def step(x):
+        return jax.lax.fori_loop(0, 100, lambda _, x: jnp.tanh(x @ x), x)
+
+    program = step.lower(jnp.ones((8, 8))).compile().as_text()
+    loops = [line.split("=")[0].strip(" %") for line in program.splitlines() if " while(" in line]
+    assert loops
+    parts = step_profile.parts_of(program)
+    assert not set(loops) & set(parts)
+    assert parts
