@@ -1,12 +1,14 @@
 """Whole training steps beside PyTorch on a CPU: forward, backward and update of the same weights.
 
-  python -m benchmarks.steps [--cases imitate ...] [--pairs 9] [--malloc] [--out FILE.json]
+  python -m benchmarks.steps [--cases imitate ...] [--pairs 9] [--malloc] [--apart]
+      [--out FILE.json]
 
 Weights, images, texts and the channels IMITATE draws are the same (benchmarks/step_arms.py). Three
 processes, each with all threads of the machine, take their steps by turns: our jitted step, plain
 PyTorch (benchmarks/pytorch_step.py) and PyTorch through torch.compile. All three keep freed memory
 (KEEP), without which PyTorch faults its activations in anew in every step; --malloc also measures
-both as they are without.
+both as they are without. Where the memory does not hold three processes, --apart has two at a time:
+ours beside each of the others.
 
 A ratio is the time over ours of two steps of one turn, median and quartiles over the turns: above 1
 we are faster. Of the two kinds of PyTorch the faster counts. Losses have to agree to 1e-4 in the
@@ -103,7 +105,9 @@ def by_turns(arms: dict, turns: int) -> dict[str, list[dict]]:
     return taken
 
 
-def compare(name: str, turns: int, *, tiny: bool = False, malloc: bool = False) -> dict:
+def compare(
+    name: str, turns: int, *, tiny: bool = False, malloc: bool = False, apart: bool = False
+) -> dict:
     """Measure one case.
 
     Args:
@@ -111,30 +115,35 @@ def compare(name: str, turns: int, *, tiny: bool = False, malloc: bool = False) 
       turns: steps of each arm.
       tiny: with the case's sizes for a test.
       malloc: also without KEEP.
+      apart: ours with one other process at a time.
 
     Raises:
       ValueError: where losses do not agree.
       Ended: where a process does not live to the end.
     """
-    arms = {}
+    names = (*ARMS, *(kind + WITHOUT for kind in LOSING if malloc))
+    groups = [("ours", other) for other in names[1:]] if apart else [names]
+    losses, failed, taken = {}, {}, []
     with tempfile.TemporaryDirectory() as scratch:
         folder = pathlib.Path(scratch)
         config = prepare(name, folder, tiny=tiny)
-        try:
-            # One after the other: compiling takes all threads.
-            for arm in (*ARMS, *(kind + WITHOUT for kind in LOSING if malloc)):
-                program = ["-m", "benchmarks.step_arms", arm.removesuffix(WITHOUT), str(folder)]
-                arms[arm] = Arm(arm, program)
-            failed = {arm: a.said["error"] for arm, a in arms.items() if "error" in a.said}
-            able = {arm: a for arm, a in arms.items() if arm not in failed}
-            losses = {arm: a.said["losses"] for arm, a in able.items()}
-            is_half = config["recipe"]["image"]["dtype"] == "bfloat16"
-            check_losses(name, losses, HALF if is_half else SAME)
-            taken = by_turns(able, turns)
-        finally:
-            for arm in arms.values():
-                arm.close()
+        is_half = config["recipe"]["image"]["dtype"] == "bfloat16"
+        for group in groups:
+            with contextlib.ExitStack() as stack:
+                # One after the other: compiling takes all threads.
+                arms = {
+                    arm: stack.enter_context(contextlib.closing(_arm(arm, folder))) for arm in group
+                }
+                failed |= {arm: a.said["error"] for arm, a in arms.items() if "error" in a.said}
+                able = {arm: a for arm, a in arms.items() if arm not in failed}
+                losses |= {arm: a.said["losses"] for arm, a in able.items()}
+                check_losses(name, losses, HALF if is_half else SAME)
+                taken.append(by_turns(able, turns))
     return {"title": CASES[name].title, "losses": losses, "failed": failed, **ratios(taken)}
+
+
+def _arm(name: str, folder: pathlib.Path) -> Arm:
+    return Arm(name, ["-m", "benchmarks.step_arms", name.removesuffix(WITHOUT), str(folder)])
 
 
 def check_losses(name: str, losses: dict[str, list[float]], same: float = SAME) -> None:
@@ -149,19 +158,17 @@ def check_losses(name: str, losses: dict[str, list[float]], same: float = SAME) 
                 raise ValueError(f"{name}, step {step}: the loss is {a} here and {b} in {arm}.")
 
 
-def ratios(taken: dict[str, list[dict]]) -> dict:
+def ratios(groups: list[dict[str, list[dict]]]) -> dict:
     """Describe steps taken by turns: every arm's time over ours, and which PyTorch is faster."""
-    medians = {a: statistics.median(s["seconds"] for s in steps) for a, steps in taken.items()}
-    found = {}
-    for arm in taken:
-        if arm != "ours":
-            pairs = zip(taken[arm], taken["ours"], strict=True)
-            found[arm] = check.entry(b["seconds"] / a["seconds"] for b, a in pairs)
-    return {
-        "ratios": found,
-        "faster": min((arm for arm in ARMS[1:] if arm in taken), key=medians.get),
-        "faults": {a: statistics.median(s["faults"] for s in t) for a, t in taken.items()},
-    }
+    found, faults = {}, {}
+    for taken in groups:
+        faults |= {arm: statistics.median(s["faults"] for s in t) for arm, t in taken.items()}
+        for arm in taken:
+            if arm != "ours":
+                pairs = zip(taken[arm], taken["ours"], strict=True)
+                found[arm] = check.entry(b["seconds"] / a["seconds"] for b, a in pairs)
+    faster = min((arm for arm in ARMS[1:] if arm in found), key=lambda arm: found[arm]["median"])
+    return {"ratios": found, "faster": faster, "faults": faults}
 
 
 def table(cases: dict) -> str:
@@ -188,6 +195,7 @@ def main(argv=None):
     parser.add_argument("--pairs", type=int, default=9, help="turns")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--malloc", action="store_true", help="also without keeping freed memory")
+    parser.add_argument("--apart", action="store_true", help="two processes at a time")
     kept = "default: benchmarks/results/steps.json, on a GPU steps-gpu.json"
     parser.add_argument("--out", type=pathlib.Path, help=kept)
     options = parser.parse_args(argv)
@@ -209,10 +217,11 @@ def main(argv=None):
     stored = json.loads(options.out.read_text()) if options.out.is_file() else {}
     cases = stored.pop("cases", {})
     cases = cases if stored == facts else {}
+    how = {"tiny": options.tiny, "malloc": options.malloc, "apart": options.apart}
     refused = []
     for name in options.cases or here:
         try:
-            found = compare(name, options.pairs, tiny=options.tiny, malloc=options.malloc)
+            found = compare(name, options.pairs, **how)
         except (ValueError, Ended) as error:  # the other cases are no worse for it
             refused.append(f"{name}: {error}" if isinstance(error, Ended) else str(error))
             continue

@@ -90,8 +90,16 @@ def small(config):
 
 
 def demo(config):
-    """Generated radiographs, a tenth of them with their report; not yet measured."""
+    """Generated radiographs, a tenth of them with their report."""
     config.data.corpora = ("cxr_phantom:demo",)
+    config.recipe.image = ConfigDict(STUDY_IMAGE)  # a small ViT learns nothing in this time
+    config.recipe.text.update({"width": 96, "depth": 2, "mlp_dim": 192})
+    config.recipe.update({"near_reports": 50, "hops": 1, "kept": 100, "related": 100})
+    config.data.update({**STUDY_PIXELS, "text_length": 48})
+    # `medvlp bench data`: 1.43 rows a report hold its words; batches of sick patients need more.
+    config.data.evidence.update({"phrases": 4, "length": 12, "pack": 2.2})
+    config.optim.lr = 3e-3
+    config.data.pairing.update({"share": 1.0, "passes": 60})  # rows apart where pairs run out
     config.train.update({"steps": 800, "refresh_every": 100, "checkpoint_every": 200})
     config.train.update({"evaluate_every": 200, "evaluate_limit": 256})
     config.evals.protocols = ("zero_shot", "retrieval", "grounding", "probe")
@@ -99,17 +107,9 @@ def demo(config):
 
 
 def study(config):
-    """A cell of benchmarks/methods_lgdea.py: a small ResNet, which learns more in five minutes."""
+    """A cell of benchmarks/methods_lgdea.py, which starts from the encoder of `views`."""
     demo(config)
-    config.recipe.image = ConfigDict(STUDY_IMAGE)
-    config.recipe.text.update({"width": 96, "depth": 2, "mlp_dim": 192})
-    config.recipe.update({"near_reports": 50, "hops": 1, "kept": 100, "related": 100})
-    config.data.update({**STUDY_PIXELS, "text_length": 48})
-    # `medvlp bench data`: 29 % of the tokens are words, 1.43 rows a report hold them; batches of
-    # sick patients need more.
-    config.data.evidence.update({"phrases": 4, "length": 12, "pack": 2.2})
-    config.optim.update({"lr": 3e-3, "multipliers": (("^(image|text)/", 0.1),)})
-    config.data.pairing.update({"share": 1.0, "passes": 60})  # rows apart where pairs run out
+    config.optim.multipliers = (("^(image|text)/", 0.1),)
     config.train.update({"steps": 300, "refresh_every": 75, "checkpoint_every": 100})
     config.train.update({"evaluate_every": 0, "export": False})
     config.evals.update({"protocols": ("zero_shot", "retrieval", "grounding"), "resamples": 500})

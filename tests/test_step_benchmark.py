@@ -41,7 +41,7 @@ def test_arms_take_turns_and_a_ratio_is_their_time_over_ours(monkeypatch):
     order = []
     times = dict(zip(steps.ARMS, (2.0, 6.0, 3.0), strict=True))
     arms = {name: Clock(seconds, order) for name, seconds in times.items()}
-    found = steps.ratios(steps.by_turns(arms, 4))
+    found = steps.ratios([steps.by_turns(arms, 4)])
     names = [next(n for n, arm in arms.items() if arm is taken) for taken in order]
     assert [names[i : i + 3] for i in range(0, 9, 3)] == [
         ["ours", "eager", "compiled"],
@@ -52,6 +52,31 @@ def test_arms_take_turns_and_a_ratio_is_their_time_over_ours(monkeypatch):
     assert found["ratios"]["compiled"]["median"] == 1.5
     assert found["faster"] == "compiled"
     assert found["faults"] == dict.fromkeys(steps.ARMS, 7)
+
+
+def test_two_at_a_time_each_is_compared_with_ours_of_its_own_turns(monkeypatch):
+    monkeypatch.setattr(steps, "REST", 0)
+    monkeypatch.setattr(steps, "prepare", lambda *_, **__: {"recipe": {"image": {"dtype": "f"}}})
+    seconds = iter((2.0, 6.0, 4.0, 6.0))  # ours beside eager, then, slower, beside compiled
+    alive = set()
+
+    class Process(Clock):
+        said = {"losses": [1.0]}  # noqa: RUF012 (never changed)
+
+        def __init__(self, name):
+            super().__init__(next(seconds), [])
+            alive.add(self)
+            assert len(alive) <= 2
+
+        def close(self):
+            alive.remove(self)
+
+    monkeypatch.setattr(steps, "_arm", lambda name, _: Process(name))
+    found = steps.compare("clip", 3, apart=True)
+    assert not alive
+    assert found["ratios"]["eager"]["median"] == 3.0
+    assert found["ratios"]["compiled"]["median"] == 1.5
+    assert found["faster"] == "compiled"
 
 
 STAND_IN = """
