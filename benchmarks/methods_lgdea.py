@@ -61,6 +61,7 @@ ARMS = {
     "no_pseudo": ("without L_evid^u", without("unpaired")),
     "no_alignment": ("without L_evi-align", without("alignment", "relations")),
     "no_relations": ("without L_evi-align of relations", without("relations")),
+    "apart_untold": ("rows apart without their terms", without("unpaired", "relations")),
     "no_global": ("without L_glob", without("global")),
     "no_prototypes": (
         "without prototypes",

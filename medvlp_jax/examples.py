@@ -110,6 +110,7 @@ def record_transform(
       mask: share of the lower edge to blacken; None takes data.mask_lower_edge.
     """
     data = parts.config["data"]
+    check_view(data, images or {}, inputs)
     decode = functools.lru_cache(maxsize=data["decode_cache"])(
         functools.partial(
             transforms.decode,
@@ -170,21 +171,36 @@ def evidence_in(texts: Sequence[str], parts: Parts) -> dict[str, Any]:
     return evidence_batch(parts.tokenizer, parts.config["data"], told)
 
 
-def _further_image(name, spec, decode, view, data, *, train) -> pipeline.Transform:
-    """Return (record, rng) -> view of a further image, by what the corpus says it is.
+def check_view(data: Mapping[str, Any], images: records.Images, inputs: Sequence[str]) -> None:
+    """Refuse a view that does not exist or does not fit the further images of a corpus.
+
+    Args:
+      data: settings.
+      images: see `corpora.Source.images`.
+      inputs: batch keys: the images that are read.
 
     Raises:
-      UserError: for a volume whose view is one of images, or the other way round.
+      UserError: likewise for a volume whose view is one of images, or the other way round.
     """
-    is_volume, settings = "slices" in spec, data["view"]
-    if is_volume != (settings["name"] == VOLUME_VIEW):
-        kind, fits = (
-            ("a volume", VOLUME_VIEW) if is_volume else ("an image", "cfcml, imitate, prima")
-        )
-        raise UserError(
-            f"data.view.name={settings['name']} does not fit '{name}', {kind}; accepted: {fits}."
-        )
-    if is_volume:
+    random_view(data)
+    view = data["view"]["name"]
+    for name, spec in images.items():
+        if name not in inputs:
+            continue
+        is_volume = "slices" in spec
+        if is_volume != (view == VOLUME_VIEW):
+            kind, fits = (
+                ("a volume", VOLUME_VIEW) if is_volume else ("an image", "cfcml, imitate, prima")
+            )
+            raise UserError(
+                f"data.view.name={view} does not fit '{name}', {kind}; accepted: {fits}."
+            )
+
+
+def _further_image(name, spec, decode, view, data, *, train) -> pipeline.Transform:
+    """Return (record, rng) -> view of a further image, by what the corpus says it is."""
+    settings = data["view"]
+    if "slices" in spec:
         read = functools.lru_cache(maxsize=data["decode_cache"])(
             functools.partial(volumes.decode, slices=spec["slices"], size=data["size"])
         )

@@ -104,6 +104,8 @@ def _prepare(config, workdir, stop) -> _Job:
         export.check(parts)
     checks.batch(config, parts)
     sources = assemble.open_corpora(config["data"], config["data"]["split"])
+    examples.check_view(config["data"], sources[0].images, parts.recipe.inputs)
+    pools = unpaired.pools(parts, sources)
     evaluator = validator = Evaluator(parts, config["evals"], stop)
     if settings["select"]:
         validator = Evaluator(parts, {**config["evals"], "split": checks.VALIDATION}, stop)
@@ -115,7 +117,7 @@ def _prepare(config, workdir, stop) -> _Job:
     trainable, fixed = paths.split(variables["params"], frozen)
     tx, rate = optim.make(trainable, steps=settings["steps"], **fields)
     rows, shares, refresh = sources, None, None
-    if (pools := unpaired.pools(parts, sources)) is not None:
+    if pools is not None:
         variables = unpaired.begin(parts, variables, sources[0], pools)
         related = pairing.Related()
         rows, shares = unpaired.streams(parts, sources[0], pools, related)
