@@ -218,10 +218,16 @@ def differences(cells: Mapping, other: str, ratio: float, metric: str) -> np.nda
 
 
 def gap_closed(cells: Mapping, ratio: float, metric: str) -> float:
-    """Return (LGDEA - control) / (control at 100 % pairs - control), of means over seeds."""
-    at = lambda arm, ratio: _mean(values_of(cells, arm, ratio, metric))
-    control, full = at("pairs", ratio), at("pairs", 1.0)
-    return (at("lgdea", ratio) - control) / (full - control) if full > control else math.nan
+    """Return (LGDEA - control) / (control at 100 % pairs - control), of means over seeds.
+
+    NaN where that way is no longer than the spread over seeds: it would be divided by noise.
+    """
+    ends = [values_of(cells, "pairs", share, metric) for share in (ratio, 1.0)]
+    control, full = map(_mean, ends)
+    spread = sum(values.std(ddof=1) for values in ends if len(values) > 1)
+    if not full - control > spread:
+        return math.nan
+    return (_mean(values_of(cells, "lgdea", ratio, metric)) - control) / (full - control)
 
 
 def _mean(values: np.ndarray) -> float:

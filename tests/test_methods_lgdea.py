@@ -157,6 +157,20 @@ def test_the_table_says_what_was_gained_and_how_much_of_the_way_that_is(study, c
     assert min(Image.open(out.with_suffix(".png")).size) > 600
 
 
+def test_a_way_shorter_than_the_spread_has_no_share():
+    metric = next(iter(bench.METRICS))
+    at = {("pairs", 0.05): (0.37, 0.43), ("pairs", 1): (0.38, 0.44), ("lgdea", 0.05): (0.45, 0.45)}
+    cells = {
+        f"{arm}/{ratio:g}/{seed}": {"results": {metric: {"value": value}}}
+        for (arm, ratio), values in at.items()
+        for seed, value in enumerate(values)
+    }
+    assert np.isnan(bench.gap_closed(cells, 0.05, metric))
+    for seed, value in enumerate((0.57, 0.63)):
+        cells[f"pairs/1/{seed}"]["results"][metric]["value"] = value
+    assert bench.gap_closed(cells, 0.05, metric) == pytest.approx(0.25)
+
+
 def test_a_collapse_is_said(study, monkeypatch, capsys):
     begin, _, _ = study
     monkeypatch.setattr(bench, "usage_entropy", lambda file: 0.3)
