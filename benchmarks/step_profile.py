@@ -6,7 +6,8 @@ Takes the settings of `medvlp train`. The step is the one the run would take, it
 in benchmarks/train_step.py. The compiler knows which module an instruction comes from, the profiler
 how long each one ran. Printed are shares of the threads' time, beside the share of the FLOPs: a
 part that takes more time than FLOPs waits for memory. "compiler" is what XLA put in by itself, most
-of it copies. A product that waits for a thread counts with its waiting.
+of it copies. A product that waits for a thread counts with its waiting. On a CPU set GLIBC_TUNABLES
+as launch/processes.sh does: else the forward pass clears its memory anew in each step.
 """
 
 import argparse
