@@ -3,7 +3,7 @@
   python benchmarks/encoder_profile.py [--model vit ...] [--depth 2] [--rounds 3] [--out FILE.json]
 
 Explains the ratios of benchmarks/encoders.py together with encoder_parts.py: the same inputs, the
-first blocks of the model alone. Printed are the shares of the threads' time by kind of operation; a
+first blocks of the model alone. Printed are the shares of the instructions' time by kind of operation; a
 product that waits for a thread counts with its waiting.
 """
 
@@ -13,6 +13,7 @@ import json
 import pathlib
 import re
 import tempfile
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +32,17 @@ MODELS = {  # title, depth -> module, input as in benchmarks/encoders.py
     ),
     "modernbert": ("ModernBERT-base", lambda depth: modernbert.make("base", depth=depth), WORDS),
 }
+# What these run is an instruction of its own, and is counted there.
+CONTAINERS = re.compile(r" (while|conditional|call)\(")
 KINDS = ("matrix products", "copies and transposes", "all else")
+
+
+def instructions(program: str) -> Iterator[tuple[str, str]]:
+    """Yield name and line of each instruction of a compiled program that does its own work."""
+    for line in program.splitlines():
+        match = re.match(r"\s*(?:ROOT )?%?([\w.\-]+) = ", line)
+        if match and not CONTAINERS.search(line):
+            yield match.group(1), line
 
 
 def kinds_of(program: str) -> dict[str, str]:
@@ -42,23 +53,20 @@ def kinds_of(program: str) -> dict[str, str]:
             name = line.removeprefix("ENTRY ").split(" ", 1)[0].lstrip("%")
         bodies[name] += f"{line}\n"
     found = {}
-    for line in program.splitlines():
-        match = re.match(r"\s*(?:ROOT )?%?([\w.\-]+) = \S+ ", line)
-        if not match:
-            continue
+    for name, line in instructions(program):
         called = re.search(r"calls=%?([\w.\-]+)", line)
         text = bodies[called.group(1)] if called else line
         if re.search(r" (dot|convolution)\(", text) or "matmul" in line:
-            found[match.group(1)] = KINDS[0]
-        elif match.group(1).startswith(("copy", "transpose")):
-            found[match.group(1)] = KINDS[1]
+            found[name] = KINDS[0]
+        elif name.startswith(("copy", "transpose")):
+            found[name] = KINDS[1]
         else:
-            found[match.group(1)] = KINDS[2]
+            found[name] = KINDS[2]
     return found
 
 
 def profile(module, inputs, rounds: int) -> dict[str, float]:
-    """Return milliseconds of thread time a pass, by kind."""
+    """Return milliseconds of instructions a pass, by kind."""
     variables = module.init(jax.random.key(0), inputs)
     loss = lambda params: jnp.square(module.apply({"params": params}, inputs).tokens).mean()
     step = jax.jit(jax.value_and_grad(loss)).lower(variables["params"]).compile()
@@ -72,7 +80,7 @@ def profile(module, inputs, rounds: int) -> dict[str, float]:
 
 
 def by_instruction(run, names, rounds: int) -> dict[str, float]:
-    """Return milliseconds of thread time that each of the instructions took in a run.
+    """Return milliseconds that each of the instructions took in a run; they may overlap.
 
     Args:
       run: function that runs the program once and waits for it.
@@ -105,7 +113,7 @@ def main(argv=None):
     parser.add_argument("--out", type=pathlib.Path)
     options = parser.parse_args(argv)
     results = {}
-    print("| blocks of | ms of thread time | " + " | ".join(KINDS) + " |")
+    print("| blocks of | ms of instructions | " + " | ".join(KINDS) + " |")
     print("|---|---:|" + "---:|" * len(KINDS))
     for name in options.model:
         title, make, inputs = MODELS[name]

@@ -4,10 +4,10 @@
 
 Takes the settings of `medvlp train`. The step is the one the run would take, its input random, as
 in benchmarks/train_step.py. The compiler knows which module an instruction comes from, the profiler
-how long each one ran. Printed are shares of the threads' time, beside the share of the FLOPs: a
-part that takes more time than FLOPs waits for memory. "compiler" is what XLA put in by itself, most
-of it copies. A product that waits for a thread counts with its waiting. On a CPU set GLIBC_TUNABLES
-as launch/processes.sh does: else the forward pass clears its memory anew in each step.
+how long each one ran; on a CPU they overlap, and one that several threads share counts once.
+Printed are shares of the sum, beside the share of the FLOPs: a part that takes more time than FLOPs
+waits for memory. "compiler" is what XLA put in by itself, most of it copies. On a CPU set
+GLIBC_TUNABLES as launch/processes.sh does: else the forward pass clears its memory anew in each step.
 """
 
 import argparse
@@ -23,9 +23,6 @@ from benchmarks import encoder_profile, train_step
 from medvlp_jax import plan, train
 from medvlp_jax.training import flops
 
-# What these run is an instruction of its own.
-CONTAINERS = re.compile(r" (while|conditional|call)\(")
-
 
 def parts_of(program: str) -> dict[str, tuple[str, bool]]:
     """Return the part of the step each instruction belongs to, and whether it goes backward.
@@ -34,19 +31,16 @@ def parts_of(program: str) -> dict[str, tuple[str, bool]]:
       program: compiled, as text.
     """
     found = {}
-    for line in program.splitlines():
-        match = re.match(r"\s*(?:ROOT )?%?([\w.\-]+) = ", line)
-        if not match or CONTAINERS.search(line):
-            continue
+    for instruction, line in encoder_profile.instructions(program):
         scope = re.search(r'op_name="([^"]*)"', line)
         name = scope.group(1) if scope else ""
         part = flops.step_part(name) if "/" in name else "compiler"
-        found[match.group(1)] = part, "transpose(" in name
+        found[instruction] = part, "transpose(" in name
     return found
 
 
 def profile(config: dict, rounds: int) -> dict[str, dict[str, float]]:
-    """Return milliseconds of thread time in a step and FLOPs, by part of the method.
+    """Return milliseconds of instructions in a step and FLOPs, by part of the method.
 
     Args:
       config: resolved.
@@ -82,7 +76,7 @@ def table(rows: dict[str, dict[str, float]]) -> str:
     work = sum(row.get("flops", 0) for row in rows.values())
     columns = ("forward", "backward", *encoder_profile.KINDS)
     lines = [
-        f"| {whole:,.0f} ms of thread time | of the time | of the FLOPs | {' | '.join(columns)} |",
+        f"| {whole:,.0f} ms of instructions | of the time | of the FLOPs | {' | '.join(columns)} |",
         "|---" + "|---:" * (2 + len(columns)) + "|",
     ]
     for part, row in sorted(rows.items(), key=lambda item: -time(item[1])):
