@@ -3,8 +3,8 @@
   python benchmarks/encoder_profile.py [--model vit ...] [--depth 2] [--rounds 3] [--out FILE.json]
 
 Explains the ratios of benchmarks/encoders.py together with encoder_parts.py: the same inputs, the
-first blocks of the model alone. Printed are the shares of the instructions' time by kind of operation; a
-product that waits for a thread counts with its waiting.
+first blocks of the model alone. Printed are the shares of the instructions' time by kind of
+operation; a product that waits for a thread counts with its waiting.
 """
 
 import argparse

@@ -7,7 +7,7 @@ in benchmarks/train_step.py. The compiler knows which module an instruction come
 how long each one ran; on a CPU they overlap, and one that several threads share counts once.
 Printed are shares of the sum, beside the share of the FLOPs: a part that takes more time than FLOPs
 waits for memory. "compiler" is what XLA put in by itself, most of it copies. On a CPU set
-GLIBC_TUNABLES as launch/processes.sh does: else the forward pass clears its memory anew in each step.
+GLIBC_TUNABLES as launch/processes.sh does: else the forward pass clears its memory anew each time.
 """
 
 import argparse
