@@ -75,6 +75,13 @@ ARMS = {
         "relations as specified: A_0 the pairs alone, 5 hops, 10 reports",
         {"recipe": {"near_reports": 0, "hops": 5, "kept": 50, "related": 10}},
     ),
+    "alpha_50": ("alpha 0.5", {"recipe": {"alpha": 0.5}}),
+    "neighbours_30": ("30 neighbours", {"recipe": {"neighbours": 30}}),
+    "prototypes_16": ("16 prototypes", {"recipe": {"prototypes": 16}}),
+    "prototypes_64": ("64 prototypes", {"recipe": {"prototypes": 64}}),
+    "sharp": ("temperatures 0.05", {"recipe": {"temperature": 0.05, "image_temperature": 0.05}}),
+    "soft": ("temperatures 0.2", {"recipe": {"temperature": 0.2, "image_temperature": 0.2}}),
+    "less_rec": ("L_rec by 0.3", {"recipe": {"weights": {"reconstruction": 0.3}}}),
     "sentences": (
         "sentences for evidence",
         {"data": {"evidence": {"unit": "sentence", "pack": 0.0}}},

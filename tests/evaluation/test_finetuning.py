@@ -96,7 +96,7 @@ def trainings(tmp_path_factory):
     recipe = adaptation.Adapted(adapting.encoder(), finetuning.Classifier(**HALF), True)
     variables = adaptation.initial(recipe, adapting.weights_of(), examples[0], seed=0)
     value = lambda found: finetuning.value(found, task="half", multi_label=True)
-    settings = {"steps": 80, "lr": 1e-2, "evaluate_every": 20, "encoder_lr": 0.3}
+    settings = {"steps": 160, "lr": 1e-2, "evaluate_every": 20, "encoder_lr": 0.3}
     folder = tmp_path_factory.mktemp("fit")
     again = [
         adapting.train(recipe, variables, examples, value, folder, **settings) for _ in range(2)
@@ -108,10 +108,10 @@ def test_encoder_and_head_learn_together(trainings):
     recipe, variables, (fitted, _) = trainings
     predict = make_embed(recipe, adapting.MESH, "predict")
     found = adapting.evaluate(predict, fitted.variables, [*adapting.discs(48, seed=1)])
-    # Chance is 0.5. 80 steps round otherwise on other processors: 0.89 was seen, and above 0.9.
+    # Chance is 0.5; 0.97 was seen. With 80 steps 0.87 to 0.92, by the draw and the rounding.
     options = {"task": "half", "classes": ["left"], "multi_label": True, "fraction": 0.01}
     results = finetuning.run(found, **options, settings={}, notes={}, resamples=100)
-    assert results["finetune/half_1%/macro_auroc"]["value"] > 0.8
+    assert results["finetune/half_1%/macro_auroc"]["value"] > 0.9
     before, after = (paths.flatten(v["params"]["encoder"]) for v in (variables, fitted.variables))
     still = [path for path in before if np.array_equal(before[path], after[path])]
     assert not still
