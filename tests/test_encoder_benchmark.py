@@ -5,9 +5,10 @@ import json
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from benchmarks import encoder_parts, encoder_profile, encoders
+from benchmarks import encoder_parts, encoder_profile, encoders, fused_qkv
 
 pytestmark = pytest.mark.hf
 
@@ -86,3 +87,21 @@ def test_a_program_says_which_of_its_instructions_are_products_and_which_copies(
     assert encoder_profile.KINDS[0] in kinds.values()
     assert encoder_profile.KINDS[1] in kinds.values()
     assert encoder_profile.KINDS[2] in kinds.values()
+
+
+def test_one_product_gives_the_gradients_of_three():
+    params, x, w = fused_qkv.inputs(6, 4, "float32")
+    params = jax.tree.map(lambda leaf: leaf + 0.5, params)
+    for ours, theirs in zip(fused_qkv.apart(params, x), fused_qkv.fused(params, x), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+    one, three = (fused_qkv.gradients(way)(params, x, w) for way in fused_qkv.WAYS)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), one, three)
+
+
+def test_a_ratio_of_ways_that_are_one_is_about_one(monkeypatch):
+    monkeypatch.setattr(fused_qkv, "WAYS", (fused_qkv.apart, fused_qkv.apart))
+    ticks = iter(range(1000))
+    monkeypatch.setattr(fused_qkv.time, "process_time", lambda: float(next(ticks)))
+    monkeypatch.setattr(fused_qkv.time, "perf_counter", lambda: float(next(ticks)))
+    found = fused_qkv.compare(fused_qkv.inputs(6, 4, "float32"), rounds=3)
+    assert found == {"ratio": 1, "low": 1, "high": 1, "three_seconds": 1}
