@@ -305,6 +305,19 @@ def test_batch_norm_ignores_the_examples_that_are_not_valid():
     jax.tree.map(assert_close, updates, expected)
 
 
+@pytest.mark.parametrize("count", [0, 1])
+def test_batch_norm_of_too_few_valid_examples_is_that_of_evaluation(count):
+    x = RNG.normal(size=(4, 5)).astype(np.float32)
+    layer = BatchNorm()
+    variables = jax.jit(layer.init)(jax.random.key(0), x)
+    variables["batch_stats"] = {"mean": RNG.normal(size=5), "var": np.full(5, 3.0)}
+    y, updates = layer.apply(
+        variables, x, train=True, valid=np.arange(4) < count, mutable=["batch_stats"]
+    )
+    assert_close(y, layer.apply(variables, x))
+    jax.tree.map(assert_close, updates["batch_stats"], variables["batch_stats"])
+
+
 def test_batch_norm_does_not_move_at_init():
     stats = BatchNorm().init(jax.random.key(0), RNG.normal(size=(4, 3)), train=True)["batch_stats"]
     assert not np.asarray(stats["mean"]).any()

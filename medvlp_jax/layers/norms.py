@@ -71,7 +71,8 @@ class BatchNorm(nn.Module):
         Args:
           x: [B, ..., D].
           train: use this batch's statistics and update the running ones.
-          valid: [B] bool, examples that count in the statistics; None counts all.
+          valid: [B] bool, examples that count in the statistics; None counts all. Where they are
+            too few for a variance, the running statistics serve and stay as they are.
           source: which running statistics, where one layer serves several kinds of input.
 
         Returns:
@@ -88,6 +89,12 @@ class BatchNorm(nn.Module):
         mean, var = running_mean.value, running_var.value
         if train:
             mean, var, unbiased = _batch_statistics(x, valid)
+            if valid is not None:
+                # Without two values there is no variance: as in evaluation, and nothing is learnt.
+                enough = valid.sum() * (x[0].size // x.shape[-1]) >= 2
+                mean = jnp.where(enough, mean, running_mean.value)
+                var = jnp.where(enough, var, running_var.value)
+                unbiased = jnp.where(enough, unbiased, running_var.value)
             if not self.is_initializing():
                 running_mean.value += self.momentum * (mean - running_mean.value)
                 running_var.value += self.momentum * (unbiased - running_var.value)

@@ -80,7 +80,8 @@ class ClinicalPrior(NamedTuple):
       temperature: that of the logits this prior is used with.
       ids: [B] integers; rows with equal ids are positives of one another. None: only the pair is.
       has_report: [B] bool; where False the row takes part without a prior. None: all have one.
-      centre: subtract the batch mean from the features first (our extension, IMITATE spec 1.12).
+      centre: subtract their mean over the batch, where there is a report, from the features first
+        (our extension, IMITATE spec 1.12).
       normalise: scale each row of Y to sum 1 (our extension, spec 1.9 Q1).
     """
 
@@ -95,13 +96,22 @@ class ClinicalPrior(NamedTuple):
 
     def similarity(self) -> Float[Array, "B B"]:
         """Return S [B, B] in [0, 1 - exp(-strength)] for the "exp" kernel."""
-        features = self.features - self.features.mean(axis=0) if self.centre else self.features
-        rho = jnp.maximum(pearson(features), 0.0)
+        rho = jnp.maximum(pearson(self.compared()), 0.0)
         rho = jnp.where(jnp.eye(len(rho), dtype=bool), 0.0, rho)
         smoothed = self.smooth(rho)
         if self.has_report is not None:
             smoothed = jnp.where(pairwise(self.has_report), smoothed, 0.0)
         return jax.lax.stop_gradient(smoothed)
+
+    def compared(self) -> Float[Array, "B D"]:
+        """Return the features that are correlated: less the mean of those that count, or raw."""
+        if not self.centre:
+            return self.features
+        if self.has_report is None:
+            return self.features - self.features.mean(axis=0)
+        counts = self.has_report[:, None]
+        total = jnp.where(counts, self.features, 0).sum(axis=0)
+        return self.features - total / jnp.maximum(counts.sum(), 1)
 
     def smooth(self, rho: Float[Array, "..."]) -> Float[Array, "..."]:
         """Apply the kernel to clipped correlations.

@@ -92,10 +92,7 @@ def rule_of(prior: Prior | None, dtype) -> tuple[Rule, dict, dict]:
     if isinstance(prior, RowSoftmax):
         known = {"y": at_least_float32(prior.y)}
         return Rule(_likeness, "softmax", None, dtype), known, {"softness": prior.temperature}
-    features = prior.features
-    if prior.centre:
-        features = features - features.mean(axis=0)
-    known = {"features": contrastive.standardise(features)}
+    known = {"features": contrastive.standardise(prior.compared())}
     within = None
     if prior.has_report is not None:
         known["has_report"] = prior.has_report

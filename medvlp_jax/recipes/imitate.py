@@ -66,11 +66,12 @@ class Head(nn.Module):
     dim: int
 
     @nn.compact
-    def __call__(self, x, *, train, source=""):
-        """Map [B, D] to [B, dim], not normalised; `source` picks the running statistics."""
+    def __call__(self, x, *, train, valid=None, source=""):
+        """Map [B, D] to [B, dim], not normalised; `valid` and `source` as in BatchNorm."""
         norm, last_norm = BatchNorm(name="norm"), BatchNorm(affine=False, name="last_norm")
-        x = nn.relu(norm(torch_linear(x, self.hidden, "first"), train=train, source=source))
-        return last_norm(torch_linear(x, self.dim, "second"), train=train, source=source)
+        kind = {"train": train, "valid": valid, "source": source}
+        x = nn.relu(norm(torch_linear(x, self.hidden, "first"), **kind))
+        return last_norm(torch_linear(x, self.dim, "second"), **kind)
 
 
 class ClassAttention(nn.Module):
@@ -256,8 +257,10 @@ class Imitate(nn.Module):
                 features[f"{section}_report"] = report
                 # In training each section is normalised by its own batch; one running average of
                 # both would fit neither in evaluation.
-                source = "" if self.legacy_shared_statistics else section
-                features[name] = base.unit(self.text_head(report, train=train, source=source))
+                kind = {"source": "" if self.legacy_shared_statistics else section}
+                # Nor must it depend on what stands where a section is missing.
+                kind["valid"] = batch.get(f"{section}_valid")
+                features[name] = base.unit(self.text_head(report, train=train, **kind))
         return features
 
     def localise(self, batch):

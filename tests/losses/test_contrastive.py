@@ -168,6 +168,23 @@ def test_a_row_without_report_keeps_its_pair_and_loses_its_prior():
     np.testing.assert_array_equal(target[:, 3], np.eye(12)[3])
 
 
+def test_features_are_centred_on_the_mean_of_those_that_are_reports(float64):
+    report = random_pair()[3]
+    has = np.arange(12) % 3 != 0
+    report[~has] = 0.0  # as missing sections are cached
+    centred = report[has] - report[has].mean(0)
+    rho = np.zeros((12, 12))
+    for a, i in enumerate(np.flatnonzero(has)):
+        for b, j in enumerate(np.flatnonzero(has)):
+            if i != j:
+                rho[i, j] = max(np.corrcoef(centred[a], centred[b])[0, 1], 0)
+    prior = lambda features: ClinicalPrior(features, has_report=jnp.asarray(has), centre=True)
+    expected = 1 - np.exp(-0.2 * rho)
+    np.testing.assert_allclose(prior(report).similarity(), expected, rtol=1e-10, atol=1e-12)
+    other = np.where(has[:, None], report, 7.0)
+    np.testing.assert_array_equal(prior(other).similarity(), prior(report).similarity())
+
+
 def test_same_id_shares_the_mass_between_equal_texts(float64):
     x, y, _, _ = random_pair(batch=5)
     ids = np.array([7, 3, 7, 7, 1])
