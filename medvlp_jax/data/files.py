@@ -91,30 +91,38 @@ def read_image(path: Path, row: Row, *, format: str = "JPEG") -> bytes:
       format: Pillow's name of the format that is accepted, "JPEG" or "PNG".
 
     Raises:
-      UserError: if the file is missing, truncated, no image, or in another format.
+      UserError: if the file is missing, truncated, no image, in another format, or deeper than 8
+        bits, which decoding would cut off at white.
     """
     if not path.is_file():
         raise row.error(f"image {path} is missing; a {format} file is needed there.")
     try:
         with Image.open(path) as image:
             image.load()
-            found = image.format
+            found, mode = image.format, image.mode
     except (OSError, SyntaxError, ValueError) as error:
         raise row.error(
             f"image {path} cannot be decoded ({error}); a whole {format} file is needed."
         ) from error
     if found != format:
         raise row.error(f"image {path} is {found}; a {format} file is needed.")
+    if is_deep(mode):
+        raise row.error(f"image {path} has more than 8 bits a channel; one of 8 bits is needed.")
     return path.read_bytes()
 
 
-def inside(folder: Path, row: Row, column: str) -> Path:
-    """Return the path in a cell, which must not lead out of the source folder.
+def is_deep(mode: str) -> bool:
+    """Return whether pixels of one of Pillow's modes have more than 8 bits."""
+    return mode.startswith(("I", "F"))
+
+
+def inside(folder: Path, row: Row, column: str, *, suffix: str = "") -> Path:
+    """Return the path in a cell, plus a suffix, which must not lead out of the source folder.
 
     Raises:
       UserError: if it does.
     """
-    path = (folder / row[column]).resolve()
+    path = (folder / f"{row[column]}{suffix}").resolve()
     if not path.is_relative_to(folder.resolve()):
         raise row.error(f"{column} '{row[column]}' is outside {folder}.")
     return path

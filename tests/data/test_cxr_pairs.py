@@ -92,6 +92,13 @@ def test_a_missing_mask_names_the_row(cxr_folder):
         corpora.check("cxr_pairs", manual_dir=cxr_folder)
 
 
+@pytest.mark.parametrize("column", ["file", "image_id"])
+def test_a_path_out_of_the_folder_is_refused(cxr_folder, edit_table, column):
+    edit_table(cxr_folder / "pairs.csv", has_lung_mask="1", **{column: "../../elsewhere.jpg"})
+    with pytest.raises(UserError, match=f"row 2: {column} '../../elsewhere.jpg' is outside"):
+        corpora.check("cxr_pairs", manual_dir=cxr_folder)
+
+
 def test_an_unknown_variant_names_the_known_ones(tmp_path):
     with pytest.raises(UserError, match=r"no builder config 'image'.*images"):
         corpora.builder("cxr_pairs", data_dir=tmp_path, builder_config="image")

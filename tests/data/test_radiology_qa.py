@@ -111,3 +111,9 @@ def test_a_value_outside_the_list_names_what_is_accepted(radiology_folder, edit_
     edit_table(radiology_folder / "pairs.csv", row=2, **{column: "knee"})
     with pytest.raises(corpora.UserError, match=f"row 4: {column} is 'knee'; accepted are"):
         corpora.check("radiology_qa", manual_dir=radiology_folder)
+
+
+def test_a_path_out_of_the_folder_is_refused(radiology_folder, edit_table):
+    edit_table(radiology_folder / "pairs.csv", row=2, file="../elsewhere.jpg")
+    with pytest.raises(corpora.UserError, match=r"row 4: file '\.\./elsewhere.jpg' is outside"):
+        corpora.check("radiology_qa", manual_dir=radiology_folder)

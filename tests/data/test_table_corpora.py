@@ -207,6 +207,22 @@ def test_a_folder_of_ones_own_is_prepared_under_a_name_and_opened_without_its_so
     assert again[0]["image_id"] == source[0]["image_id"]
 
 
+def test_a_deep_image_is_stretched_and_not_cut_off_at_white(own_folder, tmp_path):
+    ramp = np.tile(np.arange(0, 4096, 64, dtype=np.uint16), (64, 1))  # of 12 bits
+    Image.fromarray(ramp).save(own_folder / "pictures/4.png")
+    _, found = entries("csv_folder", "train", own_folder, tmp_path, "lesions")
+    entry = next(e for e in found if e["image_id"] == "pictures/4.png")
+    grey = np.asarray(Image.open(io.BytesIO(entry["image"])).convert("L")).astype(int)
+    assert (np.diff(grey.mean(0)) > 0).mean() > 0.9
+
+
+def test_a_deep_image_is_refused_where_a_corpus_has_none(pad_folder):
+    path = next(pad_folder.rglob("*.png"))
+    Image.fromarray(np.full((8, 8), 4095, np.uint16)).save(path)
+    with pytest.raises(UserError, match=f"{path.name} has more than 8 bits a channel"):
+        corpora.check("pad_ufes_20", manual_dir=pad_folder)
+
+
 @pytest.mark.parametrize(
     ("file", "old", "new", "message"),
     [

@@ -12,7 +12,8 @@ Source folder:
   `group` is what must not be torn apart by a split (patient, lesion). `id` may be "": the path of
   the image then. `split` may be "": 80/10/10 by a hash of the group then. `images` names further
   images of a case and their columns, and may be left out, as may `channels` (3, or 1 for grey).
-* `table.csv`: one row a case; paths are relative to the folder. JPEG or PNG.
+* `table.csv`: one row a case; paths are relative to the folder. JPEG or PNG; one of
+  more than 8 bits is stretched to grey of 8.
 * `table.json`: the schema of the columns that a model may see, see data/tabular.py.
 
     medvlp data prepare csv_folder --manual-dir DIR --builder-config NAME
@@ -29,7 +30,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from medvlp_jax.config import UserError, nearest
-from medvlp_jax.data import files, records, tabular
+from medvlp_jax.data import files, images, records, tabular
 
 FIELDS = ("classes", "columns", "images", "channels")
 COLUMNS = ("image", "label", "group", "id", "split")
@@ -116,12 +117,14 @@ class Builder(tfds.core.GeneratorBasedBuilder):
 
 
 def _read(path: Path, row: files.Row) -> bytes:
-    """Return the bytes of a JPEG or PNG, decoded once."""
+    """Return the bytes of a JPEG or PNG, decoded once; of a deeper PNG those of a grey JPEG."""
     try:
         with Image.open(path) as image:
-            found = image.format
+            found, mode = image.format, image.mode
     except (OSError, ValueError):
-        found = ""
+        found = mode = ""
+    if files.is_deep(mode):
+        return images.load(path).content
     return files.read_image(path, row, format="PNG" if found == "PNG" else "JPEG")
 
 

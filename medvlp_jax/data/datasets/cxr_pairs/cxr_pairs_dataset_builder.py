@@ -82,7 +82,7 @@ def to_record(folder: Path, row: files.Row, boxes: Boxes) -> dict:
     """Return the record of one row of pairs.csv."""
     findings, impression = sections(row)
     return records.record(
-        image=files.read_image(folder / row["file"], row),
+        image=files.read_image(files.inside(folder, row, "file"), row),
         image_id=row["image_id"],
         patient_id=row["patient_id"],
         study_id=f"{row['patient_id']}/{row['offset_days']}",
@@ -117,7 +117,7 @@ def finding_labels(label: str) -> np.ndarray:
 
 def lung_mask(folder: Path, row: files.Row) -> bytes:
     """Return the lung mask of a row as a PNG bit field."""
-    path = folder / "lung_masks" / f"{row['image_id']}.png"
+    path = files.inside(folder / "lung_masks", row, "image_id", suffix=".png")
     files.read_image(path, row, format="PNG")
     with Image.open(path) as mask:
         return records.encode_mask((np.asarray(mask.convert("L")) > 127) << MASK_BITS["lung"])

@@ -100,7 +100,7 @@ def to_record(folder: Path, row: files.Row) -> dict:
     diagnosis = DIAGNOSES[row.choice("diagnostic", tuple(DIAGNOSES))]
     where = next((f for f in FOLDERS if (folder / f / row["img_id"]).is_file()), FOLDERS[0])
     return records.record(
-        image=files.read_image(folder / where / row["img_id"], row, format="PNG"),
+        image=files.read_image(files.inside(folder / where, row, "img_id"), row, format="PNG"),
         image_id=row["img_id"],
         patient_id=row["patient_id"],
         study_id=f"{row['patient_id']}/{row['lesion_id']}",

@@ -99,7 +99,7 @@ def to_record(folder: Path, row: files.Row) -> dict:
     """Return the record of one row of pairs.csv."""
     row.cells.update({c: first_alternative(row[c]) for c in ("plane", "organ", "abnormality")})
     return records.record(
-        image=files.read_image(folder / row["file"], row),
+        image=files.read_image(files.inside(folder, row, "file"), row),
         image_id=row["image_id"],
         patient_id=row["group_id"],
         study_id=row["group_id"],
