@@ -234,6 +234,7 @@ class Job:
         how = self.settings._asdict() | {"encoder_lr": self.options.encoder_lr}
         where = {"corpus": self.options.corpus, "split": self.test_split}
         seen = {"size": self.task.frame.size, "fit": self.task.frame.fit}
+        seen |= {"annotated_only": True} if self.options.annotated_only else {}
         notes = {
             "encoder": self.backbone.description() | {"untrained": self.options.untrained},
             "encoder_lr": self.settings.encoder_lr,

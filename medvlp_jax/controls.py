@@ -140,6 +140,7 @@ def _results(evaluator, scores, test) -> Results:
         test,
         task=task,
         classes=evaluator.source.tasks[task],
+        probe_limit=evaluator.settings["probe_limit"],
         resamples=evaluator.settings["resamples"],
         **evaluator.positive(),
     )

@@ -191,7 +191,8 @@ class Evaluator(Embedder):
         del variables, mask
         image, text = self.joint(found)
         task = self.settings["class_task"] or next(iter(self.source.tasks), "")
-        options |= {"labels": found.get(f"label/{task}"), "groups": found["patient_id"]}
+        options |= {"labels": found.get(f"label/{task}"), "class_task": task}
+        options["groups"] = found["patient_id"]
         if flavour != flavours.CLEAN:
             options["flavour"] = flavour
             return retrieval_legacy.run(image, text, found["text_id"], **options)
@@ -276,6 +277,7 @@ class Evaluator(Embedder):
                 multi_label=spec.get("multi_label", multi_label),
                 train_groups=fitted["patient_id"],
                 test_groups=found["patient_id"],
+                probe_limit=self.settings["probe_limit"],
                 **self.settings["probe"],
                 **options,
             )

@@ -1,15 +1,17 @@
 """`medvlp adapt` on the generated radiographs: what it writes, and what it refuses."""
 
+import types
+
 import jax
 import numpy as np
 import pytest
 from PIL import Image
 
 from medvlp_jax import adapt, backbones, cli, convert, outside
-from medvlp_jax.data import corpora
+from medvlp_jax.data import corpora, regions
 from medvlp_jax.encoders import bert, resnet
 from medvlp_jax.encoders.base import Tokens
-from medvlp_jax.evaluation import provenance, results
+from medvlp_jax.evaluation import probe, provenance, results
 
 CORPUS = "cxr_phantom:tiny"
 SHORT = ["--steps=4", "--batch-size=8", "--evaluate-every=2", "--resamples=20", "--width=16"]
@@ -116,6 +118,21 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(given, tmp_path, capsys, c
 def test_random_weights_that_are_trained_move_as_fast_as_their_head(task, given, share):
     options = adapt.parser().parse_args([f"--task={task}", "--corpus=x", "--out=y", *given])
     assert adapt.settings_of(options, adapt.tasks.TASKS[task]).encoder_lr == share
+
+
+def test_leaving_images_without_a_box_out_is_in_the_settings_that_are_hashed():
+    def settings(*given):
+        asked = ["--task=detect", "--corpus=x", "--out=y", *given]
+        options = adapt.parser().parse_args(asked)
+        task = types.SimpleNamespace(frame=regions.Frame(32, 1, fit="squash"))
+        job = types.SimpleNamespace(options=options, task=task, settings=adapt.DEFAULTS)
+        job.backbone, job.test_split = types.SimpleNamespace(description=dict), "test"
+        job.train_encoder = False
+        fitted = types.SimpleNamespace(step=1, steps=1, value=0.5)
+        return adapt.Job._options(job, fitted, probe.Split([0], [1]), 0)["settings"]
+
+    # Without the flag the hash is the one of before.
+    assert settings("--annotated-only") == {**settings(), "annotated_only": True}
 
 
 def test_a_split_with_nothing_to_find_is_one_sentence_and_leaves_nothing(

@@ -72,6 +72,8 @@ def test_a_clip_is_evaluated_by_every_protocol_and_flavour(clip, command, capsys
     assert found["zero_shot/finding (chexzero)/macro_auroc"]["protocol"] == "zero_shot@chexzero-v1"
     assert 0 <= found["zero_shot/finding/macro_f1_at_threshold"]["value"] <= 1
     assert found["retrieval/image_to_text/protocol"]["gallery"] > 1
+    assert found["retrieval/image_to_text/protocol"]["settings"]["class_task"] == "finding"
+    assert found["probe/finding/protocol"]["settings"]["probe_limit"] == 24
     assert len(found["probe/finding_50%/macro_auroc"]["draws"]) == 3
     assert "probe/finding_50% (draw 2)/macro_auroc" in found
     assert "macro_auroc" in capsys.readouterr().out

@@ -126,6 +126,7 @@ def results(
     *,
     task: str,
     classes: Sequence[str],
+    probe_limit: int = 0,
     **bootstrap,
 ) -> Results:
     """Score what `scores` returned; keys are regression/<task> (<input>)/<metric>.
@@ -135,6 +136,8 @@ def results(
       test: the rows they belong to, see `scores`.
       task: label task.
       classes: C names.
+      probe_limit: they were fitted on the first so many rows, 0 on all; a setting that the hash
+        covers.
       **bootstrap: resamples, seed, level.
     """
     numbers: Results = {}
@@ -144,6 +147,7 @@ def results(
         )
         settings = {"classes": list(classes), "input": kind}
         settings |= {} if kind == MISSING else {"bins": BINS, "side": SIDE}
+        settings |= {"probe_limit": probe_limit} if probe_limit else {}
         numbers |= assemble(
             PROTOCOL,
             f"{task} ({kind})",

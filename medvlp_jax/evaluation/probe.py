@@ -206,6 +206,7 @@ def run(
     train_groups=None,
     test_groups=None,
     fraction: float = 1.0,
+    probe_limit: int = 0,
     **bootstrap,
 ) -> Results:
     """Fit on frozen training features, score on test features.
@@ -222,6 +223,8 @@ def run(
       train_groups: [N] patient of each row.
       test_groups: [n].
       fraction: share of the training patients used.
+      probe_limit: the training features are of the first so many rows, 0 of all; a setting that the
+        hash covers.
       **bootstrap: resamples (2,000), level.
 
     Returns:
@@ -242,6 +245,7 @@ def run(
     score = classify.multi_label_scores if multi_label else classify.single_label_scores
     scored = score(test_labels, scores, classes, groups=test_groups, seed=seed, **bootstrap)
     settings = {"classes": list(classes), "fraction": fraction, "strengths": STRENGTHS, **bootstrap}
+    settings |= {"probe_limit": probe_limit} if probe_limit else {}
     name = task_name(task, fraction)
     notes = scored.notes | named(fitted, classes)
     return assemble(PROTOCOL, name, scored.numbers, settings=settings, notes=notes)

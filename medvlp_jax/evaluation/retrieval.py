@@ -225,7 +225,16 @@ def _direction(query: Side, gallery: Side, ks: Sequence[int], tile: int, options
 
 
 def run(
-    image, text, text_ids, *, labels=None, groups=None, ks=(1, 5, 10), tile=256, **bootstrap
+    image,
+    text,
+    text_ids,
+    *,
+    labels=None,
+    class_task="",
+    groups=None,
+    ks=(1, 5, 10),
+    tile=256,
+    **bootstrap,
 ) -> Results:
     """Retrieve texts by images and images by texts.
 
@@ -238,6 +247,7 @@ def run(
       text_ids: [N], equal for equal texts.
       labels: [N, C] int8 for P@K and H@K, -1 = unknown; "same class" is an identical set of present
         classes (see `label_sets`). None = pairs only.
+      class_task: whose labels they are; a setting that the hash covers.
       groups: [N] patient of each row.
       ks: the K; those above the gallery size are dropped.
       tile: queries scored at a time; memory is about 40 tile G bytes.
@@ -250,6 +260,7 @@ def run(
     image, text, text_ids, labels, groups = with_text(image, text, text_ids, labels, groups)
     images, texts = sides(image, text, text_ids, labels=labels, groups=groups)
     settings = {"ks": list(ks), "ties": "expected", "decimals": DECIMALS, **bootstrap}
+    settings |= {"class_task": class_task} if labels is not None else {}
     results: Results = {}
     for task, query, gallery in (
         ("image_to_text", images, texts),

@@ -128,7 +128,16 @@ def search(query: Side, gallery: Side, flavour: Flavour, ks, *, tile=256) -> dic
 
 
 def run(
-    image, text, text_ids, *, flavour: str, labels=None, groups=None, tile=256, **bootstrap
+    image,
+    text,
+    text_ids,
+    *,
+    flavour: str,
+    labels=None,
+    class_task="",
+    groups=None,
+    tile=256,
+    **bootstrap,
 ) -> Results:
     """Retrieve texts by images and images by texts as a published protocol does.
 
@@ -138,6 +147,7 @@ def run(
       text_ids: [N], equal for equal texts.
       flavour: a key of FLAVOURS.
       labels: [N, C] int8, -1 = unknown; "same class" is an identical set of present classes.
+      class_task: whose labels they are; a setting that the hash covers, where classes count.
       groups: [N] patient of each row.
       tile: queries scored at a time.
       **bootstrap: resamples (2,000), seed, level; by patients, as for the clean flavour.
@@ -158,6 +168,7 @@ def run(
         text_ids = np.arange(len(text))
     images, texts = retrieval.sides(image, text, text_ids, labels=labels, groups=groups)
     settings = {**spec._asdict(), "ties": "stable", **bootstrap}
+    settings |= {"class_task": class_task} if spec.metrics != "R" else {}
     results: Results = {}
     for task, query, gallery in (
         ("image_to_text", images, texts),

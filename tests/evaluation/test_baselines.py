@@ -56,7 +56,12 @@ def test_each_regression_finds_what_its_input_holds():
     assert min(recall("table and pixels", name) for name in "abc") > 0.9
     assert found["regression/d (table)/macro_auroc"]["value"] < 0.9
     assert found["regression/d (pixels)/macro_auroc"]["value"] < 0.9
-    assert found["regression/d (table)/protocol"]["train_rows"] == 120
+    key = "regression/d (table)/protocol"
+    assert found[key]["train_rows"] == 120
+    options = {"task": "d", "classes": ("a", "b", "c"), "resamples": 50}
+    limited = baselines.results(scores, test, probe_limit=120, **options)
+    assert limited[key]["settings"]["probe_limit"] == 120
+    assert limited[key]["hash"] != found[key]["hash"]
 
 
 def test_what_is_missing_is_told_apart_from_what_is_written():

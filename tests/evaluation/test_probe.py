@@ -176,3 +176,14 @@ def test_tasks_of_one_class_a_row_are_told_from_findings():
     assert not probe.is_multi_label(np.vstack([one_hot, [-1, -1, -1]]))
     assert probe.is_multi_label(np.vstack([one_hot, [1, 1, 0]]))
     assert probe.is_multi_label(np.vstack([one_hot, [0, 0, 0]]))
+
+
+def test_a_limit_of_the_training_rows_is_in_the_hash():
+    rng = np.random.default_rng(0)
+    x, y, groups = make(40, rng)
+    options = {"classes": ("real", "noise"), "task": "finding", "multi_label": True}
+    options |= {"train_groups": groups, "resamples": 0}
+    runs = [probe.curve(x, y, x, y, probe_limit=limit, **options) for limit in (0, 40)]
+    all_rows, limited = (run["probe/finding/protocol"] for run in runs)
+    assert limited["settings"]["probe_limit"] == 40
+    assert all_rows["hash"] != limited["hash"]

@@ -294,3 +294,14 @@ def test_result_is_json(corpus):
     entry = found["retrieval/image_to_text/R@1"]
     assert entry["low"] <= entry["value"] <= entry["high"]
     assert entry["protocol"] == "retrieval@clean-v1"
+
+
+def test_the_task_whose_classes_count_is_in_the_hash(corpus):
+    image, text, ids, labels, groups = corpus
+    options = {"groups": groups, "resamples": 0}
+    key = "retrieval/image_to_text/protocol"
+    run = lambda **more: retrieval.run(image, text, ids, **options, **more)[key]
+    organ, plane = (run(labels=labels, class_task=task) for task in ("organ", "plane"))
+    assert organ["settings"]["class_task"] == "organ"
+    assert organ["hash"] != plane["hash"]
+    assert run()["hash"] == run(class_task="organ")["hash"]  # without labels no class counts

@@ -128,3 +128,15 @@ def test_queries_that_do_not_differ_leave_the_order_of_the_gallery():
     ]
     found = retrieval_legacy.search(*sides, retrieval_legacy.FLAVOURS["gloria"], (4,))
     assert found["P@4"].tolist() == [(kind[:4] == 0).mean()] * 7
+
+
+@pytest.mark.parametrize(("flavour", "counts"), [("benchx", True), ("cxrclip", False)])
+def test_the_task_whose_classes_count_is_in_the_hash_where_they_do(corpus, flavour, counts):
+    image, text, ids, labels, _ = corpus
+    options = {"flavour": flavour, "labels": labels, "resamples": 0}
+    runs = [
+        retrieval_legacy.run(image, text, ids, class_task=task, **options)
+        for task in ("organ", "plane")
+    ]
+    hashes = {run[f"retrieval/image_to_text ({flavour})/protocol"]["hash"] for run in runs}
+    assert (len(hashes) == 2) == counts
