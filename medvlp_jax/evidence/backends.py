@@ -4,7 +4,6 @@ A backend takes requests one by one and yields replies in any order; what it is 
 answer is read is its caller's. Greedy everywhere: the same prompt gets the same answer.
 """
 
-import ipaddress
 from collections.abc import Callable, Mapping
 from itertools import islice
 from typing import Any
@@ -31,21 +30,12 @@ def check_remote(url: str, *, allow_remote: bool, sent: str) -> None:
     host = urlsplit(url).hostname
     if not host or urlsplit(url).scheme not in ("http", "https"):
         raise UserError(f"--url must be http://HOST[:PORT]/v1 or https://..., got '{url}'.")
-    if allow_remote or _is_this_machine(host):
+    if allow_remote or endpoint.is_this_machine(host):
         return
     raise UserError(
         f"{host} is another machine, and {sent}: they are not sent there unless you add "
         "--allow-remote, which is yours to decide under the data's terms of use."
     )
-
-
-def _is_this_machine(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def writer(name: str, write: Callable[[str], str]) -> Backend:

@@ -6,11 +6,13 @@ an unknown key or model. An endpoint that dies stops it too, with everything ans
 """
 
 import http.client
+import ipaddress
 import json
 import os
 import random
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
@@ -108,6 +110,16 @@ def endpoint(
     return Backend(f"endpoint:{model}", complete)
 
 
+def is_this_machine(host: str) -> bool:
+    """Return whether a host's name or address is the one of this machine to itself."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
 def _never_got_through(reply: Reply) -> bool:
     return reply.error.startswith("no answer")
 
@@ -131,8 +143,11 @@ def _post(url: str, model: str, prompt: str, timeout: float, max_tokens: int) ->
         headers["Authorization"] = f"Bearer {key}"
     address = url.rstrip("/") + "/chat/completions"
     request = urllib.request.Request(address, json.dumps(body).encode(), headers)
+    # What is for this machine must not take the way over a proxy, which is another one.
+    near = is_this_machine(urllib.parse.urlsplit(url).hostname or "")
+    proxies = urllib.request.ProxyHandler({} if near else None)
     try:
-        with urllib.request.urlopen(request, timeout=timeout) as response:
+        with urllib.request.build_opener(proxies).open(request, timeout=timeout) as response:
             content = response.read()
     except urllib.error.HTTPError as error:
         raise _http_error(error, url, model) from None

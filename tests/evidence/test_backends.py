@@ -138,6 +138,16 @@ def test_this_machine_is_not_another(url):
     backends.check_remote(url, allow_remote=False, sent="")
 
 
+def test_what_is_for_this_machine_takes_no_way_over_a_proxy(monkeypatch):
+    with serve(lambda n, prompt: "2") as proxy, serve(lambda n, prompt: "1") as server:
+        monkeypatch.setenv("http_proxy", proxy.url.removesuffix("/v1"))
+        monkeypatch.delenv("no_proxy", raising=False)
+        monkeypatch.delenv("NO_PROXY", raising=False)
+        replies, _ = ask(server.url, ASKED[:1])
+    assert [reply.answer for reply in replies.values()] == ["1"]
+    assert not proxy.prompts
+
+
 def test_an_address_that_is_none_is_refused():
     with pytest.raises(UserError, match="--url"):
         backends.check_remote("localhost:8000", allow_remote=True, sent="")
