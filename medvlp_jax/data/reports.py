@@ -1,7 +1,8 @@
 """Reports as text: sections, and the layouts they are stored in.
 
 A report is read from its headings (FINDINGS:, IMPRESSION: ...), from Open-i XML, from JSON lines,
-from a CSV table, or from a folder of plain texts (MIMIC-CXR: one file a study).
+from a CSV table, or from a folder of plain texts (MIMIC-CXR: one file a study, s50414267.txt, of
+which the sections are read as its builder reads them).
 """
 
 import csv
@@ -9,14 +10,16 @@ import json
 import re
 import tarfile
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from medvlp_jax.config import UserError
+from medvlp_jax.data import sections
 
 # Headings of American chest reports and the section each opens; what an image cannot show is
-# "other". MIMIC-CXR's headings: https://github.com/MIT-LCP/mimic-cxr, section_parser.py.
+# "other".
 HEADINGS = {
     "findings": "findings|finding|report|observations",
     "impression": "impression|impressions|conclusion|conclusions|assessment|summary|opinion",
@@ -32,6 +35,7 @@ _HEADING = re.compile(
     rf"(?:^|\n|(?<=[.:]))[ \t]*({'|'.join(sorted(_SECTION, key=len, reverse=True))})[ \t]*:",
     re.IGNORECASE,
 )
+_MIMIC_STUDY = re.compile(r"s\d{8}")
 SUFFIXES = (".xml", ".txt")
 
 
@@ -75,7 +79,8 @@ def read_reports(path: str | Path) -> Iterator[Report]:
         *.tgz, *.tar.gz or a folder of Open-i XML or plain text files (the id is the file's name).
 
     Raises:
-      UserError: where there is nothing to read, or a row has no id or text.
+      UserError: where there is nothing to read, a row has no id or text, or a file is damaged or
+        not UTF-8.
     """
     path = Path(path).expanduser()
     if path.is_dir():
@@ -98,17 +103,24 @@ def read_reports(path: str | Path) -> Iterator[Report]:
 
 
 def _archive(path: Path) -> Iterator[Report]:
-    with tarfile.open(path) as archive:
-        members = [m for m in archive if m.isfile() and m.name.endswith(SUFFIXES)]
-        for member in sorted(members, key=lambda m: m.name):
-            yield _document(member.name, archive.extractfile(member).read())
+    try:
+        with tarfile.open(path) as archive:
+            members = [m for m in archive if m.isfile() and m.name.endswith(SUFFIXES)]
+            for member in sorted(members, key=lambda m: m.name):
+                yield _document(member.name, archive.extractfile(member).read())
+    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+        raise UserError(f"{path} cannot be read ({error}); a whole archive is needed.") from error
 
 
 def _document(name: str, content: bytes) -> Report:
     if name.endswith(".xml"):
         return _openi(name, content)
-    stem = name.removesuffix(".txt")
-    return Report(stem, *split_sections(content.decode("utf-8", errors="replace")))
+    stem, text = name.removesuffix(".txt"), content.decode("utf-8", errors="replace")
+    study = Path(stem).name
+    if _MIMIC_STUDY.fullmatch(study):
+        found = sections.of_study(text, study)
+        return Report(stem, _tidy(found.findings), _tidy(found.impression))
+    return Report(stem, *split_sections(text))
 
 
 def _openi(name: str, content: bytes) -> Report:
@@ -117,12 +129,12 @@ def _openi(name: str, content: bytes) -> Report:
         root = ElementTree.fromstring(content)
     except ElementTree.ParseError as error:
         raise UserError(f"{name} is not XML: {error}.") from None
-    sections = {part.get("Label"): _tidy(part.text or "") for part in root.iter("AbstractText")}
+    parts = {part.get("Label"): _tidy(part.text or "") for part in root.iter("AbstractText")}
     uid = root.find("uId")
     return Report(
         uid.get("id") if uid is not None else name.removesuffix(".xml"),
-        sections.get("FINDINGS", ""),
-        sections.get("IMPRESSION", ""),
+        parts.get("FINDINGS", ""),
+        parts.get("IMPRESSION", ""),
         tuple(heading.text or "" for heading in root.iterfind("MeSH/major")),
         tuple(image.get("id", "") for image in root.iterfind("parentImage")),
     )
@@ -130,7 +142,7 @@ def _openi(name: str, content: bytes) -> Report:
 
 def _json_lines(path: Path) -> Iterator[dict]:
     with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
+        for number, line in enumerate(_decoded(path, lines), 1):
             if line.strip():
                 try:
                     yield json.loads(line)
@@ -140,7 +152,15 @@ def _json_lines(path: Path) -> Iterator[dict]:
 
 def _table(path: Path) -> Iterator[dict]:
     with path.open(encoding="utf-8-sig", newline="") as file:
-        yield from csv.DictReader(file)
+        yield from csv.DictReader(_decoded(path, file))
+
+
+def _decoded(path: Path, lines: Iterable[str]) -> Iterator[str]:
+    """Yield the lines of a file, which must be UTF-8; spreadsheets write other encodings."""
+    try:
+        yield from lines
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text ({error}); save it as UTF-8.") from None
 
 
 def _rows(path: Path, rows: Iterator[dict]) -> Iterator[Report]:
@@ -150,8 +170,8 @@ def _rows(path: Path, rows: Iterator[dict]) -> Iterator[Report]:
         if "text" in row:
             yield Report(str(row["id"]), *split_sections(row["text"] or ""))
         elif "findings" in row or "impression" in row:
-            sections = (_tidy(row.get(name) or "") for name in ("findings", "impression"))
-            yield Report(str(row["id"]), *sections)
+            texts = (_tidy(row.get(name) or "") for name in ("findings", "impression"))
+            yield Report(str(row["id"]), *texts)
         else:
             raise UserError(
                 f"{path.name} row {number} has neither 'text' nor 'findings' and 'impression', "

@@ -6,6 +6,7 @@ answer is read is its caller's. Greedy everywhere: the same prompt gets the same
 
 from collections.abc import Callable, Mapping
 from itertools import islice
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -54,14 +55,27 @@ def transformers(folder: str, *, batch: int = 4, max_tokens: int = 1024) -> Back
       folder: with config.json, *.safetensors and a tokenizer.
       batch: prompts at once, padded on the left.
       max_tokens: of an answer.
+
+    Raises:
+      UserError: for no such folder, or where PyTorch is not installed.
     """
-    import torch
+    if not (Path(folder) / "config.json").is_file():
+        raise UserError(
+            f"--model={folder} holds no config.json; accepted is a folder of Hugging Face's."
+        )
+    try:
+        import torch
+    except ModuleNotFoundError:
+        raise UserError(
+            "--backend transformers needs PyTorch, which this installation does not have: "
+            "`pip install torch`, or take --backend qwen3."
+        ) from None
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True).eval()
 
     def asked(prompt):
         if not tokenizer.chat_template:

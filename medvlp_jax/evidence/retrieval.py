@@ -158,14 +158,14 @@ def _folder(path: Path) -> Iterator[Passage]:
 
 
 def _rows(path: Path) -> Iterator[Passage]:
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
                 row = json.loads(line)
-            except ValueError:
-                raise UserError(f"{path.name} line {number} is not JSON.") from None
+            except ValueError:  # of which bytes that are not UTF-8 are a kind
+                raise UserError(f"{path.name} line {number} is not JSON in UTF-8.") from None
             row = row if isinstance(row, dict) else {}
             name, text = row.get("id") or row.get("pmid"), row.get("abstract") or row.get("text")
             if not name or not isinstance(text, str):

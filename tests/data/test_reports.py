@@ -5,6 +5,7 @@ import tarfile
 import pytest
 
 from medvlp_jax.config import UserError
+from medvlp_jax.data import sections
 from medvlp_jax.data.reports import Report, read_reports, split_sections
 
 WHOLE = """                                 FINAL REPORT
@@ -86,6 +87,37 @@ def test_what_cannot_be_read_is_named(tmp_path, name, content, sentence):
     (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=sentence):
         list(read_reports(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    "heading",
+    ["FINDINGS AND IMPRESSION", "PA AND LATERAL VIEWS OF THE CHEST", "IMPRESSION AND PLAN"],
+)
+def test_a_study_of_mimic_is_read_as_its_corpus_reads_it(tmp_path, heading):
+    text = (
+        f"                 FINAL REPORT\n INDICATION:  Cough.\n \n {heading}:  Small\n effusion.\n"
+    )
+    (tmp_path / "s50414267.txt").write_text(text)
+    (report,) = read_reports(tmp_path)
+    expected = sections.of_study(text, "s50414267")
+    assert report.text == " ".join(f"{expected.findings} {expected.impression}".split())
+    assert "effusion" in report.text
+    assert "Cough" not in report.text
+
+
+@pytest.mark.parametrize("name", ["r.csv", "r.jsonl"])
+def test_an_encoding_that_is_not_utf_8_is_named(tmp_path, name):
+    (tmp_path / name).write_bytes(b'id,findings\n1,"\xe9dema"\n')
+    with pytest.raises(UserError, match="not UTF-8 text"):
+        list(read_reports(tmp_path / name))
+
+
+def test_an_archive_that_is_cut_off_is_named(tmp_path):
+    *_, path = [path for path, _ in layouts(tmp_path) if path.suffix == ".tgz"]
+    for content in (path.read_bytes()[:60], b"no archive"):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match="a whole archive is needed"):
+            list(read_reports(path))
 
 
 def test_a_folder_without_reports_is_named(tmp_path):

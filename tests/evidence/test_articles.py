@@ -85,6 +85,7 @@ def test_articles_are_read_from_lines_and_folders_in_a_fixed_order(tmp_path):
     ("content", "message"),
     [
         ("{", "line 1 is not JSON"),
+        ('{"id": "a", "text": "\xe9dema"}', "line 1 is not JSON in UTF-8"),
         ('{"id": "a", "text": "x"}\n{"text": "y"}', "line 2 needs 'id' or 'pmid'"),
         ('{"id": "a"}', "line 1 needs"),
         ('{"id": "a", "text": "x"}\n{"id": "a", "text": "y"}', "two articles have the id 'a'"),
@@ -92,7 +93,7 @@ def test_articles_are_read_from_lines_and_folders_in_a_fixed_order(tmp_path):
     ],
 )
 def test_articles_that_cannot_be_traced_are_refused(tmp_path, content, message):
-    (tmp_path / "a.jsonl").write_text(content)
+    (tmp_path / "a.jsonl").write_text(content, encoding="latin-1")
     with pytest.raises(UserError, match=message):
         retrieval.read_articles(tmp_path / "a.jsonl")
     with pytest.raises(UserError, match="No articles at"):

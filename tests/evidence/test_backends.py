@@ -2,6 +2,7 @@
 
 import collections
 import json
+import sys
 import threading
 
 import pytest
@@ -230,3 +231,12 @@ def test_a_local_model_that_babbles_is_recorded_and_a_long_prompt_is_refused(tin
     assert [r.error for r in replies] == ["malformed answer"] * 3
     with pytest.raises(UserError, match="512"):
         list(backend.complete([Request("x", "lungs " * 600, "")], json.loads))
+
+
+def test_a_local_model_needs_its_folder_and_pytorch(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match=r"holds no config\.json"):
+        backends.transformers(str(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(UserError, match="needs PyTorch"):
+        backends.transformers(str(tmp_path))
