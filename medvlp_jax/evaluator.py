@@ -123,7 +123,9 @@ class Evaluator(Embedder):
         found = self.features(variables, self.source, limit=limit)
         results: Results = {}
         for name in cheap:
-            results |= self._one(name)(variables, found, mask=None, resamples=0)
+            # A threshold would take the validation split through the encoder each time.
+            without = {"threshold": ""} if flavours.split(name)[0] == "zero_shot" else {}
+            results |= self._one(name)(variables, found, mask=None, resamples=0, **without)
         return results
 
     def _one(self, name: str) -> Callable[..., Results]:
@@ -141,8 +143,10 @@ class Evaluator(Embedder):
         classes = [known[c] for c in columns]
         return zero_shot.prompt_texts(self.prompts, task, classes), list(columns)
 
-    def _zero_shot(self, variables, found, *, mask, flavour="clean", **options):
-        rule, held = self.settings["zero_shot"]["threshold"] if options["resamples"] else "", found
+    def _zero_shot(self, variables, found, *, mask, flavour="clean", threshold=None, **options):
+        rule, held = threshold, found
+        if threshold is None:
+            rule = self.settings["zero_shot"]["threshold"]
         if rule and self.settings["split"] == "validation":  # the very rows that are scored
             rule = "maxf1-on-test"
         if rule == "maxf1-on-val":

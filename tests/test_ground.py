@@ -10,7 +10,7 @@ from tiny_config import get_config
 
 from medvlp_jax import assemble, controls, examples, ground
 from medvlp_jax.config import UserError
-from medvlp_jax.evaluation import grounding
+from medvlp_jax.evaluation import grounding, scoring
 from medvlp_jax.evaluator import Evaluator
 
 
@@ -153,6 +153,26 @@ def test_thresholds_need_a_validation_split_from_the_start(evaluator, monkeypatc
     monkeypatch.setattr(assemble, "open_corpus", opened)
     with pytest.raises(UserError, match="no split 'validation'"):
         Evaluator(one.parts, settings)
+
+
+def test_a_threshold_is_chosen_without_intervals_too_and_left_out_of_a_quick_look(
+    evaluator, monkeypatch
+):
+    one, variables = evaluator
+    chosen = {**one.settings["zero_shot"], "threshold": "maxf1-on-test"}
+    settings = {**one.settings, "protocols": ("zero_shot",), "controls": (), "zero_shot": chosen}
+    other = Evaluator(one.parts, {**settings, "resamples": 0})
+    rng = np.random.default_rng(0)
+    unit = lambda *shape: scoring.unit(rng.normal(size=shape))
+    found = {"image": unit(24, 8), "patient_id": np.arange(24), "image_id": np.arange(24)}
+    found["label/finding"] = rng.integers(0, 2, (24, 9)).astype(np.int8)
+    monkeypatch.setattr(other, "features", lambda *_, **__: found)
+    monkeypatch.setattr(other, "embed_texts", lambda _: lambda texts, _: unit(len(texts), 8))
+    decided = "zero_shot/finding/macro_f1_at_threshold"
+    assert 0 <= other.run(variables)[decided]["value"] <= 1
+    quick = other.quick(variables, limit=24)
+    assert decided not in quick
+    assert "zero_shot/finding/macro_auroc" in quick
 
 
 def test_a_corpus_without_labels_has_pairs_to_retrieve(evaluator, monkeypatch):
