@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import pathlib
 import sys
 import traceback
 from collections.abc import Callable
@@ -43,10 +44,21 @@ def run(main: Callable, argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("medvlp: broken off; start the same command again to go on.", file=sys.stderr)
         return 130
-    except Exception:
+    except Exception as error:
+        if file := _in_the_way(error):
+            print(f"medvlp: {file} is a file; name a folder.", file=sys.stderr)
+            return 2
         traceback.print_exc()
         return 1
     return 0
+
+
+def _in_the_way(error: Exception) -> pathlib.Path | None:
+    """Return the file that stands where a command wanted a folder, if that is the error."""
+    if not isinstance(error, (FileExistsError, NotADirectoryError)) or not error.filename:
+        return None
+    place = pathlib.Path(error.filename)
+    return next((path for path in (place, *place.parents) if path.is_file()), None)
 
 
 def leave(code: int) -> NoReturn:

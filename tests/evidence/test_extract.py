@@ -14,6 +14,7 @@ from server import hang_up, serve
 from medvlp_jax import cli
 from medvlp_jax.config import UserError
 from medvlp_jax.data.reports import Report
+from medvlp_jax.evidence import __main__ as verb
 from medvlp_jax.evidence import extract, schema
 from medvlp_jax.evidence.backends import writer
 from medvlp_jax.evidence.protocol import Backend, Reply
@@ -223,3 +224,12 @@ def test_the_command_line(tmp_path, capsys):
     assert "patients' data" in capsys.readouterr().err
     assert cli.main([*command, "--backend", "rulse"]) == 2
     assert "Did you mean rules?" in capsys.readouterr().err
+
+
+def test_a_file_in_the_place_of_a_folder_is_named(tmp_path, capsys):
+    (tmp_path / "r.csv").write_text("id,text\n1,FINDINGS: Clear.\n")
+    (tmp_path / "out").write_text("")
+    for out in (tmp_path / "out", tmp_path / "out" / "deeper"):
+        code = cli.run(verb.main, ["extract", f"--reports={tmp_path / 'r.csv'}", f"--out={out}"])
+        assert code == 2
+        assert f"{tmp_path / 'out'} is a file; name a folder." in capsys.readouterr().err
