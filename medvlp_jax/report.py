@@ -15,7 +15,7 @@ from typing import Any
 from medvlp_jax import assemble, cases, cli
 from medvlp_jax.config import UserError
 from medvlp_jax.data import leakage
-from medvlp_jax.evaluation import page, paired, plots, provenance, results
+from medvlp_jax.evaluation import comparison, page, paired, plots, provenance, results
 from medvlp_jax.writing import replaced
 
 NAME = "report.html"
@@ -28,7 +28,8 @@ CONTROLS = {
     "shuffled": "part of the input exchanged between patients",
     "regression": "logistic regression on the raw input named",
     page.MOST_FREQUENT: "always answering the most frequent class",
-    "by study": "all images of a study judged together; no control",
+    comparison.STUDIES: "all images of a study judged together; no control",
+    "draw": "one draw of the training patients, of which this run is the mean; no control",
 }
 
 
@@ -108,7 +109,7 @@ def warnings(config: Mapping[str, Any], written: results.Written) -> list[str]:
         told.append("The code had changes that were not committed.")
     alike: dict[str, list[str]] = {}
     for key, entry in written.numbers.items():
-        if "value" in entry or "(" in key.split("/")[1]:  # a control's rows are those of its task
+        if "value" in entry or comparison.parted(key).control:  # whose rows are those of its task
             continue
         for sentence in _about_rows(entry):
             alike.setdefault(sentence, []).append(key.removesuffix("/protocol"))

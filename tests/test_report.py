@@ -130,6 +130,25 @@ def test_what_a_reader_must_know_is_said_first(run):
     assert any("config.json is not the one" in line for line in told)
 
 
+def test_what_a_flavour_alone_skipped_is_said_and_controls_have_their_names(run):
+    entry = {"macro_auroc": results.number(0.7, n=40, chance=0.5)}
+    notes = {"patients": 40, "skipped": ["hernia"]}
+    flavoured = results.assemble(
+        "zero_shot@gloria-v1", "finding (gloria)", entry, settings={}, notes=notes
+    )
+    written = results.read(run)._replace(
+        numbers=flavoured | results.renamed(flavoured, "untrained")
+    )
+    told = report.warnings(report.assemble.read_config(run), written)
+    (line,) = [line for line in told if "hernia" in line]
+    assert line.startswith("zero_shot/finding (gloria): skipped")
+    studies = results.assemble("classify@v1", "d (by study)", entry, settings={}, notes={})
+    found = written.numbers | studies | results.renamed(studies, "shuffled images")
+    columns = {task.name: task.columns for task in page.tasks(found)}
+    assert columns["zero_shot/finding (gloria)"] == ["this run", "untrained"]
+    assert columns["classify/d"] == ["by study", "by study, shuffled images"]
+
+
 def test_patients_texts_and_ids_are_in_the_page_only_when_asked_for(run):
     plain, full = report.build(run), report.build(run, with_texts=True)
     assert len(Reader(full).images) == len(Reader(plain).images) + 1

@@ -2,7 +2,8 @@
 
 Numbers with different protocol hashes answer different questions. They never share a column: each
 hash has its own, and a note names the settings that differ. Another note says where runs were
-evaluated on other rows, which no hash of settings shows.
+evaluated on other rows, which no hash of settings shows. A published flavour, studies instead of
+images, and one draw of several have columns of their own, too.
 """
 
 import fnmatch
@@ -12,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from medvlp_jax.config import UserError, nearest
+from medvlp_jax.evaluation import flavours
 from medvlp_jax.evaluation.layout import Grid
 from medvlp_jax.evaluation.results import Written, digits
 
@@ -20,12 +22,30 @@ HEADLINES = ("macro_auroc", "P@1", "R@10", "cnr", "dice", "map", "balanced_accur
 FIELDS = ("run", "control", "protocol", "hash", "task", "metric", "value", "low", "high", "n")
 FIELDS += ("chance",)
 CHANCE = "chance"
+# What a task is marked with that is no control: other rows, or a part of the training patients.
+STUDIES, DRAW = "by study", re.compile(r"draw \d+")
+
+
+class Key(NamedTuple):
+    """What the key of an entry says.
+
+    Attributes:
+      task: protocol/task, with its flavour if it has one: "zero_shot/organ (gloria)".
+      part: "by study", "draw 0", or "".
+      control: "untrained", or "".
+      metric: "macro_auroc", "auroc/lung".
+    """
+
+    task: str
+    part: str
+    control: str
+    metric: str
 
 
 class Column(NamedTuple):
     """One number, measured in one way."""
 
-    task: str  # protocol/task
+    task: str  # protocol/task, with flavour and part
     metric: str
     protocol: str
     hash: str
@@ -40,11 +60,17 @@ class Table(NamedTuple):
     notes: list[str]
 
 
-def parted(key: str) -> tuple[str, str, str]:
-    """Return (protocol/task, control, metric): "zero_shot/organ (untrained)/x" has a control."""
+def parted(key: str) -> Key:
+    """Part a key: "classify/grade (by study) (untrained)/x" has a part and a control."""
     protocol, task, metric = key.split("/", 2)
-    name, control = re.fullmatch(r"(.*?)(?: \((.+)\))?", task).groups()
-    return f"{protocol}/{name}", control or "", metric
+    name, marks = re.fullmatch(r"(.*?)((?: \([^()]+\))*)", task).groups()
+    kinds: dict[str, list[str]] = {"flavour": [], "part": [], "control": []}
+    for mark in re.findall(r"\(([^()]+)\)", marks):
+        is_part = mark == STUDIES or DRAW.fullmatch(mark)
+        is_flavour = mark in flavours.FLAVOURS.get(protocol, ())
+        kinds["flavour" if is_flavour else "part" if is_part else "control"].append(mark)
+    name += "".join(f" ({mark})" for mark in kinds["flavour"])
+    return Key(f"{protocol}/{name}", ", ".join(kinds["part"]), ", ".join(kinds["control"]), metric)
 
 
 def compare(runs: Mapping[str, Written], patterns: Sequence[str] = ()) -> Table:
@@ -53,7 +79,7 @@ def compare(runs: Mapping[str, Written], patterns: Sequence[str] = ()) -> Table:
     Args:
       runs: by the name they shall have.
       patterns: of keys without their control, such as "zero_shot/*/macro_auroc"; none takes one
-        headline a task.
+        headline a task, and leaves single draws to their mean.
 
     Raises:
       UserError: for a pattern that no number fits.
@@ -61,10 +87,11 @@ def compare(runs: Mapping[str, Written], patterns: Sequence[str] = ()) -> Table:
     found = {}
     for run, written in runs.items():
         for key, entry in written.numbers.items():
-            task, control, metric = parted(key)
+            said = parted(key)
             if "value" in entry:
-                column = Column(task, metric, entry["protocol"], entry["hash"])
-                found[(run, control), column] = entry
+                task = f"{said.task} ({said.part})" if said.part else said.task
+                column = Column(task, said.metric, entry["protocol"], entry["hash"])
+                found[(run, said.control), column] = entry
     names = {f"{column.task}/{column.metric}" for _, column in found}
     wanted = _matching(patterns, names) if patterns else _headlines(names)
     cells = {at: v for at, v in found.items() if f"{at[1].task}/{at[1].metric}" in wanted}
@@ -90,7 +117,8 @@ def _headlines(names) -> set[str]:
     tasks: dict[str, list[str]] = {}
     for name in sorted(names):
         task, metric = "/".join(name.split("/")[:2]), name.split("/", 2)[2]
-        tasks.setdefault(task, []).append(metric)
+        if not DRAW.fullmatch(parted(name).part):
+            tasks.setdefault(task, []).append(metric)
     chosen = {
         task: next((m for m in HEADLINES if m in metrics), metrics[0])
         for task, metrics in tasks.items()

@@ -71,7 +71,7 @@ class Task(NamedTuple):
 
     Attributes:
       name: protocol/task.
-      columns: who was measured: this run first, then its controls.
+      columns: who was measured: this run first, then its controls and parts.
       entries: {metric: {column: entry}}, without single classes.
       classes: the same of single classes.
       stamp: protocol id and hash of each column.
@@ -88,14 +88,16 @@ def tasks(numbers: Results) -> list[Task]:
     """Group numbers by task, with the controls of a task beside it.
 
     Regressions on the raw input and always answering the most frequent class are controls of the
-    classifier, under other keys.
+    classifier, under other keys. Studies, and single draws of the patients, stand beside the images
+    and the mean; a published flavour is a task of its own.
     """
-    known = {parted(key)[0] for key in numbers}
+    known = {parted(key).task for key in numbers}
     found: dict[str, Task] = {}
     for key, entry in numbers.items():
-        name, control, metric = parted(key)
+        name, part, control, metric = parted(key)
         if "value" not in entry:
             continue
+        control = ", ".join(filter(None, (part, control)))
         if name.startswith("regression/") and name.replace("regression", "classify") in known:
             name, control = name.replace("regression", "classify"), f"regression: {control}"
         if metric.startswith("prevalence_control_"):

@@ -62,6 +62,50 @@ def test_a_run_and_its_control_share_a_column_with_their_hash(runs):
     assert "| chance" in text
 
 
+@pytest.mark.parametrize(
+    ("task", "expected"),
+    [
+        ("classify/grade", ("classify/grade", "", "")),
+        ("classify/grade (untrained)", ("classify/grade", "", "untrained")),
+        (
+            "classify/grade (by study) (shuffled images)",
+            ("classify/grade", "by study", "shuffled images"),
+        ),
+        ("zero_shot/organ (gloria)", ("zero_shot/organ (gloria)", "", "")),
+        (
+            "zero_shot/organ (gloria) (lower 12% masked)",
+            ("zero_shot/organ (gloria)", "", "lower 12% masked"),
+        ),
+        ("probe/organ_1% (draw 0) (untrained)", ("probe/organ_1%", "draw 0", "untrained")),
+        ("regression/grade (table and pixels)", ("regression/grade", "", "table and pixels")),
+    ],
+)
+def test_a_key_is_parted_into_what_was_measured_and_its_control(task, expected):
+    assert comparison.parted(f"{task}/auroc/lung") == (*expected, "auroc/lung")
+
+
+def test_studies_flavours_and_draws_are_columns_and_controls_are_rows(tmp_path, capsys):
+    found, folder = {}, tmp_path / "a"
+    folder.mkdir()
+    protocols = {"classify/grade (by study)": "clean-v2", "zero_shot/organ (gloria)": "gloria-v1"}
+    protocols |= {"probe/organ_1%": "clean-v1", "probe/organ_1% (draw 0)": "clean-v1"}
+    for task, version in protocols.items():
+        protocol, name = task.split("/")
+        number = {"macro_auroc": results.number(0.8, n=9, chance=0.5)}
+        one = results.assemble(
+            f"{protocol}@{version}", name, number, settings={"task": task}, notes={}
+        )
+        found |= one | results.renamed(one, "shuffled images")
+    results.write_results(found, folder, {"rows": {"hash": "r"}})
+    table.main([str(folder), "--format=csv", "--metrics=*"])
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert [row["task"] for row in rows if not row["control"]] == [*protocols]
+    assert {row["control"] for row in rows} == {"", "shuffled images"}
+    whole = comparison.compare(read(folder))
+    assert whole.rows == [("a", ""), ("a", "shuffled images")]
+    assert {column.task for column in whole.columns} == {*protocols} - {"probe/organ_1% (draw 0)"}
+
+
 def test_other_settings_have_a_column_of_their_own_and_a_note_names_them(runs, tmp_path):
     other = write(tmp_path / "c", 0.9, resamples=20)
     found = comparison.compare(read(*runs, other))
