@@ -2,8 +2,11 @@
 
   python -m medvlp_jax.evaluation.folds RUN RUN ... [--out FILE.json]
 
-Reads results.json of each run. The standard deviation is that of a sample (n - 1), as papers write
-in parentheses; it is no interval, for folds share most of their training data.
+Reads results.json of each run, which must have been measured in one way: with one protocol hash a
+number, in which neither fold nor seed is. A number that a run does not have is left out where that
+run says why, as for a class that its fold lacks. The standard deviation is that of a sample
+(n - 1), as papers write in parentheses; it is no interval, for folds share most of their training
+data.
 """
 
 import argparse
@@ -25,17 +28,32 @@ def read(runs: Sequence[Path]) -> list[dict]:
     """Return the results of runs.
 
     Raises:
-      UserError: for a run that has none, or was measured otherwise than the first.
+      UserError: for a run that has none, has other numbers than the first without saying that they
+        could not be computed, or was measured with other settings.
     """
     found = [results.read(run).numbers for run in runs]
     for run, numbers in zip(runs, found, strict=True):
-        for key, entry in numbers.items():
-            first = found[0].get(key, {})
-            if entry.get("protocol") != first.get("protocol"):
+        for key in {**numbers, **found[0]}:
+            one, other = found[0].get(key), numbers.get(key)
+            if one is None or other is None:
+                having, lacking = (run, runs[0]) if one is None else (runs[0], run)
+                if not _explained(key, found[0] if one is None else numbers):
+                    raise UserError(f"{having} has '{key}', and {lacking} has not.")
+            elif one["hash"] != other["hash"]:
+                ways = [f"{entry['protocol']} #{entry['hash']}" for entry in (other, one)]
                 raise UserError(
-                    f"{run} has '{key}', and {runs[0]} has not, or by another protocol."
+                    f"{run} has '{key}' of {ways[0]}, and {runs[0]} of {ways[1]}: numbers "
+                    "measured with different settings, which `medvlp table` names, have no mean."
                 )
     return found
+
+
+def _explained(key: str, numbers: Mapping) -> bool:
+    """Say whether a run tells why it does not have a number."""
+    protocol, task, metric = key.split("/", 2)
+    notes = numbers.get(f"{protocol}/{task}/protocol", {})
+    listed = [*notes.get("skipped", ()), *notes.get("without_threshold", ())]
+    return metric in notes.get("undefined", ()) or metric.partition("/")[2] in listed
 
 
 def summarise(found: Sequence[Mapping]) -> Summary:

@@ -289,7 +289,8 @@ def _mean_of(draws: Sequence[Results]) -> Results:
     means: Results = {}
     for key, first in draws[0].items():
         if "value" not in first:
-            means[key] = {k: first[k] for k in ("protocol", "hash", "settings")}
+            kept = ("protocol", "hash", "settings", "skipped", "undefined")  # of the test rows
+            means[key] = {k: first[k] for k in kept if k in first}
             each = {name: [d[key][name] for d in draws] for name in ("train_rows", "not_fitted")}
             means[key] |= {"draws": len(draws), **each}
             continue

@@ -12,10 +12,12 @@ STAMP = {"protocol": "classify@v1", "hash": "x"}
 REST = {"low": None, "high": None, "n": 9, "chance": None}
 
 
-def write(folder, **values):
+def write(folder, *, numbers=None, hash="x", notes=None, **values):
     folder.mkdir()
-    entries = {f"classify/diagnosis/{k}": {"value": v, **REST, **STAMP} for k, v in values.items()}
-    entries["classify/diagnosis/protocol"] = {**STAMP, "settings": {}}
+    stamp = STAMP | {"hash": hash}
+    values |= numbers or {}
+    entries = {f"classify/diagnosis/{k}": {"value": v, **REST, **stamp} for k, v in values.items()}
+    entries["classify/diagnosis/protocol"] = {**stamp, "settings": {}, **(notes or {})}
     (folder / "results.json").write_text(json.dumps(entries))
     return folder
 
@@ -48,3 +50,24 @@ def test_runs_that_were_not_or_otherwise_evaluated_are_refused(tmp_path):
     other = write(tmp_path / "c", macro_auroc=0.5)
     with pytest.raises(UserError, match="macro_auroc"):
         folds.read([one, other])
+    more = write(tmp_path / "d", macro_f1=0.5, accuracy=0.5)
+    with pytest.raises(UserError, match=r"d has 'classify/diagnosis/accuracy', and .*a has not"):
+        folds.read([more, one])  # the first has it
+    settings = write(tmp_path / "e", macro_f1=0.5, hash="y")
+    with pytest.raises(UserError, match=r"e has .*macro_f1' of classify@v1 #y, and .*a of .* #x"):
+        folds.read([one, settings])
+
+
+@pytest.mark.parametrize(
+    ("lacking", "notes"),
+    [
+        ("auroc/edema", {"skipped": ["edema"]}),
+        ("f1_at_threshold/edema", {"without_threshold": ["edema"]}),
+        ("macro_auroc", {"undefined": ["macro_auroc"]}),
+    ],
+)
+def test_what_a_fold_says_it_cannot_compute_is_left_out(tmp_path, lacking, notes):
+    whole = write(tmp_path / "a", accuracy=0.5, numbers={lacking: 0.5})
+    part = write(tmp_path / "b", accuracy=0.7, notes=notes)
+    for runs in ([whole, part], [part, whole]):
+        assert [*folds.summarise(folds.read(runs))] == ["classify/diagnosis/accuracy"]
