@@ -7,16 +7,23 @@ table. `full` runs them beside the protocols; docs/evaluation.md lists them.
 from collections.abc import Mapping
 from typing import Any
 
-from medvlp_jax import assemble, distributed
+from medvlp_jax import assemble, clinical, distributed
 from medvlp_jax.config import UserError
 from medvlp_jax.data import tabular
 from medvlp_jax.evaluation import baselines, flavours, shuffle
 from medvlp_jax.evaluation.results import Results, renamed
 from medvlp_jax.recipes.base import classifies
 
-# Those that go with one protocol alone.
-ONLY_WITH = {"shuffled_phrases": "grounding", "shuffled_pairs": "retrieval"}
-NAMES = ("untrained", "masked_edge", "regression", "missing_mask", *shuffle.CONTROLS, *ONLY_WITH)
+CLASSIFY = ("classify", "classify_studies")
+# Those that repeat some protocols alone: they take nothing away from the others.
+ONLY_WITH = {
+    "shuffled_images": ("zero_shot", "retrieval", "probe", *CLASSIFY),
+    "shuffled_metadata": CLASSIFY,
+    "shuffled_phrases": ("grounding",),
+    "shuffled_pairs": ("retrieval",),
+}
+NAMES = ("untrained", "masked_edge", "regression", "missing_mask", *ONLY_WITH)
+TABLE = ("tabular", *clinical.KEYS)  # batch keys that come from it
 
 
 def full(evaluator: Any, variables: Mapping, untrained: Mapping | None = None) -> Results:
@@ -39,7 +46,8 @@ def full(evaluator: Any, variables: Mapping, untrained: Mapping | None = None) -
         if control in asked:
             moved = shuffle.shuffled(evaluator.source, control)
             name = control.replace("_", " ")
-            found = evaluator.run(variables, source=moved, progress=name)
+            only = ONLY_WITH[control]
+            found = evaluator.run(variables, source=moved, only=only, progress=name)
             results |= renamed(found, name)
     if "shuffled_phrases" in asked:
         results |= evaluator.shuffled_phrases(variables)
@@ -63,9 +71,16 @@ def check(evaluator: Any) -> None:
     """
     settings = evaluator.settings
     protocols = {flavours.split(name)[0] for name in settings["protocols"]}
-    for control, protocol in ONLY_WITH.items():
-        if control in settings["controls"] and protocol not in protocols:
-            raise UserError(f"The control {control} goes with protocol {protocol}.")
+    for control, fitting_ones in ONLY_WITH.items():
+        if control in settings["controls"] and not protocols & {*fitting_ones}:
+            raise UserError(f"The control {control} goes with protocol {', '.join(fitting_ones)}.")
+    for control, needed in _unread(evaluator).items():
+        if control in settings["controls"]:
+            name = evaluator.parts.config["recipe"]["name"]
+            raise UserError(
+                f"The control {control} would change nothing: recipe {name} reads no {needed} of "
+                f"{evaluator.corpus}."
+            )
     for control in ("regression", "missing_mask"):
         if control in settings["controls"] and settings["split"] == "train":
             raise UserError(
@@ -81,10 +96,19 @@ def check(evaluator: Any) -> None:
         )
 
 
+def _unread(evaluator: Any) -> dict[str, str]:
+    """Return the controls that take away what the recipe does not read, and what that is."""
+    images, further = evaluator.images(), evaluator.source.images
+    found = {} if images else {"shuffled_images": "image"}
+    if not any("slices" not in further.get(name, {}) for name in images):  # volumes have no edge
+        found["masked_edge"] = "flat image"
+    return found if {*TABLE} & {*evaluator.inputs()} else {**found, "shuffled_metadata": "table"}
+
+
 def fitting(controls, protocols) -> tuple[str, ...]:
     """Return the controls without those of protocols that are not among these."""
     kept = {flavours.split(name)[0] for name in protocols}
-    return tuple(name for name in controls if ONLY_WITH.get(name, min(kept)) in kept)
+    return tuple(name for name in controls if kept & {*ONLY_WITH.get(name, kept)})
 
 
 def other_texts(found: Mapping, spaces: Mapping[str, tuple[str, str]]) -> dict:

@@ -103,6 +103,11 @@ def _of_encoder(arguments):
     _place_data(data, arguments)
     evals = common.evals(controls=()).to_dict()
     settings = settings_of(evals, arguments)
+    if "untrained" in settings["controls"]:
+        raise UserError(
+            "The control untrained goes with --run: of --encoder no start is known. `medvlp adapt "
+            "--untrained` has random weights."
+        )
     reads_text = any(
         flavours.split(name)[0] in ("zero_shot", "retrieval") for name in settings["protocols"]
     )

@@ -62,23 +62,29 @@ class Evaluator(Embedder):
         if "grounding" in settings["protocols"]:
             self.grounder = ground.Grounder(self)
 
-    def run(self, variables: Mapping, *, mask=None, source=None, progress="") -> Results:
+    def run(self, variables: Mapping, *, mask=None, source=None, only=(), progress="") -> Results:
         """Run every protocol of the settings.
 
         Args:
           variables: of the recipe.
           mask: share of the lower image edge to blacken; None takes data.mask_lower_edge.
           source: another than the corpus, such as one that is shuffled.
+          only: protocols, of all flavours; () takes all.
           progress: title of the bar; "" is silent.
         """
-        if not self.settings["protocols"]:
+        names = [
+            name
+            for name in self.settings["protocols"]
+            if not only or flavours.split(name)[0] in only
+        ]
+        if not names:
             return {}
         # Once, should they be on the host; and always laid out alike, so that numbers repeat.
         variables = assemble.place(variables, self.parts)
         options = {"mask": mask, "resamples": self.settings["resamples"]}
         views = self.settings["views"]
         found = None
-        if set(self.settings["protocols"]) != {"grounding"}:  # which reads its own images
+        if {*names} != {"grounding"}:  # which reads its own images
             found = self.features(
                 variables,
                 source or self.source,
@@ -90,7 +96,7 @@ class Evaluator(Embedder):
         if found is not None and source is None:
             self._seen = provenance.rows(found["image_id"], found["patient_id"])
         results: Results = {}
-        for name in self.settings["protocols"]:
+        for name in names:
             results |= self._one(name)(variables, found, **options)
         return results
 

@@ -9,9 +9,8 @@ from medvlp_jax.evaluation import flavours, probe, scoring, thresholds
 from medvlp_jax.recipes import mlm
 from medvlp_jax.recipes.base import classifies
 
-NAMES = ("zero_shot", "retrieval", "grounding", "probe", "classify", "classify_studies")
-NAMES += ("masked_tokens",)
-CLASSIFY = ("classify", "classify_studies")
+CLASSIFY = controls.CLASSIFY
+NAMES = ("zero_shot", "retrieval", "grounding", "probe", *CLASSIFY, "masked_tokens")
 VIEWS = (1, 4, 8)
 
 

@@ -170,6 +170,7 @@ def test_a_threshold_is_chosen_without_intervals_too_and_left_out_of_a_quick_loo
     monkeypatch.setattr(other, "embed_texts", lambda _: lambda texts, _: unit(len(texts), 8))
     decided = "zero_shot/finding/macro_f1_at_threshold"
     assert 0 <= other.run(variables)[decided]["value"] <= 1
+    assert other.run(variables, only=("retrieval",)) == {}
     quick = other.quick(variables, limit=24)
     assert decided not in quick
     assert "zero_shot/finding/macro_auroc" in quick

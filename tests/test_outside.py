@@ -172,6 +172,7 @@ def test_bad_arguments_are_one_sentence(tmp_path):
     other = tmp_path / "out"
     message = refused(*given, other, "--protocol", "zero_shot@glora")
     assert "No protocol 'zero_shot@glora'. Did you mean zero_shot@gloria" in message
+    assert "untrained goes with --run" in refused(*given, other, "--controls", "untrained")
     assert "no such setting" in refused(*given, other, "--set", "zero_shot.draws=3")
     message = refused(*given, other, "--set", "zero_shot.draw=many")
     assert "the value is not like 0" in message
