@@ -2,7 +2,8 @@
 
   medvlp evaluate --run RUN_DIR [--protocol zero_shot,retrieval,probe] [--corpus NAME]
                    [--controls untrained,shuffled_pairs]
-  medvlp evaluate --encoder HF_DIR [--text HF_DIR] --corpus NAME --out DIR [--protocol probe]
+  medvlp evaluate --encoder CLIP_DIR [--text HF_DIR] --corpus NAME --out DIR [--prompts SET]
+  medvlp evaluate --encoder VIT_DIR --protocol probe --corpus NAME --out DIR
 
 A protocol may name a published flavour, zero_shot@gloria (docs/evaluation.md). Prints a table and
 writes results.json to the run folder, or to --out.
@@ -35,7 +36,11 @@ def parser() -> argparse.ArgumentParser:
     model.add_argument("--encoder", help="Hugging Face folder or id: an image encoder, or a CLIP")
     top.add_argument("--text", default="", help="folder of the text encoder, if --encoder has none")
     known = ", ".join(flavours.names(protocols.NAMES))
-    top.add_argument("--protocol", help=f"comma-separated, of {known}")
+    top.add_argument(
+        "--protocol",
+        help=f"comma-separated, of {known}; default: the run's, of --encoder zero_shot, retrieval "
+        "where there are texts, and probe",
+    )
     top.add_argument(
         "--controls", help=f"comma-separated, of {', '.join(controls.NAMES)}; none leaves them out"
     )
@@ -85,7 +90,7 @@ def _of_run(arguments):
     settings = settings_of(config["evals"], arguments)
     # The untrained control starts where the run started: with the weights it was given.
     parts = assemble.parts(config, pretrained="untrained" in settings["controls"])
-    evaluator = Evaluator(parts, settings)
+    evaluator = Evaluator(parts, _possible(settings, arguments, parts))
     untrained = assemble.initial_variables(parts)
     return evaluator, weights.read_variables(arguments.run, untrained), untrained
 
@@ -112,7 +117,7 @@ def _of_encoder(arguments):
         flavours.split(name)[0] in ("zero_shot", "retrieval") for name in settings["protocols"]
     )
     parts, variables = outside.parts(arguments.encoder, arguments.text, data, with_text=reads_text)
-    return Evaluator(parts, settings), variables, None
+    return Evaluator(parts, _possible(settings, arguments, parts)), variables, None
 
 
 def _place_data(data: dict, arguments) -> None:
@@ -137,6 +142,25 @@ def settings_of(evals: Mapping[str, Any], arguments) -> dict[str, Any]:
         asked = arguments.controls.split(",")
         settings["controls"] = () if asked == ["none"] else tuple(asked)
     return assigned(settings, arguments.set)
+
+
+def _possible(settings: Mapping[str, Any], arguments, parts: assemble.Parts) -> Mapping[str, Any]:
+    """Return the settings without retrieval where nobody asked for it and there are no texts."""
+    is_left = lambda name: flavours.split(name)[0] != "retrieval"
+    kept = tuple(filter(is_left, settings["protocols"]))
+    spaces, data = parts.recipe.spaces, parts.config["data"]
+    if arguments.protocol or kept in ((), settings["protocols"]) or not spaces:
+        return settings
+    corpus = settings["corpus"] or data["corpora"][0]
+    source = assemble.open_corpus(corpus, data, settings["split"])
+    lack = protocols.lack_of_texts(source, spaces, settings["limit"])
+    if not lack:
+        return settings
+    distributed.say(f"medvlp: Protocol retrieval is left out: {lack}.")
+    settings = {**settings, "protocols": kept}
+    if arguments.controls is None:
+        settings["controls"] = controls.fitting(settings["controls"], kept)
+    return settings
 
 
 def assigned(settings: Mapping[str, Any], assignments: Sequence[str]) -> dict[str, Any]:

@@ -1,10 +1,13 @@
 """Which protocols there are, and what an evaluation is refused for before anything is compiled."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
+
+import numpy as np
 
 from medvlp_jax import controls, examples
 from medvlp_jax.config import UserError, nearest
+from medvlp_jax.data import pipeline
 from medvlp_jax.evaluation import flavours, probe, scoring, thresholds
 from medvlp_jax.recipes import mlm
 from medvlp_jax.recipes.base import classifies
@@ -12,6 +15,7 @@ from medvlp_jax.recipes.base import classifies
 CLASSIFY = controls.CLASSIFY
 NAMES = ("zero_shot", "retrieval", "grounding", "probe", *CLASSIFY, "masked_tokens")
 VIEWS = (1, 4, 8)
+LOOKED_AT = 2_000  # records, in search of a text: seconds, where all of a large corpus take minutes
 
 
 def check_settings(settings: Mapping[str, Any]) -> None:
@@ -47,6 +51,27 @@ def fitting(recipe: Any, *, has_images: bool) -> list[str]:
     return names
 
 
+def lack_of_texts(source: Any, sections: Collection[str], limit: int) -> str:
+    """Say that there is nothing to retrieve; "" where there is. Reads no further than one text.
+
+    Of many records some, spread evenly, are looked at: a corpus has texts or has none.
+
+    Args:
+      source: of the records.
+      sections: of the recipe's spaces.
+      limit: only the first records; 0 takes all.
+    """
+    count = min(limit or len(source), len(source))
+    rows = np.linspace(0, count - 1, min(count, LOOKED_AT)).astype(int)
+    for record in (source[row] for row in rows):
+        if any(pipeline.section_text(record, section) for section in sections):
+            return ""
+    return (
+        f"retrieval needs texts, and none of {len(rows)} records of {source.name} ({source.split}) "
+        f"has {' or '.join(sections)}"
+    )
+
+
 def check(evaluator: Any) -> None:
     """Refuse protocols and flavours that do not fit the recipe, the corpus or the prompts.
 
@@ -64,6 +89,9 @@ def check(evaluator: Any) -> None:
             raise UserError(
                 f"Protocol {asked} does not fit recipe {name}; accepted are {', '.join(accepted)}."
             )
+    retrieves = any(flavours.split(asked)[0] == "retrieval" for asked in settings["protocols"])
+    if retrieves and (lack := lack_of_texts(source, recipe.spaces, settings["limit"])):
+        raise UserError(f"Protocol {lack}: leave it out, or name another corpus.")
     if "masked_tokens" in settings["protocols"] and not len(source):
         raise UserError(
             "Protocol masked_tokens needs texts that are not trained on: name a source of the "

@@ -6,11 +6,13 @@ import types
 
 import numpy as np
 import pytest
+from PIL import Image
 from tiny_config import BLOCK
 
 from medvlp_jax import evaluate, outside
 from medvlp_jax.config import UserError
 from medvlp_jax.data import text as tokenisation
+from medvlp_jax.data.datasets.nih_cxr14 import nih_cxr14_dataset_builder as nih_cxr14
 from medvlp_jax.evaluation import results
 
 SMALL = {
@@ -117,6 +119,41 @@ def test_an_image_encoder_alone_is_probed_and_no_more(command, tmp_path, capsys)
     assert "no preprocessor_config.json" in capsys.readouterr().out
     with pytest.raises(UserError, match="holds one encoder: name the one for texts with --text"):
         command("--encoder", tmp_path)
+
+
+@pytest.fixture
+def nih(tmp_path):
+    """NIH ChestX-ray14 with the published headers, in noise: labels and no report."""
+    rows, lists = [nih_cxr14.HEADER], {"train_val": [], "test": []}
+    for i in range(16):
+        name, finding = (
+            f"{i:08}_000.png",
+            ("Mass|Effusion", "No Finding", "Mass", "Effusion")[i % 4],
+        )
+        rows.append(f"{name},{finding},0,{i},058Y,M,PA,40,40,0.143,0.143")
+        lists["test" if i >= 12 else "train_val"].append(name)
+        (tmp_path / "images").mkdir(exist_ok=True)
+        pixels = np.random.default_rng(i).integers(0, 256, (40, 40), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "images" / name)
+    (tmp_path / "Data_Entry_2017_v2020.csv").write_text("\n".join(rows) + "\n")
+    for part, names in lists.items():
+        (tmp_path / f"{part}_list.txt").write_text("\n".join(names) + "\n")
+    return "--corpus", "nih_cxr14:official", "--manual-dir", tmp_path
+
+
+@pytest.mark.hf
+def test_a_corpus_without_reports_has_all_but_retrieval(clip, command, nih, capsys):
+    """The commands of README and docs/evaluation.md; nobody asked for retrieval."""
+    found = command("--encoder", clip, *nih, "--prompts", "chexzero-v1")
+    assert {key.split("/")[0] for key in found} == {"zero_shot", "probe"}
+    assert "zero_shot/finding/auroc/Mass" in found
+    said = capsys.readouterr().out
+    assert "retrieval is left out: retrieval needs texts, and none of 4 records of nih_cx" in said
+    for asked in ("retrieval", "probe,retrieval@cxrclip"):
+        with pytest.raises(UserError, match=r"Protocol retrieval needs texts, .* has report: leav"):
+            command("--encoder", clip, *nih, "--protocol", asked)
+    with pytest.raises(UserError, match="shuffled_pairs goes with protocol retrieval"):
+        command("--encoder", clip, *nih, "--prompts=chexzero-v1", "--controls=shuffled_pairs")
 
 
 @pytest.mark.hf
