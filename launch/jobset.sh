@@ -12,7 +12,12 @@ accelerator="${MEDVLP_ACCELERATOR:-cuda13}"
 resource=nvidia.com/gpu
 if [[ "$accelerator" == tpu ]]; then resource=google.com/tpu; fi
 data="${MEDVLP_DATA_DIR:-/shared/data}"
-words="$(printf '"%s", ' bash launch/run.sh "${command[@]:3}")"
+words=""
+for word in bash launch/run.sh "${command[@]:3}"; do
+  # A string of YAML in double quotes: both signs that mean something there are escaped.
+  word="${word//\\/\\\\}"
+  words+="\"${word//\"/\\\"}\", "
+done
 text="$(< launch/jobset.yaml)"
 if [[ -n "$selector" ]]; then
   text="${text//$'\n'                @SELECTOR@/"$selector"}"

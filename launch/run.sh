@@ -5,7 +5,7 @@
 #   bash launch/run.sh --config=configs/imitate.py    another config: configs/NAME.py or configs/NAME.py:VARIANT
 #       [--config.optim.lr=3e-4 ...]                  any setting of it; python -m medvlp_jax.train --help lists configs
 #       [--workdir=DIR]                               run folder; the same command again resumes an interrupted run
-#       [--restarts=N]                                start again after a crash, from the newest checkpoint (default 0)
+#       [--restarts=N]                                start again after a crash, from the newest checkpoint (default 0; not with --tpu)
 #       [--dry-run]                                   print command and environment of every rank, start nothing
 #
 # The same training on more devices; the run folder and MEDVLP_DATA_DIR must be seen by all of them:

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # Sourced by launch/run.sh: copy the checkout to every worker of a Cloud TPU VM and train there.
-# Reads: command, workdir, tpu, zone, dry_run.
+# Reads: command, workdir, tpu, zone, restarts, dry_run.
 # To stop with everything saved: kill -TERM the process that DIR/lock names, on worker 0. Ctrl-C here only ends the display.
 # shellcheck disable=SC2154  # set by launch/run.sh
 
 [[ -n "$zone" ]] || refuse "--tpu=$tpu needs --zone=ZONE."
 case "$workdir" in /*) ;; *) refuse "--tpu needs --workdir=DIR as an absolute path on a file system that all workers share, got '$workdir'." ;; esac
+[[ -z "$restarts" ]] || refuse "--restarts does not go with --tpu: start the same command again, all workers go on from the newest checkpoint."
 
 ssh=(gcloud compute tpus tpu-vm ssh "$tpu" --zone="$zone" --worker=all)
 scp=(gcloud compute tpus tpu-vm scp "--zone=$zone" --worker=all)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from configs import common
@@ -99,6 +100,18 @@ def open_corpus(name: str, data: Mapping[str, Any], split: str) -> corpora.Sourc
     return retold.retold(folds.open_fold(sources, split, **fold), data["texts"])
 
 
+def mesh_of(config: Mapping[str, Any]) -> Mesh:
+    """Lay out the devices as config.mesh says.
+
+    Raises:
+      UserError: where there are others.
+    """
+    try:
+        return sharding.make_mesh(**{k: config["mesh"][k] for k in sharding.AXES})
+    except ValueError as error:
+        raise UserError(f"{error}.") from None
+
+
 def parts(config: Mapping[str, Any], *, pretrained: bool = True) -> Parts:
     """Build tokenizer, mesh and recipe, and find the weights to start from.
 
@@ -110,8 +123,8 @@ def parts(config: Mapping[str, Any], *, pretrained: bool = True) -> Parts:
       UserError: for settings that do not fit together.
     """
     init, data = config["init"], config["data"]
+    mesh = mesh_of(config)
     try:
-        mesh = sharding.make_mesh(**{k: config["mesh"][k] for k in sharding.AXES})
         part = sharding.part_of(mesh)
     except ValueError as error:
         raise UserError(f"{error}.") from None

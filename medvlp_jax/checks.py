@@ -33,6 +33,14 @@ def settings(config: Mapping) -> None:
         raise UserError(f"data.crop={data['crop']} is larger than data.size={data['size']}.")
     if data["channels"] not in (1, 3):
         raise UserError(f"data.channels must be 1 (grey) or 3, got {data['channels']}.")
+    if not 0 <= data["mask_lower_edge"] < 1:
+        raise UserError(
+            f"data.mask_lower_edge={data['mask_lower_edge']} must be a share of the image's height "
+            "in [0, 1)."
+        )
+    for name, least in (("keep", 1), ("keep_every", 0), ("log_every", 1)):
+        if train[name] < least:
+            raise UserError(f"train.{name}={train[name]} must be {least} or more.")
     optim.check(steps=train["steps"], **config["optim"])
     if config["init"]["text"] == "mlm":
         lr, rate = config["mlm"]["lr"], {key: config["mlm"][key] for key in ("steps", "warmup")}
@@ -55,6 +63,23 @@ def _selection(train, evals):
         )
 
 
+def split(config: Mapping, mesh) -> None:
+    """Refuse batches that the devices cannot split, before a text encoder is trained on any.
+
+    Raises:
+      UserError: naming both numbers.
+    """
+    pieces = sharding.batch_devices(mesh)
+    stages = ("train", "mlm") if config["init"]["text"] == "mlm" else ("train",)
+    for stage in stages:
+        size = config[stage]["batch_size"]
+        if size % pieces:
+            raise UserError(
+                f"{stage}.batch_size={size} cannot be split over {pieces} devices; "
+                f"accepted are multiples of {pieces}."
+            )
+
+
 def batch(config: Mapping, parts) -> None:
     """Refuse a batch that the devices, the chunks or the recipe cannot split.
 
@@ -67,11 +92,7 @@ def batch(config: Mapping, parts) -> None:
     """
     size, chunks = config["train"]["batch_size"], config["train"]["chunks"]
     pieces = sharding.batch_devices(parts.mesh)
-    if size % pieces:
-        raise UserError(
-            f"train.batch_size={size} cannot be split over {pieces} devices; "
-            f"accepted are multiples of {pieces}."
-        )
+    split(config, parts.mesh)
     if chunks < 1 or size % (pieces * chunks):
         raise UserError(
             f"train.batch_size={size} cannot be split into train.chunks={chunks} on {pieces} "

@@ -172,5 +172,4 @@ class Embedder:
 
     def multiple_of_devices(self, size: int) -> int:
         """Return the smallest batch of at least `size` that the devices divide."""
-        pieces = sharding.batch_devices(self.parts.mesh)
-        return -(-size // pieces) * pieces
+        return sharding.whole_batch(self.parts.mesh, size)

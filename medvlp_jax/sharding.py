@@ -55,6 +55,12 @@ def batch_devices(mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
+def whole_batch(mesh: Mesh, size: int) -> int:
+    """Return the smallest batch of at least `size` that the devices divide."""
+    pieces = batch_devices(mesh)
+    return -(-size // pieces) * pieces
+
+
 class Part(NamedTuple):
     """Which rows of a global batch a process holds: part `index` of `count` equal ones."""
 

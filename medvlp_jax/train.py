@@ -99,6 +99,7 @@ def _prepare(config, workdir, stop) -> _Job:
     settings = config["train"]
     checks.settings(config)
     checks.say_changes(config, workdir)
+    checks.split(config, assemble.mesh_of(config))
     parts = assemble.parts(config)
     if settings["export"]:
         export.check(parts)

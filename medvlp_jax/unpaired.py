@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from medvlp_jax import assemble, distributed, examples
+from medvlp_jax import assemble, distributed, examples, sharding
 from medvlp_jax.config import UserError
 from medvlp_jax.data import pairing, pipeline
 from medvlp_jax.evaluation import features
@@ -148,7 +148,7 @@ def encoder(parts: assemble.Parts, source) -> Callable:
         batches = pipeline.eval_batches(
             pairing.Nodes(source, rows),
             transform=transform_of(inputs),
-            batch_size=parts.config["evals"]["batch_size"],
+            batch_size=sharding.whole_batch(parts.mesh, parts.config["evals"]["batch_size"]),
             process_index=parts.part.index,
             process_count=parts.part.count,
             threads=parts.config["data"]["threads"],

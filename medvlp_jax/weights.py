@@ -111,15 +111,18 @@ def _replace(tree, values, folder):
 def _read(folder) -> dict[str, Any]:
     """Return all variables of a run."""
     folder = pathlib.Path(folder)
-    kept = folder / selection.FOLDER if (folder / selection.FOLDER).is_dir() else folder
-    if not (kept / "checkpoints").is_dir():
+    for place in (folder / selection.FOLDER, folder):
+        # A selection without a step is of a run that stopped before its first evaluation.
+        if not (place / "checkpoints").is_dir():
+            continue
+        checkpointer = Checkpointer(place / "checkpoints")
+        step = checkpointer.latest()
+        restored = None if step is None else checkpointer.read(step)
+        checkpointer.close()
+        if restored is not None:
+            break
+    else:
         raise UserError(f"{folder} has no checkpoint.")
-    checkpointer = Checkpointer(kept / "checkpoints")
-    step = checkpointer.latest()
-    if step is None:
-        raise UserError(f"{folder} has no checkpoint.")
-    restored = checkpointer.read(step)
-    checkpointer.close()
     average = optim.find_average(restored["optimizer"])
     params = restored["params"] if average is None else average
     variables = {"params": paths.merge(params, restored["frozen"] or {})}

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pathlib
+import secrets
 from collections.abc import Iterator
 
 
@@ -18,7 +19,8 @@ def replaced(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
     """
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    # Not the process' number: in a container every job has the same.
+    scratch = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         yield scratch
         with scratch.open("rb") as file:

@@ -98,6 +98,20 @@ def test_the_jobset_is_yaml_with_one_process_a_pod():
         assert len(container["env"]) == 5
 
 
+def test_the_jobset_passes_every_setting_on_as_it_was_given():
+    yaml = pytest.importorskip("yaml")
+    settings = (
+        '--config.data.corpora=("mimic_cxr",)',
+        r"--config.optim.freeze=('\bbias', '\.norm/')",
+        "--config.data.texts=a & b: #c",
+    )
+    code, out, err = finish(launch("--dry-run", *DRY_RUNS["jobset"], *settings))
+    assert (code, err) == (0, "")
+    (spec,) = yaml.safe_load(out)["spec"]["replicatedJobs"]
+    (container,) = spec["template"]["spec"]["template"]["spec"]["containers"]
+    assert {*settings} <= {*container["command"]}
+
+
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.name)
 def test_bash_parses_every_script(script):
     subprocess.run(["bash", "-n", script], check=True)
@@ -127,6 +141,10 @@ def test_help_names_every_flag():
         (["--slurm", "--processes=2"], "choose one of --processes, --slurm, --tpu and --jobset"),
         (["--tpu=pod"], "--tpu=pod needs --zone=ZONE"),
         (["--tpu=pod", "--zone=z", "--workdir=runs/x"], "absolute path .* got 'runs/x'"),
+        (
+            ["--tpu=pod", "--zone=z", "--workdir=/s/x", "--restarts=2"],
+            "--restarts does not go with --tpu",
+        ),
         (["--jobset=x"], "--jobset needs --image=IMAGE"),
         (["--jobset=x", "--image=i", "--claim=c", "--workdir=runs/x"], "got 'runs/x'"),
         (["--jobset=X_", "--image=i", "--claim=c"], "--jobset=X_ must be lower-case"),

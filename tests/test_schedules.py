@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 
 from medvlp_jax import schedules
+from medvlp_jax.config import UserError
+from medvlp_jax.recipes.base import check_weights
 
 
 def test_a_number_stays_and_knots_interpolate():
@@ -54,3 +56,8 @@ def test_cfcml_equals_the_published_rate_in_all_fifty_epochs():
     np.testing.assert_allclose(rate(50 * 36 - 1), 8.39e-5, rtol=1e-3)
     with pytest.raises(ValueError, match="warm-up of its own"):
         schedules.learning_rate(5e-4, steps=50, warmup=3, kind="cfcml")
+
+
+def test_the_knots_of_a_loss_weight_are_checked_where_it_is_named():
+    with pytest.raises(UserError, match=r"knots of recipe\.weights\.a must have increasing steps"):
+        check_weights({"a": ((100, 1.0), (50, 0.0))}, ("a",))

@@ -46,3 +46,9 @@ def test_optimiser_state_is_split_like_its_parameter():
     tree = {"params": {"w": leaf}, "optimizer": {"mu": {"w": leaf}}}
     specs = {s.spec for s in jax.tree.leaves(sharding.shardings(tree, mesh))}
     assert specs == {P("fsdp", None)}
+
+
+@pytest.mark.parametrize(("size", "whole"), [(1, 6), (6, 6), (64, 66)])
+def test_a_batch_is_rounded_up_to_what_the_devices_divide(size, whole):
+    mesh = sharding.make_mesh(data=3, fsdp=2, devices=jax.devices()[:6])
+    assert sharding.whole_batch(mesh, size) == whole

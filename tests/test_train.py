@@ -181,6 +181,14 @@ def test_bad_input_is_one_sentence_before_anything_is_written(tmp_path, override
         (["--config.mlm.warmup=900", "--config.init.text=mlm"], "mlm: warmup must be .*, got 900"),
         (["--config.optim.name=adamm"], "optim.name must be one of .*, got 'adamm'"),
         (["--config.train.select=x", "--config.train.evaluate_every=0"], "needs evaluations"),
+        (["--config.train.keep=0"], "train.keep=0 must be 1 or more"),
+        (["--config.train.log_every=0"], "train.log_every=0 must be 1 or more"),
+        (["--config.data.mask_lower_edge=12.0"], "mask_lower_edge=12.0 must be a share"),
+        (["--config.train.batch_size=13"], "train.batch_size=13 cannot be split over 8 devices"),
+        (
+            ["--config.init.text=mlm", "--config.mlm.batch_size=13"],
+            "mlm.batch_size=13 cannot be split over 8 devices",
+        ),
     ],
 )
 def test_settings_are_refused_before_a_text_encoder_is_trained(

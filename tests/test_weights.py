@@ -4,10 +4,13 @@ import types
 
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from medvlp_jax import weights
 from medvlp_jax.config import UserError
+from medvlp_jax.training.checkpoint import Checkpointer
+from medvlp_jax.training.step import TrainState
 
 LATER = types.SimpleNamespace(fresh=("classifier", "fusion"), left=("^text/mlm_",))
 
@@ -31,6 +34,19 @@ def before(monkeypatch):
     }
     monkeypatch.setattr(weights, "_read", lambda folder: {"params": held})
     return held
+
+
+def test_a_selection_without_a_step_does_not_hide_the_checkpoints(tmp_path):
+    params = {"head": {"kernel": jnp.ones(3)}}
+    state = TrainState(jnp.int32(1), params, {}, {}, optax.sgd(0.1).init(params))
+    (tmp_path / "selected" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(UserError, match="has no checkpoint"):
+        weights._read(tmp_path)
+    checkpointer = Checkpointer(tmp_path / "checkpoints")
+    checkpointer.save(1, state, {}, {})
+    checkpointer.close()
+    found = weights._read(tmp_path)["params"]
+    np.testing.assert_array_equal(found["head"]["kernel"], np.ones(3))
 
 
 def test_what_both_have_is_taken_and_what_is_new_begins(before, capsys):

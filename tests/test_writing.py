@@ -16,6 +16,16 @@ def test_the_old_content_stays_until_the_new_is_whole(tmp_path):
     assert [p.name for p in file.parent.iterdir()] == ["a.json"]
 
 
+def test_two_that_write_one_file_do_not_meet(tmp_path):
+    """In containers of one job every process has the same number."""
+    file = tmp_path / "a.json"
+    with replaced(file) as one, replaced(file) as other:
+        one.write_text("one")
+        other.write_text("other")
+    assert file.read_text() == "one"
+    assert [*tmp_path.iterdir()] == [file]
+
+
 def test_a_failure_leaves_everything_as_it_was(tmp_path):
     file = tmp_path / "a.json"
     file.write_text("old")

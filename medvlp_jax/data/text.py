@@ -15,6 +15,7 @@ from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
 
 from medvlp_jax.config import UserError
 from medvlp_jax.encoders.base import Tokens
+from medvlp_jax.writing import replaced
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _VOCAB = Path(__file__).parent / "vocab"
@@ -145,10 +146,12 @@ def train_wordpiece(
     ids = tokenizer.get_vocab()
     vocab = sorted(ids, key=ids.get)
     out_dir = Path(out_dir)
-    out_dir.mkdir(parents=True, exist_ok=True)
-    (out_dir / "vocab.txt").write_text("".join(f"{token}\n" for token in vocab), encoding="utf-8")
     trained = _wordpiece(vocab, lowercase=True)
-    trained.save(str(out_dir / "tokenizer.json"))
+    lines = "".join(f"{token}\n" for token in vocab)
+    # tokenizer.json comes last and at once: where it is, a vocabulary counts as trained.
+    for name, content in (("vocab.txt", lines), ("tokenizer.json", trained.to_str(pretty=True))):
+        with replaced(out_dir / name) as path:
+            path.write_text(content, encoding="utf-8")
     return trained
 
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from medvlp_jax import config
+from medvlp_jax import config, schedules
 from medvlp_jax.encoders.base import Packed, Tokens
 from medvlp_jax.layers import Lora
 from medvlp_jax.losses import contrastive, tiled
@@ -142,10 +142,10 @@ def check_tile(tile: int) -> None:
 
 
 def check_weights(weights: Mapping[str, float | Knots], terms: tuple[str, ...]) -> None:
-    """Refuse loss-weight names the recipe does not have, and terms without a weight.
+    """Refuse loss-weight names the recipe does not have, terms without a weight, and odd knots.
 
     Raises:
-      UserError: naming the unknown or missing term.
+      UserError: naming the term.
     """
     for name in weights:
         if name not in terms:
@@ -153,6 +153,11 @@ def check_weights(weights: Mapping[str, float | Knots], terms: tuple[str, ...]) 
     missing = [name for name in terms if name not in weights]
     if missing:
         raise config.UserError(f"recipe.weights lacks {', '.join(missing)}; 0 switches a term off.")
+    for name, spec in weights.items():
+        try:
+            schedules.check(f"recipe.weights.{name}", spec)
+        except ValueError as error:
+            raise config.UserError(f"{error}.") from None
 
 
 def unit(x: jax.Array) -> jax.Array:

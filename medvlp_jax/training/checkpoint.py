@@ -72,6 +72,11 @@ class Checkpointer:
             if step not in self.manager.all_steps():
                 self.manager.save(step, args=items)
 
+    def drop(self, step: int) -> None:
+        """Remove checkpoints of `step` and later, which a run that begins before them leaves."""
+        for later in [kept for kept in self.manager.all_steps() if kept >= step]:
+            self.manager.delete(later)
+
     def wait(self) -> None:
         """Block until what was started is on disk.
 

@@ -44,6 +44,8 @@ class Selection:
             )
         if values[self.metric] > self.best:
             self.best = values[self.metric]
+            # From before the run went back to an older checkpoint; Orbax would keep those.
+            self.checkpointer.drop(step)
             self.checkpointer.save(step, state, {"value": self.best, "step": step}, config)
             self.checkpointer.wait()
 

@@ -5,8 +5,8 @@ Both are found again by a hash of everything they depend on, so that a second ru
 
 import hashlib
 import json
-import os
 import pathlib
+import secrets
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -99,7 +99,7 @@ def pretrain(
         clip=1.0,
     )
     # Metrics of the stage stand beside its weights, not among those of the run that needed it.
-    scratch = folder / f".{target.name}.{os.getpid()}"
+    scratch = folder / f".{target.name}.{secrets.token_hex(4)}"
     writes = distributed.is_writer()
     if writes:
         scratch.mkdir(parents=True, exist_ok=True)

@@ -15,6 +15,7 @@ import pytest
 from medvlp_jax import sharding
 from medvlp_jax.config import UserError
 from medvlp_jax.training.checkpoint import Checkpointer
+from medvlp_jax.training.selection import Selection
 from medvlp_jax.training.step import TrainState
 
 POSITION = {"next_index": 7}
@@ -91,6 +92,22 @@ def test_the_state_may_be_donated_as_soon_as_save_returns(tmp_path):
 def test_the_newest_are_kept_and_every_nth_for_good(tmp_path):
     checkpointer = save(tmp_path / "c", *range(1, 8), keep=2, keep_every=3)
     assert sorted(checkpointer.manager.all_steps()) == [3, 6, 7]
+
+
+def test_a_selection_that_is_ahead_of_the_run_gives_way_to_a_better_state(tmp_path):
+    """A run that went back to an older checkpoint may find a better state at an earlier step."""
+    offer = lambda chosen, step, value: chosen.offer(step, state_of(step), {"auroc": value}, CONFIG)
+    chosen = Selection(tmp_path, "auroc", state_of())
+    offer(chosen, 60, 0.7)
+    chosen.close()
+    again = Selection(tmp_path, "auroc", state_of())
+    assert again.best == 0.7
+    offer(again, 50, 0.6)
+    offer(again, 50, 0.8)
+    again.close()
+    kept = Checkpointer(tmp_path / "selected" / "checkpoints").resume(state_of())
+    assert kept.position == {"value": 0.8, "step": 50}
+    assert_same(kept.state, state_of(50))
 
 
 def test_another_architecture_is_refused_by_name_and_nothing_changes(tmp_path):
