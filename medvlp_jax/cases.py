@@ -1,11 +1,12 @@
-"""What a run shows case by case: examples.png; of a classifier predictions.csv and two pictures.
+"""What an evaluation shows case by case: examples.png; of a classifier predictions.csv, pictures.
 
 predictions.csv has one row a case: ids, the true class (empty where unknown), and the probability
 of each class. Two runs on the same split are compared case by case with it. classifier.png has the
 confusion matrix, ROC curves and calibration; attention.png, for CFCML with a table, where in the
 image the table's attention goes. grounding.png, where that protocol ran, has maps of phrases.
 zero_shot.csv and zero_shot.png, likewise, have a score for each image and class, with the truth (1,
-0, empty where unknown), and the ROC curves of these scores.
+0, empty where unknown), and the ROC curves of these scores. Grounding alone leaves its picture and
+no other: it encodes what has boxes, not the split.
 """
 
 import csv
@@ -17,7 +18,7 @@ import scipy.special
 
 from medvlp_jax import assemble, distributed, examples, ground, tables
 from medvlp_jax.config import UserError
-from medvlp_jax.evaluation import attention, classify, flavours, plots, retrieval
+from medvlp_jax.evaluation import attention, classify, flavours, paired, plots, results, retrieval
 from medvlp_jax.evaluation.zero_shot import PromptScores
 from medvlp_jax.evaluator import Evaluator
 from medvlp_jax.recipes.base import classifies
@@ -26,27 +27,39 @@ from medvlp_jax.writing import replaced
 
 EXAMPLES, ATTENDED = 8, 4
 SCORES, TRUTH = "zero_shot.csv", " (truth)"
+FILES = (SCORES, "zero_shot.png", "examples.png", ground.PICTURE)
+FILES += (paired.FILE, "classifier.png", "attention.png")
+
+
+def clear(folder: pathlib.Path) -> None:
+    """Remove the files above of an earlier evaluation, so that a folder holds one alone.
+
+    Args:
+      folder: where results.json goes; without one it is somebody else's, and left as it is.
+    """
+    if (folder / results.FILE).is_file():
+        for name in FILES:
+            (folder / name).unlink(missing_ok=True)
 
 
 def show(evaluator: Evaluator, variables: Mapping, folder: pathlib.Path) -> None:
-    """Write the files above into a run folder; every process computes, one writes.
+    """Write the files above into a folder; every process computes, one writes.
 
     Args:
       evaluator: of the run.
       variables: trained.
-      folder: of the run.
+      folder: of the run, or another.
     """
-    settings = evaluator.settings
-    labelled = classifies(evaluator.parts.recipe)
-    if not (labelled or evaluator.parts.recipe.spaces):
-        return  # a stage without answers of its own
-    found = evaluator.features(
-        variables, evaluator.source, limit=settings["limit"], views=settings["views"]
-    )
-    maps = _attended(evaluator, variables)
-    if "grounding" in settings["protocols"]:
+    protocols = [flavours.split(name)[0] for name in evaluator.settings["protocols"]]
+    if "grounding" in protocols:
         evaluator.grounder.draw(assemble.place(variables, evaluator.parts), folder / ground.PICTURE)
-    protocols = [flavours.split(name)[0] for name in settings["protocols"]]
+    labelled = classifies(evaluator.parts.recipe)
+    if not (_answers(evaluator) if labelled else evaluator.parts.recipe.spaces):
+        return  # a stage without answers of its own, or a corpus that is not asked for them
+    if {*protocols} == {"grounding"}:
+        return
+    found = evaluator.found(variables)
+    maps = _attended(evaluator, variables)
     prompted = {}
     if "zero_shot" in protocols:
         prompted = evaluator.prompt_scores(variables, found)
@@ -68,10 +81,18 @@ def show(evaluator: Evaluator, variables: Mapping, folder: pathlib.Path) -> None
         _draw_attention(evaluator, found, maps, folder / "attention.png")
 
 
+def _answers(evaluator: Evaluator) -> bool:
+    """Say whether a classifier's classes are those of a task of the corpus."""
+    recipe, tasks = evaluator.parts.recipe, evaluator.source.tasks
+    return len(tasks.get(recipe.task, ())) == recipe.num_classes
+
+
 def _retrieved(evaluator, found, rng):
     """Return rows, the best three texts of each with their cosines, and its own text."""
     image, text = evaluator.joint(found)
     picked = rng.permutation(np.flatnonzero(text.any(1)))[:EXAMPLES]
+    if not len(picked):  # a corpus without texts, which is not read through for them
+        return picked, [], np.zeros((0, 0)), []
     rows, scores = retrieval.top_texts(image[picked], text, found["text_id"], 3)
     texts = [" ".join(filter(None, pair)) for pair in evaluator.source.texts()]
     return picked, [[texts[j] for j in row] for row in rows], scores, [texts[i] for i in picked]

@@ -35,7 +35,7 @@ def full(evaluator: Any, variables: Mapping, untrained: Mapping | None = None) -
       untrained: freshly initialised ones for the control "untrained"; None leaves it out.
     """
     asked = evaluator.settings["controls"]
-    results = evaluator.run(variables, progress="evaluation")
+    results = evaluator.run(variables, keep=True, progress="evaluation")
     if "masked_edge" in asked:
         fraction = evaluator.settings["masked_edge"]
         masked = evaluator.run(variables, mask=fraction, progress="lower edge masked")

@@ -6,21 +6,24 @@
   medvlp evaluate --encoder VIT_DIR --protocol probe --corpus NAME --out DIR
 
 A protocol may name a published flavour, zero_shot@gloria (docs/evaluation.md). Prints a table and
-writes results.json to the run folder, or to --out.
+writes results.json, the scores of each case and pictures to the run folder, or to --out. They are
+of one evaluation: with --protocol grounding alone a run folder loses its other numbers, which --out
+keeps.
 """
 
 import argparse
+import contextlib
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from configs import common
-from medvlp_jax import assemble, cli, controls, distributed, ground, outside, protocols, weights
+from medvlp_jax import assemble, cases, cli, controls, distributed, outside, protocols, weights
 from medvlp_jax import config as configs
 from medvlp_jax.config import UserError
 from medvlp_jax.evaluation import flavours, prompts
-from medvlp_jax.evaluation.results import results_table, write_results
+from medvlp_jax.evaluation.results import FILE, read, results_table, write_results
 from medvlp_jax.evaluator import Evaluator
 
 GIVEN = ("corpus", "split", "prompts", "limit", "views")
@@ -58,7 +61,12 @@ def parser() -> argparse.ArgumentParser:
         metavar="KEY=VALUE",
         help="another setting of config.evals: zero_shot.draw=5, probe.fractions=0.01,0.1,1",
     )
-    top.add_argument("--out", type=pathlib.Path, help="where results.json goes; default: the run")
+    top.add_argument(
+        "--out",
+        type=pathlib.Path,
+        help="where results.json and what goes with it are written; default: the run, whose own "
+        "results are replaced as a whole",
+    )
     return top
 
 
@@ -71,14 +79,27 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser().parse_args(argv)
     distributed.initialize()
     evaluator, variables, untrained = (_of_run if arguments.run else _of_encoder)(arguments)
-    results = controls.full(evaluator, variables, untrained)
     out = arguments.out or arguments.run
+    _say_replaced(out)
+    results = controls.full(evaluator, variables, untrained)
     if distributed.is_writer():
         out.mkdir(parents=True, exist_ok=True)
+        cases.clear(out)  # first: should this end early, no case stands beside another's numbers
         write_results(results, out, evaluator.provenance(variables))
         print(results_table(results))
-    if "grounding" in evaluator.settings["protocols"]:
-        evaluator.grounder.draw(assemble.place(variables, evaluator.parts), out / ground.PICTURE)
+    cases.show(evaluator, variables, out)
+
+
+def _say_replaced(out: pathlib.Path) -> None:
+    """Say what an evaluation of before holds, while it can still be kept."""
+    if distributed.is_writer() and (out / FILE).is_file():
+        with contextlib.suppress(UserError):  # one that cannot be read is no loss
+            held = dict.fromkeys(key.split("/")[0] for key in read(out).numbers)
+            print(
+                f"medvlp: this replaces {out / FILE}, which holds {', '.join(held)}; another --out "
+                "keeps it.",
+                flush=True,
+            )
 
 
 def _of_run(arguments):

@@ -22,6 +22,7 @@ from medvlp_jax.evaluation import (
     retrieval_legacy,
     zero_shot,
 )
+from medvlp_jax.evaluation.features import Features
 from medvlp_jax.evaluation.results import Results, renamed
 from medvlp_jax.evaluation.zero_shot import PromptScores
 from medvlp_jax.training.stopping import Signals
@@ -57,12 +58,15 @@ class Evaluator(Embedder):
         self.prompts = self._read_prompts(needed)
         self.validation = self._open_validation(needed)
         self._code, self._seen = provenance.code(), {}
+        self._kept: tuple[Any, Any] = None, None
         protocols.check(self)
         controls.check(self)
         if "grounding" in settings["protocols"]:
             self.grounder = ground.Grounder(self)
 
-    def run(self, variables: Mapping, *, mask=None, source=None, only=(), progress="") -> Results:
+    def run(
+        self, variables: Mapping, *, mask=None, source=None, only=(), keep=False, progress=""
+    ) -> Results:
         """Run every protocol of the settings.
 
         Args:
@@ -70,6 +74,7 @@ class Evaluator(Embedder):
           mask: share of the lower image edge to blacken; None takes data.mask_lower_edge.
           source: another than the corpus, such as one that is shuffled.
           only: protocols, of all flavours; () takes all.
+          keep: hold the features, for `found`.
           progress: title of the bar; "" is silent.
         """
         names = [
@@ -80,7 +85,7 @@ class Evaluator(Embedder):
         if not names:
             return {}
         # Once, should they be on the host; and always laid out alike, so that numbers repeat.
-        variables = assemble.place(variables, self.parts)
+        given, variables = variables, assemble.place(variables, self.parts)
         options = {"mask": mask, "resamples": self.settings["resamples"]}
         views = self.settings["views"]
         found = None
@@ -93,12 +98,22 @@ class Evaluator(Embedder):
                 views=views,
                 progress=progress,
             )
+        if keep:
+            self._kept = given, found
         if found is not None and source is None:
             self._seen = provenance.rows(found["image_id"], found["patient_id"])
         results: Results = {}
         for name in names:
             results |= self._one(name)(variables, found, **options)
         return results
+
+    def found(self, variables: Mapping) -> Features:
+        """Return the features of the corpus, those that a `run` of these variables kept."""
+        of, kept = self._kept
+        if of is variables and kept is not None:
+            return kept
+        limit, views = self.settings["limit"], self.settings["views"]
+        return self.features(variables, self.source, limit=limit, views=views)
 
     def provenance(self, variables: Mapping) -> dict[str, Any]:
         """Return where the numbers of the last `run` come from.

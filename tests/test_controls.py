@@ -62,7 +62,7 @@ def test_a_control_repeats_the_protocols_it_takes_something_from_and_no_other(to
     one.settings["masked_edge"] = 0.12
     monkeypatch.setattr(shuffle, "shuffled", lambda source, control: control)
 
-    def run(variables, *, mask=None, source=None, only=(), progress):
+    def run(variables, *, mask=None, source=None, only=(), keep=False, progress):
         ran[progress] = only
         return {}
 

@@ -176,6 +176,20 @@ def test_a_threshold_is_chosen_without_intervals_too_and_left_out_of_a_quick_loo
     assert "zero_shot/finding/macro_auroc" in quick
 
 
+def test_cases_are_shown_by_the_features_that_were_scored(evaluator, monkeypatch):
+    one, variables = evaluator
+    other = Evaluator(one.parts, {**one.settings, "protocols": ("retrieval",), "controls": ()})
+    embedded = []
+    found = {"image_id": np.arange(3), "patient_id": np.arange(3)}
+    monkeypatch.setattr(other, "features", lambda *given, **_: embedded.append(given) or found)
+    monkeypatch.setattr(other, "_retrieval", lambda *_, **__: {})
+    controls.full(other, variables)
+    assert other.found(variables) is found
+    assert len(embedded) == 1  # no second time
+    other.found(dict(variables))  # those of other variables are not kept
+    assert len(embedded) == 2
+
+
 def test_a_corpus_without_labels_has_pairs_to_retrieve(evaluator, monkeypatch):
     one, variables = evaluator
     settings = {**one.settings, "protocols": ("retrieval",), "controls": (), "limit": 16}

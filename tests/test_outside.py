@@ -50,8 +50,8 @@ def clip(tmp_path_factory, vocabulary):
 def command(tmp_path_factory):
     data = tmp_path_factory.mktemp("data")
 
-    def run(*arguments):
-        out = tmp_path_factory.mktemp("out")
+    def run(*arguments, out=None):
+        out = out or tmp_path_factory.mktemp("out")
         evaluate.main(
             [
                 *("--corpus", "cxr_phantom:tiny", "--data-dir", str(data), "--out", str(out)),
@@ -144,11 +144,21 @@ def nih(tmp_path):
 @pytest.mark.hf
 def test_a_corpus_without_reports_has_all_but_retrieval(clip, command, nih, capsys):
     """The commands of README and docs/evaluation.md; nobody asked for retrieval."""
-    found = command("--encoder", clip, *nih, "--prompts", "chexzero-v1")
+    out = nih[-1] / "out"
+    found = command("--encoder", clip, *nih, "--prompts", "chexzero-v1", out=out)
     assert {key.split("/")[0] for key in found} == {"zero_shot", "probe"}
+    header, *rows = (out / "zero_shot.csv").read_text().splitlines()
+    assert (header.count("(truth)"), len(rows)) == (14, 4)
+    assert (out / "zero_shot.png").is_file()
     assert "zero_shot/finding/auroc/Mass" in found
     said = capsys.readouterr().out
     assert "retrieval is left out: retrieval needs texts, and none of 4 records of nih_cx" in said
+    # Another evaluation leaves nothing of the one before.
+    found = command("--encoder", clip, *nih, "--protocol", "probe", out=out)
+    assert {key.split("/")[0] for key in found} == {"probe"}
+    assert [path.name for path in out.iterdir()] == ["results.json"]
+    said = capsys.readouterr().out
+    assert f"this replaces {out / 'results.json'}, which holds zero_shot, probe; another" in said
     for asked in ("retrieval", "probe,retrieval@cxrclip"):
         with pytest.raises(UserError, match=r"Protocol retrieval needs texts, .* has report: leav"):
             command("--encoder", clip, *nih, "--protocol", asked)

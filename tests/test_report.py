@@ -190,6 +190,16 @@ def test_scores_of_prompts_are_written_read_and_drawn(run):
         report.build(run)
 
 
+def test_files_of_cases_are_cleared_where_an_evaluation_lies_and_nowhere_else(run, tmp_path):
+    predictions(run, ["i1,anna,normal,0.9,0.1"])
+    cases.clear(run)
+    kept = {"config.json", "results.json", "metrics.jsonl"}
+    assert {path.name for path in run.iterdir()} == kept
+    (tmp_path / "examples.png").write_text("mine")
+    cases.clear(tmp_path)
+    assert (tmp_path / "examples.png").read_text() == "mine"
+
+
 def test_a_run_without_a_number_in_its_log_has_a_page_that_says_so(run):
     (run / "metrics.jsonl").write_text("{}\n")
     found = Reader(report.build(run))
