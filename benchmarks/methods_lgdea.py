@@ -69,6 +69,11 @@ ARMS = {
     ),
     "no_neighbours": ("no report from neighbours", {"data": {"pairing": {"related": 0.0}}}),
     "global_relations": ("L_glob on relations too", {"recipe": {"global_on": "relations"}}),
+    "moves_images": ("relations move images alone", {"recipe": {"moved": "images"}}),
+    "both": (
+        "L_glob on relations too, which move images alone",
+        {"recipe": {"global_on": "relations", "moved": "images"}},
+    ),
     "hops_0": ("no hop", {"recipe": {"hops": 0}}),
     "hops_3": ("3 hops", {"recipe": {"hops": 3}}),
     "from_pairs": (

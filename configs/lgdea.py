@@ -67,6 +67,7 @@ def recipe() -> ConfigDict:
             "confidence": "evidence",  # "link", the specification's, trusts no unpaired image
             "least_confidence": 0.2,
             "global_on": "pairs",
+            "moved": "both",
             "meets": "evidence",
             "loss_tile": 512,
         }
@@ -126,8 +127,7 @@ def views():
     config.data.view.update({**UPRIGHT, "perspective": 0.2})
     config.init.text = ""  # random: no term reads a report
     config.train.update({"steps": 900, "checkpoint_every": 300, "evaluate_every": 0})
-    config.evals.protocols = ("probe",)
-    config.evals.probe.fractions = (0.1, 1.0)
+    config.evals.update({"protocols": ("probe",), "probe": {"fractions": (0.1, 1.0)}})
     return config
 
 
@@ -140,7 +140,7 @@ def smoke(config):
     config.recipe.update({"neighbours": 4, "lesions": 3, "near_reports": 8})
     config.mlm.update({"steps": 5, "batch_size": 16, "warmup": 1})
     config.data.update({"corpora": ("cxr_phantom:tiny",), "size": 70, "crop": 64})
-    config.data.update({"text_length": 24})
+    config.data.text_length = 24
     config.data.evidence.update({"phrases": 3, "length": 12})
     config.data.pairing.ratio = 0.3
     config.train.update({"steps": 8, "batch_size": 16, "refresh_every": 4, "checkpoint_every": 4})

@@ -38,6 +38,7 @@ from medvlp_jax.schedules import Knots
 TERMS = ("reconstruction", "paired", "unpaired", "alignment", "relations", "global", "usage")
 CONFIDENCES = ("evidence", "link")
 GLOBALS = ("pairs", "relations")
+MOVED = ("both", "images")
 MEETS = ("global", "evidence")
 COLLAPSED = 0.5  # of `usage`
 SECTION = "report"
@@ -68,6 +69,7 @@ class Lgdea(nn.Module):
     confidence: str
     least_confidence: float
     global_on: str
+    moved: str
     meets: str
     loss_tile: int
     weights: Mapping[str, float | Knots]
@@ -194,7 +196,8 @@ class Lgdea(nn.Module):
         related = relations.in_batch(known["column"], known["weight"], batch["report_row"])
         related = jnp.where(told, related * (confidence > 0)[:, None], 0)  # [B, B]
         own = jnp.diag(pair.astype(related.dtype))
-        met = features["image_direction"], features["text_direction"], self.alignment_temperature
+        seen, said = features["image_direction"], features["text_direction"]
+        teacher = jax.lax.stop_gradient(said) if self.moved == "images" else said
         return {
             "reconstruction": evidence.reconstruction(
                 features["phrases"],
@@ -205,8 +208,10 @@ class Lgdea(nn.Module):
             ),
             "paired": evidence.paired_divergence(report, image, valid=pair),
             "unpaired": evidence.unpaired_divergence(known["pseudo"], image, confidence),
-            "alignment": _align(*met, own, pair.astype(own.dtype)),
-            "relations": _align(*met, related, confidence),
+            "alignment": _align(
+                seen, said, self.alignment_temperature, own, pair.astype(own.dtype)
+            ),
+            "relations": _align(seen, teacher, self.alignment_temperature, related, confidence),
             "global": self._global(
                 features,
                 paired & batch[f"{SECTION}_valid"],
@@ -394,6 +399,7 @@ def make(
     confidence: str = "evidence",
     least_confidence: float = 0.2,
     global_on: str = "pairs",
+    moved: str = "both",
     meets: str = "global",
     loss_tile: int = tiled.TILE,
 ) -> Lgdea:
@@ -424,6 +430,8 @@ def make(
         specification's, which trusts no unpaired image (docs/lgdea.md).
       least_confidence: below it a relation does not count.
       global_on: what L_glob contrasts: "pairs", or "relations", pairs and what is related.
+      moved: by L_evi-align of relations: "both", or "images" alone, so that a wrong relation does
+        not move what a report says.
       meets: where texts meet images in evaluation: "global", or "evidence", see the head of this
         file.
       loss_tile: side of the tiles of the global InfoNCE; 0 keeps the whole logits.
@@ -454,6 +462,8 @@ def make(
         raise UserError(f"recipe.confidence must be {known}, got '{confidence}'.")
     if global_on not in GLOBALS:
         raise UserError(f"recipe.global_on must be {' or '.join(GLOBALS)}, got '{global_on}'.")
+    if moved not in MOVED:
+        raise UserError(f"recipe.moved must be {' or '.join(MOVED)}, got '{moved}'.")
     if meets not in MEETS:
         raise UserError(f"recipe.meets must be {' or '.join(MEETS)}, got '{meets}'.")
     image, text = base.encoder(image), base.encoder(text)
@@ -483,6 +493,7 @@ def make(
         confidence,
         least_confidence,
         global_on,
+        moved,
         meets,
         loss_tile,
         weights=weights,

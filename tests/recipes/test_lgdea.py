@@ -113,11 +113,30 @@ def test_the_global_term_may_follow_the_relations(model):
         make(global_on="all")
 
 
+def test_relations_may_move_images_alone(model):
+    _, batch, variables, none, features, _ = model
+    given = {**variables, "relations": related(none, batch)}
+
+    def gradients(moved):
+        recipe = make(moved=moved)
+        term = lambda met: recipe.apply(given, features | met, batch, method="objective")
+        met = {name: features[name] for name in ("image_direction", "text_direction")}
+        return jax.value_and_grad(lambda m: term(m)["relations"])(met)
+
+    (one, both), (other, images) = gradients("both"), gradients("images")
+    assert one == other
+    np.testing.assert_array_equal(both["image_direction"], images["image_direction"])
+    assert np.any(both["text_direction"])
+    assert not np.any(images["text_direction"])
+    with pytest.raises(UserError, match="both or images, got 'texts'"):
+        make(moved="texts")
+
+
 @pytest.mark.slow
 def test_features_are_those_of_the_modalities_in_the_batch(model):
     _, batch, variables, _, whole, _ = model
     image = {"image", "image_pooled", "lesions", "image_evidence", "image_direction", "image_joint"}
-    report = {"phrases", "phrases_raw", "report_evidence", "text_direction"}
+    report = {"phrases", "phrases_raw", "report_evidence", "report_told", "text_direction"}
     assert set(whole) == image | report | {"text", "text_joint"}
     for keys, expected in (
         (("image",), image),
