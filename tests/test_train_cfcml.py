@@ -131,6 +131,8 @@ def test_a_run_ends_with_a_classifiers_numbers_and_repeats_when_it_is_resumed(re
     assert _metrics(folder) == lines
     # The average lies in the checkpoint and is what is read from it.
     evaluate.main(["--run", str(folder), "--protocol", "classify", "--out", str(folder / "again")])
+    cases = [file / "predictions.csv" for file in (folder, folder / "again")]
+    assert cases[0].read_text() == cases[1].read_text()
     again = written.read(folder / "again").numbers
     assert again == {key: entry for key, entry in results.items() if key.startswith("classify")}
 
