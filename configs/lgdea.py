@@ -84,9 +84,7 @@ def small(config):
     config.recipe.text.update({"dropout": 0.0, "attention_dropout": 0.0, "dtype": "float32"})
     config.recipe.update({"dim": 64, "prototypes": 32, "num_heads": 4})
     config.init.text = "mlm"
-    config.data.update({"tokenizer": "cxr_phantom", "text_length": 64, "size": 106, "crop": 96})
-    config.data.evidence.update({"phrases": 6, "length": 16})
-    config.data.decode_cache = 8192
+    config.data.update({"tokenizer": "cxr_phantom", "decode_cache": 8192})
     config.optim.update({"lr": 2e-3, "warmup": 40, "multipliers": ()})
 
 
@@ -96,6 +94,7 @@ def demo(config):
     config.recipe.image = ConfigDict(STUDY_IMAGE)  # a small ViT learns nothing in this time
     config.recipe.text.update({"width": 96, "depth": 2, "mlp_dim": 192})
     config.recipe.update({"near_reports": 50, "hops": 1, "kept": 100, "related": 100})
+    config.recipe.update({"global_on": "relations", "moved": "images"})
     config.data.update({**STUDY_PIXELS, "text_length": 48})
     # `medvlp bench data`: 1.43 rows a report hold its words; batches of sick patients need more.
     config.data.evidence.update({"phrases": 4, "length": 12, "pack": 2.2})
@@ -111,6 +110,7 @@ def study(config):
     """A cell of benchmarks/methods_lgdea.py, which starts from the encoder of `views`."""
     demo(config)
     config.optim.multipliers = (("^(image|text)/", 0.1),)
+    config.recipe.update({"global_on": "pairs", "moved": "both"})
     config.train.update({"steps": 300, "refresh_every": 75, "checkpoint_every": 100})
     config.train.update({"evaluate_every": 0, "export": False})
     config.evals.update({"protocols": ("zero_shot", "retrieval", "grounding"), "resamples": 500})
