@@ -98,7 +98,7 @@ def demo(config):
     config.data.update({**STUDY_PIXELS, "text_length": 48})
     # `medvlp bench data`: 1.43 rows a report hold its words; batches of sick patients need more.
     config.data.evidence.update({"phrases": 4, "length": 12, "pack": 2.2})
-    config.optim.lr = 3e-3
+    config.optim.update({"lr": 3e-3, "multipliers": (("^text/", 0.1),)})
     config.data.pairing.update({"share": 1.0, "passes": 60})  # rows apart where pairs run out
     config.train.update({"steps": 800, "refresh_every": 100, "checkpoint_every": 200})
     config.train.update({"evaluate_every": 200, "evaluate_limit": 256})
