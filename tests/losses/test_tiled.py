@@ -136,7 +136,7 @@ def loop_target(name, a, pairs):
     report = a["report"].copy()
     target = np.zeros((size, size))
     if name.startswith("everything"):
-        report -= report.mean(0)
+        report -= report[a["has_report"]].mean(0)
     for i in range(size):
         partners = [j for j in range(size) if pairs[i, j]]
         if name == "row_softmax":
