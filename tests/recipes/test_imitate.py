@@ -7,6 +7,7 @@ import pytest
 
 from medvlp_jax import config
 from medvlp_jax.encoders.base import Tokens
+from medvlp_jax.layers import reading
 from medvlp_jax.recipes import imitate
 from medvlp_jax.training import params as paths
 from medvlp_jax.training import step as training
@@ -74,7 +75,7 @@ def small():
     ],
 )
 def test_adaptive_pooling_averages_torch_s_windows(size, windows):
-    matrix = imitate.adaptive_pool_matrix(size)
+    matrix = reading.adaptive_pool_matrix(size)
     for row, window in zip(matrix, windows.split(), strict=True):
         start, end = map(int, window.split("-"))
         np.testing.assert_array_equal(np.flatnonzero(row), np.arange(start, end))
@@ -87,7 +88,7 @@ def test_adaptive_pooling_equals_torch(size):
     import torch
 
     x = np.random.default_rng(0).normal(size=(2, 3, size, size)).astype(np.float32)
-    matrix = imitate.adaptive_pool_matrix(size)
+    matrix = reading.adaptive_pool_matrix(size)
     expected = torch.nn.functional.adaptive_avg_pool2d(torch.from_numpy(x), 16)
     np.testing.assert_allclose(matrix @ x @ matrix.T, expected, atol=1e-6)
 
@@ -99,7 +100,7 @@ def test_class_attention_equals_the_last_row_of_torch_s_multi_head_attention():
     rng = np.random.default_rng(0)
     tokens = rng.normal(size=(3, 32, 17)).astype(np.float32)
     fixed = rng.normal(size=(21, 32)).astype(np.float32)  # three rows of padding, the class token
-    layer = imitate.ClassAttention(num_heads=4)
+    layer = reading.ClassAttention(num_heads=4)
     variables = layer.init(jax.random.key(0), tokens, fixed)
     variables = jax.tree.map(
         lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), variables
@@ -310,7 +311,7 @@ def test_a_share_of_one_takes_every_channel_once_in_order(small):
     levels = [np.random.default_rng(k).normal(size=(2, 8, 8, 3)) for k in range(2)]
     order = np.arange(3)
     np.testing.assert_array_equal(
-        imitate.pool_levels(levels, [None, None]), imitate.pool_levels(levels, [order, order])
+        reading.pool_levels(levels, [None, None]), reading.pool_levels(levels, [order, order])
     )
 
 
