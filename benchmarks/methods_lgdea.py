@@ -70,7 +70,7 @@ ARMS = {
     "no_neighbours": ("no report from neighbours", {"data": {"pairing": {"related": 0.0}}}),
     "global_relations": ("L_glob on relations too", {"recipe": {"global_on": "relations"}}),
     "moves_images": ("relations move images alone", {"recipe": {"moved": "images"}}),
-    "both": (
+    "global_images": (
         "L_glob on relations too, which move images alone",
         {"recipe": {"global_on": "relations", "moved": "images"}},
     ),
