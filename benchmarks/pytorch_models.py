@@ -72,18 +72,37 @@ class Clip(nn.Module):
         return info_nce(image, text, temperature, batch[f"{self.section}_valid"])
 
 
+class BatchNorm(nn.BatchNorm1d):
+    """Batch normalisation whose statistics can be those of some examples alone."""
+
+    def forward(self, x, valid=None):
+        """Map [B, D] to [B, D]; `valid` [B], which examples count, None for all."""
+        if valid is None:
+            return super().forward(x)
+        weight = valid[:, None].float()
+        count = weight.sum()
+        mean = (weight * x).sum(0) / count
+        var = (weight * (x - mean).square()).sum(0) / count
+        with torch.no_grad():
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * count / (count - 1), self.momentum)
+        x = (x - mean) * (var + self.eps).rsqrt()
+        return x * self.weight + self.bias if self.affine else x
+
+
 class Head(nn.Module):
     """Linear, BatchNorm, ReLU, Linear, BatchNorm without affine; unit norm."""
 
     def __init__(self, width, hidden, dim):
         """Name the layers."""
         super().__init__()
-        self.first, self.norm = nn.Linear(width, hidden), nn.BatchNorm1d(hidden)
-        self.second, self.last_norm = nn.Linear(hidden, dim), nn.BatchNorm1d(dim, affine=False)
+        self.first, self.norm = nn.Linear(width, hidden), BatchNorm(hidden)
+        self.second, self.last_norm = nn.Linear(hidden, dim), BatchNorm(dim, affine=False)
 
-    def forward(self, x):
-        """Map [B, D] to [B, dim]."""
-        return F.normalize(self.last_norm(self.second(self.norm(self.first(x)).relu())), dim=-1)
+    def forward(self, x, valid=None):
+        """Map [B, D] to [B, dim]; `valid` as in BatchNorm."""
+        hidden = self.norm(self.first(x), valid).relu()
+        return F.normalize(self.last_norm(self.second(hidden), valid), dim=-1)
 
 
 class ReadingHead(nn.Module):
@@ -124,7 +143,8 @@ class Imitate(nn.Module):
 
     def prior(self, report, valid):
         """Return S [B, B] of the "exp" kernel: 1 - exp(-strength max(0, Pearson)), 0 diagonal."""
-        report = report - report.mean(0) if self.spec["centre_prior"] else report
+        if self.spec["centre_prior"]:
+            report = report - (valid[:, None] * report).sum(0) / valid.sum()
         rho = torch.corrcoef(report).clamp(min=0).fill_diagonal_(0)
         smoothed = 1 - torch.exp(-self.spec["strength"] * rho)
         return torch.where(valid[:, None] & valid[None, :], smoothed, 0.0)
@@ -144,7 +164,8 @@ class Imitate(nn.Module):
         (d_1, r_1, again_1), (d_2, r_2, again_2) = views
         findings, impression = (batch[f"{s}_feature"] for s in ("findings", "impression"))
         has_findings, has_impression = (batch[f"{s}_valid"] for s in ("findings", "impression"))
-        text_findings, text = self.text_head(findings), self.text_head(impression)
+        text_findings = self.text_head(findings, has_findings)
+        text = self.text_head(impression, has_impression)
         tau, tau_v = spec["temperature"], spec["view_temperature"]
         s_findings = tau * self.prior(findings, has_findings)
         s_impression = self.prior(impression, has_impression)
