@@ -251,13 +251,12 @@ def test_initial_steps_are_between_their_bounds():
 def test_the_published_size_has_the_shapes_and_parameters_of_the_released_code():
     module = mamba3d.make("men")
     volumes = jnp.zeros((2, 128, 128, 24, 1))
-    variables = jax.eval_shape(module.init, jax.random.key(0), volumes)
+    out, variables = jax.eval_shape(module.init_with_output, jax.random.key(0), volumes)
     # Of three modalities and in millions: stems 0.02, layers 0.50, 1.96, 7.78.
     counts = dict.fromkeys(("stem", "stage_0", "stage_1", "stage_2"), 0)
     for path, leaf in flatten_dict(variables["params"], sep="/").items():
         counts[next(part for part in counts if path.startswith(part))] += 3 * leaf.size
     assert [round(count / 1e6, 2) for count in counts.values()] == [0.02, 0.50, 1.96, 7.78]
-    out = jax.eval_shape(module.apply, variables, volumes)
     assert [level.shape for level in out.levels] == [
         (2, 64, 64, 12, 16),
         (2, 32, 32, 6, 32),

@@ -206,8 +206,7 @@ def test_bfloat16_stays_near_and_finite_at_length(pair, reference):
 
 
 def count(module, tokens):
-    variables = jax.eval_shape(module.init, jax.random.key(0), tokens)
-    out = jax.eval_shape(module.apply, variables, tokens)
+    out, variables = jax.eval_shape(module.init_with_output, jax.random.key(0), tokens)
     assert out.tokens.shape == (*tokens.ids.shape, module.width)
     assert out.pooled.shape == (len(tokens.ids), module.width)
     return sum(leaf.size for leaf in jax.tree.leaves(variables))

@@ -379,8 +379,7 @@ def test_bfloat16_stays_near_and_finite_at_length(pairs):
 
 def count(module):
     tokens = random_tokens([9, 3], 9, VOCAB)
-    variables = jax.eval_shape(module.init, jax.random.key(0), tokens)
-    out = jax.eval_shape(module.apply, variables, tokens)
+    out, variables = jax.eval_shape(module.init_with_output, jax.random.key(0), tokens)
     assert out.tokens.shape == (2, 9, module.width)
     assert out.pooled.shape == (2, module.width)
     return sum(leaf.size for leaf in jax.tree.leaves(variables))

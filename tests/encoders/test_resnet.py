@@ -141,9 +141,8 @@ def test_max_pool_equals_reduce_window(height, width):
 def test_published_sizes_have_the_published_number_of_parameters(variant, count):
     module = resnet.make(variant)
     images = jnp.zeros((2, 224, 224, 3))
-    variables = jax.eval_shape(module.init, jax.random.key(0), images)
+    out, variables = jax.eval_shape(module.init_with_output, jax.random.key(0), images)
     assert sum(leaf.size for leaf in jax.tree.leaves(variables["params"])) == count
-    out = jax.eval_shape(module.apply, variables, images)
     assert out.pooled.shape == (2, 2048) == (2, module.width)
     assert out.tokens.shape == (2, 49, 2048)
     assert [level.shape for level in out.levels] == [

@@ -235,9 +235,8 @@ def test_settings_that_are_not_here_are_refused_by_name(pair, tmp_path, key, val
 def test_published_sizes_have_the_published_number_of_parameters(variant, count, width):
     module = swin.make(variant)
     images = jnp.zeros((2, 224, 224, 3))
-    variables = jax.eval_shape(module.init, jax.random.key(0), images)
+    out, variables = jax.eval_shape(module.init_with_output, jax.random.key(0), images)
     assert sum(leaf.size for leaf in jax.tree.leaves(variables)) == count
-    out = jax.eval_shape(module.apply, variables, images)
     assert out.pooled.shape == (2, width) == (2, module.width)
     assert out.tokens.shape == (2, 49, width)
     assert [level.shape[1:3] for level in out.levels] == [(56, 56), (28, 28), (14, 14), (7, 7)]

@@ -62,6 +62,19 @@ def test_state_position_and_config_come_back_bit_identical(tmp_path, frozen):
     assert restored.config == {"recipe": {"name": "imitate", "keep": [0.5, 0.25]}}
 
 
+def test_the_devices_share_the_saving_of_large_arrays_alone(tmp_path):
+    params = {"small": jnp.ones((64, 8)), "large": jnp.ones((2048, 1024))}
+    state = TrainState(jnp.int32(1), params, {}, {}, {})
+    state = jax.device_put(state, sharding.shardings(state, sharding.make_mesh(), []))
+    checkpointer = Checkpointer(tmp_path / "c")
+    checkpointer.save(1, state, POSITION, CONFIG)
+    checkpointer.wait()
+    saved = checkpointer.manager.item_metadata(1)["state"].tree["params"]
+    assert saved["small"].storage.chunk_shape == (64, 8)
+    assert saved["large"].storage.chunk_shape == (2048 // 8, 1024)  # 1 MiB each
+    assert_same(checkpointer.restore(1, state).state, state)
+
+
 def test_a_checkpoint_of_one_device_restores_onto_eight_and_back(tmp_path):
     checkpointer = save(tmp_path / "c", 3)
     rules = [("head/kernel", ("fsdp", None))]
