@@ -188,7 +188,7 @@ def draws_of(folder: pathlib.Path, config: Mapping) -> dict[str, np.ndarray]:
     from medvlp_jax.training.step import RNGS
 
     recipe, _ = recipe_of(folder, config)
-    ask = lambda module: [module.draw(k) for k in jax.random.split(module.make_rng("draws"), 4)]
+    ask = lambda module: module.draw(jax.random.split(module.make_rng("draws"), 4))
     found = {}
     for step in range(AGREE):
         key = jax.random.fold_in(jax.random.key(config["seed"]), step)

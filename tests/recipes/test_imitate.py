@@ -295,7 +295,8 @@ def test_permuting_the_batch_changes_no_loss(small):
 
 def test_channel_draws_repeat_with_the_seed_and_keep_the_specified_counts(small):
     recipe, variables = small
-    draw = lambda seed: recipe.apply(variables, jax.random.key(seed), method="draw")
+    keys = lambda seed: jax.random.split(jax.random.key(seed), 2)
+    draw = lambda seed: recipe.apply(variables, keys(seed), method="draw")[1]
     assert [len(d) for d in draw(0)] == [4, 4, 3, 6]  # 25 % of 16, 15 % of 32, 10 % of 32, of 64
     for a, b, width in zip(draw(0), draw(0), recipe.image.level_widths, strict=True):
         np.testing.assert_array_equal(a, b)
@@ -303,11 +304,23 @@ def test_channel_draws_repeat_with_the_seed_and_keep_the_specified_counts(small)
     assert any((a != b).any() for a, b in zip(draw(0), draw(1), strict=True))
 
 
+def test_a_draw_is_that_of_its_key_whatever_is_drawn_beside_it(small):
+    recipe, variables = small
+    keys = jax.random.split(jax.random.key(0), 3)
+    for key, levels in zip(keys, recipe.apply(variables, keys, method="draw"), strict=True):
+        own = jax.random.split(key, len(recipe.keep))
+        for k, share, width, found in zip(
+            own, recipe.keep, recipe.image.level_widths, levels, strict=True
+        ):
+            alone = jax.random.randint(k, (int(share * width),), 0, width)
+            np.testing.assert_array_equal(alone, found)
+
+
 def test_a_share_of_one_takes_every_channel_once_in_order(small):
     recipe, variables = small
     whole = recipe.clone(keep=(1.0, 0.15, 1.0, 0.10))
-    draws = whole.apply(variables, jax.random.key(0), method="draw")
-    assert [d is None for d in draws] == [True, False, True, False]
+    draws = whole.apply(variables, jax.random.split(jax.random.key(0), 3), method="draw")
+    assert [[d is None for d in levels] for levels in draws] == 3 * [[True, False, True, False]]
     levels = [np.random.default_rng(k).normal(size=(2, 8, 8, 3)) for k in range(2)]
     order = np.arange(3)
     np.testing.assert_array_equal(
