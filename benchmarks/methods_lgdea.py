@@ -1,6 +1,6 @@
 """LGDEA with few pairs beside what trains on the pairs alone: the claim of the paper, on phantoms.
 
-  python -m benchmarks.methods_lgdea [--ratios 0.01 0.05 0.1 0.2 1] [--seeds 3] [--steps 300]
+  python -m benchmarks.methods_lgdea [--ratios 0.01 0.05 0.1 0.2 1] [--seeds 3] [--steps 900]
       [--arms pairs no_unpaired lgdea ...] [--config configs/lgdea.py:study]
       [--start views] [--out benchmarks/results/lgdea.json] [--config.KEY=VALUE ...]
 
@@ -31,9 +31,9 @@ from medvlp_jax import assemble, cli, train
 from medvlp_jax import config as configs
 from medvlp_jax.config import UserError
 from medvlp_jax.evaluation import plots
+from medvlp_jax.recipes import lgdea
 
-TERMS = ("reconstruction", "paired", "unpaired", "alignment", "relations", "global", "usage")
-OTHERS = tuple(term for term in TERMS if term != "global")
+OTHERS = tuple(term for term in lgdea.TERMS if term != "global")
 PAIRS_ALONE = {"data": {"pairing": {"share": 1.0, "passes": 0}}, "train": {"refresh_every": 0}}
 
 
@@ -61,19 +61,18 @@ ARMS = {
     "no_pseudo": ("without L_evid^u", without("unpaired")),
     "no_alignment": ("without L_evi-align", without("alignment", "relations")),
     "no_relations": ("without L_evi-align of relations", without("relations")),
-    "apart_untold": ("rows apart without their terms", without("unpaired", "relations")),
-    "no_global": ("without L_glob", without("global")),
+    "no_global_relations": ("without L_glob of relations", without("global_relations")),
+    "apart_untold": (
+        "rows apart without their terms",
+        without("unpaired", "relations", "global_relations"),
+    ),
+    "no_global": ("without L_glob", without("global", "global_relations")),
     "no_prototypes": (
         "without prototypes",
         {**without("reconstruction", "paired", "unpaired"), "train": {"refresh_every": 0}},
     ),
     "no_neighbours": ("no report from neighbours", {"data": {"pairing": {"related": 0.0}}}),
-    "global_relations": ("L_glob on relations too", {"recipe": {"global_on": "relations"}}),
-    "moves_images": ("relations move images alone", {"recipe": {"moved": "images"}}),
-    "global_images": (
-        "L_glob on relations too, which move images alone",
-        {"recipe": {"global_on": "relations", "moved": "images"}},
-    ),
+    "moves_both": ("relations move reports, too", {"recipe": {"moved": "both"}}),
     "hops_0": ("no hop", {"recipe": {"hops": 0}}),
     "hops_3": ("3 hops", {"recipe": {"hops": 3}}),
     "from_pairs": (

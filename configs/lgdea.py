@@ -41,13 +41,14 @@ def get_config(variant: str = "") -> ConfigDict:
 
 def recipe() -> ConfigDict:
     """Every field is explained in recipes/lgdea.py; none is published, all are our choice."""
-    names = ("reconstruction", "paired", "unpaired", "alignment", "relations", "global", "usage")
+    weights = {"reconstruction": 1.0, "paired": 1.0, "unpaired": 0.5, "alignment": 1.0}
+    weights |= {"relations": 0.5, "global": 1.0, "global_relations": 0.0, "usage": 0.0}
     return ConfigDict(
         {
             "name": "lgdea",
             "image": {"name": "vit", "variant": "B/16", "dtype": "float32"},
             "text": {"name": "bert", "variant": "base", "pooling": "cls", "dtype": "float32"},
-            "weights": dict(zip(names, (1.0, 1.0, 0.5, 1.0, 0.5, 1.0, 0.0), strict=True)),
+            "weights": weights,
             "dim": 256,
             "prototypes": 64,
             "lesions": 8,
@@ -66,7 +67,6 @@ def recipe() -> ConfigDict:
             "near_reports": 0,  # 50 gave better relations, docs/lgdea.md
             "confidence": "evidence",  # "link", the specification's, trusts no unpaired image
             "least_confidence": 0.2,
-            "global_on": "pairs",
             "moved": "both",
             "meets": "evidence",
             "loss_tile": 512,
@@ -94,7 +94,8 @@ def demo(config):
     config.recipe.image = ConfigDict(STUDY_IMAGE)  # a small ViT learns nothing in this time
     config.recipe.text.update({"width": 96, "depth": 2, "mlp_dim": 192})
     config.recipe.update({"near_reports": 50, "hops": 1, "kept": 100, "related": 100})
-    config.recipe.update({"global_on": "relations", "moved": "images"})
+    config.recipe.moved = "images"
+    config.recipe.weights.global_relations = 1.5
     config.data.update({**STUDY_PIXELS, "text_length": 48})
     # `medvlp bench data`: 1.43 rows a report hold its words; batches of sick patients need more.
     config.data.evidence.update({"phrases": 4, "length": 12, "pack": 2.2})
@@ -110,8 +111,7 @@ def study(config):
     """A cell of benchmarks/methods_lgdea.py, which starts from the encoder of `views`."""
     demo(config)
     config.optim.multipliers = (("^(image|text)/", 0.1),)
-    config.recipe.update({"global_on": "pairs", "moved": "both"})
-    config.train.update({"steps": 300, "refresh_every": 75, "checkpoint_every": 100})
+    config.train.update({"steps": 900, "refresh_every": 75, "checkpoint_every": 100})
     config.train.update({"evaluate_every": 0, "export": False})
     config.evals.update({"protocols": ("zero_shot", "retrieval", "grounding"), "resamples": 500})
 

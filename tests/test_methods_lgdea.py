@@ -40,7 +40,7 @@ def test_arms_differ_from_lgdea_in_what_they_say_and_nothing_else():
     assert changed["lgdea"] == set()
     assert changed["no_unpaired"] == {"data.pairing.passes", "train.refresh_every"}
     off = {f"recipe.weights.{name}" for name in ("reconstruction", "paired", "unpaired")}
-    off |= {"recipe.weights.alignment", "recipe.weights.relations"}
+    off |= {f"recipe.weights.{name}" for name in ("alignment", "relations", "global_relations")}
     off |= {"recipe.meets", "evals.zero_shot.by_rules"}
     assert changed["pairs"] == changed["no_unpaired"] | off
     assert all(changed[arm] for arm in bench.ARMS if arm != "lgdea")

@@ -9,7 +9,7 @@ are a pair, in the others each comes from its own pool.
   evidence  means over lesions and phrases of softmax(. mu / tau) -> Qbar_I, Qbar_R [B, K]
 
   L = L_rec + L_evid^p + w L_evid^u + w L_evi-align (pairs) + w L_evi-align (relations)
-      + w L_glob + w usage
+      + w L_glob (pairs) + w L_glob (relations) + w usage
 
 In evaluation a prompt meets images in the evidence space, as the evidence it is, and a report by
 the mean of the cosines there and of the global embeddings; or both by the global ones alone.
@@ -35,9 +35,9 @@ from medvlp_jax.losses import evidence, neighbours, relations, tiled
 from medvlp_jax.recipes import base
 from medvlp_jax.schedules import Knots
 
-TERMS = ("reconstruction", "paired", "unpaired", "alignment", "relations", "global", "usage")
+TERMS = ("reconstruction", "paired", "unpaired", "alignment", "relations")
+TERMS += ("global", "global_relations", "usage")
 CONFIDENCES = ("evidence", "link")
-GLOBALS = ("pairs", "relations")
 MOVED = ("both", "images")
 MEETS = ("global", "evidence")
 COLLAPSED = 0.5  # of `usage`
@@ -68,7 +68,6 @@ class Lgdea(nn.Module):
     near_reports: int
     confidence: str
     least_confidence: float
-    global_on: str
     moved: str
     meets: str
     loss_tile: int
@@ -197,7 +196,8 @@ class Lgdea(nn.Module):
         related = jnp.where(told, related * (confidence > 0)[:, None], 0)  # [B, B]
         own = jnp.diag(pair.astype(related.dtype))
         seen, said = features["image_direction"], features["text_direction"]
-        teacher = jax.lax.stop_gradient(said) if self.moved == "images" else said
+        fixed = jax.lax.stop_gradient if self.moved == "images" else lambda x: x
+        contrast = base.contrastive_loss("info_nce", self.loss_tile)
         return {
             "reconstruction": evidence.reconstruction(
                 features["phrases"],
@@ -211,24 +211,23 @@ class Lgdea(nn.Module):
             "alignment": _align(
                 seen, said, self.alignment_temperature, own, pair.astype(own.dtype)
             ),
-            "relations": _align(seen, teacher, self.alignment_temperature, related, confidence),
-            "global": self._global(
-                features,
-                paired & batch[f"{SECTION}_valid"],
-                own + related,
-                jnp.where(pair, 1, confidence),
+            "relations": _align(seen, fixed(said), self.alignment_temperature, related, confidence),
+            "global": contrast(
+                features["image"],
+                features["text"],
+                jnp.float32(1 / self.global_temperature),
+                valid=paired & batch[f"{SECTION}_valid"],
+            ),
+            "global_relations": _align(
+                features["image"],
+                fixed(features["text"]),
+                self.global_temperature,
+                jnp.where(batch[f"{SECTION}_valid"], related, 0),
+                confidence,
             ),
             "usage": 1
             - evidence.usage_entropy(jnp.where(told[:, None], (image + report) / 2, image)),
         }
-
-    def _global(self, features, valid, target, trust):
-        """Return InfoNCE of the global embeddings of pairs, or with relations as L_evi-align."""
-        image, text = features["image"], features["text"]
-        if self.global_on == "relations":
-            return _align(image, text, self.global_temperature, target, trust)
-        loss = base.contrastive_loss("info_nce", self.loss_tile)
-        return loss(image, text, jnp.float32(1 / self.global_temperature), valid=valid)
 
     def start(self, params: Mapping, raw, seed: int) -> dict:
         """Return the parameters to begin with, from the phrases of a first pass.
@@ -398,7 +397,6 @@ def make(
     near_reports: int = 0,
     confidence: str = "evidence",
     least_confidence: float = 0.2,
-    global_on: str = "pairs",
     moved: str = "both",
     meets: str = "global",
     loss_tile: int = tiled.TILE,
@@ -429,9 +427,8 @@ def make(
       confidence: "evidence", do the related reports say the same; "link", is it one report: the
         specification's, which trusts no unpaired image (docs/lgdea.md).
       least_confidence: below it a relation does not count.
-      global_on: what L_glob contrasts: "pairs", or "relations", pairs and what is related.
-      moved: by L_evi-align of relations: "both", or "images" alone, so that a wrong relation does
-        not move what a report says.
+      moved: by the two contrasts of relations: "both", or "images" alone, so that a wrong relation
+        does not move what a report says.
       meets: where texts meet images in evaluation: "global", or "evidence", see the head of this
         file.
       loss_tile: side of the tiles of the global InfoNCE; 0 keeps the whole logits.
@@ -460,8 +457,6 @@ def make(
     if confidence not in CONFIDENCES:
         known = " or ".join(CONFIDENCES)
         raise UserError(f"recipe.confidence must be {known}, got '{confidence}'.")
-    if global_on not in GLOBALS:
-        raise UserError(f"recipe.global_on must be {' or '.join(GLOBALS)}, got '{global_on}'.")
     if moved not in MOVED:
         raise UserError(f"recipe.moved must be {' or '.join(MOVED)}, got '{moved}'.")
     if meets not in MEETS:
@@ -492,7 +487,6 @@ def make(
         near_reports,
         confidence,
         least_confidence,
-        global_on,
         moved,
         meets,
         loss_tile,

@@ -94,40 +94,43 @@ def test_maps_are_the_attention_of_lesions_that_are_like_the_phrase(model):
     np.testing.assert_allclose(np.linalg.norm(found["cosine"], axis=-1), 1, rtol=1e-5)
 
 
-def test_the_global_term_may_follow_the_relations(model):
-    _, batch, _, _, features, _ = model
-    recipe, target = make(global_on="relations", global_temperature=0.2), np.eye(6)
-    target[4, [3, 5]] = 0.75, 0.25
-    trust = np.r_[np.ones(4), 0.6, 0]
-    target[5, 5] = 0
-    found = recipe._global(features, batch["paired"], target, trust)
-    trusts = trust, trust @ target / target.sum(0)
+def test_relations_are_contrasted_in_the_global_space_too(model):
+    _, batch, variables, none, features, _ = model
+    given = {**variables, "relations": related(none, batch)}
+    recipe, target, trust = make(global_temperature=0.2), np.zeros((6, 6)), np.zeros(6)
+    trust[[4, 5]] = 0.9, 0.6
+    told = batch["evidence_mask"].any(1) & batch["report_valid"]
+    target[np.ix_([4, 5], [3, 5])] = np.array([0.75, 0.25]) * told[[3, 5]]
+    assert target.any()
     logits = np.asarray(features["image"], np.float64) @ np.asarray(features["text"]).T / 0.2
+    trusted = trust @ target / np.maximum(target.sum(0), 1e-9)
     total = 0.0
-    for x, t, c in ((logits, target, trusts[0]), (logits.T, target.T, trusts[1])):
+    for x, t, c in ((logits, target, trust), (logits.T, target.T, trusted)):
         for i in np.flatnonzero(t.sum(1)):
             log_share = x[i] - np.log(np.exp(x[i]).sum())
             total -= c[i] * sum(t[i] / t[i].sum() * log_share) / c[t.sum(1) > 0].sum() / 2
+    found = recipe.apply(given, features, batch, method="objective")["global_relations"]
     np.testing.assert_allclose(found, total, rtol=1e-5)
-    with pytest.raises(UserError, match="pairs or relations, got 'all'"):
-        make(global_on="all")
 
 
 def test_relations_may_move_images_alone(model):
     _, batch, variables, none, features, _ = model
     given = {**variables, "relations": related(none, batch)}
 
-    def gradients(moved):
+    def gradients(moved, term, *names):
         recipe = make(moved=moved)
-        term = lambda met: recipe.apply(given, features | met, batch, method="objective")
-        met = {name: features[name] for name in ("image_direction", "text_direction")}
-        return jax.value_and_grad(lambda m: term(m)["relations"])(met)
+        value = lambda met: recipe.apply(given, features | met, batch, method="objective")[term]
+        return jax.value_and_grad(value)({name: features[name] for name in names})
 
-    (one, both), (other, images) = gradients("both"), gradients("images")
-    assert one == other
-    np.testing.assert_array_equal(both["image_direction"], images["image_direction"])
-    assert np.any(both["text_direction"])
-    assert not np.any(images["text_direction"])
+    for term, *names in (
+        ("relations", "image_direction", "text_direction"),
+        ("global_relations", "image", "text"),
+    ):
+        (one, both), (other, images) = (gradients(moved, term, *names) for moved in lgdea.MOVED)
+        assert one == other
+        np.testing.assert_array_equal(both[names[0]], images[names[0]])
+        assert np.any(both[names[1]])
+        assert not np.any(images[names[1]])
     with pytest.raises(UserError, match="both or images, got 'texts'"):
         make(moved="texts")
 
