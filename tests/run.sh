@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Install with the test extra (once) and run the tests.
 #
-#   bash tests/run.sh                 what every change must pass, some 25 minutes on two cores
+#   bash tests/run.sh                 what every change must pass, some 20 minutes on two cores
 #   bash tests/run.sh --slow          also what takes longer: kill and resume, real data end to end
 #   bash tests/run.sh tests/losses    pytest arguments go through
 #

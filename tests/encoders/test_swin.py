@@ -281,8 +281,9 @@ def test_lora_covers_the_layers_it_names_and_changes_nothing_at_first(variables_
     assert added[0] == "params/stage_0/block_0/attention/query/lora_a"
     flat |= {path: np.zeros_like(flat[path]) for path in added if path.endswith("lora_b")}
     without = {path: leaf for path, leaf in flat.items() if path not in added}
-    ours = jax.jit(module.apply)(unflatten_dict(flat, sep="/"), images).pooled
-    expected = jax.jit(base.apply)(unflatten_dict(without, sep="/"), images).pooled
+    # Operation by operation: XLA may round two programs apart.
+    ours = module.apply(unflatten_dict(flat, sep="/"), images).pooled
+    expected = base.apply(unflatten_dict(without, sep="/"), images).pooled
     np.testing.assert_array_equal(ours, expected)
 
 
