@@ -1,11 +1,11 @@
 """The cases of benchmarks/steps.py, and the process that takes the steps of one of the arms.
 
-  python -m benchmarks.step_arms ARM FOLDER      # ARM: ours, eager or compiled
+  python -m benchmarks.step_arms ARM FOLDER      # ARM: ours, eager, compiled or product
 
 `prepare` makes the weights in PyTorch and writes them in Hugging Face's format (encoders) and by
 parameter path (all else), with the settings and the batch, into FOLDER. The process reads it, takes
 AGREE steps, and prints a line of JSON with their losses; then one step and one line for every line
-it reads.
+it reads. A step of "product" is one large product of matrices in PyTorch: the machine's pace.
 """
 
 import json
@@ -23,6 +23,7 @@ AGREE = 2  # steps whose losses are compared: before and after an update
 FEATURE = 768  # width of a cached report feature: Bio_ClinicalBERT's
 MISSING = 0.1  # share of the sections that are missing
 SHORTEST = 0.25  # texts fill between this share of the text length and all of it
+SIDES = {"float32": 2048, "bfloat16": 8192}  # of the square matrices of "product", by their type
 
 
 class Case(NamedTuple):
@@ -217,13 +218,16 @@ def recipe_of(folder: pathlib.Path, config: Mapping):
 
 
 def ours(folder: pathlib.Path):
-    """Return () -> loss: the jitted step of a run, from the weights in `folder`."""
+    """Return () -> loss: the jitted step of a run, from the weights in `folder`.
+
+    Its attribute `flops` is what a step takes, counted in the traced program.
+    """
     import jax
     from safetensors.numpy import load_file
 
     from medvlp_jax import assemble
     from medvlp_jax.encoders.base import Tokens
-    from medvlp_jax.training import optim
+    from medvlp_jax.training import flops, optim
     from medvlp_jax.training import params as paths
     from medvlp_jax.training import step as training
 
@@ -268,6 +272,7 @@ def ours(folder: pathlib.Path):
         state, metrics = step(state, batch)
         return float(metrics["loss"])
 
+    take.flops = sum(flops.by_part(step.trace(state, batch).jaxpr, flops.step_part)[0].values())
     return take
 
 
@@ -304,6 +309,26 @@ def theirs(folder: pathlib.Path, *, compiled: bool):
     return take
 
 
+def product(folder: pathlib.Path):
+    """Return () -> a number: a product of square matrices of the images' type, with its `flops`."""
+    import torch
+
+    from benchmarks import pytorch_step
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    kind = json.loads((folder / "config.json").read_text())["recipe"]["image"]["dtype"]
+    side = SIDES[kind]
+    a = pytorch_step.on_device({"a": torch.randn(side, side).to(getattr(torch, kind))})["a"]
+    out = torch.empty_like(a)
+
+    def take():
+        torch.mm(a, a, out=out)
+        return float(out[0, 0])  # waits for the device
+
+    take.flops = 2 * side**3
+    return take
+
+
 def say(**found) -> None:
     """Print a line of JSON at once."""
     print(json.dumps(found), flush=True)
@@ -319,14 +344,18 @@ def main(arm: str, folder: str) -> None:
     where = pathlib.Path(folder)
     began = time.perf_counter()
     try:
-        take = ours(where) if arm == "ours" else theirs(where, compiled=arm == "compiled")
+        if arm in (own := {"ours": ours, "product": product}):
+            take = own[arm](where)
+        else:
+            take = theirs(where, compiled=arm == "compiled")
         losses = [take() for _ in range(AGREE)]
     except Exception as error:
         if arm != "compiled":
             raise
         say(error=f"{type(error).__name__}: {str(error)[:300]}")  # no C++ compiler, say
         return
-    say(losses=losses, ready_seconds=time.perf_counter() - began)
+    ready = time.perf_counter() - began
+    say(losses=losses, ready_seconds=ready, flops=getattr(take, "flops", 0))
     for _ in sys.stdin:
         before, began, processor = faults(), time.perf_counter(), time.process_time()
         take()

@@ -15,6 +15,10 @@ we are faster. Of the two kinds of PyTorch the faster counts. Losses have to agr
 first two steps, which an update lies between; else nothing is written of that case. Ratios are
 stored, not times. --tiny only shows that it all runs.
 
+A fourth process multiplies two large matrices in PyTorch in its turns. "of_a_product" is the pace
+of an arm, in the FLOPs counted in our step, over that product's; one over PyTorch's share is what a
+step all of which ran at the product's pace would be ahead by, the most that can be had.
+
 On a GPU the case is "vit": bfloat16 (losses to 5e-2), cuDNN's attention here, torch's own there.
 """
 
@@ -45,6 +49,7 @@ KEEP = {
 }
 ARMS = ("ours", "eager", "compiled")  # as benchmarks/step_arms.py knows them
 LOSING = ("ours", "eager")  # those that --malloc measures without KEEP
+PRODUCT = "product"  # likewise
 WITHOUT = ", default malloc"
 SAME = 1e-4  # relative, of the losses
 HALF = 5e-2  # likewise in bfloat16: cosines, to 4e-3 each, are 14 times as large in the logits
@@ -123,7 +128,7 @@ def compare(
     """
     names = (*ARMS, *(kind + WITHOUT for kind in LOSING if malloc))
     groups = [("ours", other) for other in names[1:]] if apart else [names]
-    losses, failed, taken = {}, {}, []
+    losses, failed, taken, flops = {}, {}, [], {}
     with tempfile.TemporaryDirectory() as scratch:
         folder = pathlib.Path(scratch)
         config = prepare(name, folder, tiny=tiny)
@@ -132,14 +137,17 @@ def compare(
             with contextlib.ExitStack() as stack:
                 # One after the other: compiling takes all threads.
                 arms = {
-                    arm: stack.enter_context(contextlib.closing(_arm(arm, folder))) for arm in group
+                    arm: stack.enter_context(contextlib.closing(_arm(arm, folder)))
+                    for arm in (*group, PRODUCT)
                 }
                 failed |= {arm: a.said["error"] for arm, a in arms.items() if "error" in a.said}
                 able = {arm: a for arm, a in arms.items() if arm not in failed}
-                losses |= {arm: a.said["losses"] for arm, a in able.items()}
+                losses |= {arm: able[arm].said["losses"] for arm in group if arm in able}
+                flops |= {arm: able[arm].said["flops"] for arm in ("ours", PRODUCT)}
                 check_losses(name, losses, HALF if is_half else SAME)
                 taken.append(by_turns(able, turns))
-    return {"title": CASES[name].title, "losses": losses, "failed": failed, **ratios(taken)}
+    found = {"title": CASES[name].title, "losses": losses, "failed": failed, **ratios(taken)}
+    return found | {"of_a_product": paces(taken, flops["ours"] / flops[PRODUCT])}
 
 
 def _arm(name: str, folder: pathlib.Path) -> Arm:
@@ -162,8 +170,9 @@ def ratios(groups: list[dict[str, list[dict]]]) -> dict:
     """Describe steps taken by turns: every arm's time over ours, and which PyTorch is faster."""
     found, faults = {}, {}
     for taken in groups:
-        faults |= {arm: statistics.median(s["faults"] for s in t) for arm, t in taken.items()}
-        for arm in taken:
+        steps = {arm: t for arm, t in taken.items() if arm != PRODUCT}
+        faults |= {arm: statistics.median(s["faults"] for s in t) for arm, t in steps.items()}
+        for arm in steps:
             if arm != "ours":
                 pairs = zip(taken[arm], taken["ours"], strict=True)
                 found[arm] = check.entry(b["seconds"] / a["seconds"] for b, a in pairs)
@@ -171,16 +180,35 @@ def ratios(groups: list[dict[str, list[dict]]]) -> dict:
     return {"ratios": found, "faster": faster, "faults": faults}
 
 
+def paces(groups: list[dict[str, list[dict]]], work: float) -> dict[str, float]:
+    """Return the pace of each arm over that of the product of its turns, medians.
+
+    Args:
+      groups: steps taken by turns.
+      work: FLOPs of a step over those of the product.
+    """
+    found = {}
+    for taken in groups:
+        for arm in taken.keys() - {PRODUCT}:
+            pairs = zip(taken[PRODUCT], taken[arm], strict=True)
+            shares = [work * p["seconds"] / a["seconds"] for p, a in pairs]
+            found.setdefault(arm, []).extend(shares)  # "ours" is in each group
+    return {arm: statistics.median(found[arm]) for arm in sorted(found)}
+
+
 def table(cases: dict) -> str:
     """Format the comparison."""
     columns = {"PyTorch / ours": "eager", "torch.compile / ours": "compiled"}
     columns |= {f"{kind}{WITHOUT} / ours": f"{kind}{WITHOUT}" for kind in LOSING}
-    lines = [f"| step | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]
+    last = "PyTorch, ours, of a product's pace"
+    lines = [f"| step | {' | '.join(columns)} | {last} |", "|---|" + "---:|" * (len(columns) + 1)]
     for found in cases.values():
         cells = [
             check.text(found["ratios"][arm]) if arm in found["ratios"] else ""
             for arm in columns.values()
         ]
+        paces = [found["of_a_product"][arm] for arm in (found["faster"], "ours")]
+        cells.append(", ".join(f"{pace:.0%}" for pace in paces))
         lines.append(f"| {found['title']} | {' | '.join(cells)} |")
         lines += [f"{arm} could not be measured: {why}" for arm, why in found["failed"].items()]
     return "\n".join(lines)

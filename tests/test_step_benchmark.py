@@ -54,19 +54,44 @@ def test_arms_take_turns_and_a_ratio_is_their_time_over_ours(monkeypatch):
     assert found["faults"] == dict.fromkeys(steps.ARMS, 7)
 
 
+def test_a_pace_is_work_over_time_beside_the_product_of_the_same_turns(monkeypatch):
+    monkeypatch.setattr(steps, "REST", 0)
+    groups = []
+    for ours, eager, product in ((4.0, 8.0, 1.0), (4.0, 5.0, 2.0)):
+        times = {"ours": ours, "eager": eager, steps.PRODUCT: product}
+        arms = {name: Clock(seconds, []) for name, seconds in times.items()}
+        groups.append(steps.by_turns(arms, 3))
+    # A step has twice the FLOPs of a product: 2 * 1 / 4 in the first three turns, 2 * 2 / 4 then.
+    found = steps.paces(groups, work=2.0)
+    np.testing.assert_allclose(found["ours"], np.median([0.5] * 3 + [1.0] * 3))
+    np.testing.assert_allclose(found["eager"], np.median([0.25] * 3 + [0.8] * 3))
+    assert steps.PRODUCT not in {**found, **steps.ratios(groups)["faults"]}
+
+
+def test_a_product_is_of_the_type_of_the_images(monkeypatch, tmp_path):
+    monkeypatch.setattr(step_arms, "SIDES", {"float32": 8, "bfloat16": 16})
+    for kind, flops in (("float32", 2 * 8**3), ("bfloat16", 2 * 16**3)):
+        config = {"recipe": {"image": {"dtype": kind}}}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        take = step_arms.product(tmp_path)
+        assert take.flops == flops
+        assert np.isfinite(take())
+
+
 def test_two_at_a_time_each_is_compared_with_ours_of_its_own_turns(monkeypatch):
     monkeypatch.setattr(steps, "REST", 0)
     monkeypatch.setattr(steps, "prepare", lambda *_, **__: {"recipe": {"image": {"dtype": "f"}}})
-    seconds = iter((2.0, 6.0, 4.0, 6.0))  # ours beside eager, then, slower, beside compiled
+    # ours beside eager, then, slower, beside compiled; each time the product, too
+    seconds = iter((2.0, 6.0, 1.0, 4.0, 6.0, 2.0))
     alive = set()
 
     class Process(Clock):
-        said = {"losses": [1.0]}  # noqa: RUF012 (never changed)
+        said = {"losses": [1.0], "flops": 10}  # noqa: RUF012 (never changed)
 
         def __init__(self, name):
             super().__init__(next(seconds), [])
             alive.add(self)
-            assert len(alive) <= 2
+            assert len(alive) <= 3
 
         def close(self):
             alive.remove(self)
@@ -77,6 +102,7 @@ def test_two_at_a_time_each_is_compared_with_ours_of_its_own_turns(monkeypatch):
     assert found["ratios"]["eager"]["median"] == 3.0
     assert found["ratios"]["compiled"]["median"] == 1.5
     assert found["faster"] == "compiled"
+    assert found["of_a_product"]["ours"] == 0.5
 
 
 STAND_IN = """
@@ -129,7 +155,8 @@ def test_a_refused_case_leaves_the_others(monkeypatch, tmp_path):
         if name == "imitate":
             raise steps.Ended("ours ended with code -9.")
         steps.check_losses(name, {"ours": [1.0], "eager": [2.0 if name == "clip" else 1.0]})
-        return {"title": name, "ratios": {}, "failed": {}}
+        paces = dict.fromkeys(("ours", "eager"), 0.5)
+        return {"title": name, "ratios": {}, "failed": {}, "faster": "eager", "of_a_product": paces}
 
     monkeypatch.setattr(steps, "compare", compare)
     out = tmp_path / "steps.json"
@@ -152,4 +179,6 @@ def test_processes_take_steps_by_turns(tmp_path, capsys):
     assert found["faults"]["eager"] < found["faults"]["eager" + steps.WITHOUT]
     for losses in found["losses"].values():
         assert len(losses) == step_arms.AGREE
+    assert set(found["of_a_product"]) == {"ours", *measured} - set(found["failed"])
+    assert min(found["of_a_product"].values()) > 0
     assert "| IMITATE, the demo" in capsys.readouterr().out
