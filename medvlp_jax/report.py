@@ -15,7 +15,15 @@ from typing import Any
 from medvlp_jax import assemble, cases, cli
 from medvlp_jax.config import UserError
 from medvlp_jax.data import leakage
-from medvlp_jax.evaluation import comparison, page, paired, plots, provenance, results
+from medvlp_jax.evaluation import (
+    comparison,
+    page,
+    paired,
+    plots,
+    provenance,
+    results,
+    retrieval,
+)
 from medvlp_jax.writing import replaced
 
 NAME = "report.html"
@@ -125,6 +133,8 @@ def _about_rows(entry: Mapping[str, Any]) -> list[str]:
         told.append(f"could not be computed: {', '.join(entry['undefined'])}.")
     if entry.get("left_out"):
         told.append(f"{entry['left_out']} rows left out (unknown label or no text).")
+    if retrieval.ONE_ANSWER in entry:
+        told.append(f"{retrieval.ONE_ANSWER}: {entry[retrieval.ONE_ANSWER]:.3f}.")
     patients = entry.get("patients") or 0
     rare = [
         name

@@ -112,7 +112,10 @@ def _remarks(entry: Mapping[str, Any]) -> list[str]:
         remarks.append(f"{entry['left_out']} rows left out (unknown label or no text)")
     if entry.get("skipped"):
         remarks.append(f"skipped: {', '.join(map(str, entry['skipped']))}")
-    return remarks + [f"{k}: {v}" for k, v in entry.items() if k not in known and v not in ({}, [])]
+    other = {k: v for k, v in entry.items() if k not in known and v not in ({}, [])}
+    return remarks + [
+        f"{k}: {digits(k, v) if isinstance(v, float) else v}" for k, v in other.items()
+    ]
 
 
 HEADER = ("metric", "value", "95 % interval", "chance", "n")

@@ -2,9 +2,10 @@
 
 Identical reports (equal text_id) are one gallery entry, and every image of a report is a right
 answer to it. R@K: a right answer is among the first K. With class labels also P@K, the share of the
-first K with the query's class, and H@K, any of them has it. Ties are scored by their expectation
-under random order, so a collapsed model gets exactly the chance level. The similarity matrix is
-made in tiles over queries and never held as a whole.
+first K with the query's class, and H@K, any of them has it. Where most queries are of one class P@K
+favours a model that always answers with it; what that would give is noted beside it. Ties are
+scored by their expectation under random order, so a collapsed model gets exactly the chance level.
+The similarity matrix is made in tiles over queries and never held as a whole.
 
 Axis letters: N pairs, Q queries, G gallery entries, E joint width, q a tile of queries.
 """
@@ -23,6 +24,7 @@ from medvlp_jax.evaluation.results import Results, assemble, number
 PROTOCOL = "retrieval@clean-v1"
 # Embeddings are float32: cosines that agree to 6 decimals differ by rounding alone, hence are ties.
 DECIMALS = 6
+ONE_ANSWER = "P@1 of one answer to all"
 
 
 class Side(NamedTuple):
@@ -192,6 +194,13 @@ def chance_levels(query: Side, gallery: Side, *, ks, class_ks=()) -> dict[str, f
     return levels
 
 
+def _one_answer(query: Side, gallery: Side) -> dict[str, float]:
+    """Return the best P@1 of a model that answers all queries alike, where classes are known."""
+    kinds, times = np.unique(query.kind[query.kind >= 0], return_counts=True)
+    found = times[np.isin(kinds, gallery.kind)]
+    return {ONE_ANSWER: float(found.max() / times.sum())} if len(found) else {}
+
+
 def _intervals(values, rank, groups, options):
     """Bootstrap the means of `values` [Q, K] and, if given, the median of `rank` [Q]."""
 
@@ -270,6 +279,7 @@ def run(
             "patients": len(np.unique(query.group)),
             "gallery": len(gallery.pair),
             "left_out": total - len(image),
+            **_one_answer(query, gallery),
         }
         entries = _direction(query, gallery, ks, tile, bootstrap)
         results |= assemble(PROTOCOL, task, entries, settings=settings, notes=notes)

@@ -271,6 +271,22 @@ def test_unknown_queries_do_not_count_for_class_precision(corpus):
     assert found["retrieval/image_to_text/R@5"]["n"] == 30
 
 
+def test_the_best_single_answer_is_noted_beside_class_precision(corpus):
+    """Every entry in turn as the answer to all queries: none is better, and one is as good."""
+    image, text, ids, labels, groups = corpus
+    found = retrieval.run(image, text, ids, labels=labels, groups=groups, resamples=2)
+    for side, queries, gallery in zip(
+        ("image_to_text", "text_to_image"),
+        (sides := retrieval.sides(image, text, ids, labels=labels, groups=groups)),
+        sides[::-1],
+        strict=True,
+    ):
+        always = [float(np.mean(queries.kind == kind)) for kind in gallery.kind]
+        assert found[f"retrieval/{side}/protocol"][retrieval.ONE_ANSWER] == max(always)
+    plain = retrieval.run(image, text, ids, resamples=2)
+    assert retrieval.ONE_ANSWER not in plain["retrieval/image_to_text/protocol"]
+
+
 def test_k_above_the_gallery_is_dropped():
     found = retrieval.run(np.eye(4), np.eye(4), np.arange(4), ks=(1, 5))
     assert "retrieval/image_to_text/R@1" in found
