@@ -4,9 +4,11 @@
 
 RUN is a run of LGDEA that has its checkpoint. Its corpus knows the findings of every image and of
 every report, which training never sees. An image without a pair is given the findings of the
-reports it is related to, by weight; a row is the mean AUROC over findings of what it was given.
-Each row relates with other settings of the recipe. The last two do not relate, they ask the model:
-the mean over reports by softmax of their cosine to the image in the joint space.
+reports it is related to, by weight. A row has the mean AUROC over findings of what it was given,
+and how often the least and the most favoured finding were given over how often they are there,
+images weighing as much as they are trusted: a model that learns from relations becomes what they
+favour. Each row relates with other settings of the recipe. The last two do not relate, they ask the
+model: the mean over reports by softmax of their cosine to the image in the joint space.
 """
 
 import argparse
@@ -24,6 +26,8 @@ from medvlp_jax.writing import replaced
 
 TASK = "finding"
 SPECIFIED = {"near_reports": 0, "neighbours": 10, "hops": 5, "kept": 50, "related": 10}
+SPECIFIED |= {"alpha": 0.8, "hub_rounds": 1}
+NEAR = {"near_reports": 300, "kept": 300, "related": 300, "alpha": 0.5, "hub_rounds": 3, "hops": 1}
 ROWS = {
     "as specified: the pairs, 10 neighbours, 5 hops, 10 reports": SPECIFIED,
     "the same, 30 neighbours, 50 reports": {**SPECIFIED, "neighbours": 30, "related": 50},
@@ -32,7 +36,7 @@ ROWS = {
         **{"neighbours": 30, "kept": 200, "related": 200},
     },
     "`near_reports=50`, no hop": {**SPECIFIED, "near_reports": 50, "hops": 0, "related": 50},
-    "`near_reports=50`, one hop, 100 reports: the study": {
+    "`near_reports=50`, one hop, 100 reports": {
         **SPECIFIED,
         **{"near_reports": 50, "hops": 1, "kept": 100, "related": 100},
     },
@@ -40,6 +44,10 @@ ROWS = {
         **SPECIFIED,
         **{"near_reports": 50, "hops": 3, "kept": 200, "related": 50},
     },
+    "`near_reports=300`, no hop, one round, 300 reports": NEAR | {"hops": 0, "hub_rounds": 1},
+    "the same, three rounds": NEAR | {"hops": 0},
+    "the same, one hop, alpha 0.8": NEAR | {"alpha": 0.8},
+    "the same, one hop, alpha 0.5: the study": NEAR,
 }
 ALL, NEAREST = "the joint space, all reports", "the joint space, its 50 nearest, hubs and all"
 
@@ -47,6 +55,18 @@ ALL, NEAREST = "the joint space, all reports", "the joint space, its 50 nearest,
 def right(given: np.ndarray, truth: np.ndarray) -> float:
     """Return the mean AUROC over findings of what images [N, F] were given."""
     return float(np.mean([metrics.auroc(truth[:, f], given[:, f]) for f in range(truth.shape[1])]))
+
+
+def favour(given: np.ndarray, truth: np.ndarray, trust: np.ndarray) -> tuple[float, float]:
+    """Return how often the least and the most favoured finding were given over being there.
+
+    Args:
+      given: to images [N, F].
+      truth: [N, F].
+      trust: weight of an image [N].
+    """
+    share = np.average(given, 0, trust) / truth.mean(0)
+    return float(share.min()), float(share.max())
 
 
 def asked(cosine: np.ndarray, told: np.ndarray, *, temperature: float, most: int = 0) -> np.ndarray:
@@ -64,8 +84,14 @@ def asked(cosine: np.ndarray, told: np.ndarray, *, temperature: float, most: int
     return share / share.sum(1, keepdims=True) @ told
 
 
-def measure(run: pathlib.Path) -> dict[str, float]:
-    """Return every row of one run."""
+def row(given, truth, trust) -> tuple[float, float, float]:
+    """Return AUROC, least and most favoured; where no image is trusted all count alike."""
+    trust = trust if trust.any() else np.ones(len(trust))
+    return right(given, truth), *favour(given, truth, trust)
+
+
+def measure(run: pathlib.Path) -> dict[str, tuple[float, float, float]]:
+    """Return every row of one run: AUROC, least and most."""
     config = assemble.read_config(run)
     # All features are needed, whichever relations the run was trained with.
     config["recipe"]["near_reports"] = min(50, config["recipe"]["kept"])
@@ -81,20 +107,25 @@ def measure(run: pathlib.Path) -> dict[str, float]:
     rows = {}
     for title, settings in ROWS.items():
         made = recipe.clone(**settings).refresh(images, reports, pairs)
-        weight, column = (np.asarray(made[name]) for name in ("weight", "column"))
+        weight, column, trust = (
+            np.asarray(made[name])[pairs:] for name in ("weight", "column", "confidence")
+        )
         given = np.einsum("im,imf->if", weight, told[column].astype(float))
-        rows[title] = right(given[pairs:], truth[pairs:])
+        rows[title] = row(given, truth[pairs:], trust)
     cosine = images["image_joint"][pairs:] @ reports["text_joint"].T
     ask = functools.partial(asked, cosine, told, temperature=recipe.alignment_temperature)
-    rows[ALL], rows[NEAREST] = (right(ask(most=most), truth[pairs:]) for most in (0, 50))
+    for title, most in {ALL: 0, NEAREST: 50}.items():
+        rows[title] = row(ask(most=most), truth[pairs:], np.ones(len(cosine)))
     return rows
 
 
-def table(runs: Mapping[str, Mapping]) -> str:
+def table(runs: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
     """Lay the runs side by side."""
     lines = [f"| | {' | '.join(runs)} |", f"|---|{'---|' * len(runs)}"]
     for title in next(iter(runs.values())):
-        lines.append(f"| {title} | {' | '.join(f'{rows[title]:.3f}' for rows in runs.values())} |")
+        found = (rows[title] for rows in runs.values())
+        cells = (f"{auroc:.3f} ({least:.2f}-{most:.2f})" for auroc, least, most in found)
+        lines.append(f"| {title} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
