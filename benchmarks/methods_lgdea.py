@@ -51,9 +51,6 @@ def globally(change: dict) -> dict:
     return change | {"recipe": {**change["recipe"], "meets": "global"}} | by_rules
 
 
-NEAR_50 = {"near_reports": 50, "hub_rounds": 1, "alpha": 0.8, "kept": 100, "related": 100}
-
-
 # By name: title, and what differs from LGDEA. The first three are the study, the rest section B.6.
 ARMS = {
     "pairs": ("pairs alone, global InfoNCE", globally(PAIRS_ALONE | without(*OTHERS))),
@@ -80,13 +77,9 @@ ARMS = {
     "hops_3": ("3 hops", {"recipe": {"hops": 3}}),
     "from_pairs": (
         "relations as specified: A_0 the pairs alone, 5 hops, 10 reports",
-        {"recipe": {"near_reports": 0, "hops": 5, "alpha": 0.8, "kept": 50, "related": 10}},
+        {"recipe": {"near_reports": 0, "hops": 5, "kept": 50, "related": 10}},
     ),
-    "near_50": (
-        "relations of 50 near reports, one round, alpha 0.8",
-        {"recipe": NEAR_50},
-    ),
-    "alpha_80": ("alpha 0.8", {"recipe": {"alpha": 0.8}}),
+    "alpha_50": ("alpha 0.5", {"recipe": {"alpha": 0.5}}),
     "neighbours_30": ("30 neighbours", {"recipe": {"neighbours": 30}}),
     "prototypes_16": ("16 prototypes", {"recipe": {"prototypes": 16}}),
     "prototypes_64": ("64 prototypes", {"recipe": {"prototypes": 64}}),

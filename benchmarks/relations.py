@@ -26,8 +26,6 @@ from medvlp_jax.writing import replaced
 
 TASK = "finding"
 SPECIFIED = {"near_reports": 0, "neighbours": 10, "hops": 5, "kept": 50, "related": 10}
-SPECIFIED |= {"alpha": 0.8, "hub_rounds": 1}
-NEAR = {"near_reports": 300, "kept": 300, "related": 300, "alpha": 0.5, "hub_rounds": 3, "hops": 1}
 ROWS = {
     "as specified: the pairs, 10 neighbours, 5 hops, 10 reports": SPECIFIED,
     "the same, 30 neighbours, 50 reports": {**SPECIFIED, "neighbours": 30, "related": 50},
@@ -36,7 +34,7 @@ ROWS = {
         **{"neighbours": 30, "kept": 200, "related": 200},
     },
     "`near_reports=50`, no hop": {**SPECIFIED, "near_reports": 50, "hops": 0, "related": 50},
-    "`near_reports=50`, one hop, 100 reports": {
+    "`near_reports=50`, one hop, 100 reports: the study": {
         **SPECIFIED,
         **{"near_reports": 50, "hops": 1, "kept": 100, "related": 100},
     },
@@ -44,10 +42,10 @@ ROWS = {
         **SPECIFIED,
         **{"near_reports": 50, "hops": 3, "kept": 200, "related": 50},
     },
-    "`near_reports=300`, no hop, one round, 300 reports": NEAR | {"hops": 0, "hub_rounds": 1},
-    "the same, three rounds": NEAR | {"hops": 0},
-    "the same, one hop, alpha 0.8": NEAR | {"alpha": 0.8},
-    "the same, one hop, alpha 0.5: the study": NEAR,
+    "`near_reports=300`, no hop, 300 reports": {
+        **SPECIFIED,
+        **{"near_reports": 300, "hops": 0, "kept": 300, "related": 300},
+    },
 }
 ALL, NEAREST = "the joint space, all reports", "the joint space, its 50 nearest, hubs and all"
 

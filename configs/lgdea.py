@@ -64,8 +64,7 @@ def recipe() -> ConfigDict:
             "alpha": 0.8,
             "related": 10,
             "kept": 50,
-            "near_reports": 0,  # the demo's 300 give better relations, docs/lgdea.md
-            "hub_rounds": 1,
+            "near_reports": 0,  # 50 gave better relations, docs/lgdea.md
             "confidence": "evidence",  # "link", the specification's, trusts no unpaired image
             "least_confidence": 0.2,
             "moved": "both",
@@ -94,8 +93,8 @@ def demo(config):
     config.data.corpora = ("cxr_phantom:demo",)
     config.recipe.image = ConfigDict(STUDY_IMAGE)  # a small ViT learns nothing in this time
     config.recipe.text.update({"width": 96, "depth": 2, "mlp_dim": 192})
-    config.recipe.update({"near_reports": 300, "kept": 300, "related": 300, "hub_rounds": 3})
-    config.recipe.update({"hops": 1, "alpha": 0.5, "moved": "images"})
+    config.recipe.update({"near_reports": 50, "hops": 1, "kept": 100, "related": 100})
+    config.recipe.moved = "images"
     config.recipe.weights.global_relations = 1.5
     config.data.update({**STUDY_PIXELS, "text_length": 48})
     # `medvlp bench data`: 1.43 rows a report hold its words; batches of sick patients need more.
@@ -140,7 +139,8 @@ def smoke(config):
     config.recipe.update({"dim": 16, "prototypes": 8, "depth": 1, "num_heads": 2, "hops": 2})
     config.recipe.update({"neighbours": 4, "lesions": 3, "near_reports": 8})
     config.mlm.update({"steps": 5, "batch_size": 16, "warmup": 1})
-    config.data.update(corpora=("cxr_phantom:tiny",), size=70, crop=64, text_length=24)
+    config.data.update({"corpora": ("cxr_phantom:tiny",), "size": 70, "crop": 64})
+    config.data.text_length = 24
     config.data.evidence.update({"phrases": 3, "length": 12})
     config.data.pairing.ratio = 0.3
     config.train.update({"steps": 8, "batch_size": 16, "refresh_every": 4, "checkpoint_every": 4})

@@ -58,7 +58,6 @@ def nearest(
     k: int,
     directions: bool = False,
     hubs: float = 0.0,
-    rounds: int = 1,
     block: int = 1024,
     mesh: Mesh | None = None,
 ) -> Sparse:
@@ -69,12 +68,10 @@ def nearest(
 
     Across modalities a few nodes are near to all. With `hubs` they lose what they have of that:
 
-      BC_ij - l_j,  l_j = hubs log mean_i exp((BC_ij - o_i) / hubs)
+      BC_ij - hubs log mean_i exp(BC_ij / hubs)
 
-    o = 0 is the inverted softmax (Smith et al. 2017, https://arxiv.org/abs/1702.03859), one round
-    of Sinkhorn's algorithm. In a further round o_i = hubs log mean_j exp((BC_ij - l_j) / hubs), so
-    that a node that is near to little asks as much of the others as one that is near to all; after
-    many, exp((BC_ij - l_j) / hubs) scaled to sum 1 over j sums to the same over i for every j.
+    as in the inverted softmax (Smith et al. 2017, https://arxiv.org/abs/1702.03859), which is one
+    step of Sinkhorn's algorithm.
 
     Args:
       q: evidence distributions, rows sum to 1; with a mesh the same in all processes.
@@ -82,46 +79,37 @@ def nearest(
       k: at most the number of other nodes.
       directions: the nodes are unit vectors instead, near where their cosine is high.
       hubs: temperature of that correction; 0 is none.
-      rounds: of it, at least 1; each looks at all N M coefficients.
       block: rows at the same time; memory is block * M.
       mesh: whose devices share the blocks; None is one device.
     """
     most = len(q) - 1 if others is None else len(others)
     if not 0 < k <= most:
         raise ValueError(f"k must be in 1 .. {most}, the number of other nodes, got {k}.")
-    if rounds < 1:
-        raise ValueError(f"rounds must be at least 1, got {rounds}.")
     given = (jnp.asarray(q), jnp.asarray(q if others is None else others))
     given = tuple(x.astype(jnp.float32) for x in given)
     if not directions:  # the coefficient is the inner product of the roots
         given = tuple(jnp.sqrt(x) for x in given)
     settings = {"within": others is None, "block": block}
-    liked = None
-    for _ in range(rounds if hubs else 0):
-        before = () if liked is None else (jnp.asarray(liked),)
-        liked = on_devices(mesh, _liked, (*given, *before), hubs=hubs, **settings)
-    liked = jnp.zeros(len(given[1])) if liked is None else jnp.asarray(liked)
-    return on_devices(mesh, _nearest, (*given, liked), k=k, **settings)
+    liked = (
+        on_devices(mesh, _liked, given, hubs=hubs, **settings) if hubs else jnp.zeros(len(given[1]))
+    )
+    return on_devices(mesh, _nearest, (*given, jnp.asarray(liked)), k=k, **settings)
 
 
 @functools.partial(jax.jit, static_argnames=("hubs", "within", "block", "mesh"))
-def _liked(q, others, liked=None, *, hubs, within, block, mesh):
-    """Return l_j of each of the others [M] after a further round, or the first one."""
+def _liked(q, others, *, hubs, within, block, mesh):
+    """Return hubs log mean_i exp(BC_ij / hubs) of each of the others [M]."""
     count = len(q)
 
     def rows(given, start):
-        own, other, *before = given
+        own, other = given
         row = start + jnp.arange(block)
         scaled = _coefficients(own[jnp.minimum(row, count - 1)], other) / hubs
-        scaled = jnp.where(within & (row[:, None] == jnp.arange(len(other))), -jnp.inf, scaled)
-        if before:
-            asked = jax.nn.logsumexp(scaled - before[0] / hubs, axis=1, keepdims=True)
-            scaled = scaled - (asked - jnp.log(len(other) - within))
-        scaled = jnp.where((row >= count)[:, None], -jnp.inf, scaled)
-        return jax.nn.logsumexp(scaled, axis=0)
+        itself = within & (row[:, None] == jnp.arange(len(other)))
+        left_out = itself | (row >= count)[:, None]
+        return jax.nn.logsumexp(jnp.where(left_out, -jnp.inf, scaled), axis=0)
 
-    given = (q, others) if liked is None else (q, others, liked)
-    sums = by_blocks(rows, given, jnp.arange(0, count, block), mesh)  # [blocks, M]
+    sums = by_blocks(rows, (q, others), jnp.arange(0, count, block), mesh)  # [blocks, M]
     return hubs * (jax.nn.logsumexp(sums, axis=0) - jnp.log(count - within))
 
 

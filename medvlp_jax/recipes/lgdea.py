@@ -66,7 +66,6 @@ class Lgdea(nn.Module):
     related: int
     kept: int
     near_reports: int
-    hub_rounds: int
     confidence: str
     least_confidence: float
     moved: str
@@ -326,8 +325,7 @@ class Lgdea(nn.Module):
         if self.near_reports:
             met = images["image_joint"], reports["text_joint"]
             k = min(self.near_reports, len(said))
-            how = {"directions": True, "hubs": width, "rounds": self.hub_rounds, "mesh": mesh}
-            near = neighbours.nearest(*met, k=k, **how)
+            near = neighbours.nearest(*met, k=k, directions=True, hubs=width, mesh=mesh)
             near = near._replace(
                 value=np.where(is_told[np.asarray(near.column)], near.value, -np.inf)
             )
@@ -397,7 +395,6 @@ def make(
     related: int = 10,
     kept: int = 50,
     near_reports: int = 0,
-    hub_rounds: int = 1,
     confidence: str = "evidence",
     least_confidence: float = 0.2,
     moved: str = "both",
@@ -427,8 +424,6 @@ def make(
       kept: entries of a row during the propagation.
       near_reports: reports an unpaired image starts from, those that are nearest in the joint space
         less how near they are to all images; 0: what reaches it through its neighbours alone.
-      hub_rounds: how often that correction is made; after the first it also asks how near an image
-        is to all reports, so that no kind of report is related more often than it is there.
       confidence: "evidence", do the related reports say the same; "link", is it one report: the
         specification's, which trusts no unpaired image (docs/lgdea.md).
       least_confidence: below it a relation does not count.
@@ -459,8 +454,6 @@ def make(
         raise UserError(
             f"recipe.near_reports must be in 0 .. recipe.kept={kept}, got {near_reports}."
         )
-    if hub_rounds < 1:
-        raise UserError(f"recipe.hub_rounds must be at least 1, got {hub_rounds}.")
     if confidence not in CONFIDENCES:
         known = " or ".join(CONFIDENCES)
         raise UserError(f"recipe.confidence must be {known}, got '{confidence}'.")
@@ -492,7 +485,6 @@ def make(
         related,
         kept,
         near_reports,
-        hub_rounds,
         confidence,
         least_confidence,
         moved,

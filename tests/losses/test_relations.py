@@ -97,50 +97,25 @@ def test_the_nearest_directions_are_those_of_the_highest_cosine():
         np.testing.assert_allclose(found.value[i], [cosine[j] for j in best], atol=1e-6)
 
 
-@pytest.mark.parametrize("rounds", [1, 3])
 @pytest.mark.parametrize("within", [False, True])
-def test_a_node_that_is_near_to_all_loses_that_much(within, rounds):
+def test_a_node_that_is_near_to_all_loses_that_much(within):
     unit = lambda x: x / np.linalg.norm(x, axis=1, keepdims=True)
     rng, t = np.random.default_rng(4), 0.1
     a = unit(rng.normal(size=(21, 4)))
     b = a if within else unit(rng.normal(size=(13, 4)))
     others = None if within else b
-    settings = {"directions": True, "hubs": t, "block": 8, "rounds": rounds}
+    settings = {"directions": True, "hubs": t, "block": 8}
     found = neighbours.nearest(a, others, k=5, **settings)
-    met = [(i, j) for i in range(21) for j in range(len(b)) if not within or i != j]
-    asked = dict.fromkeys(range(21), 0.0)
-    for _ in range(rounds):
-        hub = {
-            j: t * np.log(np.mean([np.exp((a[n] @ b[m] - asked[n]) / t) for n, m in met if m == j]))
-            for j in range(len(b))
-        }
-        asked = {
-            i: t * np.log(np.mean([np.exp((a[n] @ b[m] - hub[m]) / t) for n, m in met if n == i]))
-            for i in range(21)
-        }
     for i in range(21):
-        corrected = {m: a[n] @ b[m] - hub[m] for n, m in met if n == i}
+        corrected = {}
+        for j in range(len(b)):
+            rest = [n for n in range(21) if not within or n != j]
+            hub = t * np.log(np.mean([np.exp(a[n] @ b[j] / t) for n in rest]))
+            if not within or i != j:
+                corrected[j] = a[i] @ b[j] - hub
         best = sorted(corrected, key=corrected.get, reverse=True)[:5]
         assert np.asarray(found.column[i]).tolist() == best
         np.testing.assert_allclose(found.value[i], [corrected[j] for j in best], atol=1e-6)
-
-
-def test_after_many_rounds_every_node_is_asked_for_alike():
-    unit = lambda x: x / np.linalg.norm(x, axis=1, keepdims=True)
-    rng, t = np.random.default_rng(6), 0.2
-    a = unit(rng.normal(size=(30, 4)) + 2)
-    # Half of b lies where all of a do: without the correction it is asked for all the time.
-    b = unit(rng.normal(size=(12, 4)) + np.repeat([[2], [0]], 6, 0))
-    spread = {}
-    for rounds in (0, 1, 100):
-        hubs = {"hubs": t, "rounds": rounds} if rounds else {}
-        found = neighbours.nearest(a, b, k=12, directions=True, **hubs)
-        share = np.exp(np.asarray(found.value, np.float64) / t)
-        mass = np.zeros(12)
-        np.add.at(mass, np.asarray(found.column), share / share.sum(1, keepdims=True))
-        spread[rounds] = mass.max() / mass.min()
-    assert spread[0] > spread[1] > spread[100]
-    assert spread[100] < 1.001
 
 
 def test_images_without_a_pair_may_start_from_what_is_near():
@@ -350,7 +325,7 @@ def test_devices_share_the_blocks_and_find_the_same():
             np.testing.assert_array_equal(one.column, shared.column)
             np.testing.assert_allclose(one.value, shared.value, rtol=1e-6)
         across = [
-            neighbours.nearest(images, reports, k=4, hubs=0.1, rounds=2, block=block, mesh=m)
+            neighbours.nearest(images, reports, k=4, hubs=0.1, block=block, mesh=m)
             for m in (None, mesh)
         ]
         np.testing.assert_array_equal(across[0].column, across[1].column)

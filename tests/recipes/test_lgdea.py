@@ -284,11 +284,10 @@ def test_refresh_relates_images_to_reports_of_their_pattern():
     np.testing.assert_allclose(made["pseudo"], mixed, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("rounds", [1, 3])
-def test_images_may_start_from_the_reports_they_meet(rounds):
+def test_images_may_start_from_the_reports_they_meet():
     """Without any hop an image has its pair, or the reports nearest to it that are no hubs."""
     fields = {"neighbours": 6, "hops": 0, "related": 4, "kept": 5, "near_reports": 5}
-    recipe = make(**fields, hub_rounds=rounds, alignment_temperature=0.1)
+    recipe = make(**fields, alignment_temperature=0.1)
     assert recipe.described == ("image_evidence", "image_joint")
     assert recipe.told == ("report_evidence", "report_told", "text_joint")
     assert recipe.told_by == ("evidence", "evidence_mask", "report")
@@ -301,9 +300,6 @@ def test_images_may_start_from_the_reports_they_meet(rounds):
     made = {k: np.asarray(x) for k, x in recipe.refresh(images, reports, pairs=9).items()}
     share = np.exp(image @ text.T / 0.1)
     share /= share.sum(0)
-    for _ in range(rounds - 1):
-        share /= share.sum(1, keepdims=True)
-        share /= share.sum(0)
     for i in range(40):
         weights = {r: share[i, r] for r in np.argsort(-share[i])[:4]} if i >= 9 else {i: 1}
         found = np.bincount(made["column"][i], made["weight"][i], 30)
@@ -370,7 +366,6 @@ def test_prototypes_start_at_the_centres_of_the_phrases():
     [
         ({"temperature": 0.0}, "recipe.temperature must be above 0"),
         ({"alpha": 1.0}, r"recipe.alpha must be in \[0, 1\)"),
-        ({"hub_rounds": 0}, "recipe.hub_rounds must be at least 1, got 0"),
         ({"near_reports": 7}, "recipe.near_reports must be in 0 .. recipe.kept=6"),
         ({"related": 7}, "recipe.related must be in 2 .. recipe.kept=6"),
         ({"confidence": "both"}, "recipe.confidence must be evidence or link, got 'both'"),
