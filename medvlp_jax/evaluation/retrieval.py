@@ -3,9 +3,10 @@
 Identical reports (equal text_id) are one gallery entry, and every image of a report is a right
 answer to it. R@K: a right answer is among the first K. With class labels also P@K, the share of the
 first K with the query's class, and H@K, any of them has it. Where most queries are of one class P@K
-favours a model that always answers with it; what that would give is noted beside it. Ties are
-scored by their expectation under random order, so a collapsed model gets exactly the chance level.
-The similarity matrix is made in tiles over queries and never held as a whole.
+favours a model that always answers with it; what that would give is noted beside it, and "P@K/other
+classes" is of the other queries. Ties are scored by their expectation under random order, so a
+collapsed model gets exactly the chance level. The similarity matrix is made in tiles over queries
+and never held as a whole.
 
 Axis letters: N pairs, Q queries, G gallery entries, E joint width, q a tile of queries.
 """
@@ -24,7 +25,7 @@ from medvlp_jax.evaluation.results import Results, assemble, number
 PROTOCOL = "retrieval@clean-v1"
 # Embeddings are float32: cosines that agree to 6 decimals differ by rounding alone, hence are ties.
 DECIMALS = 6
-ONE_ANSWER = "P@1 of one answer to all"
+ONE_ANSWER, OTHERS = "P@1 of one answer to all", "other classes"
 
 
 class Side(NamedTuple):
@@ -194,11 +195,11 @@ def chance_levels(query: Side, gallery: Side, *, ks, class_ks=()) -> dict[str, f
     return levels
 
 
-def _one_answer(query: Side, gallery: Side) -> dict[str, float]:
-    """Return the best P@1 of a model that answers all queries alike, where classes are known."""
+def _usual(query: Side, gallery: Side) -> np.ndarray:
+    """Say which queries are of the class that one answer to all would best be of, [Q]."""
     kinds, times = np.unique(query.kind[query.kind >= 0], return_counts=True)
-    found = times[np.isin(kinds, gallery.kind)]
-    return {ONE_ANSWER: float(found.max() / times.sum())} if len(found) else {}
+    times = np.where(np.isin(kinds, gallery.kind), times, 0)
+    return query.kind == kinds[times.argmax()] if times.any() else np.zeros(len(query.kind), bool)
 
 
 def _intervals(values, rank, groups, options):
@@ -230,6 +231,13 @@ def _direction(query: Side, gallery: Side, ks: Sequence[int], tile: int, options
         names = [f"{letter}@{k}" for letter in "PH" for k in class_ks]
         rows = zip(names, _intervals(columns, None, query.group[known], options), strict=True)
         entries |= {k: number(*v, n=int(known.sum()), chance=chance[k]) for k, v in rows}
+        other = known & ~_usual(query, gallery)
+        if other.any():
+            rows = _intervals(found["P"][other], None, query.group[other], options)
+            level = float(np.mean(_count_same(query.kind[other], gallery.kind) / len(gallery.pair)))
+            how = {"n": int(other.sum()), "chance": level}
+            names = (f"P@{k}/{OTHERS}" for k in class_ks)
+            entries |= {k: number(*v, **how) for k, v in zip(names, rows, strict=True)}
     return entries
 
 
@@ -279,8 +287,10 @@ def run(
             "patients": len(np.unique(query.group)),
             "gallery": len(gallery.pair),
             "left_out": total - len(image),
-            **_one_answer(query, gallery),
         }
+        known = query.kind >= 0
+        if known.any():
+            notes[ONE_ANSWER] = float(_usual(query, gallery)[known].mean())
         entries = _direction(query, gallery, ks, tile, bootstrap)
         results |= assemble(PROTOCOL, task, entries, settings=settings, notes=notes)
     return results

@@ -283,8 +283,17 @@ def test_the_best_single_answer_is_noted_beside_class_precision(corpus):
     ):
         always = [float(np.mean(queries.kind == kind)) for kind in gallery.kind]
         assert found[f"retrieval/{side}/protocol"][retrieval.ONE_ANSWER] == max(always)
+        usual = gallery.kind[np.argmax(always)]
+        similarity = queries.features.astype(np.float64) @ gallery.features.astype(np.float64).T
+        rest = [i for i in range(len(queries.kind)) if queries.kind[i] != usual]
+        right = [gallery.kind[similarity[i].argmax()] == queries.kind[i] for i in rest]
+        entry = found[f"retrieval/{side}/P@1/other classes"]
+        assert entry["value"] == pytest.approx(np.mean(right))
+        guessed = [np.mean(gallery.kind == queries.kind[i]) for i in rest]
+        assert (entry["n"], entry["chance"]) == (len(rest), pytest.approx(np.mean(guessed)))
     plain = retrieval.run(image, text, ids, resamples=2)
     assert retrieval.ONE_ANSWER not in plain["retrieval/image_to_text/protocol"]
+    assert not any("other classes" in key for key in plain)
 
 
 def test_k_above_the_gallery_is_dropped():
