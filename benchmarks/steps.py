@@ -207,8 +207,8 @@ def table(cases: dict) -> str:
             check.text(found["ratios"][arm]) if arm in found["ratios"] else ""
             for arm in columns.values()
         ]
-        paces = [found["of_a_product"][arm] for arm in (found["faster"], "ours")]
-        cells.append(", ".join(f"{pace:.0%}" for pace in paces))
+        shares = [found["of_a_product"][arm] for arm in (found["faster"], "ours")]
+        cells.append(", ".join(f"{share:.0%}" for share in shares))
         lines.append(f"| {found['title']} | {' | '.join(cells)} |")
         lines += [f"{arm} could not be measured: {why}" for arm, why in found["failed"].items()]
     return "\n".join(lines)
