@@ -344,10 +344,8 @@ def main(arm: str, folder: str) -> None:
     where = pathlib.Path(folder)
     began = time.perf_counter()
     try:
-        if arm in (own := {"ours": ours, "product": product}):
-            take = own[arm](where)
-        else:
-            take = theirs(where, compiled=arm == "compiled")
+        plain = {"ours": ours, "product": product}
+        take = plain[arm](where) if arm in plain else theirs(where, compiled=arm == "compiled")
         losses = [take() for _ in range(AGREE)]
     except Exception as error:
         if arm != "compiled":
