@@ -167,3 +167,23 @@ def normalise(images, *, mean=IMAGENET_MEAN, std=IMAGENET_STD, dtype=jnp.float32
         raise ValueError(f"normalise takes uint8 pixels, got {images.dtype}")
     scaled = images.astype(jnp.float32) / 255.0
     return ((scaled - jnp.asarray(mean)) / jnp.asarray(std)).astype(dtype)
+
+
+def encode_pixels(encoder, images, *, train=False):
+    """Normalise uint8 images by ImageNet's numbers and encode them.
+
+    An encoder with `folds_grey` gets grey images as one channel and normalises them in its first
+    layer: to rounding the same, without three channels that say the same.
+
+    Args:
+      encoder: module of images.
+      images: [B, H, W, C] uint8, C = 1 (grey) or 3.
+      train: of the encoder.
+
+    Returns:
+      The encoder's Encoded.
+    """
+    if images.shape[-1] == 1 and getattr(encoder, "folds_grey", False):
+        grey = normalise(images, mean=(0.0,), std=(1.0,))
+        return encoder(grey, train=train, normalisation=(IMAGENET_MEAN, IMAGENET_STD))
+    return encoder(normalise(images), train=train)

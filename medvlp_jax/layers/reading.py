@@ -31,15 +31,9 @@ def adaptive_pool_matrix(size: int, out: int = POOLED) -> np.ndarray:
     return matrix
 
 
-def pool_levels(levels, draws) -> jax.Array:
-    """Pool the drawn channels of every level, None for all, to 16x16: [B, G, T], a token each."""
-    tokens = []
-    for level, channels in zip(levels, draws, strict=True):
-        picked = level if channels is None else jnp.take(level, channels, axis=-1)  # [B, H, W, c]
-        rows, columns = (adaptive_pool_matrix(n) for n in picked.shape[1:3])
-        pooled = jnp.einsum("ph,qw,bhwc->bpqc", rows, columns, picked)
-        tokens.append(rearrange(pooled, "b p q c -> b (p q) c"))
-    return jnp.concatenate(tokens, axis=-1)
+def pool_matrix(height: int, width: int) -> np.ndarray:
+    """Return [height * width, G], which pools a level whose pixels stand in one row."""
+    return np.kron(adaptive_pool_matrix(height), adaptive_pool_matrix(width)).T
 
 
 class Head(nn.Module):
@@ -60,25 +54,27 @@ class Head(nn.Module):
 class ClassAttention(nn.Module):
     """Self-attention with residual of which only the class token, the last one, is evaluated.
 
-    The class token does not depend on the image, so neither does its query q [A, S]: keys enter as
-    (W_k^T q)^T x and values as W_v (sum_t a_t x_t), and no token is ever projected. The sequence is
-    never built either: what an image adds to it is read where it lies, and positions, padding and
-    class token, the same for all images, enter apart. The result is exactly row N of the full layer
-    at T * G * A instead of N * N * G multiplications.
+    A token is a channel of a level, pooled to 16x16; the class token does not depend on the image.
+    So neither does its query q [A, S], and neither tokens nor their keys and values are ever made:
+    a key enters as W_k^T q, which pooling, being linear, spreads over the pixels of a level once
+    for all images, and the channels are weighed and summed before they are pooled and multiplied
+    by W_v. Positions, padding and class token, the same for all images, enter apart. The result is
+    exactly row N of the full layer over pooled tokens, for 2 A products a pixel and channel.
     """
 
     num_heads: int = 4
 
     @nn.compact
-    def __call__(self, tokens, fixed, mask=None):
-        """Return the class token's output [B, G].
+    def __call__(self, levels, draws, fixed, mask=None):
+        """Return the class token's output in R readings of the same levels: [B, R, G].
 
         Args:
-          tokens: [B, G, T], added to the first T rows of `fixed`.
-          fixed: [N + 1, G], the class token last; rows beyond T are padding.
+          levels: feature maps, each [B, H, W, C].
+          draws: R times [c] of each level, the channels that are tokens, None for all in order.
+          fixed: [N + 1, G], added to the tokens, the class token last; rows beyond T are padding.
           mask: [N + 1], True = attended.
         """
-        width, drawn = tokens.shape[1:]
+        width = fixed.shape[1]
         heads = (self.num_heads, width // self.num_heads)
         # torch initialises the stacked [3 * width, width] projection as one Xavier matrix.
         bound = np.sqrt(6 / (4 * width))
@@ -86,23 +82,62 @@ class ClassAttention(nn.Module):
         kernel = lambda name: self.param(f"{name}_kernel", xavier, (width, width))
         bias = lambda name: self.param(f"{name}_bias", nn.initializers.zeros, (width,))
 
-        tokens = tokens.astype(jnp.float32)
         query = (fixed[-1] @ kernel("query") + bias("query")).reshape(heads)  # [A, S]
+        query /= np.sqrt(heads[1])
         # The key bias adds the same number to every logit of a head: it is kept, as torch has it,
         # and cancels in the softmax.
-        keys = jnp.einsum("gas,as->ga", kernel("key").reshape(width, *heads), query)
+        keys = jnp.einsum("gas,as->ag", kernel("key").reshape(width, *heads), query)
         shift = jnp.einsum("as,as->a", bias("key").reshape(heads), query)
-        logits = jnp.einsum("bgt,ga->bat", tokens, keys)
-        logits = jnp.pad(logits, ((0, 0), (0, 0), (0, len(fixed) - drawn)))
-        logits = (logits + (fixed @ keys + shift).T) / np.sqrt(heads[1])
-        if mask is not None:
-            logits = jnp.where(mask, logits, -jnp.inf)
-        weights = jax.nn.softmax(logits)  # [B, A, N + 1]
-        context = jnp.einsum("bat,bgt->bag", weights[..., :drawn], tokens) + weights @ fixed
+        of_fixed = keys @ fixed.T + shift[:, None]  # [A, N + 1]
+
+        pools = [pool_matrix(*level.shape[1:3]) for level in levels]  # [P, G] of each level
+        ends = np.cumsum([len(pool) for pool in pools])[:-1]
+        pool = np.concatenate(pools)
+        levels = [rearrange(level.astype(jnp.float32), "b h w c -> b (h w) c") for level in levels]
+        # A product for each image: as one of all images it would transpose level and gradient.
+        for_each = lambda key: jnp.broadcast_to(key, (len(levels[0]), *key.shape))
+        spread = jnp.split(keys @ pool.T, ends, axis=1)  # [A, P] of each level
+        logits = [for_each(key) @ level for key, level in zip(spread, levels, strict=True)]
+
+        read = [_weigh(logits, drawn, of_fixed, mask) for drawn in draws]
+        weights, shares = zip(*read, strict=True)
+        shares = [jnp.concatenate(level, axis=1) for level in zip(*shares, strict=True)]
+        maps = [jnp.einsum("brc,bpc->brp", *pair) for pair in zip(shares, levels, strict=True)]
+        context = jnp.concatenate(maps, axis=-1) @ pool  # [B, R A, G]
+        context = rearrange(context, "b (r a) g -> b r a g", r=len(draws))
+        context += jnp.stack(weights, axis=1) @ fixed
         value_kernel = kernel("value").reshape(width, *heads)
-        values = jnp.einsum("bag,gas->bas", context, value_kernel) + bias("value").reshape(heads)
+        values = jnp.einsum("brag,gas->bras", context, value_kernel) + bias("value").reshape(heads)
         out = Linear(width, kernel_init=torch_uniform(width), name="out")
-        return out(rearrange(values, "b a s -> b (a s)")) + fixed[-1]
+        return out(rearrange(values, "b r a s -> b r (a s)")) + fixed[-1]
+
+
+def _weigh(logits, drawn, of_fixed, mask):
+    """Weigh the tokens of a reading.
+
+    Args:
+      logits: of all channels of each level, [B, A, C].
+      drawn: of each level [c] the channels that are tokens, or None for all.
+      of_fixed: [A, N + 1], logits of what is the same for all images.
+      mask: [N + 1], or None.
+
+    Returns:
+      The weights of all tokens [B, A, N + 1], and those of the channels of each level, [B, A, C].
+    """
+    tokens = [x if d is None else x[..., d] for x, d in zip(logits, drawn, strict=True)]
+    ends = np.cumsum([x.shape[-1] for x in tokens])
+    padding = of_fixed.shape[-1] - ends[-1]
+    tokens = jnp.pad(jnp.concatenate(tokens, axis=-1), ((0, 0), (0, 0), (0, padding))) + of_fixed
+    if mask is not None:
+        tokens = jnp.where(mask, tokens, -jnp.inf)
+    weights = jax.nn.softmax(tokens)
+    shares = jnp.split(weights[..., : ends[-1]], ends[:-1], axis=-1)
+    # A channel that was drawn twice is two tokens.
+    shares = [
+        share if d is None else jnp.zeros_like(x).at[..., d].add(share)
+        for share, x, d in zip(shares, logits, drawn, strict=True)
+    ]
+    return weights, shares
 
 
 class ReadingHead(nn.Module):
@@ -114,13 +149,24 @@ class ReadingHead(nn.Module):
 
     @nn.compact
     def __call__(self, levels, draws, *, train):
-        """Map levels, each [B, H, W, C], and draws, each [c] or None for all, to [B, dim]."""
-        tokens = pool_levels(levels, draws)  # [B, G, drawn]
-        width, drawn = tokens.shape[1:]
+        """Read the same levels R times.
+
+        Args:
+          levels: feature maps, each [B, H, W, C].
+          draws: R times [c] of each level, the channels that are read, None for all.
+          train: normalise each reading by its own batch, one after the other.
+
+        Returns:
+          R embeddings [B, dim].
+        """
+        width = POOLED**2
+        first = zip(levels, draws[0], strict=True)
+        drawn = sum(level.shape[-1] if d is None else len(d) for level, d in first)
         positions = self.param("positions", nn.initializers.zeros, (1, self.num_tokens + 1, width))
         class_token = self.param("class_token", nn.initializers.zeros, (1, 1, width))
         # The class token has position 0 and stands last; padding has positions too, as released.
         fixed = jnp.concatenate([positions[0, 1:], class_token[0] + positions[0, :1]])
         real = np.r_[np.arange(self.num_tokens) < drawn, True] if self.mask_padding else None
-        pooled = ClassAttention(name="attention")(tokens, fixed, real)
-        return Head(width, self.dim, name="head")(pooled, train=train)
+        pooled = ClassAttention(name="attention")(levels, draws, fixed, real)
+        head = Head(width, self.dim, name="head")
+        return [head(pooled[:, r], train=train) for r in range(len(draws))]

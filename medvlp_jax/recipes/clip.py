@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from medvlp_jax.config import UserError
-from medvlp_jax.encoders.base import normalise
+from medvlp_jax.encoders.base import encode_pixels
 from medvlp_jax.layers import Linear
 from medvlp_jax.losses import contrastive, tiled
 from medvlp_jax.recipes import base
@@ -88,7 +88,7 @@ class Clip(nn.Module):
         """Return `image` and `text` [B, E] and `image_pooled` of the modalities in the batch."""
         features = {}
         if "image" in batch:
-            pooled = self.image(normalise(batch["image"]), train=train).pooled
+            pooled = encode_pixels(self.image, batch["image"], train=train).pooled
             features["image"] = base.unit(self.image_projection(pooled))
             features["image_pooled"] = pooled
         pooled = batch.get(f"{self.section}_feature")
@@ -107,7 +107,7 @@ class Clip(nn.Module):
         """
         found = {}
         if "image" in batch:
-            patches = self.image(normalise(batch["image"])).tokens
+            patches = encode_pixels(self.image, batch["image"]).tokens
             found["cosine"] = base.unit(self.image_projection(patches))
         if "phrase" in batch:
             found["cosine"] = base.unit(self.text_projection(self.text(batch["phrase"]).pooled))

@@ -23,7 +23,7 @@ from einops import rearrange
 from flax import linen as nn
 
 from medvlp_jax.config import UserError
-from medvlp_jax.encoders.base import normalise
+from medvlp_jax.encoders.base import encode_pixels
 from medvlp_jax.layers.reading import Head, ReadingHead
 from medvlp_jax.losses import contrastive, tiled
 from medvlp_jax.losses.contrastive import ClinicalPrior
@@ -140,13 +140,12 @@ class Imitate(nn.Module):
         if "image_2" in batch:
             features |= self._encode_views(batch, train)
         elif "image" in batch:
-            encoded = self.image(normalise(batch["image"]), train=train)
+            encoded = encode_pixels(self.image, batch["image"], train=train)
             features["image_pooled"] = encoded.pooled
             features["image"] = base.unit(self.diagnosis(encoded.pooled, train=train))
             # Evaluation must not depend on a draw: the mean over a few fixed ones.
             keys = jax.random.split(jax.random.key(0), self.eval_draws)
-            draws = self.draw(keys)
-            reads = [self.reading(encoded.levels, drawn, train=train) for drawn in draws]
+            reads = self.reading(encoded.levels, self.draw(keys), train=train)
             features["image_findings"] = base.unit(sum(base.unit(r) for r in reads))
         for section, name in (("findings", "text_findings"), ("impression", "text")):
             report = self._encode_report(batch, section, train)
@@ -167,7 +166,7 @@ class Imitate(nn.Module):
         """
         found = {}
         if "image" in batch:
-            pixels = self.image(normalise(batch["image"])).tokens  # [B, N, D]
+            pixels = encode_pixels(self.image, batch["image"]).tokens  # [B, N, D]
             flat = self.diagnosis(rearrange(pixels, "b n d -> (b n) d"), train=False)
             found["cosine"] = base.unit(rearrange(flat, "(b n) e -> b n e", b=len(pixels)))
         if "phrase" in batch:
@@ -194,24 +193,19 @@ class Imitate(nn.Module):
         """
         a, b, c, d = self.draw(jax.random.split(self.make_rng("draws"), 4))
         features = {}
-        again = {}
-        for view, first, suffix in (("image", a, ""), ("image_2", b, "_2")):
-            encoded = self.image(normalise(batch[view]), train=train)
+        for view, first, second, suffix in (("image", a, c, ""), ("image_2", b, d, "_2")):
+            encoded = encode_pixels(self.image, batch[view], train=train)
             features[f"image{suffix}"] = base.unit(self.diagnosis(encoded.pooled, train=train))
-            read = self.reading(encoded.levels, first, train=train)
-            features[f"image_findings{suffix}"] = base.unit(read)
-            again[suffix] = encoded
-        for view, second, suffix in (("image", c, ""), ("image_2", d, "_2")):
+            # Where nothing is drawn, both readings are the same.
             whole = all(channels is None for channels in second)
-            if whole and not self.legacy_four_passes:  # nothing is drawn: the same reading
-                features[f"reading{suffix}"] = features[f"image_findings{suffix}"]
-                continue
-            encoded = again[suffix]
+            draws = [first] if self.legacy_four_passes or whole else [first, second]
+            reads = self.reading(encoded.levels, draws, train=train)
             if self.legacy_four_passes:
-                encoded = self.image(normalise(batch[view]), train=train)
+                encoded = encode_pixels(self.image, batch[view], train=train)
                 features[f"image{suffix}"] = base.unit(self.diagnosis(encoded.pooled, train=train))
-            read = self.reading(encoded.levels, second, train=train)
-            features[f"reading{suffix}"] = base.unit(read)
+                reads += self.reading(encoded.levels, [second], train=train)
+            features[f"image_findings{suffix}"] = base.unit(reads[0])
+            features[f"reading{suffix}"] = base.unit(reads[-1])
         return features
 
     def objective(self, features, batch, *, train=False):

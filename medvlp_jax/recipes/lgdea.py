@@ -29,7 +29,7 @@ import numpy as np
 from flax import linen as nn
 
 from medvlp_jax.config import UserError
-from medvlp_jax.encoders.base import normalise
+from medvlp_jax.encoders.base import encode_pixels
 from medvlp_jax.layers import Linear, Queries
 from medvlp_jax.losses import evidence, neighbours, relations, tiled
 from medvlp_jax.recipes import base
@@ -130,7 +130,7 @@ class Lgdea(nn.Module):
         """
         features = {}
         if "image" in batch:
-            encoded = self.image(normalise(batch["image"]), train=train)
+            encoded = encode_pixels(self.image, batch["image"], train=train)
             features["image_pooled"] = encoded.pooled
             features["image"] = base.unit(self.image_projection(encoded.pooled))
             features["lesions"], _ = self._lesions(encoded.tokens, train)
@@ -173,7 +173,7 @@ class Lgdea(nn.Module):
         """
         maps = {}
         if "image" in batch:
-            patches = self.image(normalise(batch["image"])).tokens
+            patches = encode_pixels(self.image, batch["image"]).tokens
             maps["cosine"] = base.unit(self.image_projection(patches))
             lesions, paid = self._lesions(patches, False)
             maps["lesions"] = jnp.einsum("bmp,bme->bpe", paid, lesions)

@@ -19,7 +19,7 @@ from twins import (
 )
 
 from medvlp_jax import config, convert
-from medvlp_jax.encoders import resnet
+from medvlp_jax.encoders import base, resnet
 
 SMALL = {"embedding_size": 8, "hidden_sizes": [16, 16, 32, 64], "depths": [2, 1, 2, 1]}
 
@@ -136,6 +136,64 @@ def test_max_pool_equals_reduce_window(height, width):
     np.testing.assert_array_equal(resnet.max_pool(x), expected)
 
 
+@pytest.mark.parametrize(("height", "width"), [(8, 10), (9, 12), (7, 7), (1, 2)])
+def test_halved_convolution_equals_one_of_stride_2(height, width):
+    x = RNG.normal(size=(2, height, width, 2)).astype(np.float32)
+    kernel = RNG.normal(size=(7, 7, 2, 3)).astype(np.float32)
+    layout = ("NHWC", "HWIO", "NHWC")
+    expected = jax.lax.conv_general_dilated(
+        x, kernel, (2, 2), ((3, 3), (3, 3)), dimension_numbers=layout
+    )
+    assert_close(resnet.halved_convolution(x, kernel), expected)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (33, 47)])
+def test_a_stem_that_folds_grey_equals_three_channels_its_gradient_too(size):
+    grey = RNG.integers(0, 256, (3, *size, 1)).astype(np.uint8)
+    stem = resnet.Stem(5)
+    variables = stem.init(jax.random.key(0), base.normalise(grey))
+    pulled = RNG.normal(size=(3, -(-size[0] // 2), -(-size[1] // 2), 5)).astype(np.float32)
+
+    def results(*given):
+        outputs, backward = jax.vjp(lambda v: stem.apply(v, *given), variables)
+        return outputs, backward(pulled)[0]["params"]["kernel"]
+
+    expected = results(base.normalise(grey))
+    scaled = base.normalise(grey, mean=(0.0,), std=(1.0,))
+    folded = results(scaled, (base.IMAGENET_MEAN, base.IMAGENET_STD))
+    jax.tree.map(assert_close, folded, expected)
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_grey_pixels_are_encoded_as_three_equal_channels(variables_of, train):
+    grey = RNG.integers(0, 256, (3, 64, 64, 1)).astype(np.uint8)
+    module = resnet.make("tiny")
+    variables = variables_of(module, np.zeros((1, 64, 64, 3), np.float32))
+    expected, moved = module.apply(
+        variables, base.normalise(grey), train=train, mutable=["batch_stats"]
+    )
+    found, also_moved = module.apply(
+        variables, grey, train=train, mutable=["batch_stats"], method=base.encode_pixels
+    )
+    jax.tree.map(assert_close, (found, also_moved), (expected, moved))
+
+
+def test_coloured_pixels_and_other_encoders_are_normalised_as_ever(variables_of):
+    coloured = RNG.integers(0, 256, (2, 32, 32, 3)).astype(np.uint8)
+    module = resnet.make("tiny")
+    variables = variables_of(module, np.zeros((1, 32, 32, 3), np.float32))
+    expected = module.apply(variables, base.normalise(coloured)).pooled
+    found = module.apply(variables, coloured, method=base.encode_pixels).pooled
+    np.testing.assert_array_equal(found, expected)
+
+    class Other:
+        def __call__(self, images, *, train):
+            return images
+
+    grey = coloured[..., :1]
+    np.testing.assert_array_equal(base.encode_pixels(Other(), grey), base.normalise(grey))
+
+
 # Without the classifier: torchvision's 25,557,032 and 44,549,160 less 2,049,000.
 @pytest.mark.parametrize(("variant", "count"), [("50", 23_508_032), ("101", 42_500_160)])
 def test_published_sizes_have_the_published_number_of_parameters(variant, count):
@@ -191,5 +249,9 @@ def test_compute_in_bfloat16_stays_near(variables_of):
 def test_bad_input_is_refused_before_compiling():
     with pytest.raises(ValueError, match=r"\[1, 64, 64, 1\]"):
         resnet.make("tiny").init(jax.random.key(0), jnp.zeros((1, 64, 64, 1)))
+    normalisation = (base.IMAGENET_MEAN, base.IMAGENET_STD)
+    images = jnp.zeros((1, 64, 64, 3))
+    with pytest.raises(ValueError, match=r"images \[B, H, W, 1\], got \[1, 64, 64, 3\]"):
+        resnet.make("tiny").init(jax.random.key(0), images, normalisation=normalisation)
     with pytest.raises(config.UserError, match="No ResNet variant '52'"):
         resnet.make("52")
