@@ -2,15 +2,16 @@
 
   python -m benchmarks.methods_lgdea [--ratios 0.01 0.05 0.1 0.2 1] [--seeds 3] [--steps 900]
       [--arms pairs no_unpaired lgdea ...] [--config configs/lgdea.py:study]
-      [--start views] [--out benchmarks/results/lgdea.json] [--config.KEY=VALUE ...]
+      [--start kept] [--keep] [--out benchmarks/results/lgdea.json] [--config.KEY=VALUE ...]
 
 A cell is one training: a share of the studies that stay pairs, an arm, a seed. All arms have the
 same network, start, steps and rows a batch; they differ in which rows they see and which terms
-count. Their image encoder starts where pairs of views of the corpus' images left it, trained once
-(`configs/lgdea.py:views`), as their text encoder starts at masked words of its reports. A finished
-cell is written to --out at once and never run again; an interrupted one goes on from its
-checkpoint: run the same command again. Beside the numbers come a Markdown table (mean and spread
-over seeds, and how much of the way from the control to 100 % pairs LGDEA goes) and a curve.
+count. Their image encoder starts where pairs of views of the corpus' images left it: at the "kept"
+one beside the results, so that any machine can go on, or at "views", trained once by
+`configs/lgdea.py:views`. Their text encoder starts at masked words of its reports. A finished cell
+is written to --out at once and never run again; an interrupted one goes on from its checkpoint: run
+the same command again. Beside the numbers come a Markdown table (mean and spread over seeds, and
+how much of the way from the control to 100 % pairs LGDEA goes) and a curve.
 """
 
 import argparse
@@ -33,6 +34,7 @@ from medvlp_jax.config import UserError
 from medvlp_jax.evaluation import plots
 from medvlp_jax.recipes import lgdea
 
+KEPT = pathlib.Path(__file__).parent.resolve() / "results/lgdea-start"
 OTHERS = tuple(term for term in lgdea.TERMS if term != "global")
 PAIRS_ALONE = {"data": {"pairing": {"share": 1.0, "passes": 0}}, "train": {"refresh_every": 0}}
 
@@ -146,9 +148,11 @@ def start_of(arguments: argparse.Namespace, config: Mapping) -> str:
     Raises:
       UserError: where one of other settings is there.
     """
-    place = arguments.folder.absolute() / "views"
     if arguments.start == "none" or config["init"]["image"]:
         return config["init"]["image"]
+    if arguments.start == "kept":
+        return str(KEPT)
+    place = arguments.folder.absolute() / "views"
     file = arguments.config.partition(":")[0]
     views, _ = train.resolve([f"--config={file}:views"])
     same = ("corpora", "data_dir", "manual_dir", "size", "crop", "channels", "threads")
@@ -186,11 +190,12 @@ def fingerprint(settings: Mapping) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
 
 
-def run_cell(config: dict, folder: pathlib.Path) -> dict:
-    """Train and score one cell; its checkpoints are dropped, pictures and metrics stay."""
+def run_cell(config: dict, folder: pathlib.Path, *, keep: bool = False) -> dict:
+    """Train and score one cell; pictures and metrics stay, checkpoints if they are to be kept."""
     began = time.time()
     results = train.run(config, folder)
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    if not keep:
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     kept = {key: entry for key, entry in results.items() if _is_kept(key)}
     return {
         "results": kept,
@@ -358,8 +363,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--ratios", nargs="+", type=float, default=[0.01, 0.05, 0.1, 0.2, 1.0])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=0, help="0: as the config says")
-    help_start = "of the image encoder: views of the images, or none: random weights"
-    parser.add_argument("--start", default="views", choices=("views", "none"), help=help_start)
+    help_start = "of the image encoder: the kept one, views of the images, or none: random weights"
+    starts = ("kept", "views", "none")
+    parser.add_argument("--start", default="kept", choices=starts, help=help_start)
+    help_keep = "checkpoints, to score a cell again: medvlp evaluate --run"
+    parser.add_argument("--keep", action="store_true", help=help_keep)
     parser.add_argument("--arms", nargs="+", default=list(STUDY), choices=list(ARMS))
     folder = pathlib.Path("runs/methods_lgdea")
     parser.add_argument("--folder", type=pathlib.Path, default=folder, help="runs")
@@ -369,7 +377,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags.FLAGS.mark_as_parsed()
     whole = cell_config("lgdea", 1.0, 0, arguments, overrides)
     settings = {"config": arguments.config, "steps": whole["train"]["steps"]}
-    settings |= {"start": arguments.start, "overrides": studies.deciding(overrides)}
+    # The kept encoder was trained on views, too; its weights tell it from others.
+    start = "none" if arguments.start == "none" else "views"
+    settings |= {"start": start, "overrides": studies.deciding(overrides)}
     studies.finished(arguments.out, settings, later=("weights",))  # before anything is trained
     start = start_of(arguments, whole)
     settings["weights"] = weights_of(start)
@@ -388,7 +398,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         place = arguments.folder / f"{name.replace('/', '-')}-{fingerprint(settings)}"
         config = cell_config(arm, ratio, seed, arguments, overrides)
         config["init"]["image"] = start
-        cells[name] = run_cell(config, place.absolute())
+        cells[name] = run_cell(config, place.absolute(), keep=arguments.keep)
         studies.keep(arguments.out, {"settings": settings, "cells": cells}, table(cells))
         draw(cells, arguments.out.with_suffix(".png"))
         cell = cells[name]

@@ -9,6 +9,8 @@ import pytest
 from PIL import Image
 
 from benchmarks import methods_lgdea as bench
+from configs import lgdea
+from medvlp_jax import convert
 from medvlp_jax.config import UserError, flatten, to_json
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -139,6 +141,26 @@ def test_all_cells_start_from_one_encoder_trained_once(study, monkeypatch, tmp_p
     (image.parents[1] / "config.json").write_text(json.dumps(made))
     with pytest.raises(UserError, match="holds an encoder of other settings"):
         begin("--start", "views", "--seeds", "2", "--ratios", "0.01", data)
+
+
+def test_the_kept_start_fits_the_study_and_is_told_from_others(study, monkeypatch):
+    begin, _, out = study
+    cell, starts = bench.train.run, set()
+
+    def run(config, folder):
+        starts.add(config["init"]["image"])
+        return cell(config, folder)
+
+    monkeypatch.setattr(bench.train, "run", run)
+    begin("--start", "kept", "--seeds", "1", "--keep")
+    assert starts == {str(bench.KEPT)}
+    assert len(list(out.parent.glob("runs/*/checkpoints"))) == 5
+    settings = json.loads(out.read_text())["settings"]
+    assert settings["start"] == "views"
+    assert settings["weights"] == bench.weights_of(str(bench.KEPT)) != ""
+    module, _ = convert.load(bench.KEPT)
+    sizes = {key: lgdea.STUDY_IMAGE[key] for key in ("hidden_sizes", "depths")}
+    assert {key: tuple(getattr(module, key)) for key in sizes} == sizes
 
 
 def test_the_table_says_what_was_gained_and_how_much_of_the_way_that_is(study, capsys):
