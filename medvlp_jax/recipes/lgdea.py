@@ -8,8 +8,8 @@ are a pair, in the others each comes from its own pool.
   phrases   evidence of the report, encoded one by one -> z [B, N, E], unit norm
   evidence  means over lesions and phrases of softmax(. mu / tau) -> Qbar_I, Qbar_R [B, K]
 
-  L = L_rec + L_evid^p + w L_evid^u + w L_evi-align (pairs) + w L_evi-align (relations)
-      + w L_glob (pairs) + w L_glob (relations) + w usage
+  L = L_rec + L_evid^p + w L_evi-align (pairs) + w L_glob (pairs) + w usage
+      + share of the rows apart * [w L_evid^u + w L_evi-align (relations) + w L_glob (relations)]
 
 In evaluation a prompt meets images in the evidence space, as the evidence it is, and a report by
 the mean of the cosines there and of the global embeddings; or both by the global ones alone.
@@ -69,6 +69,7 @@ class Lgdea(nn.Module):
     confidence: str
     least_confidence: float
     moved: str
+    by_share: bool
     meets: str
     loss_tile: int
     weights: Mapping[str, float | Knots]
@@ -198,6 +199,9 @@ class Lgdea(nn.Module):
         seen, said = features["image_direction"], features["text_direction"]
         fixed = jax.lax.stop_gradient if self.moved == "images" else lambda x: x
         contrast = base.contrastive_loss("info_nce", self.loss_tile)
+        # A mean over a few rows apart would let each of them count more than a pair.
+        share = 1 - paired.mean() if self.by_share else 1.0
+        aligned = _align(seen, fixed(said), self.alignment_temperature, related, confidence)
         return {
             "reconstruction": evidence.reconstruction(
                 features["phrases"],
@@ -207,18 +211,19 @@ class Lgdea(nn.Module):
                 shrinkage=self.shrinkage / self.prototypes,
             ),
             "paired": evidence.paired_divergence(report, image, valid=pair),
-            "unpaired": evidence.unpaired_divergence(known["pseudo"], image, confidence),
+            "unpaired": share * evidence.unpaired_divergence(known["pseudo"], image, confidence),
             "alignment": _align(
                 seen, said, self.alignment_temperature, own, pair.astype(own.dtype)
             ),
-            "relations": _align(seen, fixed(said), self.alignment_temperature, related, confidence),
+            "relations": share * aligned,
             "global": contrast(
                 features["image"],
                 features["text"],
                 jnp.float32(1 / self.global_temperature),
                 valid=paired & batch[f"{SECTION}_valid"],
             ),
-            "global_relations": _align(
+            "global_relations": share
+            * _align(
                 features["image"],
                 fixed(features["text"]),
                 self.global_temperature,
@@ -398,6 +403,7 @@ def make(
     confidence: str = "evidence",
     least_confidence: float = 0.2,
     moved: str = "both",
+    by_share: bool = True,
     meets: str = "global",
     loss_tile: int = tiled.TILE,
 ) -> Lgdea:
@@ -429,6 +435,7 @@ def make(
       least_confidence: below it a relation does not count.
       moved: by the two contrasts of relations: "both", or "images" alone, so that a wrong relation
         does not move what a report says.
+      by_share: the terms of rows apart, which are means, count by the share of these in the batch.
       meets: where texts meet images in evaluation: "global", or "evidence", see the head of this
         file.
       loss_tile: side of the tiles of the global InfoNCE; 0 keeps the whole logits.
@@ -488,6 +495,7 @@ def make(
         confidence,
         least_confidence,
         moved,
+        by_share,
         meets,
         loss_tile,
         weights=weights,

@@ -110,7 +110,7 @@ def test_relations_are_contrasted_in_the_global_space_too(model):
             log_share = x[i] - np.log(np.exp(x[i]).sum())
             total -= c[i] * sum(t[i] / t[i].sum() * log_share) / c[t.sum(1) > 0].sum() / 2
     found = recipe.apply(given, features, batch, method="objective")["global_relations"]
-    np.testing.assert_allclose(found, total, rtol=1e-5)
+    np.testing.assert_allclose(found, total * np.mean(~batch["paired"]), rtol=1e-5)
 
 
 def test_relations_may_move_images_alone(model):
@@ -212,7 +212,9 @@ def test_relations_teach_the_unpaired_images_they_trust(model):
     row = batch["image_row"]
     confidence = np.where(batch["paired"], 0, made["confidence"][row])
     expected = evidence.unpaired_divergence(made["pseudo"][row], f["image_evidence"], confidence)
-    np.testing.assert_allclose(after["unpaired"], expected, rtol=1e-5)
+    share = np.mean(~batch["paired"])
+    assert 0 < share < 1
+    np.testing.assert_allclose(after["unpaired"], share * expected, rtol=1e-5)
     assert after["unpaired"] > 0
     for name in ("reconstruction", "paired", "alignment", "global", "usage"):
         np.testing.assert_array_equal(after[name], before[name])
@@ -230,7 +232,13 @@ def test_relations_teach_the_unpaired_images_they_trust(model):
         for i in np.flatnonzero(t.sum(1)):
             log_share = x[i] - np.log(np.exp(x[i]).sum())
             total -= c[i] * sum(t[i] / t[i].sum() * log_share) / c[t.sum(1) > 0].sum() / 2
-    np.testing.assert_allclose(after["relations"], total, rtol=1e-4)
+    np.testing.assert_allclose(after["relations"], share * total, rtol=1e-4)
+    # Without their share they are means over the rows that are trusted.
+    whole = make(by_share=False).apply(
+        {**variables, "relations": made}, f, batch, method="objective"
+    )
+    for name in ("unpaired", "relations", "global_relations"):
+        np.testing.assert_allclose(share * whole[name], after[name], rtol=1e-6)
 
 
 def test_permuting_the_batch_changes_no_term(model):
