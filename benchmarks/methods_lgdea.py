@@ -35,6 +35,7 @@ from medvlp_jax.evaluation import plots
 from medvlp_jax.recipes import lgdea
 
 KEPT = pathlib.Path(__file__).parent.resolve() / "results/lgdea-start"
+IMAGES = ("corpora", "size", "crop", "channels")  # settings that decide what an encoder sees
 OTHERS = tuple(term for term in lgdea.TERMS if term != "global")
 PAIRS_ALONE = {"data": {"pairing": {"share": 1.0, "passes": 0}}, "train": {"refresh_every": 0}}
 
@@ -87,6 +88,7 @@ ARMS = {
     "prototypes_64": ("64 prototypes", {"recipe": {"prototypes": 64}}),
     "sharp": ("temperatures 0.05", {"recipe": {"temperature": 0.05, "image_temperature": 0.05}}),
     "soft": ("temperatures 0.2", {"recipe": {"temperature": 0.2, "image_temperature": 0.2}}),
+    "as_means": ("rows apart as means", {"recipe": {"by_share": False}}),
     "less_rec": ("L_rec by 0.3", {"recipe": {"weights": {"reconstruction": 0.3}}}),
     "sentences": (
         "sentences for evidence",
@@ -146,16 +148,22 @@ def start_of(arguments: argparse.Namespace, config: Mapping) -> str:
       config: of a cell, for its images.
 
     Raises:
-      UserError: where one of other settings is there.
+      UserError: where one of other settings is there, or the kept one has seen other images.
     """
     if arguments.start == "none" or config["init"]["image"]:
         return config["init"]["image"]
-    if arguments.start == "kept":
-        return str(KEPT)
-    place = arguments.folder.absolute() / "views"
     file = arguments.config.partition(":")[0]
     views, _ = train.resolve([f"--config={file}:views"])
-    same = ("corpora", "data_dir", "manual_dir", "size", "crop", "channels", "threads")
+    if arguments.start == "kept":
+        for key in IMAGES:
+            if config["data"][key] != views["data"][key]:
+                raise UserError(
+                    f"The kept start has seen data.{key}={views['data'][key]}, not "
+                    f"{config['data'][key]}: --start views trains one."
+                )
+        return str(KEPT)
+    place = arguments.folder.absolute() / "views"
+    same = (*IMAGES, "data_dir", "manual_dir", "threads")
     views["data"] |= {key: config["data"][key] for key in same}
     if not (place / "export" / "image").is_dir():
         train.run(views, place)
@@ -186,7 +194,7 @@ def weights_of(start: str) -> str:
 
 
 def fingerprint(settings: Mapping) -> str:
-    """Return a short name of what decides a cell, so that no other study goes on in its folder."""
+    """Return a short name of what decides a cell, so that no other study goes on in its place."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
 
 
@@ -380,6 +388,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     # The kept encoder was trained on views, too; its weights tell it from others.
     start = "none" if arguments.start == "none" else "views"
     settings |= {"start": start, "overrides": studies.deciding(overrides)}
+    # The config may have changed since, under the same name.
+    settings["recipe"] = fingerprint(whole["recipe"])
     studies.finished(arguments.out, settings, later=("weights",))  # before anything is trained
     start = start_of(arguments, whole)
     settings["weights"] = weights_of(start)

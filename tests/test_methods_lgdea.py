@@ -161,6 +161,12 @@ def test_the_kept_start_fits_the_study_and_is_told_from_others(study, monkeypatc
     module, _ = convert.load(bench.KEPT)
     sizes = {key: lgdea.STUDY_IMAGE[key] for key in ("hidden_sizes", "depths")}
     assert {key: tuple(getattr(module, key)) for key in sizes} == sizes
+    with pytest.raises(UserError, match=r"has seen data\.size=88, not 96: --start views"):
+        begin("--start", "kept", "--config.data.size=96", f"--out={out.with_name('other.json')}")
+    # A config that has changed under its name is another study, too.
+    monkeypatch.setattr(bench, "ARMS", {**bench.ARMS, "lgdea": ("", {"recipe": {"hops": 2}})})
+    with pytest.raises(UserError, match="holds numbers of settings"):
+        begin("--start", "kept", "--seeds", "1")
 
 
 def test_the_table_says_what_was_gained_and_how_much_of_the_way_that_is(study, capsys):

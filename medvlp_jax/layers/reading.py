@@ -3,8 +3,9 @@
 Liu et al., https://arxiv.org/abs/2310.07355; what follows the released code is told in
 docs/imitate.md.
 
-Axis letters: B batch, D width, H, W feature-map pixels, c drawn channels, T tokens, G = 16 * 16
-pooled pixels, N tokens with padding, A attention heads, S head width.
+Axis letters: B batch, R readings, D width, H, W feature-map pixels, P = H * W, C channels, c drawn
+channels, T tokens, G = 16 * 16 pooled pixels, N tokens with padding, A attention heads, S head
+width.
 """
 
 import jax
@@ -58,8 +59,9 @@ class ClassAttention(nn.Module):
     So neither does its query q [A, S], and neither tokens nor their keys and values are ever made:
     a key enters as W_k^T q, which pooling, being linear, spreads over the pixels of a level once
     for all images, and the channels are weighed and summed before they are pooled and multiplied
-    by W_v. Positions, padding and class token, the same for all images, enter apart. The result is
-    exactly row N of the full layer over pooled tokens, for 2 A products a pixel and channel.
+    by W_v. Positions, padding and class token, the same for all images, enter apart. To rounding
+    the result is row N of the full layer over pooled tokens, for (1 + R) A products a pixel and
+    channel. Levels are multiplied in their own type and summed in float32.
     """
 
     num_heads: int = 4
@@ -92,17 +94,15 @@ class ClassAttention(nn.Module):
 
         pools = [pool_matrix(*level.shape[1:3]) for level in levels]  # [P, G] of each level
         ends = np.cumsum([len(pool) for pool in pools])[:-1]
-        pool = np.concatenate(pools)
-        levels = [rearrange(level.astype(jnp.float32), "b h w c -> b (h w) c") for level in levels]
-        # A product for each image: as one of all images it would transpose level and gradient.
-        for_each = lambda key: jnp.broadcast_to(key, (len(levels[0]), *key.shape))
+        pool = jnp.asarray(np.concatenate(pools))
+        levels = [rearrange(level, "b h w c -> b (h w) c") for level in levels]
         spread = jnp.split(keys @ pool.T, ends, axis=1)  # [A, P] of each level
-        logits = [for_each(key) @ level for key, level in zip(spread, levels, strict=True)]
+        logits = [_for_each(key, level) for key, level in zip(spread, levels, strict=True)]
 
         read = [_weigh(logits, drawn, of_fixed, mask) for drawn in draws]
         weights, shares = zip(*read, strict=True)
         shares = [jnp.concatenate(level, axis=1) for level in zip(*shares, strict=True)]
-        maps = [jnp.einsum("brc,bpc->brp", *pair) for pair in zip(shares, levels, strict=True)]
+        maps = [_maps(share, level) for share, level in zip(shares, levels, strict=True)]
         context = jnp.concatenate(maps, axis=-1) @ pool  # [B, R A, G]
         context = rearrange(context, "b (r a) g -> b r a g", r=len(draws))
         context += jnp.stack(weights, axis=1) @ fixed
@@ -110,6 +110,21 @@ class ClassAttention(nn.Module):
         values = jnp.einsum("brag,gas->bras", context, value_kernel) + bias("value").reshape(heads)
         out = Linear(width, kernel_init=torch_uniform(width), name="out")
         return out(rearrange(values, "b r a s -> b r (a s)")) + fixed[-1]
+
+
+def _for_each(key, level):
+    """Multiply [A, P] and [B, P, C]: [B, A, C], in float32.
+
+    A product for each image: as one of all images it would transpose level and gradient.
+    """
+    key = jnp.broadcast_to(key.astype(level.dtype), (len(level), *key.shape))
+    return jnp.einsum("bap,bpc->bac", key, level, preferred_element_type=jnp.float32)
+
+
+def _maps(share, level):
+    """Multiply [B, R A, C] and [B, P, C]: [B, R A, P], in float32."""
+    share = share.astype(level.dtype)
+    return jnp.einsum("brc,bpc->brp", share, level, preferred_element_type=jnp.float32)
 
 
 def _weigh(logits, drawn, of_fixed, mask):

@@ -192,20 +192,25 @@ class Imitate(nn.Module):
         their four, which also updates the BatchNorm averages twice per view.
         """
         a, b, c, d = self.draw(jax.random.split(self.make_rng("draws"), 4))
+        views = (("image", a, c, ""), ("image_2", b, d, "_2"))
         features = {}
-        for view, first, second, suffix in (("image", a, c, ""), ("image_2", b, d, "_2")):
+
+        def see(view, draws, suffix):
             encoded = encode_pixels(self.image, batch[view], train=train)
             features[f"image{suffix}"] = base.unit(self.diagnosis(encoded.pooled, train=train))
+            reads = self.reading(encoded.levels, draws, train=train)
+            return [base.unit(read) for read in reads]
+
+        for view, first, second, suffix in views:
             # Where nothing is drawn, both readings are the same.
             whole = all(channels is None for channels in second)
             draws = [first] if self.legacy_four_passes or whole else [first, second]
-            reads = self.reading(encoded.levels, draws, train=train)
-            if self.legacy_four_passes:
-                encoded = encode_pixels(self.image, batch[view], train=train)
-                features[f"image{suffix}"] = base.unit(self.diagnosis(encoded.pooled, train=train))
-                reads += self.reading(encoded.levels, [second], train=train)
-            features[f"image_findings{suffix}"] = base.unit(reads[0])
-            features[f"reading{suffix}"] = base.unit(reads[-1])
+            reads = see(view, draws, suffix)
+            features[f"image_findings{suffix}"] = reads[0]
+            features[f"reading{suffix}"] = reads[-1]
+        if self.legacy_four_passes:
+            for view, _, second, suffix in views:
+                (features[f"reading{suffix}"],) = see(view, [second], suffix)
         return features
 
     def objective(self, features, batch, *, train=False):

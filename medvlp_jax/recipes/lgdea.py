@@ -9,7 +9,7 @@ are a pair, in the others each comes from its own pool.
   evidence  means over lesions and phrases of softmax(. mu / tau) -> Qbar_I, Qbar_R [B, K]
 
   L = L_rec + L_evid^p + w L_evi-align (pairs) + w L_glob (pairs) + w usage
-      + share of the rows apart * [w L_evid^u + w L_evi-align (relations) + w L_glob (relations)]
+      + share of rows apart * [w L_evid^u + w L_evi-align (relations) + w L_glob (relations)]
 
 In evaluation a prompt meets images in the evidence space, as the evidence it is, and a report by
 the mean of the cosines there and of the global embeddings; or both by the global ones alone.
@@ -199,7 +199,7 @@ class Lgdea(nn.Module):
         seen, said = features["image_direction"], features["text_direction"]
         fixed = jax.lax.stop_gradient if self.moved == "images" else lambda x: x
         contrast = base.contrastive_loss("info_nce", self.loss_tile)
-        # A mean over a few rows apart would let each of them count more than a pair.
+        # As means, the fewer rows are apart, the more each of them would count beside a pair.
         share = 1 - paired.mean() if self.by_share else 1.0
         aligned = _align(seen, fixed(said), self.alignment_temperature, related, confidence)
         return {
@@ -435,7 +435,8 @@ def make(
       least_confidence: below it a relation does not count.
       moved: by the two contrasts of relations: "both", or "images" alone, so that a wrong relation
         does not move what a report says.
-      by_share: the terms of rows apart, which are means, count by the share of these in the batch.
+      by_share: multiply the terms of rows apart, means over those that are trusted, by the share of
+        rows apart in the batch.
       meets: where texts meet images in evaluation: "global", or "evidence", see the head of this
         file.
       loss_tile: side of the tiles of the global InfoNCE; 0 keeps the whole logits.
