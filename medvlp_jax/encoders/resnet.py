@@ -30,6 +30,13 @@ EXPANSION = 4  # channels of a bottleneck's output over those of its 3x3 convolu
 kaiming_normal = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
+def convolve(x, kernel, stride=1, padding=0):
+    """Convolve [B, H, W, C] with [k, k, C, D], the same stride and zero padding on all sides."""
+    pads = ((padding, padding),) * 2
+    layout = ("NHWC", "HWIO", "NHWC")
+    return jax.lax.conv_general_dilated(x, kernel, (stride,) * 2, pads, dimension_numbers=layout)
+
+
 class Conv(nn.Module):
     """Convolution without bias, padded by size // 2 on both sides as in torch ("SAME" is not)."""
 
@@ -46,10 +53,7 @@ class Conv(nn.Module):
         x, stride = x.astype(self.dtype), self.stride
         if self.size == 1:  # a matrix product: twice as fast on CPU, the same elsewhere
             return product(x[:, ::stride, ::stride], kernel[0, 0])
-        padding = ((self.size // 2, self.size // 2),) * 2
-        return jax.lax.conv_general_dilated(
-            x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
-        )
+        return convolve(x, kernel, stride, self.size // 2)
 
 
 class Stem(nn.Module):
@@ -68,10 +72,7 @@ class Stem(nn.Module):
         """Map [B, H, W, 3], or [B, H, W, 1] with (mean, std) to come, to [B, H/2, W/2, D]."""
         kernel = self.param("kernel", kaiming_normal, (7, 7, 3, self.features))
         if normalisation is None:
-            x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
-            return jax.lax.conv_general_dilated(
-                x, kernel, (2, 2), ((3, 3), (3, 3)), dimension_numbers=("NHWC", "HWIO", "NHWC")
-            )
+            return convolve(x.astype(self.dtype), kernel.astype(self.dtype), 2, 3)
         mean, std = (jnp.asarray(values)[:, None] for values in normalisation)
         centre = mean.mean()  # what is added below is small then
         of_grey = (kernel / std).sum(2, keepdims=True)
@@ -93,9 +94,7 @@ def halved_convolution(x, kernel):
     x = rearrange(x, "b (h p) (w q) c -> b h w (p q c)", p=2, q=2)
     kernel = jnp.pad(kernel, ((0, 1), (0, 1), (0, 0), (0, 0)))
     kernel = rearrange(kernel, "(h p) (w q) c d -> h w (p q c) d", p=2, q=2)
-    return jax.lax.conv_general_dilated(
-        x, kernel, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
+    return convolve(x, kernel)
 
 
 class Bottleneck(nn.Module):
