@@ -8,7 +8,7 @@ VARIANTS = ("", "demo", "study", "views", "smoke")
 STUDY_IMAGE = {"name": "resnet", "variant": "tiny", "dtype": "float32"}
 STUDY_IMAGE |= {"hidden_sizes": (32, 64, 128), "depths": (1, 1, 2)}  # ends at 5 x 5 pixels
 UPRIGHT = {"flip_horizontal": 0.0, "flip_vertical": 0.0, "rotation": 10.0}  # phrases tell sides
-STUDY_PIXELS = {"channels": 3, "size": 88, "crop": 80}
+STUDY_PIXELS = {"size": 88, "crop": 80}
 
 
 def get_config(variant: str = "") -> ConfigDict:
@@ -21,7 +21,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config = ConfigDict(
         {
             "recipe": recipe(),
-            "data": common.data(channels=3, text_length=128),
+            "data": common.data(text_length=128),
             # Learning rates, decay and 40 % of warm-up: a sibling paper of the same authors.
             "optim": common.optim(
                 lr=1e-4, weight_decay=1e-6, multipliers=(("^(image|text)/", 0.1),), warmup=8000
@@ -118,15 +118,15 @@ def study(config):
 
 
 def views():
-    """Where the study's image encoder starts: two views of an image have to find one another."""
+    """Where the study's image encoder starts: two views of an image find each other, no report."""
     config = imitate.get_config("demo")
     config.recipe.image = ConfigDict(STUDY_IMAGE)
-    config.recipe.update({"keep": (0.25, 0.15, 0.10), "view_temperature": 0.1})  # three levels
+    config.recipe.update({"keep": (0.25, 0.15, 0.10), "view_temperature": 0.1, "kernel": "none"})
     config.recipe.weights.update({"impression": 0.0, "findings": 0.0})
     config.optim.clip = 1.0
     config.data.update({**STUDY_PIXELS, "decode_cache": 8192})
     config.data.view.update({**UPRIGHT, "perspective": 0.2})
-    config.init.text = ""  # random: no term reads a report
+    config.init.text = ""  # random: nothing reads it
     config.train.update({"steps": 900, "checkpoint_every": 300, "evaluate_every": 0})
     config.evals.update({"protocols": ("probe",), "probe": {"fractions": (0.1, 1.0)}})
     return config

@@ -51,6 +51,13 @@ def test_arms_differ_from_lgdea_in_what_they_say_and_nothing_else():
         assert not changed[arm] & {*same}
 
 
+def test_the_start_of_the_images_is_told_by_no_report():
+    """In a study of few pairs it must not know which reports belong to images apart."""
+    recipe = lgdea.get_config("views").recipe
+    assert recipe.kernel == "none"
+    assert recipe.weights.impression == recipe.weights.findings == 0
+
+
 def fake_run(calls):
     """Return a training that scores better the more pairs, and more with LGDEA."""
 

@@ -221,6 +221,19 @@ def test_losses_do_not_depend_on_the_content_of_missing_sections(small, centred)
     jax.tree.map(np.testing.assert_array_equal, state, moved)
 
 
+@pytest.mark.parametrize(("kernel", "reads"), [("exp", True), ("none", False)])
+def test_without_a_kernel_the_view_terms_read_no_report(small, kernel, reads):
+    """So that an image encoder can start from views without being told what reports say."""
+    recipe, variables = small
+    recipe = recipe.clone(kernel=kernel)
+    batch, other = batch_of(8), batch_of(8, seed=1)
+    retold = {**batch, "findings": other["findings"], "impression": other["impression"]}
+    terms, _ = losses(recipe, variables, batch)
+    others, _ = losses(recipe, variables, retold)
+    assert (terms["view_diagnosis"] != others["view_diagnosis"]) == reads
+    assert terms["view_reading"] == others["view_reading"]
+
+
 def test_cached_text_features_equal_computing_them(small):
     recipe, variables = small
     batch = batch_of(8)
