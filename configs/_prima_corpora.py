@@ -97,6 +97,11 @@ def men(config, stage):
     config.recipe.update({"label": "grade", "num_classes": 3, "images": ("t1", "t2", "adc")})
     config.recipe.views = 3
     config.train.select = config.train.select.replace("diagnosis", "grade")
+    if stage == "fuse":
+        config.recipe.prompt.question = (
+            "You are a radiologist. Given the image features and the patient's metadata, choose "
+            "the grade of the meningioma. Options: {options}."
+        )
 
 
 def small(config, stage, epoch):

@@ -5,7 +5,7 @@
 #   bash launch/run.sh --config=configs/imitate.py    another config: configs/NAME.py or configs/NAME.py:VARIANT
 #       [--config.optim.lr=3e-4 ...]                  any setting of it; python -m medvlp_jax.train --help lists configs
 #       [--workdir=DIR]                               run folder; the same command again resumes an interrupted run
-#       [--restarts=N]                                start again after a crash, from the newest checkpoint (default 0; not with --tpu)
+#       [--restarts=N]                                start again after a crash, from the newest checkpoint (default 0, of --slurm and --jobset 3; not with --tpu)
 #       [--dry-run]                                   print command and environment of every rank, start nothing
 #
 # The same training on more devices; the run folder and MEDVLP_DATA_DIR must be seen by all of them:
@@ -13,7 +13,7 @@
 #   --slurm --nodes=N --gpus=K     one task a GPU, N nodes of K GPUs; writes DIR/job.sbatch, shows it and submits it
 #       [--sbatch="--partition=P --time=24:00:00 --account=A"]
 #   --tpu=NAME --zone=ZONE         every worker of a Cloud TPU VM, by gcloud ssh
-#   --jobset=NAME --image=IMAGE --nodes=N --gpus=K --claim=PVC     a GKE JobSet; writes DIR/jobset.yaml and applies it
+#   --jobset=NAME --image=IMAGE --nodes=N --gpus=K --claim=PVC     a GKE JobSet: shows the manifest and applies it
 #       [--selector=KEY=VALUE ...] node labels; MEDVLP_ACCELERATOR=tpu asks for TPU chips instead of GPUs
 #
 # Exit codes: 0 finished, 2 bad input, 75 stopped by SIGTERM or Ctrl-C with everything saved: start the same command again.

@@ -49,11 +49,8 @@ class Parts(NamedTuple):
     loaded: Mapping[str, Mapping]
 
 
-def read_config(folder: pathlib.Path) -> dict:
-    """Read the resolved config of a run folder; JSON's lists become tuples again.
-
-    A setting that did not exist yet when the run was made has the default of configs/common.py,
-    which is what was done before.
+def written_config(folder: pathlib.Path) -> dict:
+    """Read the config of a run folder as it is; JSON's lists become tuples again.
 
     Raises:
       UserError: if the folder holds no run, or its config is no JSON.
@@ -62,15 +59,29 @@ def read_config(folder: pathlib.Path) -> dict:
     if not file.is_file():
         raise UserError(f"{folder} is not a run folder: it has no {CONFIG}.")
     try:
-        config = _tuples(json.loads(file.read_text()))
+        return _tuples(json.loads(file.read_text()))
     except json.JSONDecodeError as error:
         raise UserError(f"{file} is not JSON: {error}.") from None
+
+
+def read_config(folder: pathlib.Path) -> dict:
+    """Read the resolved config of a run folder.
+
+    A setting that did not exist yet when the run was made has the default of configs/common.py,
+    which is what was done before.
+
+    Raises:
+      UserError: as `written_config`.
+    """
+    config = written_config(folder)
     sections = {name: getattr(common, name)() for name in ("data", "optim", "train", "evals")}
     return _completed(config, ConfigDict({**sections, **common.rest()}).to_dict())
 
 
 def _completed(config: Mapping, defaults: Mapping) -> dict:
-    """Return a config with what it lacks of the defaults."""
+    """Return a config with what it lacks of the defaults; of another kind of section, nothing."""
+    if config.get("name") != defaults.get("name"):  # data.view of another method
+        return {**config}
     missing = {key: value for key, value in defaults.items() if key not in config}
     nested = {
         key: _completed(config[key], value)
@@ -86,13 +97,16 @@ def open_corpora(data: Mapping[str, Any], split: str) -> list[corpora.Source]:
 
 
 def open_corpus(name: str, data: Mapping[str, Any], split: str) -> corpora.Source:
-    """Open one corpus, "name" or "name:variant"; with data.folds, a split of a fold of it."""
+    """Open one corpus, "name" or "name:variant"; with data.folds, a split of a fold of it.
+
+    Folds are dealt of what a run is trained on; another corpus has its own splits.
+    """
     if name == knowledge.NAME:
         return knowledge.open_texts(split=split, **data["knowledge"])
+    fold = folds.settings(data) if name in data["corpora"] else None
     name, _, variant = name.partition(":")
     where = {"data_dir": data["data_dir"], "manual_dir": data["manual_dir"]}
     where["builder_config"] = variant
-    fold = folds.settings(data)
     with distributed.writer_first(f"corpus {name}"):
         if not fold:
             return retold.retold(corpora.open_source(name, split, **where), data["texts"])
@@ -154,6 +168,8 @@ def parts(config: Mapping[str, Any], *, pretrained: bool = True) -> Parts:
             spec[side], variables = weights.load_encoder(folder, spec[side], config["seed"])
             if pretrained:
                 loaded[side] = variables
+            if side == "text":
+                _check_vocabulary(data["tokenizer"], tokenizer, folder, spec[side])
     recipe = configs.build("medvlp_jax.recipes", name, **spec)
     return Parts(config, recipe, tokenizer, mesh, part, loaded)
 
@@ -300,6 +316,23 @@ def _text_spec(spec: Mapping, tokenizer, data) -> dict:
             f"table of {longest}."
         )
     return spec
+
+
+def _check_vocabulary(name: str, tokenizer, folder, encoder) -> None:
+    """Refuse a vocabulary that is not the one a text encoder was trained with."""
+    if not name:
+        return
+    try:
+        own = tokenisation.load_tokenizer(convert.fetch(folder)).get_vocab()
+    except UserError:  # none beside the weights
+        own = tokenizer.get_vocab()
+    size = getattr(encoder, "vocab_size", len(own))
+    if own != tokenizer.get_vocab() or len(own) > size:
+        raise UserError(
+            f"data.tokenizer={name} has {tokenizer.get_vocab_size()} tokens and is not the "
+            f"vocabulary of init.text={folder}, of {min(len(own), size)}; accepted is "
+            "data.tokenizer= (empty: that of the folder)."
+        )
 
 
 def _fetched(source: str, setting="data.tokenizer", init="init.text") -> str:

@@ -87,7 +87,9 @@ def _zeros(parts, sources) -> dict[str, np.ndarray] | None:
     shape, texts = (parts.recipe.text.width,), pipeline.mlm_texts(sources)
     if "metadata_feature" in inputs:
         shape = (data["text_length"], *shape)
-        texts = clinical.texts_of(clinical.told_of(data, sources, parts.recipe.task), sources)
+        texts = clinical.texts_of(
+            clinical.told_of(data, sources, parts.recipe.task, train=True), sources
+        )
     return dict.fromkeys(texts, np.zeros(shape, np.float32))
 
 

@@ -1,5 +1,6 @@
 """What a run is refused for before anything is trained, compiled or written."""
 
+import importlib.util
 import inspect
 import pathlib
 from collections.abc import Mapping
@@ -48,6 +49,10 @@ def settings(config: Mapping) -> None:
             schedules.learning_rate(lr, kind="cosine", **rate)
         except ValueError as error:
             raise UserError(f"mlm: {error}.") from None
+    if config["seed"] < 0:
+        raise UserError(f"seed={config['seed']} must be 0 or more.")
+    if train["wandb"] and importlib.util.find_spec("wandb") is None:
+        raise UserError("train.wandb=True needs the package: pip install 'medvlp-jax[wandb]'.")
     if train["select"]:
         _selection(train, config["evals"])
 
@@ -55,6 +60,11 @@ def settings(config: Mapping) -> None:
 def _selection(train, evals):
     if not train["evaluate_every"]:
         raise UserError("train.select needs evaluations: set train.evaluate_every.")
+    if train["select"].startswith(("probe/", "grounding/")):
+        raise UserError(
+            f"train.select={train['select']}: that protocol runs at the end alone; accepted are "
+            "numbers of the others."
+        )
     if evals["split"] == VALIDATION:
         raise UserError(
             f"train.select={train['select']} chooses a step on the validation split, which is the "

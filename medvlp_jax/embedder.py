@@ -79,7 +79,7 @@ class Embedder:
         data, told = self.parts.config["data"], None
         table = tables.rows_of(data, [source]) if "tabular" in inputs else None
         if {*clinical.KEYS} & {*inputs}:
-            told = clinical.told_of(data, [source], self.parts.recipe.task)
+            told = clinical.told_of(data, [source], self.parts.recipe.task, train=False)
         return pipeline.eval_batches(
             source,
             transform=examples.record_transform(

@@ -85,7 +85,8 @@ def main(argv: list[str] | None = None) -> None:
     if distributed.is_writer():
         out.mkdir(parents=True, exist_ok=True)
         cases.clear(out)  # first: should this end early, no case stands beside another's numbers
-        write_results(results, out, evaluator.provenance(variables))
+        config = assemble.written_config(arguments.run) if arguments.run else None
+        write_results(results, out, evaluator.provenance(variables, config))
         print(results_table(results))
     cases.show(evaluator, variables, out)
 

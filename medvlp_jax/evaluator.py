@@ -115,11 +115,12 @@ class Evaluator(Embedder):
         limit, views = self.settings["limit"], self.settings["views"]
         return self.features(variables, self.source, limit=limit, views=views)
 
-    def provenance(self, variables: Mapping) -> dict[str, Any]:
+    def provenance(self, variables: Mapping, config: Mapping | None = None) -> dict[str, Any]:
         """Return where the numbers of the last `run` come from.
 
         Args:
           variables: that were evaluated, on the host.
+          config: of the run as its folder has it; None is the one given here.
         """
         seen = self._seen
         if not seen and "grounding" in self.settings["protocols"]:
@@ -129,7 +130,7 @@ class Evaluator(Embedder):
             )
         where = {"corpus": self.corpus, "split": self.settings["split"], **seen}
         return provenance.of(
-            self.parts.config,
+            self.parts.config if config is None else config,
             code=self._code,
             evals=self.settings,
             rows=where,

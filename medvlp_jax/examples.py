@@ -31,7 +31,7 @@ def train_batches(parts: Parts, sources, features=None, *, shares=None):
     recipe = parts.recipe
     reads_table, told = "tabular" in recipe.inputs, None
     if clinical.reads_metadata(recipe):
-        told = clinical.told_of(data, sources, recipe.task)
+        told = clinical.told_of(data, sources, recipe.task, train=True)
     return iter(
         pipeline.train_dataset(
             sources,
@@ -71,7 +71,8 @@ def cached_text(parts: Parts, variables: Mapping, sources) -> dict[str, np.ndarr
         return None
     wanted, texts = "pooled", pipeline.mlm_texts
     if "metadata_feature" in parts.recipe.inputs:
-        told = clinical.told_of(parts.config["data"], sources, parts.recipe.task)
+        data, task = parts.config["data"], parts.recipe.task
+        told = clinical.told_of(data, sources, task, train=True)
         wanted, texts = "tokens", functools.partial(clinical.texts_of, told)
     apply = parts.recipe.text.apply
     encode = jax.jit(lambda p, tokens: getattr(apply({"params": p}, tokens), wanted))

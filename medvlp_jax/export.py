@@ -8,7 +8,7 @@ OUT/README.md                how to load it in PyTorch, data, config, results
 """
 
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from medvlp_jax import __version__, assemble, convert
 from medvlp_jax.config import UserError, to_json
 from medvlp_jax.convert import dual, lora
 from medvlp_jax.convert.files import write_tensors
+from medvlp_jax.data import corpora
 from medvlp_jax.encoders.base import IMAGENET_MEAN, IMAGENET_STD
 from medvlp_jax.evaluation.results import Results, results_table
 from medvlp_jax.recipes.clip import MAX_SCALE, Clip
@@ -89,7 +90,11 @@ def similarity(images, reports):
 
 
 def export(
-    parts: assemble.Parts, variables: Mapping, out: pathlib.Path, results: Results | None = None
+    parts: assemble.Parts,
+    variables: Mapping,
+    out: pathlib.Path,
+    sources: Sequence[corpora.Source],
+    results: Results | None = None,
 ) -> None:
     """Write both encoders, the heads and a model card; of a recipe without images OUT/text alone.
 
@@ -97,7 +102,8 @@ def export(
       parts: of the run.
       variables: of the recipe, on the host.
       out: folder, made if absent.
-      results: for the model card.
+      sources: what the run was trained on, for the model card.
+      results: likewise.
 
     Raises:
       UserError: if the recipe has no text encoder, or an encoder cannot be written.
@@ -107,7 +113,7 @@ def export(
         write_text(parts.recipe.text, variables["params"]["text"], out, parts.tokenizer)
         return
     write_weights(parts.recipe, variables, out, parts.tokenizer, crop=parts.config["data"]["crop"])
-    (pathlib.Path(out) / "README.md").write_text(_card(parts, variables, results or {}))
+    (pathlib.Path(out) / "README.md").write_text(_card(parts, variables, sources, results or {}))
 
 
 def check(parts: assemble.Parts) -> None:
@@ -227,10 +233,9 @@ def _write_tokenizer(tokenizer, folder):
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **known).save_pretrained(folder)
 
 
-def _card(parts, variables, results) -> str:
+def _card(parts, variables, sources, results) -> str:
     config = parts.config
     data = config["data"]
-    sources = assemble.open_corpora(data, data["split"])
     generated = [s.name for s in sources if s.metadata["generated"]]
     code = example(parts.recipe, data["text_length"])
     count = lambda name: paths.count(variables["params"][name]) / 1e6

@@ -73,7 +73,7 @@ def build(run: pathlib.Path, *, with_texts: bool = False) -> str:
     body = [
         page.text(run.name, "h1"),
         page.text(_subtitle(recipe, corpora, config, rows), "p", "muted"),
-        page.listed(warnings(config, written), "warnings"),
+        page.listed(warnings(assemble.written_config(run), written), "warnings"),
         page.text("Results", "h2"),
         page.text(
             "Values with 95 % intervals over patients, controls beside them. In the strip, from 0 "
@@ -98,7 +98,12 @@ def _subtitle(recipe, corpora, config, rows) -> str:
 
 
 def warnings(config: Mapping[str, Any], written: results.Written) -> list[str]:
-    """Return what a reader of the numbers must know, one sentence each."""
+    """Return what a reader of the numbers must know, one sentence each.
+
+    Args:
+      config: as the run folder has it.
+      written: its results.
+    """
     told, origin = [], written.provenance
     trained, rows = config["data"]["corpora"], origin.get("rows", {})
     tested = rows.get("corpus") or config["evals"]["corpus"] or trained[0]
@@ -107,7 +112,9 @@ def warnings(config: Mapping[str, Any], written: results.Written) -> list[str]:
     if any(name.startswith("cxr_phantom") for name in (*trained, tested)):
         told.append("Generated data: these numbers say that the code works, nothing on patients.")
     split = rows.get("split") or config["evals"]["split"]
-    if split != "test":
+    if split == config["data"].get("split", "train") and tested in trained:
+        told.append(f"Measured on the {split} split, whose rows the run was trained on.")
+    elif split != "test":
         told.append(f"Measured on the {split} split, on which settings may have been chosen.")
     if not origin:
         told.append("results.json has no provenance: code, rows and weights are not recorded.")

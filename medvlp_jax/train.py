@@ -16,7 +16,7 @@ import datetime
 import pathlib
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -38,7 +38,7 @@ from medvlp_jax import (
 )
 from medvlp_jax import config as configs
 from medvlp_jax.config import UserError
-from medvlp_jax.data import pairing
+from medvlp_jax.data import corpora, pairing
 from medvlp_jax.evaluation import plots
 from medvlp_jax.evaluation.results import results_table, scalars, write_results
 from medvlp_jax.evaluator import Evaluator
@@ -56,6 +56,7 @@ class _Job(NamedTuple):
     """A run that has passed every check, at its newest checkpoint or at its start."""
 
     parts: assemble.Parts
+    sources: Sequence[corpora.Source]
     evaluator: Evaluator
     validator: Evaluator
     selection: Selection | None
@@ -159,6 +160,7 @@ def _prepare(config, workdir, stop) -> _Job:
     )
     return _Job(
         parts,
+        sources,
         evaluator,
         validator,
         selection,
@@ -222,6 +224,8 @@ def _finish(job, state, workdir, began) -> dict:
     variables = state.evaluated
     if job.selection:
         variables = assemble.place(weights.read_variables(workdir, job.untrained), job.parts)
+    # What a method knows of its training corpus is not the model's, and nothing to be published.
+    variables = {kind: variables[kind] for kind in job.untrained}
     trained = distributed.fetch(variables)
     results = controls.full(job.evaluator, variables, job.untrained)
     if distributed.is_writer():
@@ -232,7 +236,7 @@ def _finish(job, state, workdir, began) -> dict:
         plots.curves(workdir / "metrics.jsonl", workdir / "curves.png")
         settings = job.parts.config["train"]
         if settings["export"]:
-            export.export(job.parts, trained, workdir / "export", results)
+            export.export(job.parts, trained, workdir / "export", job.sources, results)
         _print_summary(results, job.parts, workdir, settings, time.time() - began)
     distributed.barrier("finished")
     return results

@@ -40,7 +40,7 @@ def run(given, task, out, *more):
     assert results.read(out).provenance["rows"]["split"] == "test"
     found = results.read(out).numbers
     assert min(Image.open(out / f"{task}.png").size) > 300
-    assert not [path for path in out.iterdir() if path.name.endswith("tmp")]
+    assert not [path for path in out.iterdir() if path.name.startswith(".")]
     return found
 
 

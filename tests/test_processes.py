@@ -6,6 +6,7 @@ import time
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from benchmarks.kills import Run, last_step, metrics, newest
 from medvlp_jax.evaluation import results
@@ -54,7 +55,6 @@ DEMO = (
     "--config=configs/imitate.py:demo",
     "--config.train.evaluate_every=0",
     "--config.train.log_every=1",
-    "--config.train.export=False",
     "--config.evals.protocols=('retrieval',)",
     "--config.evals.controls=()",
     "--config.evals.limit=64",
@@ -75,6 +75,25 @@ def test_the_demo_takes_its_first_steps_alike_in_one_two_and_four_processes(home
         assert len(losses[count]) == 50
     for count in (2, 4):
         np.testing.assert_allclose(losses[count][:3], losses[1][:3], rtol=1e-5, err_msg=str(count))
+
+
+LGDEA = ("--config=configs/lgdea.py:smoke", "--config.train.export=True")
+
+
+def test_relations_are_the_same_whether_one_process_or_two_look_for_them(home):
+    """Each encodes its share of the corpus and works on its share of the graphs' rows."""
+    found = {}
+    for count in (1, 2):
+        run = Run(home / f"lgdea-{count}", count, 8, home, settings=LGDEA)
+        assert run.wait() == 0, log_of(run)
+        found[count] = [m for m in metrics(run.folder) if "loss/unpaired" in m]
+        # Who is related to whom in the corpus stays out of what may be published.
+        heads = load_file(run.folder / "export" / "projections.safetensors")
+        assert {name.split("/")[0] for name in heads} == {"params"}
+    assert any(m["loss/unpaired"] > 0 for m in found[1])
+    for a, b in zip(found[1], found[2], strict=True):
+        for term in ("loss/unpaired", "loss/relations", "loss/paired"):
+            np.testing.assert_allclose(a[term], b[term], rtol=1e-3, err_msg=f"{a['step']} {term}")
 
 
 def wait_for_step(run, step):

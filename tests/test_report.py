@@ -114,7 +114,7 @@ def test_a_control_stands_beside_its_number_with_the_hash(run):
 
 
 def test_what_a_reader_must_know_is_said_first(run):
-    told = report.warnings(report.assemble.read_config(run), results.read(run))
+    told = report.warnings(report.assemble.written_config(run), results.read(run))
     whole = " ".join(told)
     for part in (
         "NIH ChestX-ray14",  # leakage: both corpora come from it
@@ -125,9 +125,18 @@ def test_what_a_reader_must_know_is_said_first(run):
     ):
         assert part in whole, part
     assert len([line for line in told if "hernia" in line]) == 1
+    other = "config.json is not the one"
+    assert other not in whole
     (run / "config.json").write_text(json.dumps(CONFIG | {"seed": 1}))
-    told = report.warnings(report.assemble.read_config(run), results.read(run))
-    assert any("config.json is not the one" in line for line in told)
+    told = report.warnings(report.assemble.written_config(run), results.read(run))
+    assert any(other in line for line in told)
+
+
+def test_numbers_on_the_rows_of_training_are_called_that(run):
+    config = report.assemble.written_config(run)
+    trained = config["data"] | {"split": "validation", "corpora": ["rsna_pneumonia"]}
+    whole = " ".join(report.warnings({**config, "data": trained}, results.read(run)))
+    assert "on the validation split, whose rows the run was trained on" in whole
 
 
 def test_what_a_flavour_alone_skipped_is_said_and_controls_have_their_names(run):

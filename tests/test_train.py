@@ -165,6 +165,10 @@ def test_resuming_with_another_architecture_is_refused_and_nothing_is_written_ov
         ),
         (["--config.evals.split=dev"], "no split 'dev'"),
         (["--config.init.params=nowhere"], "nowhere has no checkpoint"),
+        (["--config.seed=-1"], "seed=-1 must be 0 or more"),
+        (["--config.recipe.temperature=0.0"], "recipe.temperature=0.0 must be above 0"),
+        (["--config.recipe.eval_draws=0"], "recipe.eval_draws=0 must be at least 1"),
+        (["--config.train.select=probe/finding/macro_auroc"], "protocol runs at the end alone"),
     ],
 )
 @pytest.mark.usefixtures("_home")
@@ -218,6 +222,14 @@ def test_a_run_from_before_a_setting_existed_has_its_default(tmp_path):
     del config["data"]["folds"]["inner"]
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert json.loads(json.dumps(assemble.read_config(tmp_path))) == expected
+
+
+@pytest.mark.parametrize("config", ["imitate.py:demo", "cfcml.py:men_phantom", "prima.py"])
+def test_a_run_s_own_config_reads_back_as_it_was_written(tmp_path, config):
+    """Another method's data.view has no settings of IMITATE's."""
+    resolved, _ = train.resolve([f"--config=configs/{config}"])
+    (tmp_path / "config.json").write_text(json.dumps(resolved))
+    assert assemble.read_config(tmp_path) == assemble.written_config(tmp_path)
 
 
 def test_an_unknown_verb_names_the_nearest(capsys):

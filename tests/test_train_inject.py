@@ -104,11 +104,19 @@ def test_only_factors_differ_from_the_folder_the_run_began_with(home, ran):
     assert all(not np.array_equal(before[path], after[path]) for path in factors)
 
 
+def test_the_vocabulary_of_another_encoder_is_refused(home, ran):
+    """Ids of a small vocabulary are valid in a large embedding, and mean other words there."""
+    config, _, _ = ran
+    other = {**config, "data": {**config["data"], "tokenizer": "cxr_phantom"}}
+    with pytest.raises(UserError, match=r"data\.tokenizer=cxr_phantom .* is not the vocabulary of"):
+        assemble.parts(other)
+
+
 def test_the_exported_encoder_guesses_as_the_trained_one_with_its_factors(home, ran):
     config, folder, _ = ran
     parts = assemble.parts(config)
     params = weights.read_variables(folder, assemble.initial_variables(parts))["params"]
-    export.export(parts, {"params": jax.device_get(params)}, home / "export")
+    export.export(parts, {"params": jax.device_get(params)}, home / "export", ())
     module, variables = convert.load(home / "export" / "text")
     assert module.lora is None
     tokens = text.tokenize(text.load_tokenizer(home / "export" / "text"), ["fever and cough"], 48)

@@ -47,7 +47,6 @@ def get_config() -> ConfigDict:
                 checkpoint_every=10,
                 evaluate_every=20,
                 evaluate_limit=32,
-                export=False,
             ),
             "evals": common.evals(
                 protocols=("zero_shot",), limit=32, resamples=5, controls=(), batch_size=16

@@ -121,7 +121,9 @@ def export_(arguments: argparse.Namespace) -> None:
     variables = weights.read_variables(arguments.run_folder, assemble.initial_variables(parts))
     evaluated = (arguments.run_folder / results.FILE).is_file()
     measured = results.read(arguments.run_folder).numbers if evaluated else {}
-    export.export(parts, variables, arguments.out, measured)
+    data = parts.config["data"]
+    sources = assemble.open_corpora(data, data["split"])
+    export.export(parts, variables, arguments.out, sources, measured)
     print(f"{type(parts.recipe).__name__} in {arguments.out}")
 
 

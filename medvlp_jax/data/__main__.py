@@ -47,6 +47,8 @@ def _prepare(options: argparse.Namespace) -> None:
     print(f"{options.name} is in {folder}: {', '.join(counts)} records.")
     for reason, count in corpus.info.metadata.get("left_out", {}).items():
         print(f"left out: {count:,} rows: {reason}")
+    if torn := corpus.info.metadata.get("torn_patients", 0):
+        print(building.torn_line(torn))
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -115,7 +117,9 @@ def _parser() -> argparse.ArgumentParser:
     prepare.add_argument(
         "--beam-options", default="", metavar="FLAGS", help="flags of the runner, with commas"
     )
-    check = commands.add_parser("check", help="read every row and image of a corpus, write nothing")
+    check = commands.add_parser(
+        "check", help="read every row of a corpus and look at its images, write nothing"
+    )
     check.set_defaults(run=_check)
     check.add_argument(
         "--decode", action="store_true", help="decode every image: hours, not minutes"

@@ -44,6 +44,8 @@ class Sample(NamedTuple):
       boxes: ((xmin, ymin, xmax, ymax) in pixels of the source, phrase).
       categories: of each box, where the corpus has CATEGORIES.
       mask: (height, width) -> uint8 bit field of the source's size.
+      images: path of each further image of a case.
+      table: float per column, NaN = missing.
     """
 
     row: files.Row
@@ -57,6 +59,8 @@ class Sample(NamedTuple):
     boxes: Sequence[tuple[masks.Box, str]] = ()
     categories: Sequence[str] = ()
     mask: Callable[[masks.Shape], np.ndarray] | None = None
+    images: Mapping[str, Path] = {}
+    table: Mapping[str, float] = {}
 
 
 class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -67,6 +71,7 @@ class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
       MASK_BITS: see `records.metadata`.
       CATEGORIES: whether boxes have a category beside their phrase.
       PUBLISHED: number of images by name of what is counted, as the source states it.
+      channels: of the images, 1 grey or 3.
       on_beam: whether Apache Beam reads the images.
     """
 
@@ -76,6 +81,7 @@ class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     MASK_BITS: Mapping[str, int] = {}
     CATEGORIES = False
     PUBLISHED: Mapping[str, int] = {}
+    channels = 1
     on_beam = False
 
     def __init_subclass__(cls, **options: Any):
@@ -121,9 +127,11 @@ class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     def kept(self, folder: Path) -> list[Sample]:
         """Return the samples that are on no skip list.
 
+        How many patients are in more than one split is stored as `torn_patients`.
+
         Raises:
-          UserError: as `samples`, for an image id that stands twice in a split, a patient in two
-            splits where the source promises otherwise, or a skip list that names unknown images.
+          UserError: as `samples`, for an image id that stands twice in a split, or a skip list that
+            names unknown images.
         """
         self.info.metadata["left_out"] = {}
         lists = dict(self.skip_lists()) | read_skip_list(folder)
@@ -148,6 +156,7 @@ class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             )
         if not kept:
             raise UserError(f"{folder} holds nothing for {self.name} ({self.variant}).")
+        self.info.metadata["torn_patients"] = count_torn(kept)
         return kept
 
     def to_record(self, sample: Sample) -> dict[str, Any]:
@@ -157,8 +166,10 @@ class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
           UserError: with file and row, for an image that is missing or damaged, or a region that
             does not fit it.
         """
+        load = lambda path: images.load(path, side=self.side, channels=self.channels)
         try:
-            image = NO_IMAGE if sample.path is None else images.load(sample.path, side=self.side)
+            image = NO_IMAGE if sample.path is None else load(sample.path)
+            further = {name: load(path).content for name, path in sample.images.items()}
             boxes = [(masks.fractions(b, image.shape), words) for b, words in sample.boxes]
             mask = b""
             if sample.mask is not None:
@@ -179,6 +190,8 @@ class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             boxes=boxes,
             categories=sample.categories,
             mask=mask,
+            images=further,
+            table=sample.table,
         )
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -204,6 +217,19 @@ class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         made = in_order(self.to_record, samples)
         for sample, record in zip(samples, made, strict=True):
             yield sample.image_id, record
+
+
+def count_torn(samples: Iterable[Sample]) -> int:
+    """Return how many patients are in more than one split, as some published splits have them."""
+    splits = collections.defaultdict(set)
+    for sample in samples:
+        splits[sample.patient_id].add(sample.split)
+    return sum(len(found) > 1 for found in splits.values())
+
+
+def torn_line(count: int) -> str:
+    """Return a sentence on patients in more than one split; "" for none."""
+    return f"WARNING: {count:,} patients are in more than one split." if count else ""
 
 
 def split_size(name: str) -> tuple[str, int]:

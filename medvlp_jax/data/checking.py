@@ -38,6 +38,7 @@ class Findings(NamedTuple):
       splits: counts by split; `hash` names the set of image ids, see `layouts.id_hash`.
       left_out: rows that are not in this variant, by reason.
       published: the numbers the source states.
+      torn: patients in more than one split.
       problems: images that cannot be used.
     """
 
@@ -45,6 +46,7 @@ class Findings(NamedTuple):
     splits: dict[str, dict[str, Any]]
     left_out: dict[str, int]
     published: dict[str, int]
+    torn: int
     problems: list[Problem]
 
     def lines(self) -> Iterator[str]:
@@ -61,6 +63,8 @@ class Findings(NamedTuple):
             yield f"left out: {count:,} rows: {reason}"
         if self.published:
             yield "published: " + ", ".join(f"{n:,} {what}" for what, n in self.published.items())
+        if self.torn:
+            yield building.torn_line(self.torn)
         for problem in self.problems[:20]:
             yield f"{problem.row}: image {problem.image_id} is {problem.what}"
         if len(self.problems) > 20:
@@ -91,6 +95,7 @@ def inspect(corpus: building.Builder, folder: Path, *, decode: bool = False) -> 
         },
         left_out=dict(corpus.info.metadata["left_out"]),
         published=dict(corpus.PUBLISHED),
+        torn=corpus.info.metadata["torn_patients"],
         problems=list(_problems(corpus, samples, decode)),
     )
 
@@ -109,8 +114,10 @@ def _problems(
 
 
 def _looked_at(sample: building.Sample) -> Problem | None:
-    what = "" if sample.path is None else images.looks_whole(sample.path)
-    return Problem(sample.image_id, _row(sample), f"{what} ({sample.path})") if what else None
+    for path in filter(None, (sample.path, *sample.images.values())):
+        if what := images.looks_whole(path):
+            return Problem(sample.image_id, _row(sample), f"{what} ({path})")
+    return None
 
 
 def _decoded(corpus: building.Builder, sample: building.Sample) -> Problem | None:

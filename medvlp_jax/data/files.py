@@ -50,8 +50,8 @@ def read_rows(
       unique: a column whose values must all differ; "" for none.
 
     Raises:
-      UserError: for a file that is missing or not UTF-8 CSV, a missing column, an empty cell in
-        `filled`, or a repeated key.
+      UserError: for a file that is missing or not UTF-8 CSV, a missing column, a row that is not
+        as long as the header, an empty cell in `filled`, or a repeated key.
     """
     if not path.is_file():
         raise UserError(
@@ -59,16 +59,21 @@ def read_rows(
         )
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            header, lines = reader.fieldnames or [], list(reader)
+            reader = csv.reader(file)
+            header = next(reader, [])
+            lines = [(number, cells) for number, cells in enumerate(reader, start=2) if cells]
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path} cannot be read ({error}); a UTF-8 CSV file is needed.") from error
     if missing := [c for c in columns if c not in header]:
         raise UserError(f"{path} row 1: no column {_list(missing)}; it has {_list(header)}.")
-    rows = [
-        Row(path, number, {k: (v or "").strip() for k, v in cells.items() if k is not None})
-        for number, cells in enumerate(lines, start=2)
-    ]
+    rows = []
+    for number, cells in lines:
+        rows.append(Row(path, number, dict(zip(header, map(str.strip, cells), strict=False))))
+        if len(cells) != len(header):
+            raise rows[-1].error(
+                f"{len(cells)} cells, and the header has {len(header)}; a cell that holds a comma "
+                "needs quotes."
+            )
     first: dict[str, int] = {}
     for row in rows:
         for column in filled:

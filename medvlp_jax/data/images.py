@@ -1,8 +1,8 @@
 """Images of a source folder as what records store: encoded bytes, at full size or pre-resized.
 
 A JPEG or an 8-bit PNG at full size goes in as the bytes it is. Everything else, DICOM, deeper PNG
-and what is resized, becomes a grey JPEG of quality 95, so that the pipeline can decode it at
-reduced scale.
+and what is resized, becomes a JPEG of quality 95, grey unless colours are asked for, so that the
+pipeline can decode it at reduced scale.
 """
 
 import io
@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from medvlp_jax.config import UserError
-from medvlp_jax.data import dicom
+from medvlp_jax.data import dicom, files
 
 QUALITY = 95
 AS_THEY_ARE = {"JPEG": ("L", "RGB"), "PNG": ("L", "RGB")}
@@ -26,12 +26,13 @@ class Encoded(NamedTuple):
     shape: tuple[int, int]
 
 
-def load(path: Path, *, side: int = 0) -> Encoded:
+def load(path: Path, *, side: int = 0, channels: int = 1) -> Encoded:
     """Read an image, decoding it once so that a damaged one is refused.
 
     Args:
       path: DICOM, JPEG or PNG.
       side: the shorter side of what is stored, pixels; 0, or more than the image has, keeps it.
+      channels: 3 leaves what is not kept as it is its colours; DICOM and deeper PNG have none here.
 
     Raises:
       UserError: with the file's name, for a file that is missing, damaged or no image.
@@ -47,10 +48,13 @@ def load(path: Path, *, side: int = 0) -> Encoded:
                 raise ValueError(f"{image.width} x {image.height} pixels")
             kept = not 0 < side < min(shape)
             if not kept and image.format == "JPEG":
-                image.draft("L", (side, side))  # decoded at 1/2, 1/4 or 1/8 where that is enough
+                # Decoded at 1/2, 1/4 or 1/8 where that is enough.
+                image.draft("L" if channels == 1 else "RGB", (side, side))
             image.load()
             if kept and image.mode in AS_THEY_ARE.get(image.format, ()):
                 return Encoded(content, shape)
+            if channels == 3 and not files.is_deep(image.mode):
+                return Encoded(_jpeg(image.convert("RGB"), side), shape)
             return Encoded(_jpeg(Image.fromarray(dicom.grey(image)), side), shape)
     except FileNotFoundError:
         raise UserError(f"image {path} is missing.") from None

@@ -38,6 +38,7 @@ ORIGINS: Mapping[str, tuple[str, ...]] = {
 SIDE, BANDS = 16, 8
 # Of 256 bits; a radiograph and its copy in another size and compression differ in fewer.
 MOST_DIFFERENT = 12
+OWN = "csv_folder"
 
 
 class Shared(NamedTuple):
@@ -50,8 +51,13 @@ class Shared(NamedTuple):
 
 
 def origins(name: str) -> set[str]:
-    """Return where the images of a corpus come from; a variant counts as its corpus."""
+    """Return where the images of a corpus come from; a variant counts as its corpus.
+
+    But for folders of the user's own, whose variants are names of different ones.
+    """
     corpus = name.partition(":")[0]
+    if corpus == OWN:
+        return {name}
     return {*ORIGINS.get(corpus, (corpus,))}
 
 
@@ -63,7 +69,7 @@ def warning(trained: Iterable[str], tested: str) -> str:
     found = []
     for name in dict.fromkeys(trained):
         common = origins(name) & origins(tested)
-        if common and name != tested:
+        if common and _unsized(name) != _unsized(tested):
             found.append(f"{name} ({', '.join(sorted(common))})")
     if not found:
         return ""
@@ -71,6 +77,17 @@ def warning(trained: Iterable[str], tested: str) -> str:
         f"leakage: {tested} shares images or patients with what was trained on: "
         f"{'; '.join(found)}. `medvlp data leakage` counts them; a number on it is no held-out one."
     )
+
+
+def _unsized(name: str) -> str:
+    """Return the name of a corpus without the size of its images, which moves nothing."""
+    corpus, _, variant = name.partition(":")
+    return name if corpus == OWN else f"{corpus}:{building.split_size(variant)[0]}"
+
+
+def _named(source: Source) -> str:
+    """Return the name of a prepared corpus with its variant."""
+    return f"{source.name}:{source.folder.parent.name}"
 
 
 def measure(first: Source, second: Source, *, look: bool = False) -> Shared:
@@ -84,7 +101,7 @@ def measure(first: Source, second: Source, *, look: bool = False) -> Shared:
       second: what is tested on.
       look: compare the pictures, too.
     """
-    related = bool(origins(first.name) & origins(second.name))
+    related = bool(origins(_named(first)) & origins(_named(second)))
     keys = ("image_id", "patient_id", "text_id")
     known = {key: {entry[key] for entry in _entries(first)} for key in keys}
     count = collections.Counter()

@@ -272,7 +272,8 @@ def fit(
         return {"validation": value}
 
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "metrics.jsonl").unlink(missing_ok=True)
+    if distributed.is_writer():
+        (folder / "metrics.jsonl").unlink(missing_ok=True)
     try:
         state = loop.fit(
             state,

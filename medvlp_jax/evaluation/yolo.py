@@ -31,7 +31,7 @@ ANCHORS = (
 )
 NATIVE = 416
 IGNORED_ABOVE = 0.5
-KEPT = 100  # predictions of an image, COCO's maxDets
+KEPT = 100  # predictions of an image over all classes; COCO's maxDets are of a class each
 LARGEST = 4.0  # of tw and th: exp(4) is 55 times an anchor
 PRIOR = -4.6  # bias of objectness, log(.01 / .99): most cells are empty (RetinaNet, section 4.1)
 

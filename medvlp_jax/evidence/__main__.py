@@ -7,7 +7,7 @@ medvlp evidence review --corpus DIR [--review FILE]                 physicians' 
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from medvlp_jax.config import UserError
@@ -125,6 +125,15 @@ def _names(listed: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in listed.split(",") if name.strip())
 
 
+def _count(least: int) -> Callable[[str], int]:
+    def count(text: str) -> int:
+        if not (text.isascii() and text.isdecimal() and int(text) >= least):
+            raise argparse.ArgumentTypeError(f"'{text}' is no whole number from {least} on")
+        return int(text)
+
+    return count
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="medvlp evidence",
@@ -137,7 +146,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--reports", required=True, help=".jsonl, .csv, .tgz or a folder of .xml or .txt files"
     )
-    command.add_argument("--limit", type=int, default=0, help="only the first reports")
+    command.add_argument("--limit", type=_count(0), default=0, help="only the first reports")
     _add_backend(command, "rules", "send report text to another machine")
     command = commands.add_parser("corpus", help="write what risk factors mean for diseases")
     command.set_defaults(run=_corpus)
@@ -150,8 +159,12 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--retriever", default="bm25", help="bm25, or the folder of a text encoder"
     )
-    command.add_argument("--passages", type=int, default=corpus.PASSAGES, help="for a paragraph")
-    command.add_argument("--variants", type=int, default=4, help="paraphrases, of the template")
+    command.add_argument(
+        "--passages", type=_count(1), default=corpus.PASSAGES, help="for a paragraph"
+    )
+    command.add_argument(
+        "--variants", type=_count(1), default=4, help="paraphrases, of the template"
+    )
     _add_backend(command, "template", "send passages of articles to another machine")
     command = commands.add_parser("review", help="take in what physicians said of a corpus")
     command.set_defaults(run=_review)
@@ -170,7 +183,9 @@ def _add_backend(command: argparse.ArgumentParser, writer: str, remote: str) -> 
         "--url", default="http://localhost:8000/v1", help="of the endpoint; keys: see the docs"
     )
     command.add_argument("--allow-remote", action="store_true", help=remote)
-    command.add_argument("--in-flight", type=int, default=16, help="requests at the same time")
+    command.add_argument(
+        "--in-flight", type=_count(1), default=16, help="requests at the same time"
+    )
     command.add_argument("--timeout", type=float, default=120.0, help="seconds, of a request")
     command.add_argument("--dry-run", action="store_true", help="count and estimate; send nothing")
     command.add_argument("--price-in", type=float, default=0.0, help="per million tokens read")

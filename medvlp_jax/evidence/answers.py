@@ -145,13 +145,18 @@ def _read(path: Path, header: Mapping) -> tuple[dict[str, dict], int]:
         return {}, 0
     records, end = {}, 0
     with path.open("rb") as file:
-        for line in file:
+        for number, line in enumerate(file, 1):
             if not line.endswith(b"\n"):
                 break
             try:
                 record = json.loads(line)
             except ValueError:
-                break
+                if end and not file.read(1):
+                    break  # the last one, which a kill cut
+                raise UserError(
+                    f"{path} line {number} is damaged; answers follow it, so nothing is written: "
+                    "take that line out, or choose another --out."
+                ) from None
             if end == 0:
                 _check_header(record, header, path)
             else:

@@ -98,11 +98,11 @@ def endpoint(
                     reply = future.result()
                     lost = lost + 1 if _never_got_through(reply) else 0
                     yield reply
-                    if lost >= patience:
-                        raise UserError(
-                            f"{url} does not answer any more ({reply.error}). What it answered "
-                            "is kept; start the same command again to go on."
-                        )
+                if lost >= patience:
+                    raise UserError(
+                        f"{url} does not answer any more ({reply.error}). What it answered "
+                        "is kept; start the same command again to go on."
+                    )
                 pending |= {pool.submit(ask, r, check) for r in islice(requests, len(done))}
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -121,7 +121,7 @@ def is_this_machine(host: str) -> bool:
 
 
 def _never_got_through(reply: Reply) -> bool:
-    return reply.error.startswith("no answer")
+    return reply.error.startswith(("no answer", "HTTP 5", "HTTP 429"))
 
 
 def _post(url: str, model: str, prompt: str, timeout: float, max_tokens: int) -> str:

@@ -120,6 +120,8 @@ def _survey(reports: Iterable[Report], cached: Mapping) -> tuple[list, dict[str,
 
 def _record(answer: str, text: str) -> dict:
     parsed = schema.parse(answer, text)
+    if not parsed.evidence and set(parsed.dropped) == {"invalid"}:
+        raise schema.Malformed("none of its items has the fields asked for.")
     status = OK if parsed.evidence else NOTHING
     return {"status": status, "evidence": list(parsed.evidence), "dropped": parsed.dropped}
 

@@ -259,7 +259,7 @@ DENIES = (
     "no|not|without|no evidence of|no evidence for|without evidence of|"
     "no convincing evidence of|no radiographic evidence of|no definite|no definite evidence of|"
     "negative for|free of|clear of|absence of|absent|denies|never|nor|neither|no longer|"
-    "no longer seen|no findings of|no typical findings of|no signs of|no sign of|rather than|"
+    "no findings of|no typical findings of|no signs of|no sign of|rather than|"
     "do not see|resolution of|no evidence to suggest|fails to show"
 )
 DENIES_BEFORE = (  # what they follow is absent

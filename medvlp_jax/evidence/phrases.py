@@ -3,12 +3,13 @@
 import functools
 import json
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from medvlp_jax.config import UserError
 from medvlp_jax.data.reports import Report
-from medvlp_jax.evidence import extract
+from medvlp_jax.evidence import answers, extract
 
 SHOWN = ("present", "uncertain")  # a lesion query cannot find what is absent
 UNITS = ("phrase", "sentence")
@@ -59,8 +60,9 @@ def reader(
     if not file.is_file():
         raise UserError(f"data.evidence.folder={folder} has no evidence.jsonl.")
     with file.open(encoding="utf-8") as lines:
-        rows = map(json.loads, lines)
-        known = {row["key"]: shown(row["evidence"], taken) for row in rows}
+        rows = list(map(json.loads, lines))
+    known = {row["key"]: shown(row["evidence"], taken) for row in rows}
+    _say_failed(file, sum(row["status"] == answers.FAILED for row in rows), len(rows))
 
     def phrases(record):
         text = _text(record)
@@ -73,6 +75,18 @@ def reader(
         return known.get(key, ())
 
     return phrases
+
+
+@functools.cache
+def _say_failed(file: Path, failed: int, total: int) -> None:
+    """Say, once, how many reports count as saying nothing because nobody answered."""
+    if failed:
+        print(
+            f"medvlp: {file}: {failed:,} of {total:,} reports were never answered and count as "
+            "without a phrase; the same `medvlp evidence extract` asks about them again.",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def in_prompt(text: str, read: Callable[[Mapping], tuple[str, ...]]) -> tuple[str, ...]:

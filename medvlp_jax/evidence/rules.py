@@ -137,6 +137,15 @@ class _Clause:
         self.states: list[tuple[Span, str]] = []
         self.spans: list[Span] = []
 
+    def change(self, certainty: str, findings: list[list]) -> None:
+        """Let what follows findings say how sure they are, and states that no finding follows."""
+        last = max((finding[1] for finding in self.findings), default=0)
+        for finding in findings:
+            finding[3] = certainty
+        for i, (state, _) in enumerate(self.states):
+            if state.start >= last and state.roles["state"] != "normal":
+                self.states[i] = state, certainty
+
 
 @functools.lru_cache(maxsize=1 << 15)
 def _read(text: str) -> tuple[dict, ...]:
@@ -180,12 +189,13 @@ def _clauses(spans: list[Span]) -> Iterator[_Clause]:
         elif "deny" in roles:
             certainty = "absent"
         elif "deny_before" in roles:
-            for finding in clause.findings:
-                finding[3] = "absent"
-            certainty = certainty if clause.findings else "absent"
+            certainty = certainty if clause.findings or clause.states else "absent"
+            clause.change("absent", clause.findings)
         elif "doubt_before" in roles:
-            for finding in clause.findings:
-                finding[3] = "uncertain"
+            # "No effusion, and pneumonia cannot be excluded" leaves the effusion denied.
+            last = len(clause.findings) - 1
+            doubted = [f for i, f in enumerate(clause.findings) if f[3] != "absent" or i == last]
+            clause.change("uncertain", doubted)
         elif certainty != "absent" and "ignore" in roles:
             certainty = "ignored"
         elif certainty == "present" and "alternative" in roles:

@@ -22,8 +22,19 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from medvlp_jax.losses.neighbours import WIDTH, Graph, Sparse, by_blocks, kernel, on_devices, rank
+from medvlp_jax.losses.neighbours import (
+    WIDTH,
+    Graph,
+    Sparse,
+    by_blocks,
+    graph,
+    kernel,
+    nearest,
+    on_devices,
+    rank,
+)
 
+CONFIDENCES = ("evidence", "link")
 ROWS = 1024  # images whose related reports are read at a time
 
 
@@ -39,6 +50,59 @@ class Relations(NamedTuple):
     column: Int[Array, "I m"]
     weight: Float[Array, "I m"]
     confidence: Float[Array, " I"]
+
+
+def relate(
+    seen: Float[Array, "I K"],
+    said: Float[Array, "R K"],
+    pairs: np.ndarray,
+    *,
+    holds: np.ndarray,
+    met: tuple[Float[Array, "I E"], Float[Array, "R E"]] | None = None,
+    near: int = 0,
+    width: float = WIDTH,
+    neighbours: int = 10,
+    alpha: float = 0.8,
+    hops: int = 5,
+    kept: int = 50,
+    related: int = 10,
+    least: float = 0.2,
+    confidence: str = "evidence",
+    mesh: Mesh | None = None,
+) -> Relations:
+    """Relate images to reports: graphs of both, seeds, hops, the strongest relations.
+
+    Args:
+      seen: Qbar_I.
+      said: Qbar_R.
+      pairs: image and report p are a pair, for each p of these.
+      holds: [R], does the report hold a phrase; one without is related to no image: it is as
+        uniform as the next, so that all of them would be near one another, and agree.
+      met: unit features in which images meet reports, where images start from near reports.
+      near: how many of these; see `seeds`.
+      width: of their kernel.
+      neighbours: of a node of the graphs, before both ways are joined.
+      alpha: see `propagate`.
+      hops: likewise.
+      kept: entries of a row during the hops.
+      related: reports an image is related to in the end.
+      least: see `relations`.
+      confidence: of CONFIDENCES: do the related reports say the same, or is it one report.
+      mesh: whose devices share the work; None is one device.
+    """
+    graphs = [graph(nearest(q, k=neighbours, mesh=mesh)) for q in (seen, said)]
+    start = None
+    if met is not None:
+        told = np.flatnonzero(holds)
+        asked = met[0], jnp.asarray(met[1])[told]
+        k = min(near, len(told))
+        start = nearest(*asked, k=k, directions=True, hubs=width, mesh=mesh)
+        start = start._replace(column=told[np.asarray(start.column)])
+    first = seeds(pairs, pairs, images=len(seen), top=kept, near=start, width=width)
+    spread = propagate(first, *graphs, reports=len(said), alpha=alpha, hops=hops, mesh=mesh)
+    spread = spread._replace(value=jnp.where(jnp.asarray(holds)[spread.column], spread.value, 0))
+    told = jnp.asarray(said, jnp.float32) if confidence == "evidence" else None
+    return relations(spread, pairs, top=related, least=least, reports=told)
 
 
 def seeds(
@@ -81,7 +145,6 @@ def seeds(
         apart = np.setdiff1d(np.arange(images), image)
         weight = kernel(near.value, width)[apart]
         column[apart, :count] = np.asarray(near.column)[apart]
-        # All of a row may be out of the question, by a coefficient of -inf.
         value[apart, :count] = weight / np.maximum(weight.sum(1, keepdims=True), 1e-30)
     return Sparse(column, value)
 

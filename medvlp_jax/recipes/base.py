@@ -131,6 +131,17 @@ def contrastive_loss(name: str, tile: int) -> Callable[..., jax.Array]:
     return functools.partial(getattr(tiled, name), tile=tile)
 
 
+def check_positive(**settings: float) -> None:
+    """Refuse a setting of the recipe that is not above 0.
+
+    Raises:
+      UserError: naming it.
+    """
+    for name, value in settings.items():
+        if not value > 0:
+            raise config.UserError(f"recipe.{name}={value} must be above 0.")
+
+
 def check_tile(tile: int) -> None:
     """Refuse a side that no tile can have.
 

@@ -357,6 +357,7 @@ def make(
             f"recipe.enhance={enhance} relates modalities to one another; recipe.images={images} "
             f"and recipe.table={table} are {count}: accepted is enhance=none, or more of them."
         )
+    base.check_positive(temperature=temperature)
     if not 0 <= memory < 1:
         raise UserError(f"recipe.memory={memory} must be at least 0 and below 1.")
     if num_classes < 2:

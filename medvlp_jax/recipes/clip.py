@@ -91,12 +91,10 @@ class Clip(nn.Module):
             pooled = encode_pixels(self.image, batch["image"], train=train).pooled
             features["image"] = base.unit(self.image_projection(pooled))
             features["image_pooled"] = pooled
-        pooled = batch.get(f"{self.section}_feature")
         if self.section in batch:
             pooled = base.pooled_texts(
                 self.text, batch[self.section], train=train and self.train_text
             )
-        if pooled is not None:
             features["text"] = base.unit(self.text_projection(pooled))
         return features
 

@@ -295,7 +295,7 @@ def make(
     legacy_four_passes: bool = False,
     legacy_shared_statistics: bool = False,
 ) -> Imitate:
-    """Build the recipe; the defaults are the released code's.
+    """Build the recipe; the defaults are the released code's, but for `contrast_group`.
 
     Args:
       image: encoder spec {"name", "variant", ...} or module with `levels`, e.g. a ResNet.
@@ -312,9 +312,9 @@ def make(
       kernel: "exp", "gaussian", "laplacian", "sigmoid" or "none" (plain InfoNCE).
       strength: lambda of the "exp" kernel.
       centre_prior: centre report features over the batch before the correlation (our extension).
-      normalise_target: soft targets sum to 1 (our extension).
+      normalise_target: soft targets of an image sum to 1 over the reports (our extension).
       same_text: equal sections are positives of one another (our choice, for corpora with repeats).
-      contrast_group: examples a loss group, the paper's 128 a device; 0 is the global batch.
+      contrast_group: examples a loss group, the release's 128 a device; 0 is the global batch.
       loss_tile: side of the tiles the losses are computed in; 0 keeps the whole logits of a group.
       train_text: train the text encoder instead of freezing it as the paper does.
       cached_text: read frozen text features from the batch instead of encoding tokens.
@@ -329,6 +329,9 @@ def make(
     settings = {k: v for k, v in locals().items() if k not in ("image", "text")}
     base.check_weights(weights, TERMS)
     base.check_tile(loss_tile)
+    base.check_positive(temperature=temperature, view_temperature=view_temperature)
+    if eval_draws < 1:
+        raise UserError(f"recipe.eval_draws={eval_draws} must be at least 1.")
     if kernel not in KERNELS:
         raise UserError(f"recipe.kernel must be one of {', '.join(KERNELS)}, got '{kernel}'.")
     if train_text and cached_text:

@@ -31,13 +31,12 @@ from flax import linen as nn
 from medvlp_jax.config import UserError
 from medvlp_jax.encoders.base import encode_pixels
 from medvlp_jax.layers import Linear, Queries
-from medvlp_jax.losses import evidence, neighbours, relations, tiled
+from medvlp_jax.losses import evidence, relations, tiled
 from medvlp_jax.recipes import base
 from medvlp_jax.schedules import Knots
 
 TERMS = ("reconstruction", "paired", "unpaired", "alignment", "relations")
 TERMS += ("global", "global_relations", "usage")
-CONFIDENCES = ("evidence", "link")
 MOVED = ("both", "images")
 MEETS = ("global", "evidence")
 COLLAPSED = 0.5  # of `usage`
@@ -321,33 +320,24 @@ class Lgdea(nn.Module):
         is_told = np.asarray(reports["report_told"]).astype(bool)
         if not is_told[:pairs].any():
             raise UserError(f"None of the reports of {pairs} pairs holds a phrase of evidence.")
-        graphs = [
-            neighbours.graph(neighbours.nearest(q, k=self.neighbours, mesh=mesh))
-            for q in (seen, said)
-        ]
-        row = np.flatnonzero(is_told[:pairs])
-        near, width = None, self.alignment_temperature
-        if self.near_reports:
-            met = images["image_joint"], reports["text_joint"]
-            k = min(self.near_reports, len(said))
-            near = neighbours.nearest(*met, k=k, directions=True, hubs=width, mesh=mesh)
-            near = near._replace(
-                value=np.where(is_told[np.asarray(near.column)], near.value, -np.inf)
-            )
-        start = relations.seeds(row, row, images=len(seen), top=self.kept, near=near, width=width)
-        settings = {"alpha": self.alpha, "hops": self.hops, "mesh": mesh}
-        spread = relations.propagate(start, *graphs, reports=len(said), **settings)
-        holds = jnp.asarray(is_told)[spread.column]
-        spread = spread._replace(value=jnp.where(holds, spread.value, 0))
-        told = jnp.asarray(said, jnp.float32)
-        found = relations.relations(
-            spread,
-            row,
-            top=self.related,
+        found = relations.relate(
+            seen,
+            said,
+            np.flatnonzero(is_told[:pairs]),
+            holds=is_told,
+            met=(images["image_joint"], reports["text_joint"]) if self.near_reports else None,
+            near=self.near_reports,
+            width=self.alignment_temperature,
+            neighbours=self.neighbours,
+            alpha=self.alpha,
+            hops=self.hops,
+            kept=self.kept,
+            related=self.related,
             least=self.least_confidence,
-            reports=told if self.confidence == "evidence" else None,
+            confidence=self.confidence,
+            mesh=mesh,
         )
-        return {**found._asdict(), "pseudo": relations.pseudo(found, told)}
+        return {**found._asdict(), "pseudo": relations.pseudo(found, said)}
 
 
 def _align(image, text, temperature, target, trust):
@@ -446,14 +436,14 @@ def make(
     """
     base.check_weights(weights, TERMS)
     base.check_tile(loss_tile)
-    for name, value in {
-        "temperature": temperature,
-        "image_temperature": image_temperature,
-        "alignment_temperature": alignment_temperature,
-        "global_temperature": global_temperature,
-    }.items():
-        if value <= 0:
-            raise UserError(f"recipe.{name} must be above 0, got {value}.")
+    base.check_positive(
+        temperature=temperature,
+        image_temperature=image_temperature,
+        alignment_temperature=alignment_temperature,
+        global_temperature=global_temperature,
+    )
+    if prototypes < 2:
+        raise UserError(f"recipe.prototypes={prototypes} must be at least 2.")
     if not 0 <= alpha < 1:
         raise UserError(f"recipe.alpha must be in [0, 1), got {alpha}.")
     if not 2 <= related <= kept:
@@ -462,8 +452,8 @@ def make(
         raise UserError(
             f"recipe.near_reports must be in 0 .. recipe.kept={kept}, got {near_reports}."
         )
-    if confidence not in CONFIDENCES:
-        known = " or ".join(CONFIDENCES)
+    if confidence not in relations.CONFIDENCES:
+        known = " or ".join(relations.CONFIDENCES)
         raise UserError(f"recipe.confidence must be {known}, got '{confidence}'.")
     if moved not in MOVED:
         raise UserError(f"recipe.moved must be {' or '.join(MOVED)}, got '{moved}'.")

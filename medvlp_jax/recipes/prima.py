@@ -375,9 +375,7 @@ def make(
             raise UserError(f"No recipe.{name} '{given}'. {nearest(given, known)}")
     base.check_weights(weights, TERMS[stage])
     base.check_tile(loss_tile)
-    for name in ("temperature", "label_temperature"):
-        if settings[name] <= 0:
-            raise UserError(f"recipe.{name}={settings[name]} must be above 0.")
+    base.check_positive(temperature=temperature, label_temperature=label_temperature)
     images = tuple(images)
     accepted = (1, 2) if len(images) == 1 else (len(images),)
     if views not in accepted:

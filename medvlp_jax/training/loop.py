@@ -83,7 +83,8 @@ def fit(
             # Before a step and not after one: a run that saved and stopped in between does it too.
             if refresh and refresh_every and step > 1 and (step - 1) % refresh_every == 0:
                 pending = _flush(reporter, pending)
-                state = refresh(state)
+                with breakable():
+                    state = refresh(state)
                 # Rows that were read ahead may rest on what the last look found.
                 batches.set_state(batches.get_state())
             began = time.perf_counter()
@@ -118,9 +119,11 @@ def fit(
         raise
     finally:
         # What was saved before a failure is finished, whatever the failure was.
-        reporter.close()
-        if checkpointer:
-            checkpointer.wait()
+        try:
+            reporter.close()
+        finally:
+            if checkpointer:
+                checkpointer.wait()
     return state
 
 

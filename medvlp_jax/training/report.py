@@ -6,6 +6,7 @@ Report text never passes through here: only numbers do.
 import json
 import math
 import pathlib
+import secrets
 import sys
 import time
 from collections.abc import Mapping
@@ -158,4 +159,8 @@ def _start_wandb(settings, folder):
         raise UserError(
             "train.wandb=True needs the package: pip install 'medvlp-jax[wandb]'."
         ) from None
-    return wandb.init(dir=str(folder), resume="allow", **settings)
+    # One run of the tracker for all starts of a run folder.
+    file = folder / "wandb_id"
+    if not file.is_file():
+        file.write_text(secrets.token_hex(4))
+    return wandb.init(dir=str(folder), id=file.read_text(), resume="allow", **settings)

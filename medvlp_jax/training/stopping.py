@@ -20,8 +20,12 @@ ASKING = (signal.SIGTERM, signal.SIGINT)
 PATIENCE = 3.0  # seconds for the main thread to leave by itself
 
 
-class Stopped(Exception):
-    """The run was asked to stop and has saved what there was to save."""
+class Stopped(BaseException):
+    """The run was asked to stop and has saved what there was to save.
+
+    Not an Exception: raised from a signal, it would be taken for a damaged file or a full disk by
+    whatever handles what a library raises.
+    """
 
 
 class Signals:

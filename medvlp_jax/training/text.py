@@ -7,6 +7,7 @@ import hashlib
 import json
 import pathlib
 import secrets
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -117,7 +118,9 @@ def pretrain(
     if writes:
         (scratch / "tokenizer.json").write_text(tokenizer.to_str())
         convert.save(recipe.text, {"params": host}, scratch, tokenizer=scratch)
-        if not target.exists():
+        if target.exists():
+            shutil.rmtree(scratch)
+        else:
             scratch.rename(target)
     distributed.barrier("text encoder")
     return target

@@ -31,6 +31,8 @@ def test_unrelated_corpora_and_the_own_splits_are_no_leak():
     assert leakage.warning(["mimic_cxr", "padchest"], "nih_cxr14") == ""
     assert leakage.warning(["nih_cxr14"], "nih_cxr14") == ""
     assert leakage.warning(["unheard_of"], "another") == ""
+    assert leakage.warning(["nih_cxr14:official"], "nih_cxr14:official-512") == ""
+    assert leakage.warning(["csv_folder:ours"], "csv_folder:theirs") == ""
 
 
 @pytest.fixture

@@ -9,10 +9,11 @@ import pathlib
 import numpy as np
 import pytest
 from PIL import Image
+from test_dicom import write_dicom
 
 from medvlp_jax import tables
 from medvlp_jax.config import UserError
-from medvlp_jax.data import corpora, records, tabular, volumes
+from medvlp_jax.data import building, corpora, files, records, tabular, volumes
 from medvlp_jax.data.datasets.derm7pt import derm7pt_dataset_builder as derm7pt
 from medvlp_jax.data.datasets.men_phantom import generate
 from medvlp_jax.data.datasets.pad_ufes_20 import pad_ufes_20_dataset_builder as pad
@@ -240,6 +241,151 @@ def test_a_defect_of_ones_own_folder_is_named(own_folder, file, old, new, messag
     path.write_text(path.read_text().replace(old, new, 1))
     with pytest.raises(UserError, match=message):
         corpora.check("csv_folder", manual_dir=own_folder)
+
+
+@pytest.fixture
+def own_reports(tmp_path):
+    """Radiographs with reports as a user has them: 8 bits, 16 bits and DICOM."""
+    folder = tmp_path / "reports"
+    folder.mkdir()
+    columns = {"image": "file", "group": "who", "study": "visit"}
+    columns |= {"findings": "seen", "impression": "said"}
+    description = {"columns": columns, "labels": {"finding": ["effusion", "edema"]}}
+    description |= {"channels": 1, "side": 32}
+    (folder / "corpus.json").write_text(json.dumps(description))
+    rng, rows = np.random.default_rng(0), []
+    for i in range(30):
+        name = f"{i}{('.jpg', '.png', '.dcm')[i % 3]}"
+        grey = rng.integers(0, 256, (40, 60), dtype=np.uint8)
+        if i % 3 == 2:
+            write_dicom(folder / name, grey, bits=8)
+        else:
+            Image.fromarray(grey if i % 3 else np.stack([grey] * 3, -1)).save(folder / name)
+        label = (("1", "0"), ("", "-1"), ("0.0", "1.0"))[i % 3]
+        rows.append(
+            [name, f"w{i // 3}", f"v{i // 2}", f"Seen {i}.", "" if i == 4 else f"Said {i}."]
+        )
+        rows[-1] += label
+    write(folder / "table.csv", ["file", "who", "visit", "seen", "said", "effusion", "edema"], rows)
+    return folder
+
+
+def all_entries(name, folder, tmp_path, variant):
+    sources = corpora.open_all(
+        name, data_dir=tmp_path / "data", manual_dir=folder, builder_config=variant
+    )
+    return {e["image_id"]: e for s in sources for e in (s[i] for i in range(len(s)))}, sources[0]
+
+
+def test_reports_and_findings_of_ones_own_are_read_without_a_line_of_python(own_reports, tmp_path):
+    found, source = all_entries("csv_folder", own_reports, tmp_path, "mine-2024")
+    assert len(found) == 30
+    assert source.tasks == {"finding": ["effusion", "edema"]}
+    assert source.metadata["table"] == {}
+    entry = found["4.png"]
+    assert (entry["findings"], entry["impression"]) == ("Seen 4.", "")
+    assert (entry["patient_id"], entry["study_id"]) == ("w1", "v2")
+    assert found["3.jpg"]["labels"]["finding"].tolist() == [1, 0]
+    assert found["4.png"]["labels"]["finding"].tolist() == [records.UNKNOWN] * 2
+    assert found["5.dcm"]["labels"]["finding"].tolist() == [0, 1]
+    for entry in found.values():
+        with Image.open(io.BytesIO(entry["image"])) as image:
+            assert (image.size, image.mode, image.format) == ((48, 32), "L", "JPEG")
+
+
+def test_a_whole_report_is_split_at_its_headings(own_reports, tmp_path):
+    description = {"columns": {"image": "file", "group": "who", "report": "seen"}, "channels": 1}
+    (own_reports / "corpus.json").write_text(json.dumps(description))
+    path = own_reports / "table.csv"
+    path.write_text(path.read_text().replace("Seen 6.", "FINDINGS: Large. IMPRESSION: Bad."))
+    found, source = all_entries("csv_folder", own_reports, tmp_path, "whole")
+    assert source.tasks == {}
+    assert (found["6.jpg"]["findings"], found["6.jpg"]["impression"]) == ("Large.", "Bad.")
+    assert found["6.jpg"]["study_id"] == found["6.jpg"]["patient_id"] == "w2"
+    assert found["6.jpg"]["image"] == (own_reports / "6.jpg").read_bytes()
+
+
+def test_an_image_on_the_skip_list_is_left_out_and_a_group_stays_together(own_reports, tmp_path):
+    write(own_reports / "skip_list.csv", ["image_id", "reason"], [["7.png", "rotated"]])
+    (own_reports / "7.png").unlink()
+    found, source = all_entries("csv_folder", own_reports, tmp_path, "kept")
+    assert found.keys() == {f"{i}{('.jpg', '.png', '.dcm')[i % 3]}" for i in range(30)} - {"7.png"}
+    assert source.metadata["left_out"] == {"skip list skip_list.csv": 1}
+
+
+def test_a_patient_in_two_splits_is_refused_in_ones_own_table(own_reports, tmp_path):
+    path = own_reports / "corpus.json"
+    described = json.loads(path.read_text())
+    described["columns"]["split"] = "part"
+    path.write_text(json.dumps(described))
+    table = own_reports / "table.csv"
+    lines = table.read_text().splitlines()
+    parts = ["part", "train", "test", *["train"] * 28]
+    table.write_text("\n".join(f"{a},{b}" for a, b in zip(lines, parts, strict=True)))
+    with pytest.raises(UserError, match="row 3: who w0 is in test here and in train in row 2"):
+        corpora.check("csv_folder", manual_dir=own_reports)
+
+
+def test_patients_a_published_split_tears_apart_are_counted():
+    sample = lambda patient, split: building.Sample(None, None, split, "", patient, "")
+    pairs = ("ab", "train"), ("cd", "train"), ("ab", "test"), ("e", "test"), ("ab", "validation")
+    torn = building.count_torn(sample(*pair) for pair in pairs)
+    assert torn == 1
+    assert building.torn_line(torn) == "WARNING: 1 patients are in more than one split."
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("1.png,w0,v0,Seen, but cut,Said,1,0", "row 4: 8 cells, and the header has 7"),
+        ("1.png,w0,v0,Seen", "row 4: 4 cells, and the header has 7"),
+    ],
+)
+def test_a_row_longer_or_shorter_than_the_header_is_refused_where_a_spreadsheet_shows_it(
+    tmp_path, row, message
+):
+    path = tmp_path / "t.csv"
+    head = "file,who,visit,seen,said,effusion,edema"
+    path.write_text(f'{head}\n\n0.jpg,w0,v0,"Seen,\nin two lines",Said,1,0\n{row}\n')
+    with pytest.raises(UserError, match=message):
+        files.read_rows(path, columns=("file",))
+
+
+def test_colours_stay_where_three_channels_are_made_smaller(own_folder, tmp_path):
+    path = own_folder / "corpus.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"side": 32}))
+    big = np.zeros((64, 96, 3), np.uint8)
+    big[..., 0] = 200
+    for name in ("pictures/4.png", "pictures/4.jpg"):
+        Image.fromarray(big).save(own_folder / name)
+    found, _ = all_entries("csv_folder", own_folder, tmp_path, "small")
+    for content in (found["pictures/4.png"]["image"], found["pictures/4.png"]["images"]["closeup"]):
+        pixels = np.asarray(Image.open(io.BytesIO(content)))
+        assert pixels.shape == (32, 48, 3)
+        np.testing.assert_allclose(pixels.mean((0, 1)), [200, 0, 0], atol=3)
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "message"),
+    [
+        ("corpus.json", '"said"', '"seid"', "table.csv row 1: no column seid"),
+        ("corpus.json", '"findings"', '"report"', "a whole report beside its parts"),
+        ("corpus.json", '"findings"', '"label"', "the label and its classes go together"),
+        ("corpus.json", '["effusion", "edema"]', "[]", r"labels 'finding' is \[\]; a list"),
+        ("corpus.json", '{"finding": ["effusion", "edema"]}', "[1]", r"labels \[1\]; an object"),
+        ("corpus.json", '"finding"', '"label"', "under another name than 'label'"),
+        ("corpus.json", '"side": 32', '"side": 7', "side 7; accepted are 0 and 32 to 4096"),
+        ("corpus.json", '"channels": 1', '"channels": 2', "channels 2; accepted are 1 and 3"),
+        ("table.csv", "Said 3.,1,0", "Said 3.,2,0", "row 5: effusion is '2'"),
+        ("table.csv", "2.dcm", "../2.dcm", "row 4: file '../2.dcm' is outside"),
+        ("table.csv", "2.dcm", "22.dcm", "row 4: image .*22.dcm is missing"),
+    ],
+)
+def test_a_defect_of_ones_own_reports_is_named(own_reports, file, old, new, message):
+    path = own_reports / file
+    path.write_text(path.read_text().replace(old, new, 1))
+    with pytest.raises(UserError, match=message):
+        corpora.check("csv_folder", manual_dir=own_reports)
 
 
 def test_the_phantoms_label_follows_from_rim_and_oedema_of_the_named_mass_alone():

@@ -115,6 +115,19 @@ def test_an_endpoint_that_dies_half_way_stops_the_run_and_what_it_answered_is_th
     assert len(server.prompts) == 5 + 3 * 2
 
 
+@pytest.mark.parametrize("code", [429, 503])
+def test_an_endpoint_that_only_says_later_counts_as_dead_too(code):
+    """A dead server behind a proxy: asking each of 200,000 reports six times takes days."""
+    taken = []
+    with serve(lambda n, prompt: "1" if n <= 5 else status(code)) as server:
+        backend = endpoint(
+            server.url, "m", in_flight=1, attempts=2, patience=3, sleep=lambda seconds: None
+        )
+        with pytest.raises(UserError, match=f"does not answer any more .*{code}"):
+            collections.deque(map(taken.append, backend.complete(ASKED, json.loads)))
+    assert len(taken) == 5 + 3
+
+
 def test_the_key_comes_from_the_environment_and_is_in_no_message(monkeypatch):
     monkeypatch.setenv("MEDVLP_API_KEY", "secret-7")
     with serve(lambda n, prompt: "1") as server:

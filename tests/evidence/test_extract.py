@@ -137,6 +137,25 @@ def test_a_half_written_line_is_asked_about_again(tmp_path):
     assert (tmp_path / "evidence.jsonl").read_bytes() == expected
 
 
+def test_a_damaged_line_with_answers_behind_it_is_named_and_nothing_is_lost(tmp_path):
+    extract.run(REPORTS, RULES, tmp_path)
+    cache = tmp_path / "cache.jsonl"
+    lines = cache.read_bytes().splitlines(keepends=True)
+    for number in (1, 3):
+        damaged = b"".join([*lines[: number - 1], b"{no\n", *lines[number:]])
+        cache.write_bytes(damaged)
+        with pytest.raises(UserError, match=f"line {number} is damaged"):
+            extract.run(REPORTS, RULES, tmp_path)
+        assert cache.read_bytes() == damaged
+
+
+def test_an_answer_without_a_single_item_of_the_form_is_a_failure(tmp_path):
+    wrong = '{"evidence": [{"phrase": "effusion", "change": "unchanged"}]}'
+    summary = extract.run(REPORTS[:1], writer("m", lambda text: wrong), tmp_path)
+    assert summary["odd"]["failed"] == {"count": 1, "ids": ["a"]}
+    assert rows(tmp_path)[0]["error"].startswith("malformed answer")
+
+
 def test_failures_are_listed_and_asked_about_again(tmp_path):
     def failing(requests, check):
         for i, r in enumerate(requests):

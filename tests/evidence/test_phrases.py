@@ -52,6 +52,13 @@ def test_an_extraction_gives_the_phrases_it_holds(tmp_path):
         phrases.reader(str(tmp_path / "nowhere"))
 
 
+def test_reports_that_nobody_answered_for_are_counted_aloud(tmp_path, capsys):
+    report = Report("a", RECORD["findings"], RECORD["impression"])
+    extract.run([report], writer("rules", lambda text: "no list"), tmp_path)
+    assert phrases.reader(str(tmp_path))(RECORD) == ()
+    assert "1 of 1 reports were never answered" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("count", "shown"), [(5, 3), (2, 2)])
 def test_phrases_become_tokens_and_a_mask(count, shown):
     tokenizer = text.load_tokenizer("cxr_phantom")

@@ -372,7 +372,8 @@ def test_prototypes_start_at_the_centres_of_the_phrases():
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
-        ({"temperature": 0.0}, "recipe.temperature must be above 0"),
+        ({"temperature": 0.0}, "recipe.temperature=0.0 must be above 0"),
+        ({"prototypes": 1}, "recipe.prototypes=1 must be at least 2"),
         ({"alpha": 1.0}, r"recipe.alpha must be in \[0, 1\)"),
         ({"near_reports": 7}, "recipe.near_reports must be in 0 .. recipe.kept=6"),
         ({"related": 7}, "recipe.related must be in 2 .. recipe.kept=6"),

@@ -111,6 +111,33 @@ def test_a_signal_during_evaluation_breaks_it_off_and_saves(tmp_path):
     check_saved(tmp_path, 3)
 
 
+def test_a_signal_during_a_refresh_breaks_it_off_and_saves_the_step_before(tmp_path):
+    def refresh(state):
+        send()
+        time.sleep(600)
+
+    with Signals() as stop, pytest.raises(Stopped):
+        fit(tmp_path, Batches(), stop, refresh=refresh, refresh_every=3)
+    check_saved(tmp_path, 3)
+
+
+def test_a_signal_while_a_checkpoint_is_read_is_not_taken_for_damage(tmp_path, monkeypatch):
+    checkpointer = Checkpointer(tmp_path)
+    checkpointer.save(1, state_of(), {}, {})
+    checkpointer.wait()
+    monkeypatch.setattr(checkpointer.manager, "restore", lambda *_, **__: send())
+    with Signals() as stop, pytest.raises(Stopped), stop.at_once():
+        checkpointer.resume(state_of())
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["1"]
+
+
+def test_a_signal_while_a_checkpoint_is_written_is_not_taken_for_a_full_disk(tmp_path, monkeypatch):
+    checkpointer = Checkpointer(tmp_path)
+    monkeypatch.setattr(checkpointer.manager, "save", lambda *_, **__: send())
+    with Signals() as stop, pytest.raises(Stopped), stop.at_once():
+        checkpointer.save(1, state_of(), {}, {})
+
+
 def test_a_signal_while_a_checkpoint_is_written_leaves_it_whole(tmp_path):
     class Slow(Batches):
         def get_state(self):

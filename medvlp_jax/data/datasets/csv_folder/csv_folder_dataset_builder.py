@@ -1,20 +1,34 @@
-"""A folder of your own: a CSV table, images, and a description of both.
+"""A folder of your own: images, a CSV table with reports, labels and attributes, a description.
 
 Source folder:
 
-* `corpus.json`, which says what the columns of the table are:
+* `corpus.json`, which says what the columns of the table are. Radiographs with reports:
 
-    {"classes": ["benign", "malignant"],
-     "columns": {"image": "file", "label": "diagnosis", "group": "patient", "id": "", "split": ""},
-     "images": {"dermoscopy": "derm_file"},
-     "channels": 3}
+    {"columns": {"image": "file", "group": "patient", "findings": "findings",
+                 "impression": "impression"},
+     "labels": {"finding": ["effusion", "edema"]},
+     "channels": 1, "side": 512}
 
-  `group` is what must not be torn apart by a split (patient, lesion). `id` may be "": the path of
-  the image then. `split` may be "": 80/10/10 by a hash of the group then. `images` names further
-  images of a case and their columns, and may be left out, as may `channels` (3, or 1 for grey).
-* `table.csv`: one row a case; paths are relative to the folder. JPEG or PNG; one of
-  more than 8 bits is stretched to grey of 8.
-* `table.json`: the schema of the columns that a model may see, see data/tabular.py.
+  Photographs with one diagnosis each and a table:
+
+    {"columns": {"image": "file", "group": "patient", "label": "diagnosis"},
+     "classes": ["benign", "malignant"],
+     "images": {"dermoscopy": "derm_file"}}
+
+* `table.csv`: one row an image or case; paths are relative to the folder. JPEG, PNG or DICOM; one
+  of more than 8 bits is stretched to grey of 8.
+* `table.json`, if a model may see columns: their schema, see data/tabular.py.
+
+Columns: `image` and `group` are needed. `group` is what must not be torn apart by a split (patient,
+lesion). `findings`, `impression`: parts of a report, or `report`, a whole one, which is split at
+its headings. `label`: one of `classes`. `study`: images taken together, the group without it. `id`:
+of the image, its path without it. `split`: train, validation or test; without it 80/10/10 by a hash
+of the group.
+
+`labels`: per task the columns that hold 1 (present), 0 (absent), -1 or nothing (unknown); they are
+the names of its classes. `images`: further images of a case and their columns. `channels`: 3
+(default), or 1 for grey. `side`: shorter side of the stored images in pixels, 0 (default) as they
+are.
 
     medvlp data prepare csv_folder --manual-dir DIR --builder-config NAME
 
@@ -26,114 +40,126 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tensorflow_datasets as tfds
-from PIL import Image
 
 from medvlp_jax.config import UserError, nearest
-from medvlp_jax.data import files, images, records, tabular
+from medvlp_jax.data import building, files, records, reports, tabular
 
-FIELDS = ("classes", "columns", "images", "channels")
-COLUMNS = ("image", "label", "group", "id", "split")
-SPLITS = ("train", "validation", "test")
+DEFAULTS = {"classes": [], "labels": {}, "images": {}, "channels": 3, "side": 0}
+FIELDS = ("columns", *DEFAULTS)
+NEEDED = ("image", "group")
+TEXTS = ("findings", "impression", "report")
+COLUMNS = (*NEEDED, "label", "study", "id", "split", *TEXTS)
 TASK = "label"
-UNDESCRIBED = {"classes": ("absent", "present"), "images": {}, "channels": 3}
+LABELS = {"1": records.PRESENT, "0": records.ABSENT, "-1": records.UNKNOWN, "": records.UNKNOWN}
 
 
-class Builder(tfds.core.GeneratorBasedBuilder):
+class Builder(building.Builder):
     """TFDS builder of `csv_folder`; what its records hold is read from the source folder."""
 
-    VERSION = tfds.core.Version("1.0.0")
     SELF_DESCRIBED = True
-    MANUAL_DOWNLOAD_INSTRUCTIONS = "A folder with corpus.json, table.csv, table.json and images."
+    MANUAL_DOWNLOAD_INSTRUCTIONS = "A folder with corpus.json, table.csv and images."
 
     def __init__(self, *, source: Path | None = None, **fields: Any):
         """Read the description; without a source, that of the prepared corpus is read by TFDS."""
-        self.described = read_description(source) if source else UNDESCRIBED
-        self.schema = tabular.read_schema(source / "table.json") if source else {}
+        self.described = read_description(source) if source else DEFAULTS
+        schema = source / "table.json" if source else None
+        self.schema = tabular.read_schema(schema) if schema and schema.is_file() else {}
         super().__init__(**fields)
 
+    @property
+    def variant(self) -> str:
+        """The name the user gave."""
+        return self.builder_config.name
+
+    @property
+    def side(self) -> int:
+        """The shorter side of the images in pixels; 0 for those of the source."""
+        return self.described["side"]
+
+    @property
+    def channels(self) -> int:
+        """Of the images."""
+        return self.described["channels"]
+
+    def tasks(self) -> dict[str, tuple[str, ...]]:
+        """Return the class names of every label task."""
+        tasks = {task: tuple(columns) for task, columns in self.described["labels"].items()}
+        if self.described["classes"]:
+            tasks[TASK] = tuple(self.described["classes"])
+        return tasks
+
     def _info(self) -> tfds.core.DatasetInfo:
-        tasks = {TASK: tuple(self.described["classes"])}
-        images = {name: {} for name in self.described["images"]}
+        tasks, images = self.tasks(), {name: {} for name in self.described["images"]}
         return tfds.core.DatasetInfo(
             builder=self,
             description=__doc__,
             features=records.features(
-                tasks=tasks,
-                table=self.schema,
-                channels=self.described["channels"],
-                images=images,
+                tasks=tasks, table=self.schema, channels=self.channels, images=images
             ),
             metadata=records.metadata(tasks=tasks, table=self.schema, images=images),
         )
 
-    def _split_generators(self, dl_manager):
-        folder = Path(dl_manager.manual_dir)
+    def samples(self, folder: Path) -> Iterator[building.Sample]:
+        """Read table.csv."""
         columns = self.described["columns"]
-        needed = tuple(columns[key] for key in ("image", "label", "group"))
-        given = tuple(columns[key] for key in ("id", "split") if columns[key])
+        tasks = self.described["labels"]
+        given = [name for task in tasks.values() for name in task]
         rows = files.read_rows(
             folder / "table.csv",
-            columns=(*needed, *given, *self.described["images"].values(), *self.schema),
-            filled=(*(c for c in needed if c != columns["label"]), *given),
-            unique=columns["id"] or columns["image"],
+            columns=(*columns.values(), *given, *self.described["images"].values(), *self.schema),
+            filled=[columns[key] for key in (*NEEDED, "study", "id", "split") if key in columns],
+            unique=columns.get("id", columns["image"]),
         )
         if not rows:
             raise UserError(f"{folder / 'table.csv'} has no row; one a case is needed.")
-        if columns["split"]:
-            files.check_groups(
-                rows, group=columns["group"], split=columns["split"], accepted=SPLITS
-            )
-        splits: dict[str, list[files.Row]] = {}
+        if "split" in columns:
+            split, accepted = columns["split"], building.SPLITS
+            files.check_groups(rows, group=columns["group"], split=split, accepted=accepted)
         for row in rows:
-            split = (
-                row[columns["split"]] if columns["split"] else files.split_of(row[columns["group"]])
-            )
-            splits.setdefault(split, []).append(row)
-        return {
-            split: self._generate_examples(folder, splits[split])
-            for split in SPLITS
-            if split in splits
-        }
+            yield self._sample(folder, row)
 
-    def _generate_examples(self, folder: Path, rows: list[files.Row]) -> Iterator:
-        for row in rows:
-            record = self._record(folder, row)
-            yield record["image_id"], record
-
-    def _record(self, folder: Path, row: files.Row) -> dict:
+    def _sample(self, folder: Path, row: files.Row) -> building.Sample:
         columns, classes = self.described["columns"], self.described["classes"]
-        label = row.choice(columns["label"], classes)
-        image = lambda column: _read(files.inside(folder, row, column), row)
-        return records.record(
-            image=image(columns["image"]),
-            images={name: image(column) for name, column in self.described["images"].items()},
-            image_id=row[columns["id"] or columns["image"]],
-            patient_id=row[columns["group"]],
-            study_id=row[columns["group"]],
-            labels={TASK: records.one_hot(label, classes)},
+        cell = lambda key: row[columns[key]] if key in columns else ""
+        labels = {
+            task: np.array([_label(row, name) for name in names], np.int8)
+            for task, names in self.described["labels"].items()
+        }
+        if classes:
+            labels[TASK] = records.one_hot(row.choice(columns[TASK], classes), classes)
+        texts = cell("findings"), cell("impression")
+        return building.Sample(
+            row=row,
+            path=files.inside(folder, row, columns["image"]),
+            split=cell("split") or files.split_of(cell("group")),
+            image_id=cell("id") or cell("image"),
+            patient_id=cell("group"),
+            study_id=cell("study") or cell("group"),
+            sections=reports.split_sections(cell("report")) if "report" in columns else texts,
+            labels=labels,
+            images={
+                name: files.inside(folder, row, column)
+                for name, column in self.described["images"].items()
+            },
             table=tabular.parse_row(row, self.schema),
         )
 
 
-def _read(path: Path, row: files.Row) -> bytes:
-    """Return the bytes of a JPEG or PNG, decoded once; of a deeper PNG those of a grey JPEG."""
-    try:
-        with Image.open(path) as image:
-            found, mode = image.format, image.mode
-    except (OSError, ValueError):
-        found = mode = ""
-    if files.is_deep(mode):
-        return images.load(path).content
-    return files.read_image(path, row, format="PNG" if found == "PNG" else "JPEG")
+def _label(row: files.Row, column: str) -> int:
+    value = row[column].removesuffix(".0")  # as pandas writes columns with empty cells
+    if value not in LABELS:
+        raise row.error(f"{column} is '{row[column][:40]}'; accepted are 1, 0, -1 and nothing.")
+    return LABELS[value]
 
 
 def read_description(folder: Path) -> dict[str, Any]:
     """Read and check corpus.json.
 
     Raises:
-      UserError: for a file that is missing or no JSON, a field that is missing or unknown, fewer
-        than two classes, or channels other than 1 and 3.
+      UserError: for a file that is missing or no JSON, a field or column that is missing or
+        unknown, fewer than two classes beside a label, or a value that cannot be.
     """
     path = folder / "corpus.json"
     if not path.is_file():
@@ -142,26 +168,44 @@ def read_description(folder: Path) -> dict[str, Any]:
         found = json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise UserError(f"{path} is not JSON: {error}.") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{path} must hold an object with {', '.join(FIELDS)}.")
-    found = {"images": {}, "channels": 3, **found}
-    for where, given, known in (
-        (f"{path}", found, FIELDS),
-        (f"{path}: columns", found.get("columns"), COLUMNS),
-    ):
-        if not isinstance(given, dict):
-            raise UserError(f"{where} must be an object with {', '.join(known)}.")
-        for field in given:
-            if field not in known:
-                raise UserError(f"{where} has no field '{field}'. {nearest(field, known)}")
-        if missing := [field for field in known if field not in given]:
-            raise UserError(f"{where} lacks {', '.join(missing)}.")
+    found = _check_fields(path, found, FIELDS, needed=("columns",))
+    found = DEFAULTS | found
+    columns = _check_fields(f"{path}: columns", found["columns"], COLUMNS, needed=NEEDED)
+    # An empty name says that there is no such column.
+    found["columns"] = columns = {key: name for key, name in columns.items() if name}
+    if "report" in columns and {"findings", "impression"} & {*columns}:
+        raise UserError(f"{path}: columns name a whole report beside its parts; one is needed.")
+    for field in ("labels", "images"):
+        if not isinstance(found[field], dict):
+            raise UserError(f"{path} has {field} {found[field]!r}; an object by name is needed.")
     classes = found["classes"]
-    if not isinstance(classes, list) or len(set(map(str, classes))) < 2:
+    if (TASK in columns) != bool(classes):
+        raise UserError(f"{path}: a column for the label and its classes go together.")
+    if classes and (not isinstance(classes, list) or len(set(map(str, classes))) < 2):
         raise UserError(f"{path} has classes {classes!r}; two or more different are needed.")
+    for task, names in found["labels"].items():
+        if not isinstance(names, list) or not names or task == TASK:
+            raise UserError(
+                f"{path}: labels '{task}' is {names!r}; a list of columns is needed, under another "
+                f"name than '{TASK}'."
+            )
     if found["channels"] not in (1, 3):
         raise UserError(f"{path} has channels {found['channels']!r}; accepted are 1 and 3.")
+    side, least, most = found["side"], building.MIN_SIDE, building.MAX_SIDE
+    if side != 0 and not (isinstance(side, int) and least <= side <= most):
+        raise UserError(f"{path} has side {side!r}; accepted are 0 and {least} to {most}.")
     for name in found["images"]:
         if name in ("image", "image_2", "tabular"):
             raise UserError(f"{path}: a further image cannot be called '{name}'.")
     return found
+
+
+def _check_fields(where, given, known, *, needed) -> dict:
+    if not isinstance(given, dict):
+        raise UserError(f"{where} must be an object with {', '.join(needed)}.")
+    for field in given:
+        if field not in known:
+            raise UserError(f"{where} has no field '{field}'. {nearest(field, known)}")
+    if missing := [field for field in needed if not given.get(field)]:
+        raise UserError(f"{where} lacks {', '.join(missing)}.")
+    return given

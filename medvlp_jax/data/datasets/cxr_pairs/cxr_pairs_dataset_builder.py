@@ -61,10 +61,11 @@ class Builder(tfds.core.GeneratorBasedBuilder):
         rows = files.read_rows(
             folder / "pairs.csv", columns=(*needed, *texts), filled=needed, unique="image_id"
         )
+        files.check_groups(rows, group="patient_id", split="split", accepted=tuple(SPLITS))
         boxes = read_boxes(folder / "lung_boxes.json")
         if self.builder_config.name == "pairs":
             rows = [row for row in rows if row["text"]]
-        found = {row.choice("split", tuple(SPLITS)) for row in rows}
+        found = {row["split"] for row in rows}
         return {
             SPLITS[split]: self._generate_examples(
                 folder, [row for row in rows if row["split"] == split], boxes

@@ -81,7 +81,8 @@ class Builder(tfds.core.GeneratorBasedBuilder):
             filled=needed,
             unique="image_id",
         )
-        found = {row.choice("split", tuple(SPLITS)) for row in rows}
+        files.check_groups(rows, group="group_id", split="split", accepted=tuple(SPLITS))
+        found = {row["split"] for row in rows}
         return {
             SPLITS[split]: self._generate_examples(
                 folder, [row for row in rows if row["split"] == split]

@@ -10,7 +10,8 @@ Source folder: the repository of the dataset as it is,
 
 or one `captions.csv` with roco_id, pmcid, split and caption. Variants: "pairs", the captions whose
 image is there (many links are dead; the others are left out), and "captions", all, without images.
-The caption is Findings; articles stand for patients, so that no article is torn apart.
+The caption is Findings; articles stand for patients; those the official split
+tears apart are counted.
 """
 
 from collections.abc import Iterator
