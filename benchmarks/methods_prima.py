@@ -149,10 +149,23 @@ def write_corpus(out: pathlib.Path, config: str) -> None:
         evidence.main(["corpus", "--risk", RISKS[name], "--backend", "template", "--out", str(out)])
 
 
-def differences(rows: Mapping, folder: pathlib.Path) -> dict[str, dict]:
+def ratio_of(folds: Mapping) -> float:
+    """Return test cases over training cases of a fold, from config.data.folds."""
+    test = 1 / folds["count"] if folds["count"] else 1.0  # the corpus' own split is a single one
+    # Validation is a share of the rest, or a fold of its own.
+    train = (1 - test) * (1 - 1 / folds["inner"]) if folds["inner"] else 1 - 2 * test
+    return test / train if train > 0 else 1.0
+
+
+def differences(rows: Mapping, folder: pathlib.Path, ratio: float) -> dict[str, dict]:
     """Return PRIMA minus every other row, and minus itself with shuffled inputs, in macro F1.
 
     Over the folds that both have.
+
+    Args:
+      rows: cells by row and fold.
+      folder: of their runs.
+      ratio: see `ratio_of`.
     """
     found = {}
     ours = rows.get("prima", {})
@@ -169,14 +182,14 @@ def differences(rows: Mapping, folder: pathlib.Path) -> dict[str, dict]:
                 [score(side[fold], "macro_f1")["value"] for fold in shared]
                 for side in (ours, cells)
             ]
-            entry["folds"] = paired.over_folds(np.subtract(*values))
+            entry["folds"] = paired.over_folds(np.subtract(*values), ratio=ratio)
         found[name] = entry | {"count": len(shared)}
     for control in VARIANTS[1:] if len(ours) > 1 else ():
         values = [
             score(cell, "macro_f1")["value"] - score(cell, "macro_f1", control)["value"]
             for cell in ours.values()
         ]
-        found[control] = {"folds": paired.over_folds(values), "count": len(ours)}
+        found[control] = {"folds": paired.over_folds(values, ratio=ratio), "count": len(ours)}
     return found
 
 
@@ -234,8 +247,8 @@ def main(argv: list[str] | None = None) -> None:
     flags.FLAGS.mark_as_parsed()
     name = options.config.partition(":")[2]
     out = options.out or pathlib.Path(f"benchmarks/results/prima-{name}.json")
-    steps = stage_config("image", "image", 0, "", "", options.config, overrides)["train"]["steps"]
-    settings = {"config": options.config, "steps": steps}  # of a baseline
+    baseline = stage_config("image", "image", 0, "", "", options.config, overrides)
+    settings = {"config": options.config, "steps": baseline["train"]["steps"]}
     settings["overrides"] = studies.deciding(overrides)
     rows = studies.finished(out, settings).get("rows", {})
     home = options.folder.absolute()
@@ -245,7 +258,7 @@ def main(argv: list[str] | None = None) -> None:
         if str(fold) not in rows.get(row, {}):
             cell = run_cell(row, fold, home, options.config, overrides)
             rows.setdefault(row, {})[str(fold)] = cell
-            compared = differences(rows, home)
+            compared = differences(rows, home, ratio_of(baseline["data"]["folds"]))
             laid_out = table(rows, compared)
             content = {"settings": settings, "differences": compared, "rows": rows}
             studies.keep(out, content, laid_out)

@@ -142,16 +142,11 @@ def _about_rows(entry: Mapping[str, Any]) -> list[str]:
         told.append(f"{entry['left_out']} rows left out (unknown label or no text).")
     if retrieval.ONE_ANSWER in entry:
         told.append(f"{retrieval.ONE_ANSWER}: {entry[retrieval.ONE_ANSWER]:.3f}.")
-    patients = entry.get("patients") or 0
-    rare = [
-        name
-        for name, share in entry.get("prevalence", {}).items()
-        if 0 < min(share, 1 - share) * patients < FEW
-    ]
-    if rare:
+    fewest = entry.get("fewest_patients", {})
+    if rare := [name for name, patients in fewest.items() if 0 < patients < FEW]:
         told.append(
-            f"fewer than about {FEW} patients with, or without, {', '.join(rare)}: the "
-            "intervals of these classes may be too narrow."
+            f"fewer than {FEW} patients with, or without, {', '.join(rare)}: the intervals of "
+            "these classes may be too narrow."
         )
     return told
 
@@ -184,7 +179,9 @@ def _figures(run: pathlib.Path, *, with_texts: bool) -> list[str]:
         scored = paired.read(predictions)
         caption = "Confusion matrix, ROC of each class against the rest, calibration"
         if len(scored.truth):
-            drawn = _drawn(lambda out: plots.classifier(*scored[1:], out))
+            drawn = _drawn(
+                lambda out: plots.classifier(scored.truth, scored.chances, scored.classes, out)
+            )
             found += [page.text("Classifier", "h2"), page.picture(drawn, caption)]
     if (scores := run / cases.SCORES).is_file():
         drawn = _drawn(lambda out: plots.roc(cases.read_scores(scores), out))

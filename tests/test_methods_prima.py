@@ -97,7 +97,7 @@ def test_differences_are_over_the_folds_both_have(tmp_path):
     for row, signal in (("prima", 2.0), ("image", 0.0)):
         for fold in rows[row]:
             write_predictions(tmp_path / f"{row}-{fold}", int(fold), signal)
-    found = bench.differences(rows, tmp_path)
+    found = bench.differences(rows, tmp_path, 0.25)
     assert found["image"]["folds"]["difference"] == pytest.approx(0.15)
     assert found["image"]["patients"]["low"] > 0
     assert found["shuffled images"]["folds"]["difference"] == pytest.approx(0.325)

@@ -61,6 +61,7 @@ def numbers():
             "auroc/edema": results.number(value, n=40, chance=0.5),
         }
         notes = {"patients": 40, "skipped": ["hernia"], "prevalence": {"edema": 0.1, "normal": 0.5}}
+        notes["fewest_patients"] = {"edema": 4, "normal": 20, "mass": 30}
         found |= results.assemble("zero_shot@v1", name, entries, settings={}, notes=notes)
     return found
 

@@ -127,6 +127,7 @@ def multi_label_scores(labels, scores, classes, *, groups=None, **bootstrap) -> 
     notes = _notes(classes, usable, groups, len(labels)) | {
         "left_out": int((labels < 0).all(1).sum()),
         "prevalence": dict(zip(names, prevalence, strict=True)),
+        "fewest_patients": dict(zip(names, fewest_patients(y, groups), strict=True)),
     }
     if not names:
         return Scored({}, notes)
@@ -147,6 +148,18 @@ def multi_label_scores(labels, scores, classes, *, groups=None, **bootstrap) -> 
             n = int(known[:, c].sum())
             details[f"{metric}/{name}"] = number(*next(entries), n=n, chance=chance[c])
     return Scored(numbers | details, notes)
+
+
+def fewest_patients(labels, groups=None) -> list[int]:
+    """Return how many patients have each class, or lack it, whichever are fewer [C].
+
+    Args:
+      labels: [N, C], 1 present, 0 absent, -1 unknown.
+      groups: [N] patient of each row; None is one each.
+    """
+    patient, _ = statistics.group_index(groups, len(labels))
+    count = lambda column, value: len(np.unique(patient[column == value]))
+    return [min(count(column, 1), count(column, 0)) for column in np.asarray(labels).T]
 
 
 def _notes(classes, usable, groups, n) -> dict[str, Any]:
@@ -204,9 +217,11 @@ def single_label_scores(
     truth, scores = truth[known], scores[known]
     groups = None if groups is None else np.asarray(groups)[known]
     share = np.bincount(truth, minlength=len(classes)) / max(len(truth), 1)  # [C]
+    one_hot = np.arange(len(classes)) == truth[:, None]
     notes = _notes(classes, share > 0, groups, len(truth)) | {
         "left_out": int((~known).sum()),
         "prevalence": dict(zip(classes, share, strict=True)),
+        "fewest_patients": dict(zip(classes, fewest_patients(one_hot, groups), strict=True)),
     }
     if not len(truth):
         return Scored({}, notes)

@@ -30,12 +30,14 @@ class Predictions(NamedTuple):
     """Rows of known truth alone; there may be none.
 
     Attributes:
+      images: [N], ids.
       patients: [N].
       truth: [N] as an index.
       chances: probabilities [N, C].
       classes: C names.
     """
 
+    images: np.ndarray
     patients: np.ndarray
     truth: np.ndarray
     chances: np.ndarray
@@ -67,7 +69,8 @@ def read(file: Path) -> Predictions:
     except ValueError as error:
         raise UserError(f"{file} holds what is no probability: {error}.") from None
     truth = np.array([classes.index(line[2]) for line in known], int)
-    return Predictions(np.array([line[1] for line in known]), truth, chances, classes)
+    images, patients = (np.array([line[i] for line in known]) for i in (0, 1))
+    return Predictions(images, patients, truth, chances, classes)
 
 
 def value(metric: str, case: Predictions, weights: np.ndarray) -> np.ndarray:
@@ -121,7 +124,8 @@ def compare(
         raise UserError(f"No metric '{metric}'; accepted are {', '.join(METRICS)}.")
     runs = [read(file) for file in ours], [read(file) for file in theirs]
     for a, b, one, other in zip(*runs, ours, theirs, strict=True):
-        same = np.array_equal(a.patients, b.patients) and np.array_equal(a.truth, b.truth)
+        ids = ("images", "patients", "truth")
+        same = all(np.array_equal(getattr(a, name), getattr(b, name)) for name in ids)
         if not same or a.classes != b.classes:
             raise UserError(f"{one} and {other} are predictions of other cases.")
     patients = np.concatenate([case.patients for case in runs[0]])
@@ -139,14 +143,17 @@ def compare(
     return {key: float(array[0]) for key, array in found._asdict().items()}
 
 
-def over_folds(differences: Sequence[float], *, level: float = 0.95) -> dict[str, float]:
+def over_folds(
+    differences: Sequence[float], *, ratio: float, level: float = 0.95
+) -> dict[str, float]:
     """Return the mean over k folds of a difference, with the interval of the corrected t test.
 
     Folds share training data, so that their spread says too little; the variance is s^2 (1/k + r)
-    with r = test cases / training cases = 1 / (k - 1), Nadeau and Bengio (2003), section 3.
+    with r = test cases / training cases, Nadeau and Bengio (2003), section 3.
 
     Args:
       differences: of each of k >= 2 folds.
+      ratio: r of one fold.
       level: coverage, in (0, 1).
 
     Raises:
@@ -155,7 +162,7 @@ def over_folds(differences: Sequence[float], *, level: float = 0.95) -> dict[str
     k = len(differences)
     if k < 2:
         raise ValueError(f"an interval over folds needs two of them, got {k}")
-    spread = np.std(differences, ddof=1) * np.sqrt(1 / k + 1 / (k - 1))
+    spread = np.std(differences, ddof=1) * np.sqrt(1 / k + ratio)
     reach = scipy.stats.t.ppf((1 + level) / 2, k - 1) * spread
     mean = float(np.mean(differences))
     return {"difference": mean, "low": mean - float(reach), "high": mean + float(reach)}
@@ -175,12 +182,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--metric", choices=METRICS, help="default: all")
     parser.add_argument("--resamples", type=int, default=2000)
     options = parser.parse_args(argv)
-    for metric in [options.metric] if options.metric else METRICS:
-        found = compare(options.ours, options.theirs, metric, resamples=options.resamples)
-        print(
-            f"{metric:<18}{found['difference']:+.3f} [{found['low']:+.3f}, {found['high']:+.3f}]  "
-            f"p = {found['p']:.4f}"
-        )
+    chosen = [options.metric] if options.metric else METRICS
+    sides = options.ours, options.theirs
+    found = {metric: compare(*sides, metric, resamples=options.resamples) for metric in chosen}
+    adjusted = statistics.holm([entry["p"] for entry in found.values()])
+    for (metric, entry), p in zip(found.items(), adjusted, strict=True):
+        line = "{difference:+.3f} [{low:+.3f}, {high:+.3f}]  p = {p:.4f}".format(**entry)
+        after = f"; {p:.4f} after Holm, of {len(found)} metrics" if len(found) > 1 else ""
+        print(f"{metric:<18}{line}{after}")
 
 
 if __name__ == "__main__":

@@ -106,6 +106,7 @@ def _row(name: str, entry: Mapping[str, Any]) -> tuple[str, ...]:
 def _remarks(entry: Mapping[str, Any]) -> list[str]:
     """What stands below a task's rows: the protocol, and what was skipped."""
     known = {"protocol", "hash", "settings", "skipped", "left_out", "patients", "prevalence"}
+    known |= {"fewest_patients"}
     patients = f", {entry['patients']} patients" if "patients" in entry else ""
     remarks = [f"{entry['protocol']} #{entry['hash']}{patients}"]
     if entry.get("left_out"):

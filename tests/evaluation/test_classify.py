@@ -77,3 +77,16 @@ def test_views_are_part_of_what_makes_numbers_comparable():
     one, eight = (classify.run(scores, labels, CLASSES, views=v, **fields) for v in (1, 8))
     assert one["classify/d/protocol"]["hash"] != eight["classify/d/protocol"]["hash"]
     assert one["classify/d/accuracy"]["value"] == eight["classify/d/accuracy"]["value"]
+
+
+def test_the_fewest_patients_of_a_class_are_of_those_known_for_it():
+    """40 of 300 rows known, or a hundred images of one patient: their number is not the rows'."""
+    labels = np.full((300, 2), -1)
+    labels[:40, 0] = np.arange(40) % 2
+    labels[:, 1] = np.arange(300) < 100
+    groups = np.where(np.arange(300) < 100, 0, np.arange(300))
+    assert classify.fewest_patients(labels) == [20, 100]
+    assert classify.fewest_patients(labels, groups) == [1, 1]
+    scores = np.random.default_rng(0).random((300, 2))
+    found = classify.multi_label_scores(labels, scores, ["a", "b"], groups=groups, resamples=5)
+    assert found.notes["fewest_patients"] == {"a": 1, "b": 1}

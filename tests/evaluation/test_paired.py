@@ -85,14 +85,14 @@ def test_a_run_of_one_class_is_left_out_where_its_metric_is_undefined(tmp_path):
 
 def test_folds_have_the_interval_of_the_corrected_t_test():
     differences = [0.03, 0.01, 0.05, -0.01, 0.02]
-    found = paired.over_folds(differences)
+    found = paired.over_folds(differences, ratio=0.3)
     mean = sum(differences) / 5
     variance = sum((d - mean) ** 2 for d in differences) / 4
-    reach = scipy.stats.t.ppf(0.975, 4) * (variance * (1 / 5 + 1 / 4)) ** 0.5
+    reach = scipy.stats.t.ppf(0.975, 4) * (variance * (1 / 5 + 0.3)) ** 0.5
     expected = {"difference": mean, "low": mean - reach, "high": mean + reach}
     assert found == pytest.approx(expected, abs=1e-12)
     with pytest.raises(ValueError, match="needs two"):
-        paired.over_folds([0.1])
+        paired.over_folds([0.1], ratio=0.25)
 
 
 def test_bad_input_is_refused(tmp_path):
