@@ -11,9 +11,8 @@ STEPS = 14  # an epoch of Derm7pt: 256 melanocytic nevi, 18 of them in a batch
 def get_config(variant: str = "") -> ConfigDict:
     """Return the resolved config of a variant."""
     if variant not in VARIANTS:
-        raise ValueError(
-            f"No variant '{variant}' of configs/cfcml.py. Known: {', '.join(VARIANTS[1:])}."
-        )
+        known = ", ".join(VARIANTS[1:])
+        raise ValueError(f"No variant '{variant}' of configs/cfcml.py. Known: {known}.")
     config = ConfigDict(
         {
             "recipe": recipe(),
@@ -35,7 +34,7 @@ def get_config(variant: str = "") -> ConfigDict:
                 weight_decay=1e-4,
                 multipliers=(("^image/", 0.1),),
             ),
-            "train": common.train(steps=50 * STEPS, batch_size=36, export=False),
+            "train": common.train(steps=50 * STEPS, batch_size=35, export=False),  # 5 a class
             "evals": common.evals(protocols=("classify", "probe"), split="validation"),
             **common.rest(),
         }
@@ -94,6 +93,7 @@ def view() -> ConfigDict:
 def derm7pt(config):
     """Nevus or melanoma from two photographs and a table, as published."""
     config.data.update({"corpora": ("derm7pt",), "decode_cache": 2048})
+    config.train.batch_size = 36
     config.recipe.update({"num_classes": 2, "images": ("image", "dermoscopy")})
     config.evals.update({"protocols": ("classify",), "positive": "melanoma"})
 
@@ -108,7 +108,7 @@ def men(config):
     config.data.update({"channels": 1, "decode_cache": 64})
     config.data.view = men_view()
     config.optim.update({"lr": 5e-4, "multipliers": ()})
-    config.train.steps = 50 * 36  # an epoch of MEN: 434 cases of grade 1, 12 of them in a batch
+    config.train.update({"steps": 50 * 36, "batch_size": 36})  # 12 of 434 cases of grade 1
     config.evals.protocols = ("classify",)
 
 

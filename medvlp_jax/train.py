@@ -124,7 +124,7 @@ def _prepare(config, workdir, stop) -> _Job:
         related = pairing.Related()
         rows, shares = unpaired.streams(parts, sources[0], pools, related)
         if len(rows) > 1:  # else no row has a relation
-            refresh = unpaired.refresher(parts, sources[0], pools, related)
+            refresh = unpaired.refresher(parts, sources[0], pools, related, stop)
     state = assemble.place(training.make_state(variables, tx, frozen), parts)
     features = examples.cached_text(parts, variables, sources)
     batches = examples.train_batches(parts, rows, features, shares=shares)

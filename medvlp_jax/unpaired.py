@@ -17,6 +17,7 @@ from medvlp_jax.config import UserError
 from medvlp_jax.data import pairing, pipeline
 from medvlp_jax.evaluation import features
 from medvlp_jax.training import step as training
+from medvlp_jax.training.stopping import Signals, Stopped
 
 RELATIONS = "relations"  # the collection of the state that holds them
 TOLD = ("evidence", "evidence_mask")
@@ -105,14 +106,19 @@ def recall(state, related: pairing.Related) -> None:
 
 
 def refresher(
-    parts: assemble.Parts, source, found: pairing.Pools, related: pairing.Related
+    parts: assemble.Parts,
+    source,
+    found: pairing.Pools,
+    related: pairing.Related,
+    stop: Signals,
 ) -> Callable[[Any], Any]:
     """Return state -> state with the relations as its own model sees the corpus.
 
     All processes encode their share of the corpus, and all devices their share of the graphs and
-    hops; `related` is told the result.
+    hops; `related` is told the result. What it returns raises Stopped, in all processes, when one
+    of them was asked to stop.
     """
-    encode = encoder(parts, source)
+    encode = encoder(parts, source, stop)
     mesh = parts.mesh if parts.mesh.size > 1 else None
 
     def refresh(state):
@@ -136,7 +142,7 @@ def refresher(
     return refresh
 
 
-def encoder(parts: assemble.Parts, source) -> Callable:
+def encoder(parts: assemble.Parts, source, stop: Signals | None = None) -> Callable:
     """Return (variables, rows of the source, batch keys, names) -> features of each row."""
     embed = training.make_embed(parts.recipe, parts.mesh)
     # One for all passes, for it remembers what it has decoded and read.
@@ -153,7 +159,12 @@ def encoder(parts: assemble.Parts, source) -> Callable:
             process_count=parts.part.count,
             threads=parts.config["data"]["threads"],
         )
-        read = lambda batch: embed(variables, {name: batch[name] for name in inputs})
+
+        def read(batch):
+            if stop and distributed.any_process(lambda: stop.asked, parts.mesh)():
+                raise Stopped
+            return embed(variables, {name: batch[name] for name in inputs})
+
         return features.extract(read, batches, keys=keys, part=parts.part)
 
     return encode

@@ -117,6 +117,10 @@ def test_evaluation_masks_a_text_alike_wherever_it_stands_and_however_padded(inj
         for i in range(3)
     ]
     np.testing.assert_array_equal(np.concatenate(alone), chosen[:3])
+    padded = Tokens(*(np.pad(x, ((0, 0), (0, 5))) for x in batch["report"]))
+    _, longer = mlm.mask_by_content(padded, **settings)
+    np.testing.assert_array_equal(longer[:, : chosen.shape[1]], chosen)
+    assert not np.asarray(longer[:, chosen.shape[1] :]).any()
     assert len({tuple(row) for row in np.asarray(chosen)}) == BATCH
     found = recipe.apply(variables, whole, batch, method="objective")["mlm"]
     total = np.asarray(whole["masked_loss"]).sum() / np.asarray(whole["masked_count"]).sum()
