@@ -67,6 +67,20 @@ def matmul(a, b):
     return jnp.matmul(a, b, precision="highest")
 
 
+class Related(NamedTuple):
+    """Which reports each image of a batch is related to; the same as `relations.in_batch` makes.
+
+    Attributes:
+      column: numbers of the related reports.
+      weight: T of each, at least 0.
+      report: the number of the report in each row; -1 is related to nothing.
+    """
+
+    column: Int[Array, "B m"]
+    weight: Float[Array, "B m"]
+    report: Int[Array, " B"]
+
+
 class Rule(NamedTuple):
     """How a tile of the targets comes about.
 
@@ -103,6 +117,19 @@ def rule_of(prior: Prior | None, dtype) -> tuple[Rule, dict, dict]:
     mass = lambda *tile: _clinical_mass(kernel, *tile)
     rule = Rule(mass, "sum" if prior.normalise else "", within, dtype)
     return rule, known, {"strength": prior.strength, "temperature": prior.temperature}
+
+
+def rule_of_relations(related: Related | None, dtype) -> tuple[Rule, dict]:
+    """Return the rule of relations, and the [B, ...] arrays it works on; None relates pairs."""
+    if related is None:
+        return Rule(_own_mass, "", None, dtype), {}
+    return Rule(_related_mass, "", None, dtype), dict(related._asdict())
+
+
+def _related_mass(constants, rows, columns, pairs):
+    same = rows.known["column"][:, :, None] == columns.known["report"]  # [t, m, t]
+    mass = jnp.where(same, rows.known["weight"][..., None], 0).sum(1)
+    return jnp.where(pairs.valid, mass, 0)
 
 
 def _own_mass(constants, rows, columns, pairs):
@@ -163,6 +190,29 @@ def masses_of(rule: Rule, examples: Examples, constants, tile: int) -> Softmax:
 
     empty = empty_softmax(len(examples.valid), rule.dtype)
     return sweep(visit, examples, examples, empty, (), constants, tile=tile)[0]
+
+
+def totals_of(rule: Rule, examples: Examples, tile: int) -> tuple[Array, Array, Array]:
+    """Sum a target over its rows and columns, and the trust of the images over its columns.
+
+    Args:
+      rule: of the target Y.
+      examples: who know the `trust` c of their images.
+      tile: largest side of a tile.
+
+    Returns:
+      sum_r Y_ir [B], sum_i Y_ir [B], sum_i c_i Y_ir [B].
+    """
+
+    def visit(_, rows, columns, row_total, column_totals):
+        total, trusted = column_totals
+        mass = target_of(rule, {}, rows, columns, pairs_of(rows, columns))
+        trusted = trusted + matmul(rows.known["trust"], mass)
+        return row_total + mass.sum(1), (total + mass.sum(0), trusted)
+
+    zero = jnp.zeros(len(examples.valid), rule.dtype)
+    row, (column, trusted) = sweep(visit, examples, examples, zero, (zero, zero), tile=tile)
+    return row, column, trusted
 
 
 def target_of(rule: Rule, constants, rows, columns, pairs) -> Float[Array, "t t"]:

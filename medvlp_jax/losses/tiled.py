@@ -23,6 +23,7 @@ from medvlp_jax.losses import contrastive
 from medvlp_jax.losses.contrastive import Prior, at_least_float32
 from medvlp_jax.losses.pairs import sweep
 from medvlp_jax.losses.targets import (
+    Related,
     Softmax,
     describe,
     empty_softmax,
@@ -31,7 +32,9 @@ from medvlp_jax.losses.targets import (
     matmul,
     pairs_of,
     rule_of,
+    rule_of_relations,
     target_of,
+    totals_of,
 )
 
 TILE = 512
@@ -145,6 +148,47 @@ def view_consistency(
     return (anchored(first, second) + anchored(second, first)) / 2
 
 
+def alignment(
+    image: Float[Array, "B E"],
+    report: Float[Array, "B E"],
+    scale: float | Float[Array, ""],
+    *,
+    trust: Float[Array, " B"],
+    related: Related | None = None,
+    tile: int = TILE,
+) -> Float[Array, ""]:
+    """evidence.alignment in tiles, a report trusted as the images it is related to are.
+
+    Args:
+      image: a, unit norm.
+      report: b, unit norm.
+      scale: multiplies the cosines, 1 / temperature.
+      trust: c_i in [0, 1] of each image.
+      related: the target, made tile by tile; None relates row i to report i where it is trusted.
+      tile: largest side of a tile.
+
+    Returns:
+      Scalar, at least 0; 0 where nothing is related.
+
+    Raises:
+      ValueError: where the devices of the mesh do not divide B, or tile is below 1.
+    """
+    dtype = at_least_float32(image).dtype
+    rule, known = rule_of_relations(related, dtype)
+    everything = jnp.ones(len(image), bool)
+    trust = trust.astype(dtype)
+    valid = trust > 0 if related is None else everything
+    examples = jax.lax.stop_gradient(describe(everything, valid, None, {**known, "trust": trust}))
+    row, column, trusted = totals_of(rule, examples, tile)
+    # Targets of a row are scaled to sum 1, and its cross entropy counts by its share of all trust.
+    divided = lambda x, total: jnp.where(total > 0, x / jnp.where(total > 0, total, 1), 0)
+    shared = lambda trust: divided(trust, jnp.full_like(trust, trust.sum()))
+    by_row = divided(shared(jnp.where(row > 0, trust, 0)), row)
+    by_column = divided(shared(divided(trusted, column)), column)
+    examples = knowing(examples, by_row=by_row, by_column=by_column)
+    return _info_nce(rule, tile, image, report, jnp.asarray(scale, dtype), examples, {}) / 2
+
+
 # The losses, as sums over all pairs ----------------------------------------------------------
 
 
@@ -199,7 +243,8 @@ def _info_nce_forward(rule, tile, image, text, scale, examples, constants):
     empty = _CrossEntropy(empty_softmax(len(image), rule.dtype), zero, zero)
     pairs = (image, examples), (text, examples)
     sums = sweep(visit, *pairs, empty, empty, (constants, scale), tile=tile)
-    value = sums[0].value().sum() + sums[1].value().sum()
+    by_row, by_column = _factors(examples.known, examples.known)
+    value = (by_row * sums[0].value()).sum() + (by_column * sums[1].value()).sum()
     return value, (image, text, scale, examples, constants, sums)
 
 
@@ -209,8 +254,11 @@ def _info_nce_backward(rule, tile, residuals, cotangent):
     def visit(constants, rows, columns, dx, dy):
         (*row, row_sums), (*column, column_sums) = rows, columns
         logits, target = _logits_and_target(rule, *constants, row, column)
-        gradient = row_sums.gradient(logits, axis=1) + column_sums.gradient(logits, axis=0)
-        return _through_product(gradient - 2 * target, row[0], column[0], dx, dy)
+        by_row, by_column = _factors(row[1].known, column[1].known, across=True)
+        gradient = by_row * row_sums.gradient(logits, axis=1)
+        gradient += by_column * column_sums.gradient(logits, axis=0)
+        gradient -= (by_row + by_column) * target
+        return _through_product(gradient, row[0], column[0], dx, dy)
 
     pairs = (image, examples, sums[0]), (text, examples, sums[1])
     zero = jnp.zeros(image.shape, rule.dtype)
@@ -219,6 +267,14 @@ def _info_nce_backward(rule, tile, residuals, cotangent):
 
 
 _info_nce.defvjp(_info_nce_forward, _info_nce_backward)
+
+
+def _factors(rows, columns, *, across: bool = False):
+    """Return what the cross entropies of rows and columns count, [B] or across a tile; 1 if all."""
+    if "by_row" not in rows:
+        return 1.0, 1.0
+    by_row, by_column = rows["by_row"], columns["by_column"]
+    return (by_row[:, None], by_column[None, :]) if across else (by_row, by_column)
 
 
 def _through_product(gradient, x, y, dx, dy):

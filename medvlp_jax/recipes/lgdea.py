@@ -32,6 +32,7 @@ from medvlp_jax.config import UserError
 from medvlp_jax.encoders.base import encode_pixels
 from medvlp_jax.layers import Linear, Queries
 from medvlp_jax.losses import evidence, relations, tiled
+from medvlp_jax.losses.targets import Related
 from medvlp_jax.recipes import base
 from medvlp_jax.schedules import Knots
 
@@ -192,15 +193,24 @@ class Lgdea(nn.Module):
         row = batch["image_row"]
         known = {name: self.get_variable(RELATIONS, name)[row] for name in _shapes(1, 1, 1)}
         confidence = jnp.where(paired, 0, known["confidence"])
-        related = relations.in_batch(known["column"], known["weight"], batch["report_row"])
-        related = jnp.where(told, related * (confidence > 0)[:, None], 0)  # [B, B]
-        own = jnp.diag(pair.astype(related.dtype))
+        trusted = jnp.where(confidence[:, None] > 0, known["weight"], 0)
+        related = lambda may: Related(
+            known["column"], trusted, jnp.where(may, batch["report_row"], -1)
+        )
         seen, said = features["image_direction"], features["text_direction"]
         fixed = jax.lax.stop_gradient if self.moved == "images" else lambda x: x
         contrast = base.contrastive_loss("info_nce", self.loss_tile)
         # As means, the fewer rows are apart, the more each of them would count beside a pair.
         share = 1 - paired.mean() if self.by_share else 1.0
-        aligned = _align(seen, fixed(said), self.alignment_temperature, related, confidence)
+        near, far = self.alignment_temperature, self.global_temperature
+        aligned = self._align(seen, fixed(said), near, confidence, related(told))
+        met = self._align(
+            features["image"],
+            fixed(features["text"]),
+            far,
+            confidence,
+            related(told & batch[f"{SECTION}_valid"]),
+        )
         return {
             "reconstruction": evidence.reconstruction(
                 features["phrases"],
@@ -211,27 +221,33 @@ class Lgdea(nn.Module):
             ),
             "paired": evidence.paired_divergence(report, image, valid=pair),
             "unpaired": share * evidence.unpaired_divergence(known["pseudo"], image, confidence),
-            "alignment": _align(
-                seen, said, self.alignment_temperature, own, pair.astype(own.dtype)
-            ),
+            "alignment": self._align(seen, said, near, pair.astype(confidence.dtype)),
             "relations": share * aligned,
             "global": contrast(
                 features["image"],
                 features["text"],
-                jnp.float32(1 / self.global_temperature),
+                jnp.float32(1 / far),
                 valid=paired & batch[f"{SECTION}_valid"],
             ),
-            "global_relations": share
-            * _align(
-                features["image"],
-                fixed(features["text"]),
-                self.global_temperature,
-                jnp.where(batch[f"{SECTION}_valid"], related, 0),
-                confidence,
-            ),
+            "global_relations": share * met,
             "usage": 1
             - evidence.usage_entropy(jnp.where(told[:, None], (image + report) / 2, image)),
         }
+
+    def _align(self, image, text, temperature, trust, related=None):
+        """Return L_evi-align, in tiles where the batch outgrows one; None relates the pairs."""
+        if 0 < self.loss_tile < len(image):
+            settings = {"trust": trust, "related": related, "tile": self.loss_tile}
+            return tiled.alignment(image, text, 1 / temperature, **settings)
+        target = jnp.diag(trust) if related is None else relations.in_batch(*related)
+        return evidence.alignment(
+            image,
+            text,
+            target,
+            image_confidence=trust,
+            report_confidence=relations.mean_trust(target, trust),
+            temperature=temperature,
+        )
 
     def start(self, params: Mapping, raw, seed: int) -> dict:
         """Return the parameters to begin with, from the phrases of a first pass.
@@ -340,18 +356,6 @@ class Lgdea(nn.Module):
         return {**found._asdict(), "pseudo": relations.pseudo(found, said)}
 
 
-def _align(image, text, temperature, target, trust):
-    """Return L_evi-align; a report is trusted as the images it is related to are."""
-    return evidence.alignment(
-        image,
-        text,
-        target,
-        image_confidence=trust,
-        report_confidence=relations.mean_trust(target, trust),
-        temperature=temperature,
-    )
-
-
 def _shapes(images: int, related: int, prototypes: int) -> dict[str, tuple]:
     return {
         "column": ((images, related), np.int32),
@@ -429,7 +433,7 @@ def make(
         rows apart in the batch.
       meets: where texts meet images in evaluation: "global", or "evidence", see the head of this
         file.
-      loss_tile: side of the tiles of the global InfoNCE; 0 keeps the whole logits.
+      loss_tile: side of the tiles of all contrasts of a larger batch; 0 keeps the whole logits.
 
     Raises:
       UserError: for a value outside these.

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from medvlp_jax import sharding
-from medvlp_jax.losses import contrastive, tiled
+from medvlp_jax.losses import contrastive, evidence, relations, tiled
 from medvlp_jax.losses.contrastive import ClinicalPrior, RowSoftmax, SameId
+from medvlp_jax.losses.targets import Related
 
 BATCH, WIDTH, TILE = 40, 16, 3  # 5 rows a device on 8 devices: no tile is ever full of rows
 MESHES = {1: {"data": 1}, 2: {"fsdp": 2}, 4: {"data": 2, "fsdp": 2}, 8: {"data": 4, "fsdp": 2}}
@@ -263,6 +264,10 @@ def compiled_memory(module, kind, batch, **fields):
     number = jax.ShapeDtypeStruct((), jnp.float32, sharding=at(jax.sharding.PartitionSpec()))
 
     def loss(x, y, scale, bias, report):
+        if kind == "alignment":
+            whole = report[:, :10].astype(int)
+            known = Related(whole, report[:, :10], whole[:, 0])
+            return module.alignment(x, y, scale, trust=report[:, 0], related=known, **fields)
         if kind == "sigmoid":
             return module.sigmoid(x, y, scale, bias, **fields)
         prior = ClinicalPrior(report, normalise=True) if kind == "clinical" else None
@@ -274,7 +279,7 @@ def compiled_memory(module, kind, batch, **fields):
     return lowered.compile().memory_analysis().temp_size_in_bytes
 
 
-@pytest.mark.parametrize("kind", ["info_nce", "sigmoid", "clinical"])
+@pytest.mark.parametrize("kind", ["info_nce", "sigmoid", "clinical", "alignment"])
 def test_compiled_memory_is_linear_in_the_batch(optimised, kind):
     sizes = [compiled_memory(tiled, kind, 2**power) for power in range(14, 19)]
     ratios = np.divide(sizes[1:], sizes[:-1])
@@ -287,3 +292,71 @@ def test_compiled_memory_at_131072_is_a_small_share_of_dense(optimised, kind, sh
     assert found * share <= compiled_memory(contrastive, kind, 131_072)
     # Of the leanest dense programs we know: section 1b of the anchors, MiB on the same 8 devices.
     assert found * share <= {"info_nce": 33_025, "sigmoid": 24_832}[kind] * 2**20
+
+
+def related_arrays(batch, seed=0):
+    """Relations of a corpus of twice the size, some of images without trust, some to no report."""
+    rng = np.random.default_rng(seed)
+    # The related reports of an image differ, as those of `relations.relations` do.
+    column = np.stack([rng.permutation(2 * batch)[: batch // 2] for _ in range(batch)])
+    weight = rng.random(column.shape) * (rng.random(column.shape) > 0.2)
+    report = rng.permutation(2 * batch)[:batch]
+    report[rng.random(batch) < 0.2] = -1
+    trust = rng.random(batch) * (rng.random(batch) > 0.3)
+    return np.where(trust[:, None] > 0, weight, 0), column, report, trust
+
+
+def aligned(tile, batch, devices=0, related=True, dtype=float):
+    """Value and gradients of image, report and scale; tile 0 is the dense loss."""
+    weight, column, report, trust = map(jnp.asarray, related_arrays(batch))
+    a = arrays(batch=batch)
+
+    def loss(x, y, scale):
+        if tile:
+            known = Related(column, weight, report) if related else None
+            return tiled.alignment(x, y, scale, trust=trust, related=known, tile=tile)
+        target = relations.in_batch(column, weight, report) if related else jnp.diag(trust > 0)
+        shared = {
+            "image_confidence": trust,
+            "report_confidence": relations.mean_trust(target * 1.0, trust),
+        }
+        return evidence.alignment(x, y, target, temperature=1 / scale, **shared)
+
+    x, y, scale = (jnp.asarray(v, dtype) for v in (a["x"], a["y"], 9.0))
+    context = contextlib.nullcontext()
+    if devices:
+        mesh = sharding.make_mesh(**MESHES[devices], devices=jax.devices()[:devices])
+        x, y = sharding.to_global({"x": x, "y": y}, mesh).values()
+        context = jax.set_mesh(mesh)
+    with context:
+        value, gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))(x, y, scale)
+    return [np.asarray(v, np.float64) for v in (value, *gradients)]
+
+
+@pytest.mark.parametrize("related", [True, False])
+@pytest.mark.parametrize("tile", [1, 3, 7, 512])
+def test_relations_made_by_the_tile_equal_the_dense_ones(tile, related):
+    with jax.enable_x64(True):
+        found = aligned(tile, 13, related=related)
+        expected = aligned(0, 13, related=related)
+    assert expected[0] > 0
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("devices", [1, 2, 8])
+def test_relations_travel_around_the_ring(devices):
+    found, expected = aligned(TILE, BATCH, devices, dtype=np.float32), aligned(0, BATCH)
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_where_nothing_is_related_the_alignment_and_its_gradient_are_zero():
+    zero = jnp.zeros((6, 2))
+    nothing = Related(zero.astype(int), zero, jnp.arange(6))
+    x = jnp.asarray(arrays(batch=6)["x"], jnp.float32)
+    for known, trust in ((nothing, jnp.ones(6)), (None, jnp.zeros(6))):
+        loss = lambda x, k=known, t=trust: tiled.alignment(x, x, 9.0, trust=t, related=k, tile=4)
+        value, gradient = jax.value_and_grad(loss)(x)
+        assert value == 0
+        np.testing.assert_array_equal(gradient, 0)

@@ -335,6 +335,28 @@ def test_a_report_without_a_phrase_is_related_to_nothing():
         recipe.refresh(images, reports | {"report_told": np.arange(30) >= 9}, pairs=9)
 
 
+def test_tiles_give_the_terms_and_gradients_of_the_whole_logits(model):
+    recipe, batch, variables, none, _, _ = model
+    made = related(none, batch)
+
+    def both(params, recipe):
+        terms = recipe.apply({"params": params, "relations": made}, batch)
+        return sum(terms.values()), terms
+
+    found = []
+    for tile in (0, 4):
+        tiled = recipe.clone(loss_tile=tile)
+        run = jax.jit(jax.grad(lambda p, r=tiled: both(p, r), has_aux=True))
+        found.append(run(variables["params"]))
+    (whole, expected), (parts, terms) = found
+    assert expected["relations"] > 0
+    assert expected["alignment"] > 0
+    for name, value in expected.items():
+        np.testing.assert_allclose(terms[name], value, rtol=1e-5, atol=1e-7, err_msg=name)
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
+    jax.tree.map(close, parts, whole)
+
+
 def test_the_joint_space_means_both_cosines(model):
     _, batch, _, _, features, _ = model
     cosine = lambda name: features[f"image_{name}"] @ features[f"text_{name}"].T
