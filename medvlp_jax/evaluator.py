@@ -1,6 +1,5 @@
 """Protocols and controls on a run: what `medvlp evaluate` and the evaluations of training share."""
 
-import pathlib
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -8,15 +7,13 @@ from typing import Any
 import numpy as np
 
 from medvlp_jax import assemble, controls, distributed, ground, protocols
-from medvlp_jax.config import UserError
-from medvlp_jax.data import corpora, datasets, leakage
+from medvlp_jax.data import corpora, leakage
 from medvlp_jax.embedder import Embedder
 from medvlp_jax.evaluation import (
     classify,
     flavours,
     masked_tokens,
     probe,
-    prompts,
     provenance,
     retrieval,
     retrieval_legacy,
@@ -55,7 +52,7 @@ class Evaluator(Embedder):
             distributed.say(f"medvlp: {said}")
         self.source = assemble.open_corpus(self.corpus, parts.config["data"], settings["split"])
         needed = any(flavours.split(p)[0] == "zero_shot" for p in settings["protocols"])
-        self.prompts = self._read_prompts(needed)
+        self.prompts = protocols.read_prompts(self.settings, self.corpus, self.source)
         self.validation = self._open_validation(needed)
         self._code, self._seen = provenance.code(), {}
         self._kept: tuple[Any, Any] = None, None
@@ -308,23 +305,6 @@ class Evaluator(Embedder):
                 **options,
             )
         return results
-
-    def _read_prompts(self, needed: bool) -> dict[str, Any]:
-        """Read evals.prompts; "" takes the corpus' own, without which there is no zero-shot."""
-        given, name = self.settings["prompts"], self.corpus.partition(":")[0]
-        own = pathlib.Path(datasets.__path__[0]) / name / "prompts.json"
-        if not given and not own.is_file():
-            if needed:
-                raise UserError(
-                    f"{self.corpus} has no prompts of its own: set evals.prompts to a file, or to "
-                    f"one of the sets {', '.join(prompts.shipped())}."
-                )
-            return {"tasks": {}}
-        found = prompts.read(given or own)
-        if not needed and not {*found["tasks"]} & {*self.source.tasks}:
-            return {"tasks": {}}
-        how = {k: v for k, v in self.settings["zero_shot"].items() if k != "threshold"}
-        return prompts.resolve(found, self.source.tasks, **how)
 
     def _open_validation(self, is_zero_shot: bool) -> corpora.Source | None:
         """Open the split thresholds are chosen on; None where none are, or it is what is scored."""

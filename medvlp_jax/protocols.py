@@ -1,14 +1,15 @@
 """Which protocols there are, and what an evaluation is refused for before anything is compiled."""
 
+import pathlib
 from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
 
-from medvlp_jax import controls, examples
+from medvlp_jax import assemble, controls, examples
 from medvlp_jax.config import UserError, nearest
-from medvlp_jax.data import pipeline
-from medvlp_jax.evaluation import flavours, probe, scoring, thresholds
+from medvlp_jax.data import datasets, pipeline
+from medvlp_jax.evaluation import flavours, probe, prompts, scoring, thresholds
 from medvlp_jax.recipes import mlm
 from medvlp_jax.recipes.base import classifies
 
@@ -49,6 +50,55 @@ def fitting(recipe: Any, *, has_images: bool) -> list[str]:
     names += CLASSIFY if classifies(recipe) else ()
     names += ["masked_tokens"] if isinstance(recipe, mlm.MaskedLanguageModel) else []
     return names
+
+
+def read_prompts(settings: Mapping[str, Any], corpus: str, source: Any) -> dict[str, Any]:
+    """Read evals.prompts; "" takes the corpus' own, without which there is no zero-shot.
+
+    Args:
+      settings: config.evals.
+      corpus: its name, maybe with a variant.
+      source: a split of it.
+
+    Raises:
+      UserError: where a zero-shot protocol has no prompts or no task, or they do not fit.
+    """
+    needed = any(flavours.split(name)[0] == "zero_shot" for name in settings["protocols"])
+    given, name = settings["prompts"], corpus.partition(":")[0]
+    if needed and not source.tasks:
+        raise UserError(
+            f"zero_shot needs classes, and {corpus} has no label task; accepted are "
+            "evals.protocols without it, such as ('retrieval',)."
+        )
+    shipped = pathlib.Path(datasets.__path__[0]) / name / "prompts.json"
+    if given or shipped.is_file():
+        found = prompts.read(given or shipped)
+    elif source.metadata.get("prompts"):
+        found = prompts.check(source.metadata["prompts"], f"prompts.json of {corpus}")
+    elif needed:
+        raise UserError(
+            f"{corpus} has no prompts of its own: set evals.prompts to a file, or to one of the "
+            f"sets {', '.join(prompts.shipped())}."
+        )
+    else:
+        return {"tasks": {}}
+    if not needed and not {*found["tasks"]} & {*source.tasks}:
+        return {"tasks": {}}
+    how = {k: v for k, v in settings["zero_shot"].items() if k != "threshold"}
+    return prompts.resolve(found, source.tasks, **how)
+
+
+def check_prompts(config: Mapping) -> None:
+    """Refuse a zero-shot evaluation without prompts, before a text encoder is trained.
+
+    Raises:
+      UserError: saying what would be accepted.
+    """
+    evals = config["evals"]
+    if any(flavours.split(name)[0] == "zero_shot" for name in evals["protocols"]):
+        corpus = evals["corpus"] or config["data"]["corpora"][0]
+        source = assemble.open_corpus(corpus, config["data"], evals["split"])
+        read_prompts(evals, corpus, source)
 
 
 def lack_of_texts(source: Any, sections: Collection[str], limit: int) -> str:

@@ -33,6 +33,7 @@ from medvlp_jax import (
     examples,
     export,
     plan,
+    protocols,
     unpaired,
     weights,
 )
@@ -101,6 +102,7 @@ def _prepare(config, workdir, stop) -> _Job:
     checks.settings(config)
     checks.say_changes(config, workdir)
     checks.split(config, assemble.mesh_of(config))
+    protocols.check_prompts(config)
     parts = assemble.parts(config)
     if settings["export"]:
         export.check(parts)

@@ -140,10 +140,19 @@ def read(name_or_path: str | pathlib.Path) -> dict[str, Any]:
         parsed = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{file} is not JSON: {error}.") from None
+    return check(parsed, str(file))
+
+
+def check(parsed: Any, where: str) -> dict[str, Any]:
+    """Return a parsed prompt set.
+
+    Raises:
+      UserError: if it is none of tasks as above.
+    """
     if not isinstance(parsed, dict) or not {"version", "tasks"} <= parsed.keys():
-        raise UserError(f'{file} is no prompt set; one has "version" and "tasks".')
+        raise UserError(f'{where} is no prompt set; one has "version" and "tasks".')
     if defect := _defect(parsed["tasks"]):
-        raise UserError(f"{file}: {defect}.")
+        raise UserError(f"{where}: {defect}.")
     return parsed
 
 

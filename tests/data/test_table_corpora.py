@@ -11,12 +11,15 @@ import pytest
 from PIL import Image
 from test_dicom import write_dicom
 
-from medvlp_jax import tables
+from configs import common
+from medvlp_jax import protocols, tables
 from medvlp_jax.config import UserError
 from medvlp_jax.data import building, corpora, files, records, tabular, volumes
 from medvlp_jax.data.datasets.derm7pt import derm7pt_dataset_builder as derm7pt
 from medvlp_jax.data.datasets.men_phantom import generate
 from medvlp_jax.data.datasets.pad_ufes_20 import pad_ufes_20_dataset_builder as pad
+
+EVALS = common.evals().to_dict()
 
 
 def encoded(seed, format="JPEG"):
@@ -291,6 +294,40 @@ def test_reports_and_findings_of_ones_own_are_read_without_a_line_of_python(own_
     for entry in found.values():
         with Image.open(io.BytesIO(entry["image"])) as image:
             assert (image.size, image.mode, image.format) == ((48, 32), "L", "JPEG")
+
+
+def test_prompts_of_ones_own_are_kept_with_the_records_else_the_classes_names(
+    own_reports, tmp_path
+):
+    _, source = all_entries("csv_folder", own_reports, tmp_path, "named")
+    resolved = protocols.read_prompts(EVALS, "csv_folder:named", source)
+    sides = {"positive": ["edema"], "negative": ["no edema"]}
+    assert resolved["tasks"]["finding"]["classes"]["edema"] == sides
+    classes = {
+        name: {"positive": [f"{name}!"], "negative": ["clear"]} for name in ("effusion", "edema")
+    }
+    spec = {"section": "findings", "multi_label": True, "classes": classes}
+    own = {"version": "mine", "tasks": {"finding": spec}}
+    (own_reports / "prompts.json").write_text(json.dumps(own))
+    _, source = all_entries("csv_folder", own_reports, tmp_path, "told")
+    assert protocols.read_prompts(EVALS, "csv_folder:told", source) == own
+    (own_reports / "prompts.json").write_text(
+        json.dumps({"version": "mine", "tasks": {"finding": 1}})
+    )
+    _, source = all_entries("csv_folder", own_reports, tmp_path, "wrong")
+    with pytest.raises(
+        UserError, match=r'prompts.json of csv_folder:wrong: task .* needs a "section"'
+    ):
+        protocols.read_prompts(EVALS, "csv_folder:wrong", source)
+    (own_reports / "corpus.json").write_text(
+        json.dumps({"columns": {"image": "file", "group": "who", "findings": "seen"}})
+    )
+    (own_reports / "prompts.json").unlink()
+    _, source = all_entries("csv_folder", own_reports, tmp_path, "bare")
+    with pytest.raises(
+        UserError, match="zero_shot needs classes, and csv_folder:bare has no label"
+    ):
+        protocols.read_prompts(EVALS, "csv_folder:bare", source)
 
 
 def test_a_whole_report_is_split_at_its_headings(own_reports, tmp_path):

@@ -18,6 +18,7 @@ Source folder:
 * `table.csv`: one row an image or case; paths are relative to the folder. JPEG, PNG or DICOM; one
   of more than 8 bits is stretched to grey of 8.
 * `table.json`, if a model may see columns: their schema, see data/tabular.py.
+* `prompts.json`, if the names of the classes are no good prompts: see evaluation/prompts.py.
 
 Columns: `image` and `group` are needed. `group` is what must not be torn apart by a split (patient,
 lesion). `findings`, `impression`: parts of a report, or `report`, a whole one, which is split at
@@ -36,7 +37,7 @@ prepares it as the corpus `csv_folder:NAME`.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +65,9 @@ class Builder(building.Builder):
     def __init__(self, *, source: Path | None = None, **fields: Any):
         """Read the description; without a source, that of the prepared corpus is read by TFDS."""
         self.described = read_description(source) if source else DEFAULTS
-        schema = source / "table.json" if source else None
-        self.schema = tabular.read_schema(schema) if schema and schema.is_file() else {}
+        there = lambda name: source is not None and (source / name).is_file()
+        self.schema = tabular.read_schema(source / "table.json") if there("table.json") else {}
+        self.prompts = _read_json(source / "prompts.json") if there("prompts.json") else {}
         super().__init__(**fields)
 
     @property
@@ -92,13 +94,15 @@ class Builder(building.Builder):
 
     def _info(self) -> tfds.core.DatasetInfo:
         tasks, images = self.tasks(), {name: {} for name in self.described["images"]}
+        metadata = records.metadata(tasks=tasks, table=self.schema, images=images)
+        metadata["prompts"] = self.prompts or class_names(tasks)
         return tfds.core.DatasetInfo(
             builder=self,
             description=__doc__,
             features=records.features(
                 tasks=tasks, table=self.schema, channels=self.channels, images=images
             ),
-            metadata=records.metadata(tasks=tasks, table=self.schema, images=images),
+            metadata=metadata,
         )
 
     def samples(self, folder: Path) -> Iterator[building.Sample]:
@@ -147,6 +151,24 @@ class Builder(building.Builder):
         )
 
 
+def class_names(tasks: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    """Return prompts that are the names of the classes, for want of better ones."""
+    positive, negative = {"positive": ["{c}"]}, {"negative": ["no {c}"]}
+    specs = {
+        task: {"section": "impression", "multi_label": task != TASK}
+        | {"template": positive if task == TASK else positive | negative}
+        for task in tasks
+    }
+    return {"version": "class names", "tasks": specs}
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not JSON: {error}.") from None
+
+
 def _label(row: files.Row, column: str) -> int:
     value = row[column].removesuffix(".0")  # as pandas writes columns with empty cells
     if value not in LABELS:
@@ -164,11 +186,7 @@ def read_description(folder: Path) -> dict[str, Any]:
     path = folder / "corpus.json"
     if not path.is_file():
         raise UserError(f"{path} is missing; it says what the columns of table.csv are.")
-    try:
-        found = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not JSON: {error}.") from None
-    found = _check_fields(path, found, FIELDS, needed=("columns",))
+    found = _check_fields(path, _read_json(path), FIELDS, needed=("columns",))
     found = DEFAULTS | found
     columns = _check_fields(f"{path}: columns", found["columns"], COLUMNS, needed=NEEDED)
     # An empty name says that there is no such column.
