@@ -17,7 +17,7 @@ from configs import common
 from medvlp_jax import clinical, convert, distributed, sharding, tables, weights
 from medvlp_jax import config as configs
 from medvlp_jax.config import UserError
-from medvlp_jax.data import corpora, folds, knowledge, pipeline, retold
+from medvlp_jax.data import corpora, folds, knowledge, leakage, pipeline, retold
 from medvlp_jax.data import text as tokenisation
 from medvlp_jax.encoders.base import Tokens
 from medvlp_jax.recipes import mlm
@@ -73,7 +73,11 @@ def read_config(folder: pathlib.Path) -> dict:
     Raises:
       UserError: as `written_config`.
     """
-    config = written_config(folder)
+    return completed(written_config(folder))
+
+
+def completed(config: Mapping) -> dict:
+    """Return a config of a run with the settings there were not yet when it was made."""
     sections = {name: getattr(common, name)() for name in ("data", "optim", "train", "evals")}
     return _completed(config, ConfigDict({**sections, **common.rest()}).to_dict())
 
@@ -103,7 +107,8 @@ def open_corpus(name: str, data: Mapping[str, Any], split: str) -> corpora.Sourc
     """
     if name == knowledge.NAME:
         return knowledge.open_texts(split=split, **data["knowledge"])
-    fold = folds.settings(data) if name in data["corpora"] else None
+    is_trained_on = leakage.unsized(name) in map(leakage.unsized, data["corpora"])
+    fold = folds.settings(data) if is_trained_on else None
     name, _, variant = name.partition(":")
     where = {"data_dir": data["data_dir"], "manual_dir": data["manual_dir"]}
     where["builder_config"] = variant

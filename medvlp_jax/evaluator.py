@@ -51,9 +51,8 @@ class Evaluator(Embedder):
         if said:
             distributed.say(f"medvlp: {said}")
         self.source = assemble.open_corpus(self.corpus, parts.config["data"], settings["split"])
-        needed = any(flavours.split(p)[0] == "zero_shot" for p in settings["protocols"])
-        self.prompts = protocols.read_prompts(self.settings, self.corpus, self.source)
-        self.validation = self._open_validation(needed)
+        self.prompts = protocols.read_prompts(settings, self.corpus, self.source)
+        self.validation = self._open_validation(protocols.prompts_needed(settings))
         self._code, self._seen = provenance.code(), {}
         self._kept: tuple[Any, Any] = None, None
         protocols.check(self)

@@ -52,6 +52,11 @@ def fitting(recipe: Any, *, has_images: bool) -> list[str]:
     return names
 
 
+def prompts_needed(settings: Mapping[str, Any]) -> bool:
+    """Say whether config.evals asks for a zero-shot protocol."""
+    return any(flavours.split(name)[0] == "zero_shot" for name in settings["protocols"])
+
+
 def read_prompts(settings: Mapping[str, Any], corpus: str, source: Any) -> dict[str, Any]:
     """Read evals.prompts; "" takes the corpus' own, without which there is no zero-shot.
 
@@ -63,7 +68,7 @@ def read_prompts(settings: Mapping[str, Any], corpus: str, source: Any) -> dict[
     Raises:
       UserError: where a zero-shot protocol has no prompts or no task, or they do not fit.
     """
-    needed = any(flavours.split(name)[0] == "zero_shot" for name in settings["protocols"])
+    needed = prompts_needed(settings)
     given, name = settings["prompts"], corpus.partition(":")[0]
     if needed and not source.tasks:
         raise UserError(
@@ -74,7 +79,8 @@ def read_prompts(settings: Mapping[str, Any], corpus: str, source: Any) -> dict[
     if given or shipped.is_file():
         found = prompts.read(given or shipped)
     elif source.metadata.get("prompts"):
-        found = prompts.check(source.metadata["prompts"], f"prompts.json of {corpus}")
+        where = f"prompts.json of {corpus}, as it was when the corpus was prepared"
+        found = prompts.check(source.metadata["prompts"], where)
     elif needed:
         raise UserError(
             f"{corpus} has no prompts of its own: set evals.prompts to a file, or to one of the "
@@ -95,7 +101,7 @@ def check_prompts(config: Mapping) -> None:
       UserError: saying what would be accepted.
     """
     evals = config["evals"]
-    if any(flavours.split(name)[0] == "zero_shot" for name in evals["protocols"]):
+    if prompts_needed(evals):
         corpus = evals["corpus"] or config["data"]["corpora"][0]
         source = assemble.open_corpus(corpus, config["data"], evals["split"])
         read_prompts(evals, corpus, source)

@@ -112,13 +112,15 @@ def warnings(config: Mapping[str, Any], written: results.Written) -> list[str]:
     if any(name.startswith("cxr_phantom") for name in (*trained, tested)):
         told.append("Generated data: these numbers say that the code works, nothing on patients.")
     split = rows.get("split") or config["evals"]["split"]
-    if split == config["data"].get("split", "train") and tested in trained:
+    if split == config["data"].get("split", "train") and leakage.unsized(tested) in map(
+        leakage.unsized, trained
+    ):
         told.append(f"Measured on the {split} split, whose rows the run was trained on.")
     elif split != "test":
         told.append(f"Measured on the {split} split, on which settings may have been chosen.")
     if not origin:
         told.append("results.json has no provenance: code, rows and weights are not recorded.")
-    elif origin["config"] != provenance.config_hash(config):
+    elif origin["config"] not in _hashes(config):
         told.append("config.json is not the one these numbers were measured with.")
     if origin and origin["code"]["dirty"]:
         told.append("The code had changes that were not committed.")
@@ -129,6 +131,11 @@ def warnings(config: Mapping[str, Any], written: results.Written) -> list[str]:
         for sentence in _about_rows(entry):
             alike.setdefault(sentence, []).append(key.removesuffix("/protocol"))
     return told + [f"{', '.join(tasks)}: {sentence}" for sentence, tasks in alike.items()]
+
+
+def _hashes(config: Mapping) -> set[str]:
+    """Return the hashes a config may go by; once what it lacked was filled in first."""
+    return {provenance.config_hash(c) for c in (config, assemble.completed(config))}
 
 
 def _about_rows(entry: Mapping[str, Any]) -> list[str]:
@@ -142,7 +149,9 @@ def _about_rows(entry: Mapping[str, Any]) -> list[str]:
         told.append(f"{entry['left_out']} rows left out (unknown label or no text).")
     if retrieval.ONE_ANSWER in entry:
         told.append(f"{retrieval.ONE_ANSWER}: {entry[retrieval.ONE_ANSWER]:.3f}.")
-    fewest = entry.get("fewest_patients", {})
+    patients = entry.get("patients") or 0  # what is known of results from before they were counted
+    about = {name: min(p, 1 - p) * patients for name, p in entry.get("prevalence", {}).items()}
+    fewest = entry.get("fewest_patients", about)
     if rare := [name for name, patients in fewest.items() if 0 < patients < FEW]:
         told.append(
             f"fewer than {FEW} patients with, or without, {', '.join(rare)}: the intervals of "

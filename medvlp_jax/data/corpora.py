@@ -206,7 +206,9 @@ def prepare(
     corpus = builder(name, data_dir=data_dir, builder_config=builder_config, source=source)
     options = {"manual_dir": source, "try_download_gcs": False}
     if beam_runner:
-        if not isinstance(corpus, building.Builder):
+        # A worker makes its builder anew, without the source folder that would describe it.
+        is_described = getattr(corpus, "SELF_DESCRIBED", False)
+        if is_described or not isinstance(corpus, building.Builder):
             raise UserError(f"The builder of {name} does not run on Beam: leave out --beam-runner.")
         corpus.on_beam = True
         config = beam.download_config(beam_runner, beam_options, **options)

@@ -69,7 +69,7 @@ def warning(trained: Iterable[str], tested: str) -> str:
     found = []
     for name in dict.fromkeys(trained):
         common = origins(name) & origins(tested)
-        if common and _unsized(name) != _unsized(tested):
+        if common and unsized(name) != unsized(tested):
             found.append(f"{name} ({', '.join(sorted(common))})")
     if not found:
         return ""
@@ -79,7 +79,7 @@ def warning(trained: Iterable[str], tested: str) -> str:
     )
 
 
-def _unsized(name: str) -> str:
+def unsized(name: str) -> str:
     """Return the name of a corpus without the size of its images, which moves nothing."""
     corpus, _, variant = name.partition(":")
     return name if corpus == OWN else f"{corpus}:{building.split_size(variant)[0]}"

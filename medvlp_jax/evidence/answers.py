@@ -153,9 +153,10 @@ def _read(path: Path, header: Mapping) -> tuple[dict[str, dict], int]:
             except ValueError:
                 if end and not file.read(1):
                     break  # the last one, which a kill cut
+                what = "take that line out, or " if end else ""
                 raise UserError(
-                    f"{path} line {number} is damaged; answers follow it, so nothing is written: "
-                    "take that line out, or choose another --out."
+                    f"{path} line {number} is damaged, and nothing was written over it: {what}"
+                    "choose another --out."
                 ) from None
             if end == 0:
                 _check_header(record, header, path)

@@ -236,7 +236,11 @@ LINKS = (
 )
 
 CHANGES = {
-    "new": "new|newly|interval development of|new since|developing|interval appearance of",
+    "new": (
+        "new|newly|interval development of|new since|developing|interval appearance of|"
+        "not present on the prior|not present on prior|not seen on the prior|not seen on prior|"
+        "not present previously|not seen previously|not previously seen|not previously present"
+    ),
     "stable": (
         "stable|unchanged|persistent|persists|persisting|again noted|again seen|again|"
         "not changed|no change in|no change|no significant change|no interval change|"

@@ -137,6 +137,15 @@ class _Clause:
         self.states: list[tuple[Span, str]] = []
         self.spans: list[Span] = []
 
+    def speaks(self) -> bool:
+        """Say whether there is a finding yet, also one said of a part of the body."""
+        said = (
+            state.roles["state"] != "normal" and _said(subject, state, certainty)
+            for subject in self.subjects
+            for state, certainty in self.states
+        )
+        return bool(self.findings) or any(said)
+
     def change(self, certainty: str, findings: list[list]) -> None:
         """Let what follows findings say how sure they are, and states that no finding follows."""
         last = max((finding[1] for finding in self.findings), default=0)
@@ -189,7 +198,7 @@ def _clauses(spans: list[Span]) -> Iterator[_Clause]:
         elif "deny" in roles:
             certainty = "absent"
         elif "deny_before" in roles:
-            certainty = certainty if clause.findings or clause.states else "absent"
+            certainty = certainty if clause.speaks() else "absent"
             clause.change("absent", clause.findings)
         elif "doubt_before" in roles:
             # "No effusion, and pneumonia cannot be excluded" leaves the effusion denied.

@@ -93,11 +93,10 @@ def relate(
     graphs = [graph(nearest(q, k=neighbours, mesh=mesh)) for q in (seen, said)]
     start = None
     if met is not None:
-        told = np.flatnonzero(holds)
-        asked = met[0], jnp.asarray(met[1])[told]
-        k = min(near, len(told))
-        start = nearest(*asked, k=k, directions=True, hubs=width, mesh=mesh)
-        start = start._replace(column=told[np.asarray(start.column)])
+        row = np.flatnonzero(holds)
+        asked = met[0], jnp.asarray(met[1])[row]
+        start = nearest(*asked, k=min(near, len(row)), directions=True, hubs=width, mesh=mesh)
+        start = start._replace(column=row[np.asarray(start.column)])
     first = seeds(pairs, pairs, images=len(seen), top=kept, near=start, width=width)
     spread = propagate(first, *graphs, reports=len(said), alpha=alpha, hops=hops, mesh=mesh)
     spread = spread._replace(value=jnp.where(jnp.asarray(holds)[spread.column], spread.value, 0))

@@ -67,7 +67,7 @@ def matmul(a, b):
     return jnp.matmul(a, b, precision="highest")
 
 
-class Related(NamedTuple):
+class Links(NamedTuple):
     """Which reports each image of a batch is related to; the same as `relations.in_batch` makes.
 
     Attributes:
@@ -119,7 +119,7 @@ def rule_of(prior: Prior | None, dtype) -> tuple[Rule, dict, dict]:
     return rule, known, {"strength": prior.strength, "temperature": prior.temperature}
 
 
-def rule_of_relations(related: Related | None, dtype) -> tuple[Rule, dict]:
+def rule_of_relations(related: Links | None, dtype) -> tuple[Rule, dict]:
     """Return the rule of relations, and the [B, ...] arrays it works on; None relates pairs."""
     if related is None:
         return Rule(_own_mass, "", None, dtype), {}

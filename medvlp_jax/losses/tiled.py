@@ -23,7 +23,7 @@ from medvlp_jax.losses import contrastive
 from medvlp_jax.losses.contrastive import Prior, at_least_float32
 from medvlp_jax.losses.pairs import sweep
 from medvlp_jax.losses.targets import (
-    Related,
+    Links,
     Softmax,
     describe,
     empty_softmax,
@@ -154,7 +154,7 @@ def alignment(
     scale: float | Float[Array, ""],
     *,
     trust: Float[Array, " B"],
-    related: Related | None = None,
+    related: Links | None = None,
     tile: int = TILE,
 ) -> Float[Array, ""]:
     """evidence.alignment in tiles, a report trusted as the images it is related to are.
@@ -270,7 +270,13 @@ _info_nce.defvjp(_info_nce_forward, _info_nce_backward)
 
 
 def _factors(rows, columns, *, across: bool = False):
-    """Return what the cross entropies of rows and columns count, [B] or across a tile; 1 if all."""
+    """Return the weight of each row's and each column's cross entropy; 1 where all count alike.
+
+    Args:
+      rows: what is known of them.
+      columns: likewise.
+      across: shaped to multiply a tile.
+    """
     if "by_row" not in rows:
         return 1.0, 1.0
     by_row, by_column = rows["by_row"], columns["by_column"]

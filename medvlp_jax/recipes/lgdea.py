@@ -32,7 +32,7 @@ from medvlp_jax.config import UserError
 from medvlp_jax.encoders.base import encode_pixels
 from medvlp_jax.layers import Linear, Queries
 from medvlp_jax.losses import evidence, relations, tiled
-from medvlp_jax.losses.targets import Related
+from medvlp_jax.losses.targets import Links
 from medvlp_jax.recipes import base
 from medvlp_jax.schedules import Knots
 
@@ -194,7 +194,7 @@ class Lgdea(nn.Module):
         known = {name: self.get_variable(RELATIONS, name)[row] for name in _shapes(1, 1, 1)}
         confidence = jnp.where(paired, 0, known["confidence"])
         trusted = jnp.where(confidence[:, None] > 0, known["weight"], 0)
-        related = lambda may: Related(
+        related = lambda may: Links(
             known["column"], trusted, jnp.where(may, batch["report_row"], -1)
         )
         seen, said = features["image_direction"], features["text_direction"]

@@ -5,6 +5,8 @@ import types
 import numpy as np
 import pytest
 
+from configs import common
+from medvlp_jax import assemble
 from medvlp_jax.config import UserError
 from medvlp_jax.data import folds
 from medvlp_jax.data.corpora import Source
@@ -106,3 +108,17 @@ def test_the_index_of_a_fold_where_there_are_none_is_refused():
     config["folds"]["index"] = 2
     with pytest.raises(UserError, match=r"index=2 of data\.folds\.count=0"):
         folds.settings(config)
+
+
+def test_folds_are_dealt_of_what_a_run_was_trained_on_and_of_no_other_corpus(monkeypatch):
+    """Whatever the size of its images; else rows of training would be scored as test rows."""
+    opened = []
+    monkeypatch.setattr(assemble.corpora, "open_all", lambda *_, **__: opened.append("fold"))
+    monkeypatch.setattr(assemble.corpora, "open_source", lambda *_, **__: opened.append("own"))
+    monkeypatch.setattr(assemble.folds, "open_fold", lambda *_, **__: None)
+    monkeypatch.setattr(assemble.retold, "retold", lambda source, _: source)
+    data = common.data(corpora=("nih_cxr14:official-512",), balance="finding").to_dict()
+    data["folds"] |= {"count": 5, "index": 1}
+    for name in ("nih_cxr14:official-512", "nih_cxr14:official", "rsna_pneumonia:mgca"):
+        assemble.open_corpus(name, data, "test")
+    assert opened == ["fold", "fold", "own"]

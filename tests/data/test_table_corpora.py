@@ -316,7 +316,7 @@ def test_prompts_of_ones_own_are_kept_with_the_records_else_the_classes_names(
     )
     _, source = all_entries("csv_folder", own_reports, tmp_path, "wrong")
     with pytest.raises(
-        UserError, match=r'prompts.json of csv_folder:wrong: task .* needs a "section"'
+        UserError, match=r'prompts.json of csv_folder:wrong, .* prepared: task .* needs a "section"'
     ):
         protocols.read_prompts(EVALS, "csv_folder:wrong", source)
     (own_reports / "corpus.json").write_text(
@@ -342,12 +342,18 @@ def test_a_whole_report_is_split_at_its_headings(own_reports, tmp_path):
     assert found["6.jpg"]["image"] == (own_reports / "6.jpg").read_bytes()
 
 
-def test_an_image_on_the_skip_list_is_left_out_and_a_group_stays_together(own_reports, tmp_path):
+def test_an_image_on_the_skip_list_is_left_out_and_groups_are_apart(own_reports, tmp_path):
     write(own_reports / "skip_list.csv", ["image_id", "reason"], [["7.png", "rotated"]])
     (own_reports / "7.png").unlink()
     found, source = all_entries("csv_folder", own_reports, tmp_path, "kept")
     assert found.keys() == {f"{i}{('.jpg', '.png', '.dcm')[i % 3]}" for i in range(30)} - {"7.png"}
     assert source.metadata["left_out"] == {"skip list skip_list.csv": 1}
+    where = {"data_dir": tmp_path / "data", "builder_config": "kept"}
+    parts = [
+        {s[i]["patient_id"] for i in range(len(s))} for s in corpora.open_all("csv_folder", **where)
+    ]
+    assert len(parts) > 1
+    assert sum(map(len, parts)) == len(set().union(*parts)) == 10
 
 
 def test_a_patient_in_two_splits_is_refused_in_ones_own_table(own_reports, tmp_path):
@@ -386,6 +392,12 @@ def test_a_row_longer_or_shorter_than_the_header_is_refused_where_a_spreadsheet_
     path.write_text(f'{head}\n\n0.jpg,w0,v0,"Seen,\nin two lines",Said,1,0\n{row}\n')
     with pytest.raises(UserError, match=message):
         files.read_rows(path, columns=("file",))
+
+
+def test_ones_own_folder_does_not_run_on_beam(own_reports, tmp_path):
+    where = {"data_dir": tmp_path / "data", "manual_dir": own_reports}
+    with pytest.raises(UserError, match="csv_folder does not run on Beam"):
+        corpora.prepare("csv_folder", beam_runner="DirectRunner", **where)
 
 
 def test_colours_stay_where_three_channels_are_made_smaller(own_folder, tmp_path):

@@ -53,6 +53,10 @@ CERTAINTY = [
      {("cardiomegaly", "absent"), ("effusion", "absent")}),
     ("No effusion, and pneumonia cannot be excluded.",
      {("effusion", "absent"), ("pneumonia", "uncertain")}),
+    ("Small resolved left apical pneumothorax.", {("pneumothorax", "absent")}),
+    ("Normal heart size, resolved pleural effusion.",
+     {("cardiomegaly", "absent"), ("effusion", "absent")}),
+    ("Enlarged heart, not present on the prior.", {("cardiomegaly", "present")}),
     ("CT to exclude pneumonia.", set()),
     ("Bone density is reduced.", set()),
 ]  # fmt: skip

@@ -10,7 +10,7 @@ import pytest
 from medvlp_jax import sharding
 from medvlp_jax.losses import contrastive, evidence, relations, tiled
 from medvlp_jax.losses.contrastive import ClinicalPrior, RowSoftmax, SameId
-from medvlp_jax.losses.targets import Related
+from medvlp_jax.losses.targets import Links
 
 BATCH, WIDTH, TILE = 40, 16, 3  # 5 rows a device on 8 devices: no tile is ever full of rows
 MESHES = {1: {"data": 1}, 2: {"fsdp": 2}, 4: {"data": 2, "fsdp": 2}, 8: {"data": 4, "fsdp": 2}}
@@ -266,7 +266,7 @@ def compiled_memory(module, kind, batch, **fields):
     def loss(x, y, scale, bias, report):
         if kind == "alignment":
             whole = report[:, :10].astype(int)
-            known = Related(whole, report[:, :10], whole[:, 0])
+            known = Links(whole, report[:, :10], whole[:, 0])
             return module.alignment(x, y, scale, trust=report[:, 0], related=known, **fields)
         if kind == "sigmoid":
             return module.sigmoid(x, y, scale, bias, **fields)
@@ -313,7 +313,7 @@ def aligned(tile, batch, devices=0, related=True, dtype=float):
 
     def loss(x, y, scale):
         if tile:
-            known = Related(column, weight, report) if related else None
+            known = Links(column, weight, report) if related else None
             return tiled.alignment(x, y, scale, trust=trust, related=known, tile=tile)
         target = relations.in_batch(column, weight, report) if related else jnp.diag(trust > 0)
         shared = {
@@ -353,7 +353,7 @@ def test_relations_travel_around_the_ring(devices):
 
 def test_where_nothing_is_related_the_alignment_and_its_gradient_are_zero():
     zero = jnp.zeros((6, 2))
-    nothing = Related(zero.astype(int), zero, jnp.arange(6))
+    nothing = Links(zero.astype(int), zero, jnp.arange(6))
     x = jnp.asarray(arrays(batch=6)["x"], jnp.float32)
     for known, trust in ((nothing, jnp.ones(6)), (None, jnp.zeros(6))):
         loss = lambda x, k=known, t=trust: tiled.alignment(x, x, 9.0, trust=t, related=k, tile=4)

@@ -10,8 +10,8 @@ Source folder: the repository of the dataset as it is,
 
 or one `captions.csv` with roco_id, pmcid, split and caption. Variants: "pairs", the captions whose
 image is there (many links are dead; the others are left out), and "captions", all, without images.
-The caption is Findings; articles stand for patients; those the official split
-tears apart are counted.
+The caption is Findings; articles stand for patients. Those that the repository's split tears apart
+are counted, in `captions.csv` they are refused.
 """
 
 from collections.abc import Iterator
