@@ -54,6 +54,7 @@ def globally(change: dict) -> dict:
     return change | {"recipe": {**change["recipe"], "meets": "global"}} | by_rules
 
 
+APART = {"unpaired": 0.5, "relations": 0.5, "global_relations": 1.5}  # weights in the study
 # By name: title, and what differs from LGDEA. The first three are the study, the rest section B.6.
 ARMS = {
     "pairs": ("pairs alone, global InfoNCE", globally(PAIRS_ALONE | without(*OTHERS))),
@@ -89,6 +90,10 @@ ARMS = {
     "sharp": ("temperatures 0.05", {"recipe": {"temperature": 0.05, "image_temperature": 0.05}}),
     "soft": ("temperatures 0.2", {"recipe": {"temperature": 0.2, "image_temperature": 0.2}}),
     "as_means": ("rows apart as means", {"recipe": {"by_share": False}}),
+    "later": (
+        "terms of rows apart from step 225, in full from 450",
+        {"recipe": {"weights": {name: ((225, 0.0), (450, w)) for name, w in APART.items()}}},
+    ),
     "less_rec": ("L_rec by 0.3", {"recipe": {"weights": {"reconstruction": 0.3}}}),
     "sentences": (
         "sentences for evidence",
