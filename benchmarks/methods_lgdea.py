@@ -28,6 +28,7 @@ from absl import flags
 from matplotlib.figure import Figure
 
 from benchmarks import studies
+from configs import lgdea as variants
 from medvlp_jax import assemble, cli, train
 from medvlp_jax import config as configs
 from medvlp_jax.config import UserError
@@ -54,7 +55,8 @@ def globally(change: dict) -> dict:
     return change | {"recipe": {**change["recipe"], "meets": "global"}} | by_rules
 
 
-APART = {"unpaired": 0.5, "relations": 0.5, "global_relations": 1.5}  # weights in the study
+STUDIED = variants.get_config("study").recipe.weights
+APART = {name: STUDIED[name] for name in ("unpaired", "relations", "global_relations")}
 # By name: title, and what differs from LGDEA. The first three are the study, the rest section B.6.
 ARMS = {
     "pairs": ("pairs alone, global InfoNCE", globally(PAIRS_ALONE | without(*OTHERS))),

@@ -103,7 +103,9 @@ def check_prompts(config: Mapping) -> None:
     evals = config["evals"]
     if prompts_needed(evals):
         corpus = evals["corpus"] or config["data"]["corpora"][0]
-        source = assemble.open_corpus(corpus, config["data"], evals["split"])
+        # Which texts are read is another matter, and would read all of them.
+        data = {**config["data"], "texts": ""}
+        source = assemble.open_corpus(corpus, data, evals["split"])
         read_prompts(evals, corpus, source)
 
 

@@ -152,13 +152,9 @@ def _keep_until(path: pathlib.Path, step: int) -> None:
 
 
 def _start_wandb(settings, folder):
-    """Start the tracker; the package is an extra."""
-    try:
-        import wandb
-    except ImportError:
-        raise UserError(
-            "train.wandb=True needs the package: pip install 'medvlp-jax[wandb]'."
-        ) from None
+    """Start the tracker; the package is an extra, see checks.settings."""
+    import wandb
+
     # One run of the tracker for all starts of a run folder.
     file = folder / "wandb_id"
     if not file.is_file():
