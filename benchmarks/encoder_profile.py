@@ -35,6 +35,8 @@ MODELS = {  # title, depth -> module, input as in benchmarks/encoders.py
 # What these run is an instruction of its own, and is counted there.
 CONTAINERS = re.compile(r" (while|conditional|call)\(")
 KINDS = ("matrix products", "copies and transposes", "all else")
+# On a GPU they are calls of a library, among them cuDNN's attention, or Triton's.
+PRODUCT = re.compile(r" (dot|convolution)\(|__cublas|__cudnn|__triton_gemm")
 
 
 def instructions(program: str) -> Iterator[tuple[str, str]]:
@@ -56,7 +58,7 @@ def kinds_of(program: str) -> dict[str, str]:
     for name, line in instructions(program):
         called = re.search(r"calls=%?([\w.\-]+)", line)
         text = bodies[called.group(1)] if called else line
-        if re.search(r" (dot|convolution)\(", text) or "matmul" in line:
+        if PRODUCT.search(text) or "matmul" in line:
             found[name] = KINDS[0]
         elif name.startswith(("copy", "transpose")):
             found[name] = KINDS[1]
@@ -97,8 +99,10 @@ def by_instruction(run, names, rounds: int) -> dict[str, float]:
     for plane in planes:
         for line in plane.lines:
             for event in line.events:
-                if event.name in names:
-                    spent[event.name] += event.duration_ns / 1e6 / rounds
+                # On a GPU an event is a kernel, and says which instruction it belongs to.
+                name = event.name if event.name in names else dict(event.stats).get("hlo_op")
+                if name in names:
+                    spent[name] += event.duration_ns / 1e6 / rounds
     return dict(spent)
 
 

@@ -62,7 +62,7 @@ def parts(folder: pathlib.Path, *, tiny: bool) -> list[Part]:
         out = ("--quick", f"--out={folder}/{name}.json")
         sizes = (8,) if tiny else (largest, largest // 2, largest // 4)
         batch = "--config.train.batch_size="
-        commands = [("benchmarks/train_step.py", *settings, f"{batch}{n}", *out) for n in sizes]
+        commands = [("-m", "benchmarks.train_step", *settings, f"{batch}{n}", *out) for n in sizes]
         return Part(name, limit, tuple(commands), ROOM)
 
     beside = ("-m", "benchmarks.steps", "--cases", "vit", "--pairs", "2" if tiny else "9")

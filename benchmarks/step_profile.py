@@ -1,13 +1,16 @@
 """Where the time of a method's training step goes: by part of the method and kind of operation.
 
-  python -m benchmarks.step_profile --config=configs/lgdea.py:demo [--rounds 3] [--out FILE.json]
+  python -m benchmarks.step_profile --config=configs/lgdea.py:demo [--rounds 3] [--top 20]
+      [--out FILE.json]
 
 Takes the settings of `medvlp train`. The step is the one the run would take, its input random, as
 in benchmarks/train_step.py. The compiler knows which module an instruction comes from, the profiler
 how long each one ran; on a CPU they overlap, and one that several threads share counts once.
 Printed are shares of the sum, beside the share of the FLOPs: a part that takes more time than FLOPs
-waits for memory. "compiler" is what XLA put in by itself, most of it copies. On a CPU set
-GLIBC_TUNABLES as launch/processes.sh does: else the forward pass clears its memory anew each time.
+waits for memory. "compiler" is what XLA put in by itself, most of it copies. --top also lists the
+instructions that take longest. On a CPU set GLIBC_TUNABLES as launch/processes.sh does: else the
+forward pass clears its memory anew each time. On a GPU set XLA_FLAGS=--xla_gpu_enable_command_buffer=
+(empty): kernels that are launched together do not say which instruction they belong to.
 """
 
 import argparse
@@ -39,12 +42,16 @@ def parts_of(program: str) -> dict[str, tuple[str, bool]]:
     return found
 
 
-def profile(config: dict, rounds: int) -> dict[str, dict[str, float]]:
-    """Return milliseconds of instructions in a step and FLOPs, by part of the method.
+def profile(config: dict, rounds: int) -> tuple[dict[str, dict[str, float]], list[dict]]:
+    """Measure how long the instructions of a step take.
 
     Args:
       config: resolved.
       rounds: steps.
+
+    Returns:
+      Milliseconds of instructions and FLOPs by part of the method; and each instruction, what takes
+      longest first.
     """
     blueprint = plan.blueprint(config)
     batch = train_step.random_batch(blueprint)
@@ -59,14 +66,36 @@ def profile(config: dict, rounds: int) -> dict[str, dict[str, float]]:
     program = compiled.as_text()
     parts, kinds = parts_of(program), encoder_profile.kinds_of(program)
     rows = collections.defaultdict(collections.Counter)
-    for name, spent in encoder_profile.by_instruction(run, parts, rounds).items():
+    taken = encoder_profile.by_instruction(run, parts, rounds)
+    for name, spent in taken.items():
         part, backward = parts[name]
         rows[part]["backward" if backward else "forward"] += spent
         rows[part][kinds[name]] += spent
     trace = blueprint.step.trace(blueprint.state, blueprint.batch)
     for part, count in flops.by_part(trace.jaxpr, flops.step_part)[0].items():
         rows[part]["flops"] += count
-    return {part: dict(row) for part, row in rows.items()}
+    lines = dict(encoder_profile.instructions(program))
+    every = [
+        {"name": name, "milliseconds": spent, "kind": kinds[name], **described(lines[name])}
+        for name, spent in sorted(taken.items(), key=lambda item: -item[1])
+    ]
+    return {part: dict(row) for part, row in rows.items()}, every
+
+
+def described(line: str) -> dict[str, str]:
+    """Return what an instruction makes, its type and shape, and the operation it stems from."""
+    made = re.search(r" = (\(.*?\)|\S+) ", line)
+    scope = re.search(r'op_name="([^"]*)"', line)
+    return {"makes": made.group(1) if made else "", "of": scope.group(1) if scope else ""}
+
+
+def list_of(every: list[dict], count: int) -> str:
+    """Lay out the first instructions as a markdown table."""
+    lines = ["| ms | kind | instruction | makes | of |", "|---:|---|---|---|---|"]
+    for each in every[:count]:
+        cells = (each["kind"], each["name"], each["makes"][:60], each["of"][-90:])
+        lines.append(f"| {each['milliseconds']:.3f} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def table(rows: dict[str, dict[str, float]]) -> str:
@@ -92,15 +121,19 @@ def main(argv: list[str] | None = None) -> dict:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rounds", type=int, default=3, help="steps")
+    parser.add_argument("--top", type=int, default=0, help="instructions to list")
     parser.add_argument("--out", type=pathlib.Path, help="file that gets every number as JSON")
     arguments, settings = parser.parse_known_args(argv)
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # Grain reads absl's own flags
     config, _ = train.resolve(settings)
-    rows = profile(config, arguments.rounds)
+    rows, every = profile(config, arguments.rounds)
     print(table(rows))
+    if arguments.top:
+        print(list_of(every, arguments.top))
     if arguments.out:
         facts = {"settings": settings, "jax": jax.__version__, "milliseconds": rows}
+        facts |= {"slowest": every[: arguments.top]} if arguments.top else {}
         arguments.out.write_text(json.dumps(facts, indent=1) + "\n")
     return rows
 
