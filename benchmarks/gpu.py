@@ -68,8 +68,11 @@ def parts(folder: pathlib.Path, *, tiny: bool) -> list[Part]:
     beside = ("-m", "benchmarks.steps", "--cases", "vit", "--pairs", "2" if tiny else "9")
     beside += ("--tiny",) * tiny + (f"--out={folder}/beside.json",)
     correct = ("-m", "pytest", "-q", "-n0", "tests/test_attention_gpu.py", "-rs")
-    # The tests' own default is a CPU, on which they would all be skipped.
-    there = {"JAX_PLATFORMS": "cpu" if tiny else "cuda", "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
+    # The tests' own default is a CPU, on which they would all be skipped. How fast products are
+    # does not matter there, and trying them out takes minutes.
+    there = {"JAX_PLATFORMS": "cpu" if tiny else "cuda,cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
+    if not tiny:
+        there["XLA_FLAGS"] = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
     return [
         step("vit-b16", 70, 512, *LIGHT),
         step("vit-l16", 80, 256, *LIGHT, "--config.recipe.image.variant=L/16"),

@@ -15,7 +15,7 @@ arguments=()
 for argument in "$@"; do
   case "$argument" in
     --slow) markers="not gpu and not network" ;;
-    --gpu) markers="gpu"; export JAX_PLATFORMS="${JAX_PLATFORMS:-cuda}" JAX_DISABLE_MOST_OPTIMIZATIONS=0 ;;
+    --gpu) markers="gpu"; export JAX_PLATFORMS="${JAX_PLATFORMS:-cuda,cpu}" JAX_DISABLE_MOST_OPTIMIZATIONS=0 ;;
     *) arguments+=("$argument") ;;
   esac
 done

@@ -1,9 +1,12 @@
-"""cuDNN's attention against XLA's, values and gradients: run on an NVIDIA GPU, skipped elsewhere.
+"""cuDNN's attention in bfloat16 against XLA's in float32: run on an NVIDIA GPU, skipped elsewhere.
 
-  JAX_PLATFORMS=cuda bash tests/run.sh --gpu tests/test_attention_gpu.py
+  bash tests/run.sh --gpu tests/test_attention_gpu.py
 
-Both compute in bfloat16, which keeps 8 bits; each must also be near XLA's in float32.
+Values and gradients. The reference is computed on the CPU of the same process, which compiles in a
+fraction of the time and whose float32 is float32.
 """
+
+import collections
 
 import jax
 import jax.numpy as jnp
@@ -20,14 +23,23 @@ pytestmark = [
 ]
 
 RNG = np.random.default_rng(0)
-TOLERANCE = 0.02  # a few roundings of bfloat16, 0.4 % each; not yet measured
+TOLERANCE = 0.02  # a few roundings of bfloat16, 0.4 % each
 
 
-def error(ours, reference):
-    """Return max |a - b| / max |b|."""
+def error(ours, reference, scale=0.0):
+    """Return |a - b| / |b|, Euclidean, or over `scale` where that is larger."""
     ours, reference = np.asarray(ours, np.float64), np.asarray(reference, np.float64)
     assert np.isfinite(ours).all()
-    return np.abs(ours - reference).max() / max(np.abs(reference).max(), 1e-30)
+    return np.linalg.norm(ours - reference) / max(np.linalg.norm(reference), scale)
+
+
+def on_cpu():
+    return jax.default_device(jax.local_devices(backend="cpu")[0])
+
+
+def initial(module, *inputs):
+    with on_cpu():
+        return jax.device_get(jax.jit(module.init)(jax.random.key(0), *inputs))
 
 
 def value_and_gradients(run, variables, weight):
@@ -35,26 +47,22 @@ def value_and_gradients(run, variables, weight):
         out = run(variables).astype(jnp.float32)
         return (out * weight).sum(), out
 
-    gradients, out = jax.jit(jax.grad(loss, has_aux=True))(variables)
+    gradients, out = jax.device_get(jax.jit(jax.grad(loss, has_aux=True))(variables))
     return out, gradients
 
 
 def assert_agree(make, variables, weight):
-    """Hold XLA and cuDNN in bfloat16 near one another and near XLA in float32."""
-    with jax.default_matmul_precision("highest"):
+    """Hold cuDNN in bfloat16 near XLA in float32."""
+    with on_cpu():
         exact = value_and_gradients(make("xla", jnp.float32), variables, weight)
-    xla, cudnn = (
-        value_and_gradients(make(name, jnp.bfloat16), variables, weight)
-        for name in ("xla", "cudnn")
-    )
-    largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(exact[1]))
-    for ours, reference in ((cudnn, exact), (xla, exact), (cudnn, xla)):
-        assert error(ours[0], reference[0]) <= TOLERANCE
-        for a, b in zip(*(jax.tree.leaves(x[1]) for x in (ours, reference)), strict=True):
-            # A key's bias has a gradient of zero but for rounding.
-            assert np.abs(np.asarray(a) - np.asarray(b)).max() <= TOLERANCE * max(
-                np.abs(b).max(), largest / 100
-            )
+    found = value_and_gradients(make("cudnn", jnp.bfloat16), variables, weight)
+    assert error(found[0], exact[0]) <= TOLERANCE
+    # The gradient of a key's bias is rounding alone: others of its shape say how large that is.
+    scale = collections.Counter()
+    for leaf in jax.tree.leaves(exact[1]):
+        scale[leaf.shape] = max(scale[leaf.shape], np.linalg.norm(leaf))
+    for a, b in zip(*(jax.tree.leaves(x[1]) for x in (found, exact)), strict=True):
+        assert error(a, b, scale[b.shape]) <= TOLERANCE
 
 
 PADDED = np.arange(256) < np.array([[256], [100], [1]])
@@ -77,7 +85,7 @@ PADDED = np.arange(256) < np.array([[256], [100], [1]])
 def test_cudnn_equals_xla_in_value_and_gradient(fields, mask, rotary):
     x = RNG.normal(size=(3, 256, 256)).astype(np.float32)
     rope = rope_1d(np.arange(256), 64, 1e4) if rotary else None
-    variables = Attention(4, **fields).init(jax.random.key(0), x)
+    variables = initial(Attention(4, **fields), x)
     real = np.ones((3, 256, 1)) if mask is None else PADDED[..., None]
     weight = RNG.normal(size=x.shape) * real
 
@@ -91,7 +99,7 @@ def test_cudnn_equals_xla_in_value_and_gradient(fields, mask, rotary):
 @pytest.mark.parametrize("length", [197, 640])
 def test_lengths_that_are_no_multiple_of_anything(length):
     x = RNG.normal(size=(2, length, 256)).astype(np.float32)
-    variables = Attention(4).init(jax.random.key(0), x)
+    variables = initial(Attention(4), x)
 
     def make(implementation, dtype):
         layer = Attention(4, implementation=implementation, dtype=dtype)
@@ -113,7 +121,7 @@ ENCODERS = {
 @pytest.mark.parametrize("name", ENCODERS)
 def test_an_encoder_with_cudnn_equals_one_with_xla(name):
     module, inputs = ENCODERS[name]
-    variables = module.init(jax.random.key(0), inputs)
+    variables = initial(module, inputs)
     shape = jax.eval_shape(module.apply, variables, inputs).pooled.shape
 
     def make(implementation, dtype):
@@ -126,7 +134,7 @@ def test_an_encoder_with_cudnn_equals_one_with_xla(name):
 def test_a_text_that_is_all_padding_is_finite_with_its_gradients():
     tokens = Tokens(TOKENS.ids, PADDED & np.array([[True], [True], [False]]))
     module = ENCODERS["bert"][0].clone(attention="cudnn", dtype=jnp.bfloat16)
-    variables = module.init(jax.random.key(0), tokens)
+    variables = initial(module, tokens)
     run = lambda variables: module.apply(variables, tokens).pooled
     out, gradients = value_and_gradients(run, variables, np.ones((3, 256)))
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((out, gradients)))

@@ -17,18 +17,18 @@ def test_every_part_has_settings_that_exist_and_time_that_is_there(tiny, tmp_pat
     parts = gpu.parts(tmp_path, tiny=tiny)
     assert sum(part.limit for part in parts) <= 60 * gpu.MINUTES
     own = ("--quick", "--out", "--rounds", "--steps")
-    steps = [part for part in parts if part.commands[0][0].endswith("train_step.py")]
+    steps = [part for part in parts if part.commands[0][1] == "benchmarks.train_step"]
     assert len(steps) == 3
-    for program, *arguments in (command for part in steps for command in part.commands):
+    for _, program, *arguments in (command for part in steps for command in part.commands):
         settings = [s for s in arguments if s.partition("=")[0] not in own]
         config, _ = train.resolve(settings)
         assert config["recipe"]["image"]["dtype"] == "bfloat16"
         assert config["recipe"]["image"]["attention"] == ("xla" if tiny else "cudnn")
         assert config["recipe"]["text"]["attention_dropout"] == 0  # cuDNN's has none
-        assert (ROOT / program).is_file()
+        assert (ROOT / f"{program.replace('.', '/')}.py").is_file()
     # On a GPU the correctness tests must not fall back to a CPU, where they are skipped.
     (correct,) = (part for part in parts if part.name == "correct")
-    assert correct.environment["JAX_PLATFORMS"] == ("cpu" if tiny else "cuda")
+    assert correct.environment["JAX_PLATFORMS"] == ("cpu" if tiny else "cuda,cpu")
 
 
 def test_a_part_that_fails_is_named_and_stops_no_other(tmp_path, monkeypatch, capsys):

@@ -19,6 +19,7 @@ from medvlp_jax.layers import (
     Mlp,
     RMSNorm,
     Stack,
+    blocks,
     gelu,
     product,
     rope_1d,
@@ -455,22 +456,73 @@ def test_every_kind_of_attention_equals_loops(fields, mask, rotary, dropout):
     assert_close(run(params), expected)
 
 
-@pytest.mark.parametrize("shape", [(2, 5), (1, 1, 5), (2, 5, 5)])
-def test_cudnn_is_given_a_mask_with_a_row_for_each_query(monkeypatch, shape):
-    """As a bias of one row it is refused (https://github.com/jax-ml/jax/issues/28974)."""
-    attend = jax.nn.dot_product_attention
+@pytest.fixture
+def cudnn(monkeypatch):
+    """Let XLA compute what cuDNN is asked for, if it is what JAX lets cuDNN compute in training.
 
-    def strict(query, key, value, *, mask, implementation, **settings):
+    Bias: https://github.com/jax-ml/jax/issues/28974; the rest: jax/_src/cudnn and the GPU.
+    """
+    attend, asked = jax.nn.dot_product_attention, []
+
+    def strict(query, key, value, *, implementation, mask=None, **settings):
         assert implementation == "cudnn"
-        assert mask.shape == (len(query), 1, query.shape[1], key.shape[1])
+        shape = (len(query), 1, query.shape[1], key.shape[1])
+        assert shape[2] % 2 == shape[3] % 2 == 0
+        assert mask is None or mask.shape == shape
+        assert settings["is_causal"] or not settings["local_window_size"]
+        asked.append(shape)
         return attend(query, key, value, mask=mask, implementation="xla", **settings)
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", strict)
+    return asked
+
+
+def value_and_gradients(layer, variables, x, *args, **settings):
+    loss = lambda variables, x: jnp.square(layer.apply(variables, x, *args, **settings)).sum()
+    return jax.value_and_grad(loss, (0, 1))(variables, x)
+
+
+def assert_trees_close(found, expected):
+    """Compare with the largest number: a key's bias has a gradient of zero but for rounding."""
+    largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(expected))
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6 * largest)
+    jax.tree.map(close, found, expected)
+
+
+@pytest.mark.parametrize("length", [5, 6])
+@pytest.mark.parametrize(
+    "fields", [{}, {"causal": True}, {"window": 2}, {"window": 2, "causal": True}]
+)
+@pytest.mark.parametrize("kind", ["all", "count", "keys", "one row", "pairs"])
+def test_cudnn_is_asked_for_what_it_takes(cudnn, kind, fields, length):
+    shapes = {"keys": (2, length), "one row": (1, 1, length), "pairs": (2, length, length)}
+    mask = {"all": None, "count": 3}.get(kind)
+    if kind in shapes:
+        mask = np.broadcast_to(np.arange(length) < 3, shapes[kind])
+    x = RNG.normal(size=(2, length, 8)).astype(np.float32)
+    variables = random_variables(Attention(2), x)
+    found, expected = (
+        value_and_gradients(Attention(2, implementation=how, **fields), variables, x, mask)
+        for how in ("cudnn", "xla")
+    )
+    assert_trees_close(found, expected)
+    assert cudnn
+
+
+@pytest.mark.parametrize("layout", ["unrolled", "scan"])
+@pytest.mark.parametrize("rotary", [False, True])
+def test_a_stack_fills_odd_tokens_up_once_for_cudnn(cudnn, rotary, layout):
     x = RNG.normal(size=(2, 5, 8)).astype(np.float32)
-    mask = np.broadcast_to(np.arange(5) < 3, shape)
-    variables = Attention(2).init(jax.random.key(0), x)
-    found = Attention(2, implementation="cudnn").apply(variables, x, mask)
-    np.testing.assert_allclose(found, Attention(2).apply(variables, x, mask), rtol=1e-5, atol=1e-6)
+    rope = rope_1d(np.arange(5), 4, 100.0) if rotary else None
+    fields = {"num_heads": 2, "mlp_dim": 16}
+    stacks = [
+        Stack(blocks.Block, fields | {"attention": how}, 2, layout) for how in ("cudnn", "xla")
+    ]
+    variables = random_variables(stacks[1], x)
+    found, expected = (value_and_gradients(s, variables, x, rope=rope) for s in stacks)
+    assert_trees_close(found, expected)
+    assert set(cudnn) == {(2, 1, 8, 8)}
+    assert stacks[0].apply(variables, x, rope=rope).shape == x.shape
 
 
 @pytest.mark.parametrize("train", [False, True])

@@ -93,7 +93,8 @@ class Attention(nn.Module):
         Args:
           x: [B, T, D].
           mask: bool, True = may be attended: [B, T] for keys, or [B, T, T] for pairs (query, key);
-            None attends all. With a cache the keys are its M.
+            or an int, that many keys from the first on; None attends all. With a cache the keys are
+            its M.
           train: apply dropout.
           rope: rotary positions of query and key.
           cache: attend to its tokens and these; the mask then says all about who sees whom, and
@@ -129,14 +130,14 @@ class Attention(nn.Module):
         if cache is not None:
             cache = cache.append(key, value)
             key, value = cache.key.astype(self.dtype), cache.value.astype(self.dtype)
-        if mask is not None:
+        if mask is not None and not isinstance(mask, int):
             mask = mask[:, None, None, :] if mask.ndim == 2 else mask[:, None]  # [B, 1, T, T]
         window = self.window if cache is None else 0
         is_causal = self.causal and cache is None
         drop = nn.Dropout(self.dropout, deterministic=not train)
         if self.implementation == "xla":
             near = _near(query.shape[1], is_causal, window)
-            y, paid = _attend(query, key, value, _both(mask, near), drop)
+            y, paid = _attend(query, key, value, _both(_first(mask, key), near), drop)
         elif shows:
             raise ValueError(
                 f"Only implementation 'xla' shows its attention, not {self.implementation!r}."
@@ -147,18 +148,7 @@ class Attention(nn.Module):
                 f"{self.implementation!r}; or set the dropout to 0."
             )
         else:
-            if mask is not None:  # a bias to cuDNN, which has one row a query
-                rows = (query.shape[0], 1, query.shape[1], key.shape[1])
-                mask = jnp.broadcast_to(mask, rows)
-            y = jax.nn.dot_product_attention(
-                query,
-                key,
-                value,
-                mask=mask,
-                is_causal=is_causal,
-                local_window_size=window or None,
-                implementation=self.implementation,
-            )
+            y = _flash(query, key, value, mask, is_causal, window, self.implementation)
         y = self._linear("out", width)(y.reshape(*x.shape[:-1], -1), train=train)
         if shows:
             return y, paid
@@ -209,6 +199,51 @@ def _attend(query, key, value, mask, drop):
     return y.reshape(batch, steps, heads * groups, width), paid
 
 
+def _flash(query, key, value, mask, is_causal, window, implementation):
+    """Compute what `_attend` does by `jax.nn.dot_product_attention`, in shapes cuDNN takes.
+
+    Lengths become even: JAX refuses others in training. A mask becomes a bias with a row for each
+    query, since JAX takes no other. cuDNN looks to one side only, so a window to both is a mask.
+
+    Args:
+      query: [B, T, A, S].
+      key: [B, U, K, S].
+      value: [B, U, K, S].
+      mask: bool, broadcasts to [B, 1, T, U]; an int, that many keys from the first on; or None.
+      is_causal: a query sees no key behind it.
+      window: keys to either side a query sees; 0 is all.
+      implementation: of jax.nn.dot_product_attention.
+
+    Returns:
+      [B, T, A, S].
+    """
+    (batch, steps, *_), others = query.shape, key.shape[1]
+    if window and not is_causal:
+        mask, window = _both(_first(mask, key), _near(steps, is_causal, window)), 0
+    odd = steps % 2, others % 2
+    if mask is None and odd[1]:
+        mask = others
+    query, key, value = (
+        jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (query, key, value)
+    )
+    seen = {}
+    if isinstance(mask, int):
+        seen["key_value_seq_lengths"] = jnp.full(batch, mask, jnp.int32)
+    elif mask is not None:
+        mask = jnp.broadcast_to(mask, (batch, 1, steps, others))
+        seen["mask"] = jnp.pad(mask, ((0, 0), (0, 0), (0, odd[0]), (0, odd[1])))
+    y = jax.nn.dot_product_attention(
+        query,
+        key,
+        value,
+        is_causal=is_causal,
+        local_window_size=window or None,
+        implementation=implementation,
+        **seen,
+    )
+    return y[:, :steps]
+
+
 def _near(length, is_causal, window):
     """Return which pairs [1, 1, T, T] `is_causal` and `window` allow; None for all."""
     if not (is_causal or window):
@@ -216,6 +251,11 @@ def _near(length, is_causal, window):
     ahead = jnp.arange(length) - jnp.arange(length)[:, None]
     near = (jnp.abs(ahead) <= window) if window else True
     return (near & (ahead <= 0) if is_causal else near)[None, None]
+
+
+def _first(mask, key):
+    """Return a mask [1, 1, 1, U] where it is the number of keys, else as it is."""
+    return jnp.arange(key.shape[1])[None, None, None] < mask if isinstance(mask, int) else mask
 
 
 def _both(mask, near):

@@ -80,6 +80,7 @@ REMAT = {
     "block": jax.checkpoint_policies.nothing_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
+ALIGNED = 8  # tokens
 Remat = Literal["none", "dots", "block", "full"]
 
 
@@ -122,6 +123,9 @@ class Stack(nn.Module):
           [B, T, D]; with `each` the pair of that and the blocks' outputs, stacked over L.
         """
 
+        length = x.shape[1]
+        x, mask, shared = self._aligned(x, mask, shared)
+
         def run(block, x, own):
             if each is None:
                 return block(x, mask, train=train, **shared), None
@@ -152,4 +156,18 @@ class Stack(nn.Module):
         if self.remat == "full":
             whole = nn.remat(whole)
         x, outputs = whole(self, x)
+        x = x[:, :length]
         return x if each is None else (x, outputs)
+
+    def _aligned(self, x, mask, shared):
+        """Fill the tokens up to a multiple of ALIGNED for cuDNN, which takes no odd number.
+
+        Once here instead of in every block's attention; nothing attends to what is filled in.
+        """
+        more = -x.shape[1] % ALIGNED
+        if self.fields.get("attention") != "cudnn" or mask is not None or not more:
+            return x, mask, shared
+        rows = lambda array: jnp.pad(array, ((0, more), (0, 0)))  # [T, S]
+        if shared.get("rope") is not None:
+            shared = shared | {"rope": jax.tree.map(rows, shared["rope"])}
+        return jnp.pad(x, ((0, 0), (0, more), (0, 0))), x.shape[1], shared
