@@ -7,6 +7,51 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from medvlp_jax.layers.layout import sum_of_rows
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def layer_norm(x, scale, bias, epsilon: float, dtype: Any):
+    """Return (x - mean) / sqrt(var + epsilon) * scale + bias over the last axis.
+
+    Its backward pass keeps x, mean and deviation and works the rest out again: what XLA would keep
+    is larger, in float32.
+
+    Args:
+      x: [..., D]; the arithmetic is float32.
+      scale: [D].
+      bias: [D] or None.
+      epsilon: added to the variance.
+      dtype: of the result.
+    """
+    return _layer_norm_forward(x, scale, bias, epsilon, dtype)[0]
+
+
+def _layer_norm_forward(x, scale, bias, epsilon, dtype):
+    wide = x.astype(jnp.float32)
+    mean = wide.mean(-1, keepdims=True)
+    inverse = jax.lax.rsqrt(jnp.square(wide - mean).mean(-1, keepdims=True) + epsilon)
+    y = (wide - mean) * inverse * scale
+    return (y if bias is None else y + bias).astype(dtype), (x, mean, inverse, scale, bias)
+
+
+def _layer_norm_backward(epsilon, dtype, kept, dy):
+    x, mean, inverse, scale, bias = kept
+    # Else the compiler finds the forward pass' numbers again, and keeps them in float32.
+    x, dy = jax.lax.optimization_barrier((x, dy))
+    wide, unit = dy.astype(jnp.float32), (x.astype(jnp.float32) - mean) * inverse
+    average = lambda array: array.mean(-1, keepdims=True)
+    inner = wide * scale
+    dx = inverse * (inner - average(inner) - unit * average(inner * unit))
+    # Likewise: the sums over rows read x and dy, not a product that was written for them.
+    x, dy = jax.lax.optimization_barrier((x, dy))
+    wide, unit = dy.astype(jnp.float32), (x.astype(jnp.float32) - mean) * inverse
+    dbias = None if bias is None else sum_of_rows(wide)
+    return dx.astype(x.dtype), sum_of_rows(wide * unit), dbias
+
+
+layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
+
 
 class LayerNorm(nn.Module):
     """Normalise the last axis, then scale and maybe shift; in float32, returned as `dtype`."""
@@ -18,13 +63,11 @@ class LayerNorm(nn.Module):
     @nn.compact
     def __call__(self, x):
         """Map [..., D] to [..., D]."""
-        x = x.astype(jnp.float32)
-        centred = x - x.mean(-1, keepdims=True)
-        y = centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + self.epsilon)
-        y *= self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        features, bias = x.shape[-1:], None
+        scale = self.param("scale", nn.initializers.ones, features)
         if self.use_bias:
-            y += self.param("bias", nn.initializers.zeros, (x.shape[-1],))
-        return y.astype(self.dtype)
+            bias = self.param("bias", nn.initializers.zeros, features)
+        return layer_norm(x, scale, bias, self.epsilon, self.dtype)
 
 
 class RMSNorm(nn.Module):
