@@ -3,10 +3,10 @@
   python -m benchmarks.gpu FOLDER [--tiny]
 
   vit-b16   ViT-B/16 trains in bfloat16, beside a text encoder of no weight: images a second
-  vit-l16   ViT-L/16 likewise
   clip      ViT-B/16 and BERT-base on 128 tokens: pairs a second
   correct   each fast path against float32 in value and gradient (tests/test_attention_gpu.py)
   beside    the step of `clip`, PyTorch, and torch.compile by turns (benchmarks/steps.py)
+  vit-l16   ViT-L/16 as ViT-B/16
 
 Each part is a process with a limit of its own, to which comes what the parts before it left over;
 it writes FOLDER/NAME.json and FOLDER/NAME.log and fails alone: FOLDER/parts.json says of each
@@ -67,18 +67,19 @@ def parts(folder: pathlib.Path, *, tiny: bool) -> list[Part]:
 
     beside = ("-m", "benchmarks.steps", "--cases", "vit", "--pairs", "2" if tiny else "9")
     beside += ("--tiny",) * tiny + (f"--out={folder}/beside.json",)
-    correct = ("-m", "pytest", "-q", "-n0", "tests/test_attention_gpu.py", "-rs")
+    correct = ("-m", "pytest", "-q", "-n4", "tests/test_attention_gpu.py", "-rs")
     # The tests' own default is a CPU, on which they would all be skipped. How fast products are
     # does not matter there, and trying them out takes minutes.
     there = {"JAX_PLATFORMS": "cpu" if tiny else "cuda,cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
+    there["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # four of them share the memory
     if not tiny:
         there["XLA_FLAGS"] = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
     return [
         step("vit-b16", 70, 512, *LIGHT),
-        step("vit-l16", 80, 256, *LIGHT, "--config.recipe.image.variant=L/16"),
         step("clip", 80, 512),
-        Part("correct", 110, (correct,), there),
-        Part("beside", 140, (beside,)),
+        Part("correct", 90, (correct,), there),
+        Part("beside", 150, (beside,)),
+        step("vit-l16", 90, 256, *LIGHT, "--config.recipe.image.variant=L/16"),
     ]
 
 

@@ -87,9 +87,9 @@ CASES = {
         {"image": {"depth": 2}, "text": {"depth": 4, "vocab_size": 99, "pad_id": 0}},
     ),
     "vit": Case(  # on a GPU, in bfloat16; three arms lie in its memory at once
-        "CLIP: ViT-B/16 at 224, BERT-base on 128 tokens, 96 pairs, bfloat16",
+        "CLIP: ViT-B/16 at 224, BERT-base on 128 tokens, 192 pairs, bfloat16",
         "configs/clip.py:vit_b16",
-        "train.batch_size=96 recipe.image.attention=cudnn recipe.text.attention=cudnn",
+        "train.batch_size=192 recipe.image.attention=cudnn recipe.text.attention=cudnn",
         "train.batch_size=4 data.crop=32 data.text_length=16 recipe.image.attention=xla "
         "recipe.text.attention=xla recipe.text.variant=tiny "
         "recipe.image.dtype=float32 recipe.text.dtype=float32",

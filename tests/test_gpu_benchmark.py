@@ -55,7 +55,8 @@ def test_a_part_that_fails_is_named_and_stops_no_other(tmp_path, monkeypatch, ca
 
 
 @pytest.mark.slow
-def test_all_parts_run_small_on_a_cpu(tmp_path):
+def test_all_parts_run_small_on_a_cpu(tmp_path, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "")  # one device, not the eight of the other tests
     found = gpu.main([str(tmp_path), "--tiny"])
     assert {name for name, part in found.items() if part["outcome"] != "measured"} <= {"beside"}
     for name in ("vit-b16", "vit-l16", "clip"):

@@ -510,7 +510,7 @@ def test_cudnn_is_asked_for_what_it_takes(cudnn, kind, fields, length):
 
 
 @pytest.mark.parametrize("layout", ["unrolled", "scan"])
-@pytest.mark.parametrize("rotary", [False, True])
+@pytest.mark.parametrize("rotary", ["", "one for all", "one each"])
 def test_a_stack_fills_odd_tokens_up_once_for_cudnn(cudnn, rotary, layout):
     x = RNG.normal(size=(2, 5, 8)).astype(np.float32)
     rope = rope_1d(np.arange(5), 4, 100.0) if rotary else None

@@ -144,9 +144,11 @@ class DinoV3(nn.Module):
             "kernel_init": truncated_normal,
         }
         stack = Stack(Block, fields, self.depth, self.layout, self.remat, name="stack")
-        x = LayerNorm(self.epsilon, self.dtype, name="norm")(stack(x, train=train, rope=rope))
-        tokens = x[:, 1 + self.registers :]
-        pooled = {"cls": x[:, 0], "mean": tokens.mean(1)}
+        x = stack(x, train=train, rope=rope)
+        norm = LayerNorm(self.epsilon, self.dtype, name="norm")
+        # Apart: where only one of them is read, the other costs nothing.
+        cls, tokens = norm(x[:, 0]), norm(x[:, 1 + self.registers :])
+        pooled = {"cls": cls, "mean": tokens.mean(1)}
         if self.pooling not in pooled:
             raise ValueError(f"No pooling {self.pooling!r} in DinoV3, only {', '.join(pooled)}.")
         return Encoded(pooled=pooled[self.pooling], tokens=tokens)

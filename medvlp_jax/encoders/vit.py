@@ -93,8 +93,9 @@ class ViT(nn.Module):
         names = ("num_heads", "mlp_dim", "dropout", "epsilon", "attention", "lora", "dtype")
         fields = {name: getattr(self, name) for name in names} | {"kernel_init": truncated_normal}
         x = Stack(Block, fields, self.depth, self.layout, self.remat, name="stack")(x, train=train)
-        x = LayerNorm(self.epsilon, self.dtype, name="norm")(x)
-        cls, tokens = x[:, 0], x[:, 1:]
+        norm = LayerNorm(self.epsilon, self.dtype, name="norm")
+        # Apart: where only one of them is read, the other costs nothing.
+        cls, tokens = norm(x[:, 0]), norm(x[:, 1:])
         pooled = {"cls": cls, "mean": tokens.mean(1)}
         if self.pooler:
             dense = Linear(self.width, True, self.dtype, truncated_normal, name="pooler")

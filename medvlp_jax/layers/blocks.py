@@ -169,7 +169,7 @@ class Stack(nn.Module):
         more = -x.shape[1] % ALIGNED
         if self.fields.get("attention") != "cudnn" or mask is not None or not more:
             return x, mask, shared
-        rows = lambda array: jnp.pad(array, ((0, more), (0, 0)))  # [T, S]
+        rows = lambda array: jnp.pad(array, (*[(0, 0)] * (array.ndim - 2), (0, more), (0, 0)))
         if shared.get("rope") is not None:
             shared = shared | {"rope": jax.tree.map(rows, shared["rope"])}
         return jnp.pad(x, ((0, 0), (0, more), (0, 0))), x.shape[1], shared
