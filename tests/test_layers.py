@@ -26,6 +26,8 @@ from medvlp_jax.layers import (
     rotate,
     torch_uniform,
 )
+from medvlp_jax.layers.layout import row_major
+from medvlp_jax.layers.norms import layer_norm
 
 RNG = np.random.default_rng(0)
 
@@ -86,6 +88,88 @@ def test_the_gradients_of_a_product_are_sums_over_its_rows(shape, dtype):
     np.testing.assert_allclose(np.float64(y), x64 @ kernel64, rtol=tolerance, atol=tolerance)
     np.testing.assert_allclose(np.float64(dkernel), expected, rtol=tolerance, atol=tolerance)
     np.testing.assert_allclose(np.float64(dx), dy64 @ kernel64.T, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("width", [3, 7])
+def test_weights_of_a_half_layer_have_whole_gradients(width):
+    """Rounded to bfloat16 each, the sums over many devices would not be those of one."""
+    x = jnp.asarray(RNG.normal(size=(2, 50, 5)), jnp.bfloat16)
+    kernel, bias = (RNG.normal(size=s).astype(np.float32) for s in ((5, width), (width,)))
+    y, back = jax.vjp(product, x, kernel, bias)
+    dy = jnp.asarray(RNG.normal(size=y.shape), jnp.bfloat16)
+    dx, dkernel, dbias = back(dy)
+    assert (y.dtype, dx.dtype, dkernel.dtype, dbias.dtype) == (x.dtype, x.dtype, "f4", "f4")
+    x64, dy64 = exact(x).reshape(-1, 5), exact(dy).reshape(-1, width)
+    assert_close(dkernel, sum(np.outer(row, each) for row, each in zip(x64, dy64, strict=True)))
+    assert_close(dbias, sum(dy64))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_gelu_and_its_slope_equal_their_formula(dtype):
+    x = jnp.asarray(np.linspace(-6, 6, 97), dtype)
+    y, slope = jax.vmap(jax.value_and_grad(gelu))(x)
+    assert (y.dtype, slope.dtype) == (dtype, dtype)
+    for z, value, derivative in zip(exact(x), exact(y), exact(slope), strict=True):
+        cdf, pdf = (1 + math.erf(z / 2**0.5)) / 2, math.exp(-z * z / 2) / (2 * math.pi) ** 0.5
+        tolerance = 1e-6 if dtype == jnp.float32 else 2**-8 * (1 + abs(z))
+        assert abs(value - z * cdf) <= tolerance
+        assert abs(derivative - (cdf + z * pdf)) <= tolerance
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_layer_norms_gradients_equal_those_of_its_formula(dtype, biased):
+    x = jnp.asarray(RNG.normal(size=(3, 4, 6)), dtype)
+    scale, bias = RNG.normal(size=(2, 6)).astype(np.float32)
+    bias = bias if biased else None
+    run = lambda x, scale, bias: layer_norm(x, scale, bias, 1e-5, dtype)
+    y, back = jax.vjp(run, x, scale, bias)
+    dy = jnp.asarray(RNG.normal(size=y.shape), dtype)
+    dx, dscale, dbias = back(dy)
+    assert (y.dtype, dx.dtype, dscale.dtype) == (dtype, dtype, "f4")
+    assert (dbias is None) == (bias is None)
+    ys, dxs, unit_sum = np.zeros((3, 4, 6)), np.zeros((3, 4, 6)), np.zeros(6)
+    for at in np.ndindex(3, 4):
+        row, g = exact(x)[at], exact(dy)[at]
+        inverse = 1 / np.sqrt(row.var() + 1e-5)
+        unit = (row - row.mean()) * inverse
+        ys[at] = unit * scale + (0 if bias is None else bias)
+        unit_sum += g * unit
+        for i in range(6):  # d unit_j / d x_i, term by term
+            for j in range(6):
+                own = (i == j) - 1 / 6 - unit[i] * unit[j] / 6
+                dxs[at][i] += g[j] * scale[j] * inverse * own
+    tolerance = 1e-5 if dtype == jnp.float32 else 2**-7
+    for found, expected in ((y, ys), (dx, dxs), (dscale, unit_sum)):
+        np.testing.assert_allclose(
+            exact(found), expected, rtol=tolerance, atol=tolerance * np.abs(expected).max()
+        )
+    if biased:
+        np.testing.assert_allclose(dbias, exact(dy).sum((0, 1)), rtol=1e-5, atol=1e-5)
+
+
+def test_norm_and_gelu_are_mapped_and_differentiated_twice():
+    x, scale, bias = (RNG.normal(size=s).astype(np.float32) for s in ((4, 3, 5), (5,), (5,)))
+
+    def plain(x, scale, bias):
+        centred = x - x.mean(-1, keepdims=True)
+        unit = centred / jnp.sqrt(jnp.square(centred).mean(-1, keepdims=True) + 1e-5)
+        return jax.nn.gelu(unit * scale + bias, approximate=False)
+
+    ours = lambda x, scale, bias: gelu(layer_norm(x, scale, bias, 1e-5, jnp.float32))
+    value = lambda f: lambda *xs: jnp.sin(jax.vmap(f, (0, None, None))(*xs)).sum()
+    twice = lambda f: jax.grad(lambda *xs: jnp.square(jax.grad(f)(*xs)).sum(), (0, 1, 2))
+    for order in (lambda f: jax.grad(f, (0, 1, 2)), twice):
+        assert_trees_close(order(value(ours))(x, scale, bias), order(value(plain))(x, scale, bias))
+
+
+def test_tokens_lie_row_by_row_on_a_gpu_and_are_left_alone_elsewhere(monkeypatch):
+    x = RNG.normal(size=(2, 3, 4)).astype(np.float32)
+    program = lambda: jax.jit(lambda x: row_major(x) + 1).trace(x).jaxpr.pretty_print()
+    assert "layout" not in program()
+    jax.clear_caches()
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert "layout=Layout(major_to_minor=(0, 1, 2)" in program()
 
 
 def test_a_product_is_mapped_and_differentiated_twice():

@@ -9,6 +9,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from medvlp_jax.layers.layout import sum_of_rows
+
 Initializer = Callable[..., jax.Array]
 
 
@@ -27,10 +29,10 @@ def _gelu_forward(x):
 
 
 def _gelu_backward(x, dy):
-    # Else the compiler finds the forward pass' Φ(x) again, and keeps it.
-    x, dy = jax.lax.optimization_barrier((x, dy))
     wide = x.astype(jnp.float32)
-    slope = _normal_cdf(wide) + wide * jax.scipy.stats.norm.pdf(wide)
+    # Not _normal_cdf: the compiler would find the forward pass' numbers again, and keep them.
+    cdf = 0.5 - 0.5 * jax.lax.erf(wide * -(0.5**0.5))
+    slope = cdf + wide * jax.scipy.stats.norm.pdf(wide)
     return ((dy.astype(jnp.float32) * slope).astype(x.dtype),)
 
 
@@ -55,34 +57,41 @@ ACTIVATIONS = {  # by the names of `transformers`
 
 
 @jax.custom_vjp
-def _product(x, kernel):
-    return x @ kernel
+def product(x, kernel, bias=None):
+    """x W + b over the last axis, in the type of x; the gradients of W and b are in their own.
+
+    The backward pass is its own for two reasons. A bfloat16 layer's weights are float32, and so are
+    their gradients then, which many devices add up. And XLA would work out dy once for each of the
+    three that read it, on a CPU for the gradient of W transposed: up to a quarter of a
+    transformer's step (docs/performance.md). Its price: no forward-mode derivative (jax.jvp).
+
+    Args:
+      x: [..., in].
+      kernel: [in, features].
+      bias: [features] or None.
+    """
+    return _product_forward(x, kernel, bias)[0]
 
 
-def _product_forward(x, kernel):
-    return x @ kernel, (x, kernel)
+def _product_forward(x, kernel, bias):
+    y = x @ kernel.astype(x.dtype)
+    return (y if bias is None else y + bias.astype(y.dtype)), (x, kernel, bias)
 
 
 def _product_backward(seen, dy):
-    x, kernel = seen
-    dy = jax.lax.optimization_barrier(dy)
+    x, kernel, bias = seen
+    # Behind a layer that widens lies an activation, whose gradient and the sum of it a GPU has in
+    # one pass.
+    if jax.default_backend() == "cpu" or kernel.shape[0] >= kernel.shape[1]:
+        dy = jax.lax.optimization_barrier(dy)  # is written once
     rows = lambda array: array.reshape(-1, array.shape[-1])
-    dx, dkernel = dy @ kernel.T, rows(x).T @ rows(dy)
-    return dx.astype(x.dtype), dkernel.astype(kernel.dtype)
+    dx = dy @ kernel.astype(dy.dtype).T
+    dkernel = jnp.matmul(rows(x).T, rows(dy), preferred_element_type=kernel.dtype)
+    dbias = None if bias is None else sum_of_rows(dy.astype(bias.dtype))
+    return dx.astype(x.dtype), dkernel, dbias
 
 
-_product.defvjp(_product_forward, _product_backward)
-
-
-def product(x, kernel):
-    """x W over the last axis: [..., in] and [in, features] -> [..., features].
-
-    On a CPU with a backward pass of its own, the same sums. XLA would write what the gradient of W
-    reads transposed, and work out what that comes from, such as GELU's derivative, anew in this
-    order: up to a quarter of a transformer's step (docs/performance.md). Its price, on a CPU alone:
-    no forward-mode derivative (jax.jvp).
-    """
-    return _product(x, kernel) if jax.default_backend() == "cpu" else x @ kernel
+product.defvjp(_product_forward, _product_backward)
 
 
 def torch_uniform(fan_in: int) -> Initializer:
@@ -141,10 +150,9 @@ class Linear(nn.Module):
     def __call__(self, x, *, train=False, low=None):
         """Map [..., in] to [..., features]; `train` switches the low-rank branch's dropout on."""
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
+        bias = self.param("bias", self.bias_init, (self.features,)) if self.use_bias else None
         x = x.astype(self.dtype)
-        y = product(x, kernel.astype(self.dtype))
-        if self.use_bias:
-            y += self.param("bias", self.bias_init, (self.features,)).astype(self.dtype)
+        y = product(x, kernel, bias)
         if covers(self.lora, self.path):
             low = _low(self, x, self.lora, train) if low is None else low
             up = self.param("lora_b", nn.initializers.zeros, (self.lora.rank, self.features))

@@ -33,11 +33,11 @@ class PatchEmbedding(nn.Module):
         images = images[:, : rows * size, : columns * size].astype(self.dtype)
         patches = images.reshape(batch, rows, size, columns, size, channels).swapaxes(2, 3)
         shape = (size, size, channels, self.features)
-        kernel = self.param("kernel", self.kernel_init, shape).astype(self.dtype)
-        x = product(patches.reshape(batch, rows * columns, -1), kernel.reshape(-1, self.features))
+        kernel = self.param("kernel", self.kernel_init, shape).reshape(-1, self.features)
+        bias = None
         if self.use_bias:
-            x += self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
-        return x
+            bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        return product(patches.reshape(batch, rows * columns, -1), kernel, bias)
 
 
 def patch_grid(images, patch_size: int, *, partial: bool = False) -> tuple[int, int]:
