@@ -79,7 +79,7 @@ def parts(folder: pathlib.Path, *, tiny: bool) -> list[Part]:
         step("clip", 80, 512),
         Part("correct", 90, (correct,), there),
         Part("beside", 150, (beside,)),
-        step("vit-l16", 90, 256, *LIGHT, "--config.recipe.image.variant=L/16"),
+        step("vit-l16", 90, 512, *LIGHT, "--config.recipe.image.variant=L/16"),
     ]
 
 
