@@ -75,7 +75,8 @@ def compiled(config: dict, gpus: int):
     with pretended():
         blueprint = plan.blueprint(config, topology.devices)
         lowered = blueprint.step.lower(blueprint.state, blueprint.batch)
-        return lowered.compile(compiler_options={"xla_gpu_autotune_level": 0})
+        flags = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
+        return lowered.compile(compiler_options=flags)
 
 
 def size(shapes: str) -> int:

@@ -55,6 +55,20 @@ def batch_devices(mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
+def batch_apart(x):
+    """Return x [B, ...], split over the devices along its batch and along nothing else.
+
+    What the compiler would also find by itself, were weights not split over the same devices: then
+    it splits activations as it finds the weights, and sends them around in every layer. Outside of
+    `tracing_on` and where the devices do not divide the batch x is left as it is.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    named = set(BATCH_AXES) <= set(mesh.axis_names)
+    if not named or set(mesh.axis_types) != {AxisType.Auto} or len(x) % batch_devices(mesh):
+        return x
+    return jax.lax.with_sharding_constraint(x, BATCH)
+
+
 def whole_batch(mesh: Mesh, size: int) -> int:
     """Return the smallest batch of at least `size` that the devices divide."""
     pieces = batch_devices(mesh)

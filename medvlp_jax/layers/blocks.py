@@ -12,6 +12,7 @@ from medvlp_jax.layers.attention import Attention
 from medvlp_jax.layers.layout import row_major
 from medvlp_jax.layers.linear import GatedMlp, Initializer, Lora, Mlp, gelu
 from medvlp_jax.layers.norms import LayerNorm
+from medvlp_jax.sharding import batch_apart
 
 
 class Block(nn.Module):
@@ -128,7 +129,7 @@ class Stack(nn.Module):
         x, mask, shared = self._aligned(x, mask, shared)
 
         def run(block, x, own):
-            x = row_major(x)
+            x = row_major(batch_apart(x))
             if each is None:
                 return block(x, mask, train=train, **shared), None
             return block(x, mask, train=train, own=own, **shared)
