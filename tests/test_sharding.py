@@ -1,11 +1,15 @@
 """The mesh, parameter rules, and global batches."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from benchmarks import gpu_program
 from medvlp_jax import sharding
+from medvlp_jax.encoders import vit
 
 
 def test_one_free_axis_takes_the_devices_that_are_left():
@@ -52,3 +56,33 @@ def test_optimiser_state_is_split_like_its_parameter():
 def test_a_batch_is_rounded_up_to_what_the_devices_divide(size, whole):
     mesh = sharding.make_mesh(data=3, fsdp=2, devices=jax.devices()[:6])
     assert sharding.whole_batch(mesh, size) == whole
+
+
+def test_activations_are_split_along_the_batch_where_it_can_be():
+    mesh = sharding.make_mesh(data=2, fsdp=4)
+    traced = lambda rows: str(jax.jit(sharding.batch_apart).trace(np.zeros((rows, 3))).jaxpr)
+    assert "sharding_constraint" not in traced(16)
+    with sharding.tracing_on(mesh):
+        assert "spec=P(('data', 'fsdp'),)" in traced(16)
+        assert "sharding_constraint" not in traced(12)  # as in an evaluation of a few prompts
+        inside = jax.shard_map(
+            sharding.batch_apart, mesh=mesh, in_specs=sharding.BATCH, out_specs=sharding.BATCH
+        )
+        assert "sharding_constraint" not in str(jax.jit(inside).trace(np.zeros((64, 3))).jaxpr)
+
+
+@pytest.mark.parametrize("layout", ["unrolled", "scan"])
+def test_where_weights_are_split_they_are_gathered_and_activations_stay(layout):
+    """Without `batch_apart` the scanned blocks' activations go from device to device."""
+    mesh = sharding.make_mesh(data=1, fsdp=4, devices=jax.devices()[:4])
+    module = vit.make("B/16", depth=2, layout=layout)
+    images = jax.ShapeDtypeStruct((16, 224, 224, 3), np.float32)
+    variables = jax.eval_shape(module.init, jax.random.key(0), images)
+    where = (sharding.shardings(variables, mesh), NamedSharding(mesh, sharding.BATCH))
+    loss = lambda variables, x: jnp.square(module.apply(variables, x).pooled).sum()
+    step = jax.jit(jax.grad(loss), in_shardings=where, out_shardings=where[0])
+    with sharding.tracing_on(mesh):
+        program = step.lower(variables, images).compile().as_text()
+    sent = gpu_program.exchanged(program)
+    assert sent["all-gather f32"] > 0
+    assert "all-to-all f32" not in sent
