@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import encoder_profile, step_model, step_profile, train_step
+from benchmarks import encoder_profile, step_model, step_profile, step_settings, train_step
 from medvlp_jax import sharding
 from medvlp_jax.losses import tiled
 from medvlp_jax.training import flops
@@ -101,8 +101,13 @@ def test_a_step_is_measured_with_every_number(tmp_path):
 
 def test_a_step_is_profiled_by_part_and_kind(tmp_path):
     out = tmp_path / "profile.json"
-    rows = step_profile.main([*SMALL, "--rounds=1", f"--out={out}"])
-    assert json.loads(out.read_text())["milliseconds"] == rows
+    rows = step_profile.main([*SMALL, "--rounds=1", "--top=3", f"--out={out}"])
+    found = json.loads(out.read_text())
+    assert found["milliseconds"] == rows
+    times = [each["milliseconds"] for each in found["slowest"]]
+    assert times == sorted(times, reverse=True)
+    assert len(times) == 3
+    assert all(each["makes"] and each["kind"] in encoder_profile.KINDS for each in found["slowest"])
     assert {"image encoder", "text encoder", "heads", "loss", "optimiser"} <= set(rows)
     for row in rows.values():
         by_way = sum(row.get(way, 0) for way in ("forward", "backward"))
@@ -112,6 +117,21 @@ def test_a_step_is_profiled_by_part_and_kind(tmp_path):
         assert rows[encoder]["backward"] > 0
         assert rows[encoder]["matrix products"] > 0
     assert rows["optimiser"].get("backward", 0) == 0
+
+
+def test_settings_and_flags_take_turns_and_what_cannot_be_compiled_is_named(tmp_path, capsys):
+    out = tmp_path / "settings.json"
+    tried = ("config.optim.b1=0.5", "xla_llvm_disable_expensive_passes=true", "xla_nonsense=1")
+    arms = [f"--try={words}" for words in (*tried, "config.nonsense=1")]
+    found = step_settings.main([*SMALL, *arms, "--rounds=2", "--steps=1", f"--out={out}"])
+    assert json.loads(out.read_text()) == found
+    assert list(found["ratios"]) == [*tried[:2]]
+    assert all(ratio["median"] > 0 for ratio in found["ratios"].values())
+    assert set(found["failed"]) == {tried[2], "config.nonsense=1"}
+    assert "xla_nonsense" in found["failed"][tried[2]]
+    assert f"| `{tried[0]}` |" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        step_settings.main([*SMALL, "--try=nonsense"])
 
 
 def test_an_instruction_that_runs_others_is_not_counted_beside_them():
