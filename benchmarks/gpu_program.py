@@ -44,7 +44,8 @@ platform_name: "CUDA"
 dnn_version_info { major: 9 minor: 19 }
 device_description_str: "NVIDIA H200"
 """
-BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "f64": 8}
+BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2}
+BYTES |= {"s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
 LIBRARY = re.compile(r"custom-call|gemm|dot_product_attention")
 FREE = ("parameter", "constant", "bitcast", "tuple", "get-tuple-element")  # nothing is moved
 SENT = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all")
@@ -67,11 +68,19 @@ def pretended():
 
 
 def compiled(config: dict, gpus: int):
-    """Compile the step of a config for GPUs that are not there."""
+    """Compile the step of a config for GPUs that are not there.
+
+    Raises:
+      SystemExit: where JAX's CUDA plugin is not installed.
+    """
     shape = f"1x1x{gpus}"
-    topology = topologies.get_topology_desc(
-        shape, platform="cuda", topology=shape, target_config=CHIP
-    )
+    try:
+        topology = topologies.get_topology_desc(
+            shape, platform="cuda", topology=shape, target_config=CHIP
+        )
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        why = "No compiler for NVIDIA GPUs: pip install 'jax[cuda13]'"
+        raise SystemExit(f"{why} ({error}).") from None
     with pretended():
         blueprint = plan.blueprint(config, topology.devices)
         lowered = blueprint.step.lower(blueprint.state, blueprint.batch)
@@ -123,8 +132,8 @@ def exchanged(program: str) -> dict[str, int]:
         if match:
             result, operation, starts = match.groups()
             arrays = re.findall(r"\w+\[[\d,]*\]", result)
-            if starts and result.startswith("("):  # what comes out stands behind what goes in
-                arrays = arrays[len(arrays) // 2 :]
+            if starts and operation in ("all-gather", "collective-permute"):
+                arrays = arrays[len(arrays) // 2 :]  # what comes out stands behind what goes in
             for array in arrays:
                 found[f"{operation} {array.split('[')[0]}"] += size(array)
     return dict(found)
@@ -177,14 +186,7 @@ def main(argv: list[str] | None = None) -> dict:
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # Grain reads absl's own flags
     config, _ = train.resolve(settings)
-    try:
-        found = measure(config, options.gpus)
-    except (RuntimeError, ValueError) as error:
-        if "cuda" not in str(error).lower():
-            raise
-        raise SystemExit(
-            f"No compiler for NVIDIA GPUs: pip install 'jax[cuda13]' ({error})."
-        ) from None
+    found = measure(config, options.gpus)
     print(table(found, options.top))
     if options.out:
         check.keep(options.out, json.loads(json.dumps(found)))

@@ -85,7 +85,7 @@ def measure(settings: list[str], tried: Sequence[str], rounds: int, steps: int) 
         try:
             arms[name] = Arm(settings, name.split())
         except Exception as error:  # whatever a flag or a setting does to the compiler
-            failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            failed[name] = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
             print(f"{name}: {failed[name]}", flush=True)
     for arm in arms.values():
         arm.run(steps)  # warms up

@@ -96,13 +96,14 @@ def test_cudnn_equals_xla_in_value_and_gradient(fields, mask, rotary):
     assert_agree(make, variables, weight)
 
 
+@pytest.mark.parametrize("fields", [{}, {"causal": True}, {"causal": True, "window": 32}])
 @pytest.mark.parametrize("length", [197, 640])
-def test_lengths_that_are_no_multiple_of_anything(length):
+def test_lengths_that_are_no_multiple_of_anything(length, fields):
     x = RNG.normal(size=(2, length, 256)).astype(np.float32)
-    variables = initial(Attention(4), x)
+    variables = initial(Attention(4, **fields), x)
 
     def make(implementation, dtype):
-        layer = Attention(4, implementation=implementation, dtype=dtype)
+        layer = Attention(4, implementation=implementation, dtype=dtype, **fields)
         return lambda variables: layer.apply(variables, x)
 
     assert_agree(make, variables, RNG.normal(size=x.shape))

@@ -25,6 +25,7 @@ ENTRY %main (a: bf16[2,3], b: f32[3]) -> f32[2,3] {
   %input_transpose_fusion = f32[3,2]{1,0} fusion(%fusion.1), kind=kInput, calls=%g
   %custom-call.1 = (f32[2,3]{1,0}, s8[64]{0}) custom-call(%fusion.1, %bitcast.1), target="gemm"
   %all-reduce.1 = f32[2,3]{1,0} all-reduce(%fusion.1), to_apply=%sum
+  %both = (f32[5]{0}, bf16[3]{0}) all-reduce-start(%b, %a), to_apply=%sum
   ROOT %fusion.2 = f32[2,3]{1,0} fusion(%input_transpose_fusion, %all-reduce.1), kind=kLoop
 }
 """
@@ -37,6 +38,7 @@ def test_an_instruction_moves_what_it_reads_and_what_it_writes():
         "input_transpose_fusion": 24 + 24,
         "custom-call.1": 24 + 24 + 24 + 64,
         "all-reduce.1": 24 + 24,
+        "both": 12 + 12 + 20 + 6,
         "fusion.2": 24 + 24 + 24,
     }
     assert [name for name, row in rows.items() if row["library"]] == ["custom-call.1"]
@@ -45,7 +47,11 @@ def test_an_instruction_moves_what_it_reads_and_what_it_writes():
 
 
 def test_what_devices_exchange_is_counted_once():
-    assert gpu_program.exchanged(PROGRAM) == {"collective-permute f32": 16, "all-reduce f32": 24}
+    assert gpu_program.exchanged(PROGRAM) == {
+        "collective-permute f32": 16,
+        "all-reduce f32": 24 + 20,
+        "all-reduce bf16": 6,
+    }
 
 
 def test_the_entry_of_a_real_program_is_read():

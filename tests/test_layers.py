@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from medvlp_jax.encoders import modernbert
+from medvlp_jax.encoders.base import Tokens
 from medvlp_jax.layers import (
     Attention,
     BatchNorm,
@@ -553,7 +555,8 @@ def cudnn(monkeypatch):
         shape = (len(query), 1, query.shape[1], key.shape[1])
         assert shape[2] % 2 == shape[3] % 2 == 0
         assert mask is None or mask.shape == shape
-        assert settings["is_causal"] or not settings["local_window_size"]
+        window = settings["local_window_size"]
+        assert window is None or (settings["is_causal"] and window[1] == 0)
         asked.append(shape)
         return attend(query, key, value, mask=mask, implementation="xla", **settings)
 
@@ -597,7 +600,8 @@ def test_cudnn_is_asked_for_what_it_takes(cudnn, kind, fields, length):
 @pytest.mark.parametrize("rotary", ["", "one for all", "one each"])
 def test_a_stack_fills_odd_tokens_up_once_for_cudnn(cudnn, rotary, layout):
     x = RNG.normal(size=(2, 5, 8)).astype(np.float32)
-    rope = rope_1d(np.arange(5), 4, 100.0) if rotary else None
+    positions = {"one for all": np.arange(5), "one each": np.arange(10).reshape(2, 5)}
+    rope = rope_1d(positions[rotary], 4, 100.0) if rotary else None
     fields = {"num_heads": 2, "mlp_dim": 16}
     stacks = [
         Stack(blocks.Block, fields | {"attention": how}, 2, layout) for how in ("cudnn", "xla")
@@ -607,6 +611,18 @@ def test_a_stack_fills_odd_tokens_up_once_for_cudnn(cudnn, rotary, layout):
     assert_trees_close(found, expected)
     assert set(cudnn) == {(2, 1, 8, 8)}
     assert stacks[0].apply(variables, x, rope=rope).shape == x.shape
+
+
+@pytest.mark.parametrize("length", [5, 12])
+def test_blocks_with_positions_of_their_own_are_not_filled_up_for_cudnn(cudnn, length):
+    module = modernbert.make("tiny", vocab_size=9, pad_id=0, depth=4)
+    ids = RNG.integers(1, 9, (2, length)).astype(np.int32)
+    tokens = Tokens(ids, np.arange(length) < np.array([[length], [3]]))
+    variables = random_variables(module, tokens)
+    ours = module.clone(attention="cudnn").apply(variables, tokens)
+    expected = module.apply(variables, tokens)
+    assert_trees_close(ours.pooled, expected.pooled)
+    assert cudnn
 
 
 @pytest.mark.parametrize("train", [False, True])

@@ -213,7 +213,7 @@ class Conv(nn.Module):
         """Map [B, H, W, S, C] to [B, H/stride, W/stride, S/stride, features], rounded up."""
         shape = (self.size,) * 3 + (x.shape[-1], self.features)
         init = torch_uniform(math.prod(shape[:-1]))
-        kernel = self.param("kernel", init, shape).astype(self.dtype)
+        kernel = self.param("kernel", init, shape)
         x, stride = x.astype(self.dtype), self.stride
         if self.size == 1:  # a matrix product
             y = product(x[:, ::stride, ::stride, ::stride], kernel[0, 0, 0])
@@ -222,7 +222,7 @@ class Conv(nn.Module):
             # (benchmarks/selective_scan.py).
             y = jax.lax.platform_dependent(
                 x,
-                kernel,
+                kernel.astype(self.dtype),
                 cpu=functools.partial(convolve_by_slices, stride=stride),
                 default=functools.partial(convolve, stride=stride),
             )

@@ -49,11 +49,11 @@ class Conv(nn.Module):
     def __call__(self, x):
         """Map [B, H, W, C] to [B, H/stride, W/stride, features]."""
         shape = (self.size, self.size, x.shape[-1], self.features)
-        kernel = self.param("kernel", kaiming_normal, shape).astype(self.dtype)
+        kernel = self.param("kernel", kaiming_normal, shape)
         x, stride = x.astype(self.dtype), self.stride
         if self.size == 1:  # a matrix product: twice as fast on CPU, the same elsewhere
             return product(x[:, ::stride, ::stride], kernel[0, 0])
-        return convolve(x, kernel, stride, self.size // 2)
+        return convolve(x, kernel.astype(self.dtype), stride, self.size // 2)
 
 
 class Stem(nn.Module):

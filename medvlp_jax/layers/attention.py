@@ -226,20 +226,20 @@ def _flash(query, key, value, mask, is_causal, window, implementation):
     query, key, value = (
         jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (query, key, value)
     )
-    seen = {}
+    limits = {}
     if isinstance(mask, int):
-        seen["key_value_seq_lengths"] = jnp.full(batch, mask, jnp.int32)
+        limits["key_value_seq_lengths"] = jnp.full(batch, mask, jnp.int32)
     elif mask is not None:
         mask = jnp.broadcast_to(mask, (batch, 1, steps, others))
-        seen["mask"] = jnp.pad(mask, ((0, 0), (0, 0), (0, odd[0]), (0, odd[1])))
+        limits["mask"] = jnp.pad(mask, ((0, 0), (0, 0), (0, odd[0]), (0, odd[1])))
     y = jax.nn.dot_product_attention(
         query,
         key,
         value,
         is_causal=is_causal,
-        local_window_size=window or None,
+        local_window_size=(window, 0) if window else None,  # of a causal one
         implementation=implementation,
-        **seen,
+        **limits,
     )
     return y[:, :steps]
 

@@ -82,7 +82,7 @@ REMAT = {
     "block": jax.checkpoint_policies.nothing_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
-ALIGNED = 8  # tokens
+ALIGNED = 8  # tokens, so that rows of a batch are whole tiles of a product
 Remat = Literal["none", "dots", "block", "full"]
 
 
@@ -126,7 +126,7 @@ class Stack(nn.Module):
         """
 
         length = x.shape[1]
-        x, mask, shared = self._aligned(x, mask, shared)
+        x, mask, shared = self._aligned(x, mask, each, shared)
 
         def run(block, x, own):
             x = row_major(batch_apart(x))
@@ -162,15 +162,16 @@ class Stack(nn.Module):
         x = x[:, :length]
         return x if each is None else (x, outputs)
 
-    def _aligned(self, x, mask, shared):
+    def _aligned(self, x, mask, each, shared):
         """Fill the tokens up to a multiple of ALIGNED for cuDNN, which takes no odd number.
 
-        Once here instead of in every block's attention; nothing attends to what is filled in.
+        Once here instead of in every block's attention; nothing attends to what is filled in. Not
+        where blocks are given masks or positions of their own: then each attention does it.
         """
         more = -x.shape[1] % ALIGNED
-        if self.fields.get("attention") != "cudnn" or mask is not None or not more:
+        own = each is not None or mask is not None or not set(shared) <= {"rope"}
+        if self.fields.get("attention") != "cudnn" or own or not more:
             return x, mask, shared
-        rows = lambda array: jnp.pad(array, (*[(0, 0)] * (array.ndim - 2), (0, more), (0, 0)))
-        if shared.get("rope") is not None:
-            shared = shared | {"rope": jax.tree.map(rows, shared["rope"])}
-        return jnp.pad(x, ((0, 0), (0, more), (0, 0))), x.shape[1], shared
+        fill = lambda array: jnp.pad(array, (*[(0, 0)] * (array.ndim - 2), (0, more), (0, 0)))
+        shared = jax.tree.map(fill, shared)
+        return fill(x), x.shape[1], shared

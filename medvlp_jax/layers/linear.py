@@ -19,6 +19,7 @@ def gelu(x):
     """x Φ(x), exact (Hendrycks and Gimpel 2016, https://arxiv.org/abs/1606.08415), in float32.
 
     Its backward pass keeps x alone, and works the rest out again: what XLA would keep is as large.
+    No forward-mode derivative.
     """
     return _gelu_forward(x)[0]
 
@@ -86,7 +87,8 @@ def _product_backward(seen, dy):
         dy = jax.lax.optimization_barrier(dy)  # is written once
     rows = lambda array: array.reshape(-1, array.shape[-1])
     dx = dy @ kernel.astype(dy.dtype).T
-    dkernel = jnp.matmul(rows(x).T, rows(dy), preferred_element_type=kernel.dtype)
+    wide = jnp.promote_types(dy.dtype, kernel.dtype)
+    dkernel = jnp.matmul(rows(x).T, rows(dy), preferred_element_type=wide).astype(kernel.dtype)
     dbias = None if bias is None else sum_of_rows(dy.astype(bias.dtype))
     return dx.astype(x.dtype), dkernel, dbias
 
@@ -156,7 +158,7 @@ class Linear(nn.Module):
         if covers(self.lora, self.path):
             low = _low(self, x, self.lora, train) if low is None else low
             up = self.param("lora_b", nn.initializers.zeros, (self.lora.rank, self.features))
-            y += low.astype(self.dtype) @ up.astype(self.dtype) * self.lora.scale
+            y += product(low.astype(self.dtype), up) * self.lora.scale
         return y
 
 
@@ -189,7 +191,7 @@ def _low(module, x, lora, train):
     # torch's Kaiming uniform with a = sqrt(5), as PEFT starts A.
     down = module.param("lora_a", torch_uniform(x.shape[-1]), (x.shape[-1], lora.rank))
     x = nn.Dropout(lora.dropout, deterministic=not train)(x)
-    return x @ down.astype(x.dtype)
+    return product(x, down)
 
 
 def torch_linear(x, features: int, name: str):

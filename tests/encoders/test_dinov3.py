@@ -232,7 +232,9 @@ def test_lora_covers_the_layers_it_names_and_changes_nothing_at_first(variables_
     flat |= {path: np.zeros_like(flat[path]) for path in added if path.endswith("lora_b")}
     without = {path: leaf for path, leaf in flat.items() if path not in added}
     ours = run(module, unflatten_dict(flat, sep="/"), images).pooled
-    np.testing.assert_array_equal(ours, run(base, unflatten_dict(without, sep="/"), images).pooled)
+    plain = run(base, unflatten_dict(without, sep="/"), images).pooled
+    # Another program: its norms may be fused and so rounded otherwise.
+    np.testing.assert_allclose(ours, plain, rtol=1e-6, atol=1e-6)
 
 
 def test_compute_in_bfloat16_stays_near(variables_of):
