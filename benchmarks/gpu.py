@@ -95,7 +95,8 @@ def measure(part: Part, folder: pathlib.Path) -> dict:
     outcome = f"not measured: code {code}" if code else "measured"
     if code is None:
         outcome = f"not measured: longer than {part.limit:.0f} s"
-    return {"outcome": outcome, "seconds": time.perf_counter() - began, "command": [*command]}
+    words = [word.replace(str(folder), "FOLDER") for word in command]
+    return {"outcome": outcome, "seconds": time.perf_counter() - began, "command": words}
 
 
 def run(command, log: pathlib.Path, limit: float, environment: Mapping[str, str]) -> int | None:

@@ -9,8 +9,9 @@ how long each one ran; on a CPU they overlap, and one that several threads share
 Printed are shares of the sum, beside the share of the FLOPs: a part that takes more time than FLOPs
 waits for memory. "compiler" is what XLA put in by itself, most of it copies. --top also lists the
 instructions that take longest. On a CPU set GLIBC_TUNABLES as launch/processes.sh does: else the
-forward pass clears its memory anew each time. On a GPU set XLA_FLAGS to the line in COMMANDS_APART:
-kernels that are launched together do not say which instruction they belong to.
+forward pass clears its memory anew each time. On a GPU set
+XLA_FLAGS="--xla_gpu_enable_command_buffer=": kernels that are launched together do not say which
+instruction they belong to.
 """
 
 import argparse
@@ -25,8 +26,6 @@ from absl import flags
 from benchmarks import encoder_profile, train_step
 from medvlp_jax import plan, train
 from medvlp_jax.training import flops
-
-COMMANDS_APART = "--xla_gpu_enable_command_buffer="
 
 
 def parts_of(program: str) -> dict[str, tuple[str, bool]]:

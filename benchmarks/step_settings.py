@@ -85,7 +85,8 @@ def measure(settings: list[str], tried: Sequence[str], rounds: int, steps: int) 
         try:
             arms[name] = Arm(settings, name.split())
         except Exception as error:  # whatever a flag or a setting does to the compiler
-            failed[name] = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            reason = str(error).split("\n", 1)[0]
+            failed[name] = f"{type(error).__name__}: {reason}"
             print(f"{name}: {failed[name]}", flush=True)
     for arm in arms.values():
         arm.run(steps)  # warms up

@@ -37,7 +37,12 @@ def test_a_part_that_fails_is_named_and_stops_no_other(tmp_path, monkeypatch, ca
         gpu.Part("hangs", 1, (("-c", f"import subprocess; subprocess.run({sleeping})"),)),
         gpu.Part("breaks", 60, (("-c", "raise SystemExit(3)"), ("-c", "raise SystemExit(4)"))),
         gpu.Part("full", 60, (("-c", f"raise ValueError('{gpu.FULL}')"), ("-c", "print(2)"))),
-        gpu.Part("runs", 60, (("-c", "import os; print(os.environ['WORD'])"),), {"WORD": "a word"}),
+        gpu.Part(
+            "runs",
+            60,
+            (("-c", "import os; print(os.environ['WORD'])", f"--out={tmp_path}/out/runs.json"),),
+            {"WORD": "a word"},
+        ),
     ]
     monkeypatch.setattr(gpu, "parts", lambda folder, tiny: made)
     found = gpu.main([str(tmp_path / "out")])
@@ -48,6 +53,7 @@ def test_a_part_that_fails_is_named_and_stops_no_other(tmp_path, monkeypatch, ca
         "runs": "measured",
     }
     assert json.loads((tmp_path / "out/parts.json").read_text()) == found
+    assert found["runs"]["command"][-1] == "--out=FOLDER/runs.json"  # no path of the machine
     assert (tmp_path / "out/runs.log").read_text() == "a word\n"
     assert (tmp_path / "out/full.log").read_text() == "2\n"
     assert not (tmp_path / "awake").exists()
