@@ -79,8 +79,7 @@ def small(config):
     """Sizes for two CPU cores."""
     block = {"depth": 4, "width": 96, "num_heads": 4, "mlp_dim": 192, "dtype": "float32"}
     config.recipe.image = ConfigDict({"name": "vit", "variant": "tiny", **block, "patch_size": 8})
-    # The mean over the patches, so that each has its share in what meets the report.
-    config.recipe.image.pooling = "mean"
+    config.recipe.image.pooling = "mean"  # each patch has its share in what meets the report
     config.recipe.text = ConfigDict({"name": "bert", "variant": "tiny", "pooling": "mean"})
     config.recipe.text.update({"dropout": 0.0, "attention_dropout": 0.0, "dtype": "float32"})
     config.recipe.update({"dim": 64, "prototypes": 32, "num_heads": 4})
@@ -112,6 +111,7 @@ def study(config):
     """A cell of benchmarks/methods_lgdea.py, which starts from the encoder of `views`."""
     demo(config)
     config.optim.multipliers = (("^(image|text)/", 0.1),)
+    config.data.pairing.update({"share": 0.75, "passes": 0})  # docs/lgdea-study.md
     config.train.update({"steps": 900, "refresh_every": 75, "checkpoint_every": 100})
     config.train.update({"evaluate_every": 0, "export": False})
     config.evals.update({"protocols": ("zero_shot", "retrieval", "grounding"), "resamples": 500})
