@@ -40,7 +40,7 @@ def test_arms_differ_from_lgdea_in_what_they_say_and_nothing_else():
         for arm in bench.ARMS
     }
     assert changed["lgdea"] == set()
-    assert changed["no_unpaired"] == {"data.pairing.passes", "train.refresh_every"}
+    assert changed["no_unpaired"] == {"data.pairing.share", "train.refresh_every"}
     off = {f"recipe.weights.{name}" for name in ("reconstruction", "paired", "unpaired")}
     off |= {f"recipe.weights.{name}" for name in ("alignment", "relations", "global_relations")}
     off |= {"recipe.meets", "evals.zero_shot.by_rules"}

@@ -438,6 +438,7 @@ def make(
     Raises:
       UserError: for a value outside these.
     """
+    settings = {k: v for k, v in locals().items() if k not in ("image", "text")}
     base.check_weights(weights, TERMS)
     base.check_tile(loss_tile)
     base.check_positive(
@@ -468,30 +469,4 @@ def make(
         raise UserError(
             f"recipe.num_heads={num_heads} does not divide the image encoder's {image.width}."
         )
-    return Lgdea(
-        image,
-        text,
-        dim,
-        prototypes,
-        lesions,
-        depth,
-        num_heads,
-        temperature,
-        image_temperature,
-        alignment_temperature,
-        global_temperature,
-        shrinkage,
-        neighbours,
-        hops,
-        alpha,
-        related,
-        kept,
-        near_reports,
-        confidence,
-        least_confidence,
-        moved,
-        by_share,
-        meets,
-        loss_tile,
-        weights=weights,
-    )
+    return Lgdea(image, text, **settings)
