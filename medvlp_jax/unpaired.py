@@ -114,6 +114,9 @@ def refresher(
 ) -> Callable[[Any], Any]:
     """Return state -> state with the relations as its own model sees the corpus.
 
+    Where the optimiser keeps an average of the weights (optim.average), that is what looks: a mean
+    teacher (Tarvainen and Valpola 2017, https://arxiv.org/abs/1703.01780).
+
     All processes encode their share of the corpus, and all devices their share of the graphs and
     hops; `related` is told the result. What it returns raises Stopped, in all processes, when one
     of them was asked to stop.
@@ -122,7 +125,7 @@ def refresher(
     mesh = parts.mesh if parts.mesh.size > 1 else None
 
     def refresh(state):
-        variables = {k: v for k, v in state.variables.items() if k != RELATIONS}
+        variables = {k: v for k, v in state.evaluated.items() if k != RELATIONS}
         images = encode(variables, found.images, ("image",), parts.recipe.described)
         reports = encode(variables, found.reports, parts.recipe.told_by, parts.recipe.told)
         made = parts.recipe.refresh(images, reports, len(found.pairs), mesh=mesh)
