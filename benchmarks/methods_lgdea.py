@@ -396,7 +396,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     start = "none" if arguments.start == "none" else "views"
     settings |= {"start": start, "overrides": studies.deciding(overrides)}
     # The config may have changed since, under the same name.
-    settings["recipe"] = fingerprint(whole["recipe"])
+    rows = whole["data"]["pairing"]
+    settings["recipe"] = fingerprint({"recipe": whole["recipe"], "pairing": rows})
     studies.finished(arguments.out, settings, later=("weights",))  # before anything is trained
     start = start_of(arguments, whole)
     settings["weights"] = weights_of(start)

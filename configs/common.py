@@ -68,7 +68,7 @@ def optim(**fields) -> ConfigDict:
             "clip": 0.0,  # largest global gradient norm; 0 = none
             "multipliers": (),  # ((pattern, factor), ...) on the learning rate
             "no_decay": (),  # patterns without weight decay
-            "average": 0.0,  # decay of a moving average of the weights to evaluate; 0 = none
+            "average": 0.0,  # decay of the average of the weights that is evaluated; 0 = none
             "freeze": (),  # patterns of fixed parameters, besides the recipe's own
         },
         fields,

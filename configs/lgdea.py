@@ -64,7 +64,7 @@ def recipe() -> ConfigDict:
             "alpha": 0.8,
             "related": 10,
             "kept": 50,
-            "near_reports": 0,  # 50 gave better relations, docs/lgdea.md
+            "near_reports": 0,  # 50 gave better relations, docs/lgdea-told.md
             "confidence": "evidence",  # "link", the specification's, trusts no unpaired image
             "least_confidence": 0.2,
             "moved": "both",
