@@ -83,9 +83,8 @@ def make(
       clip: largest global gradient norm; 0 is no clipping.
       multipliers: (pattern, factor) pairs on the learning rate; the first match counts.
       no_decay: patterns of parameters without weight decay.
-      average: decay of a moving average of the parameters, which is what is evaluated, and what
-        looks at the corpus for a method that does between steps; 0 keeps
-        none.
+      average: decay of a moving average of the parameters, which is evaluated, and looks at the
+        corpus between steps where a method does; 0 keeps none.
 
     Returns:
       The transformation, and the learning-rate schedule for logging.
