@@ -53,15 +53,18 @@ def written_config(folder: pathlib.Path) -> dict:
     """Read the config of a run folder as it is; JSON's lists become tuples again.
 
     Raises:
-      UserError: if the folder holds no run, or its config is no JSON.
+      UserError: if the folder holds no run, or its config is no JSON or none of a run.
     """
     file = pathlib.Path(folder) / CONFIG
     if not file.is_file():
         raise UserError(f"{folder} is not a run folder: it has no {CONFIG}.")
     try:
-        return _tuples(json.loads(file.read_text()))
-    except json.JSONDecodeError as error:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{file} is not JSON: {error}.") from None
+    if not isinstance(config, dict) or not isinstance(config.get("recipe"), dict):
+        raise UserError(f"{file} is no config of a run; an object with a section recipe is needed.")
+    return _tuples(config)
 
 
 def read_config(folder: pathlib.Path) -> dict:

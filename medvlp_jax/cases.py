@@ -144,17 +144,27 @@ def read_scores(file: pathlib.Path) -> dict[str, PromptScores]:
     Raises:
       UserError: for a file that is none.
     """
-    with file.open(newline="") as stream:
-        header, *rows = csv.reader(stream)
+    header, *rows = paired.lines_of(file) or [[]]
+    if header[:2] != paired.IDS[:2] or len(header) == 2:
+        raise UserError(
+            f"{file} is no table of scores: it has the columns {header[:3]} ...; "
+            f"{paired.IDS[:2]} and, for each class, TASK/CLASS and TASK/CLASS{TRUTH} are needed."
+        )
     tasks: dict[str, list] = {}
-    try:
-        for c in range(2, len(header), 2):
-            task, _, name = header[c].partition("/")
+    for c in range(2, len(header), 2):
+        task, _, name = header[c].partition("/")
+        try:
             scores = [float(row[c]) for row in rows]
             labels = [int(row[c + 1] or -1) for row in rows]
-            tasks.setdefault(task, []).append((name, scores, labels))
-    except (ValueError, IndexError):
-        raise UserError(f"{file} is no table of scores: its column {header[c]!r} fails.") from None
+            is_whole = header[c + 1] == f"{header[c]}{TRUTH}"
+        except (ValueError, IndexError):
+            is_whole = False
+        if not (is_whole and np.isfinite(scores).all() and {*labels} <= {-1, 0, 1}):
+            raise UserError(
+                f"{file} is no table of scores: its column {header[c]!r} fails, which needs finite "
+                f"numbers and behind it {header[c] + TRUTH!r} of 1, 0 and empty cells."
+            )
+        tasks.setdefault(task, []).append((name, scores, labels))
     found = {}
     for task, columns in tasks.items():
         names, scores, labels = zip(*columns, strict=True)

@@ -48,6 +48,11 @@ def run(main: Callable, argv: list[str] | None = None) -> int:
         if file := _in_the_way(error):
             print(f"medvlp: {file} is a file; name a folder.", file=sys.stderr)
             return 2
+        if isinstance(error, IsADirectoryError) and error.filename:
+            # Of a file that could not take the place of a folder, the second one is the folder.
+            folder = error.filename2 or error.filename
+            print(f"medvlp: {folder} is a folder; name a file.", file=sys.stderr)
+            return 2
         traceback.print_exc()
         return 1
     return 0

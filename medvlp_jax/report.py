@@ -68,7 +68,7 @@ def build(run: pathlib.Path, *, with_texts: bool = False) -> str:
     config, written = assemble.read_config(run), results.read(run)
     tasks = page.tasks(written.numbers)
     recipe = config["recipe"]["name"]
-    rows = written.provenance.get("rows", {})
+    rows = comparison.rows_of(run.name, written)
     corpora = ", ".join(config["data"]["corpora"])
     body = [
         page.text(run.name, "h1"),
@@ -262,8 +262,10 @@ def main(argv: Sequence[str] | None = None) -> None:
       UserError: for bad input.
     """
     options = parser().parse_args(argv)
-    written = build(options.run.absolute(), with_texts=options.with_texts)
     out = options.out or options.run / NAME
+    if out.is_dir():
+        raise UserError(f"{out} is a folder; name a file, such as {out / NAME}.")
+    written = build(options.run.absolute(), with_texts=options.with_texts)
     with replaced(out) as scratch:
         scratch.write_text(written, encoding="utf-8")
     print(f"{out}: {len(written) / 2**20:.1f} MiB, opens in any browser.")

@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 
-from medvlp_jax import cases, report
+from medvlp_jax import cases, cli, report, writing
 from medvlp_jax.config import UserError
 from medvlp_jax.evaluation import page, plots, provenance, results, zero_shot
 
@@ -88,6 +88,9 @@ def run(tmp_path):
     image = np.zeros((1, 8, 8, 1), np.uint8)
     plots.examples(image, [["a report"]], [[0.5]], ["a report"], folder / "examples.png")
     return folder
+
+
+SCORED = b"image_id,patient_id,finding/edema,finding/edema (truth)\n"
 
 
 def predictions(folder, lines):
@@ -195,9 +198,29 @@ def test_scores_of_prompts_are_written_read_and_drawn(run):
     assert len(page_of.images) == 2
     assert "ROC of each class, by prompts" in page_of.text
     assert "anna" not in page_of.text
-    (run / "zero_shot.csv").write_text("image_id,patient_id,finding/edema\ni1,anna,high\n")
-    with pytest.raises(UserError, match="no table of scores: its column 'finding/edema' fails"):
-        report.build(run)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("zero_shot.csv", b"", r"has the columns \[\] \.\.\."),
+        ("zero_shot.csv", b"a,b\n1,2\n", r"has the columns \['a', 'b'\] .* TASK/CLASS \(truth\)"),
+        ("zero_shot.csv", b"\xff", "a UTF-8 CSV file is needed"),
+        ("zero_shot.csv", SCORED + b"i1,anna,high,1\n", "its column 'finding/edema' fails"),
+        ("zero_shot.csv", SCORED + b"i1,anna,nan,1\n", "which needs finite numbers"),
+        ("zero_shot.csv", SCORED + b"i1,anna,0.5,7\n", r"'finding/edema \(truth\)' of 1, 0 and"),
+        ("zero_shot.csv", SCORED + b"i1,anna,0.5\n", "its column 'finding/edema' fails"),
+        ("predictions.csv", b"image_id,patient_id,truth,a\ni,p,a,nan\n", "row 2: 'nan' is no prob"),
+        ("config.json", b"[]", "is no config of a run; an object with a section recipe is needed"),
+        ("config.json", b"{}", "is no config of a run"),
+        ("config.json", b"\xff", r"config\.json is not JSON: 'utf-8' codec"),
+    ],
+)
+def test_a_damaged_file_of_a_run_is_one_sentence(run, file, content, message):
+    (run / file).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        report.main([str(run)])
+    assert not (run / "report.html").exists()
 
 
 def test_files_of_cases_are_cleared_where_an_evaluation_lies_and_nowhere_else(run, tmp_path):
@@ -211,10 +234,11 @@ def test_files_of_cases_are_cleared_where_an_evaluation_lies_and_nowhere_else(ru
 
 
 def test_a_run_without_a_number_in_its_log_has_a_page_that_says_so(run):
-    (run / "metrics.jsonl").write_text("{}\n")
-    found = Reader(report.build(run))
-    assert not found.images
-    assert "metrics.jsonl" in found.text
+    for content in (b"{}\n", b"[1]\n", b"\xff"):
+        (run / "metrics.jsonl").write_bytes(content)
+        found = Reader(report.build(run))
+        assert not found.images
+        assert "metrics.jsonl" in found.text
 
 
 def test_controls_under_other_keys_join_the_classifiers_table():
@@ -239,6 +263,21 @@ def test_a_folder_without_results_is_refused_and_nothing_is_written(run, tmp_pat
     shutil.rmtree(run)
     with pytest.raises(UserError, match="is not a run folder"):
         report.main([str(run)])
+
+
+def test_a_folder_where_a_file_belongs_is_one_sentence(run, tmp_path, capsys):
+    assert cli.run(report.main, [str(run), f"--out={tmp_path}"]) == 2
+    assert f"{tmp_path} is a folder; name a file, such as" in capsys.readouterr().err
+    folder = tmp_path / "folder"
+    folder.mkdir()
+
+    def replace(_):  # as `data check --json` does
+        with writing.replaced(folder) as scratch:
+            scratch.write_text("")
+
+    for main in (replace, lambda _: folder.write_text("")):
+        assert cli.run(main) == 2
+        assert f"medvlp: {folder} is a folder; name a file." in capsys.readouterr().err
 
 
 def test_the_page_lies_in_the_run_folder(run, capsys):

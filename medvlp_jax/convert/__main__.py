@@ -1,7 +1,6 @@
 """Command line: `medvlp convert import HF_DIR_OR_ID OUT`, `medvlp convert export RUN OUT`."""
 
 import argparse
-import json
 import logging
 import sys
 import textwrap
@@ -9,6 +8,7 @@ from pathlib import Path
 
 from medvlp_jax.config import UserError
 from medvlp_jax.convert import architectures, checkpoint
+from medvlp_jax.convert.files import read_json
 
 DESCRIPTION = """\
 Weights in from Hugging Face, and back out.
@@ -92,17 +92,18 @@ def import_(arguments: argparse.Namespace) -> None:
     """
     _refuse_full(arguments.out)
     folder = checkpoint.fetch(arguments.source)
+    file = folder / checkpoint.PREPROCESSOR
+    preprocessor = read_json(file) if file.is_file() else None
     module, variables = checkpoint.load(
         folder, tower=arguments.tower, drop=arguments.drop, ignore=arguments.ignore
     )
-    processor = folder / checkpoint.PREPROCESSOR
     has_tokenizer = any((folder / name).is_file() for name in checkpoint.TOKENIZER_FILES)
     checkpoint.save(
         module,
         variables,
         arguments.out,
         tokenizer=folder if has_tokenizer else None,
-        preprocessor=json.loads(processor.read_text()) if processor.is_file() else None,
+        preprocessor=preprocessor,
     )
     print(f"{type(module).__name__} in {arguments.out}")
 
@@ -138,7 +139,8 @@ def main(argv: list[str] | None = None) -> None:
     Raises:
       UserError: for bad input.
     """
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("medvlp_jax").setLevel(logging.INFO)  # of Orbax only what went wrong
     arguments = parser().parse_args(argv)
     arguments.run(arguments)
 

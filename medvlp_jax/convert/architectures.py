@@ -20,7 +20,7 @@ from medvlp_jax.convert import (
     vit,
 )
 from medvlp_jax.convert.neutral import NEUTRAL, OFF
-from medvlp_jax.convert.table import Table
+from medvlp_jax.convert.table import Table, square
 
 TABLES = (
     resnet.TABLE,
@@ -82,9 +82,11 @@ def fields_of(
       ignore: settings that are not known here and said to change nothing.
 
     Raises:
-      UserError: listing every setting this implementation does not have.
+      UserError: listing every setting this implementation does not have, every size that is none,
+        or what is ignored and not there.
     """
-    config = table.flatten(config)
+    written = config
+    config = table.flatten(written)
     fixed = {**OFF, **table.former, **table.fixed}
     # A key that is absent has the default of the class in `transformers`.
     wrong = [
@@ -94,10 +96,45 @@ def fields_of(
     ]
     if wrong:
         raise UserError(f"{folder}/config.json asks for what is not here: {', '.join(wrong)}.")
-    known = {*table.fields, *fixed, *NEUTRAL, *ignore}
-    if unknown := [f"{key} {config[key]!r}" for key in config if key not in known]:
+    ignore, known = [*ignore], {*table.fields, *fixed, *NEUTRAL}
+    unknown = {key: value for key, value in config.items() if key not in known}
+    if absent := [key for key in ignore if key not in config and key not in written]:
         raise UserError(
-            f"{folder}/config.json has settings that are not known here: {', '.join(unknown)}; "
-            "those that do not change the model are passed over with ignore=(...)."
+            f"{folder}/config.json has no setting {', '.join(absent)} to ignore; those that are "
+            f"not known here are {', '.join(unknown) or 'none'}."
         )
+    if left := [f"{key} {value!r}" for key, value in unknown.items() if key not in ignore]:
+        raise UserError(
+            f"{folder}/config.json has settings that are not known here: {', '.join(left)}; those "
+            "that do not change the model are passed over with ignore=[NAME, ...], on the command "
+            "line --ignore NAME."
+        )
+    _check_sizes(table, config, folder)
     return {f.name: f.read(config.get(key, f.default)) for key, f in table.fields.items()}
+
+
+# Whole numbers that are no sizes, and a size that may be broken.
+NO_SIZES = ("_token_id", "mlp_ratio")
+
+
+def _check_sizes(table: Table, config: Mapping[str, Any], folder: Path) -> None:
+    """Refuse sizes that are not whole numbers from 1 on, and lists of stages of unequal lengths."""
+    sizes = {
+        key: (field, config.get(key, field.default))
+        for key, field in table.fields.items()
+        if type(field.default) in (int, tuple) and not key.endswith(NO_SIZES)
+    }
+    for key, (field, value) in sizes.items():
+        is_list, is_stages = isinstance(value, list | tuple), isinstance(field.default, tuple)
+        least = 1 if is_stages else min(1, field.default)
+        one = [*value] if is_list else [value]
+        is_shaped = is_list == is_stages or field.read is square
+        if not (one and is_shaped and all(type(v) is int and v >= least for v in one)):
+            needed = "list of whole numbers" if is_stages else "whole number"
+            raise UserError(
+                f"{folder}/config.json has {key} {value!r}; a {needed} from {least} on is needed."
+            )
+    stages = {key: len(value) for key, (f, value) in sizes.items() if isinstance(f.default, tuple)}
+    if len({*stages.values()}) > 1:
+        counts = " and ".join(f"{key} {sizes[key][1]!r}" for key in stages)
+        raise UserError(f"{folder}/config.json has {counts}; they need one number a stage.")

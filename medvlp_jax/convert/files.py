@@ -30,6 +30,7 @@ class Stored(NamedTuple):
     file: Path
     name: str
     shape: tuple[int, ...]
+    dtype: str  # as safetensors writes it: "F32", "BF16", "I64"
 
     def __getitem__(self, index):
         """Read tensor[index], where index is () or one slice an axis."""
@@ -67,9 +68,13 @@ def read_file(file: Path) -> dict[str, Stored]:
     """
     try:
         with safe_open(file, "numpy") as opened:
-            return {
-                name: Stored(file, name, tuple(opened.get_slice(name).get_shape()))
+            parts = {
+                name: opened.get_slice(name)
                 for name in opened.keys()  # noqa: SIM118 - not a mapping
+            }
+            return {
+                name: Stored(file, name, tuple(part.get_shape()), part.get_dtype())
+                for name, part in parts.items()
             }
     except SafetensorError as error:
         raise UserError(
@@ -99,6 +104,12 @@ def read_folder(folder: Path) -> dict[str, Stored]:
 
 def _read_shards(folder):
     where = read_json(folder / INDEX).get("weight_map", {})
+    whole = isinstance(where, dict) and all(isinstance(shard, str) for shard in where.values())
+    if not whole:
+        raise UserError(
+            f"{folder / INDEX} has a weight_map of {str(where)[:60]}; an object is needed that "
+            "names the file of each tensor."
+        )
     tensors = {}
     for shard in sorted(set(where.values())):
         if not (folder / shard).is_file():

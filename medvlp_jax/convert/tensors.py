@@ -69,36 +69,56 @@ def to_variables(
       `place` puts them.
 
     Raises:
-      UserError: listing every missing, unused and mis-shaped tensor, or unequal tied ones.
+      UserError: listing every missing, unused, mis-shaped and mis-typed tensor, or for names in
+        `drop` that are not there, unequal tied tensors, NaN and infinite numbers, or a module that
+        cannot be built.
     """
-    shapes = _shapes(table, module)
+    kind = type(module).__name__
+    try:
+        shapes = _shapes(table, module)
+    except ValueError as error:  # of the encoder, such as heads that do not divide its width
+        raise UserError(f"{source} describes no {kind} that can be built: {error}") from error
     rules = _rules(table, module, shapes)
     tied = table.tied(module)
     wanted = {r.tensor: _file_shape(r, shapes[r.path]) for r in rules}
-    known = {*table.left_out(module), *tied, *drop}
+    drop, known = [*drop], {*table.left_out(module), *tied}
+    if absent := [name for name in drop if name not in tensors]:
+        unused = [name for name in tensors if name not in wanted and name not in known]
+        raise UserError(
+            f"{source} has no tensor {', '.join(absent)} to drop; those that a {kind} does not use "
+            f"are {', '.join(unused) or 'none'}."
+        )
+    known |= {*drop}
     found = {k: t.shape for k, t in tensors.items() if k in wanted or k not in known}
-    if problem := _compare(found, wanted):
-        hint = "; unused ones are left out with drop=(...)" if "unused" in problem else ""
-        raise UserError(f"{source} does not fit {type(module).__name__}: {problem}{hint}.")
+    other = [f"{k} {tensors[k].dtype}" for k in wanted if k in found and not _is_float(tensors[k])]
+    typed = f"mis-typed {', '.join(other)} where floats are needed" if other else ""
+    if problem := "; ".join(filter(None, (_compare(found, wanted), typed))):
+        hint = "; unused ones are left out with drop=[NAME, ...], on the command line --drop NAME"
+        hint = hint if "unused" in problem else ""
+        raise UserError(f"{source} does not fit {kind}: {problem}{hint}.")
     for copy, original in tied.items():
         if copy in tensors and not np.array_equal(tensors[copy][()], tensors[original][()]):
             raise UserError(
-                f"{source}: '{copy}' differs from '{original}', and this {type(module).__name__} "
-                f"ties them; {table.untied} reads the file without doing so."
+                f"{source}: '{copy}' differs from '{original}', and this {kind} ties them; "
+                f"{table.untied} reads the file without doing so."
             )
     arrays = {}
     for path, group in _groups(rules, is_scanned(module)).items():
         shape = shapes[group[0].path]
         if path != group[0].path:
             shape = (len(group), *shape)
-            read = functools.partial(_read_stacked, tensors, group)
+            read = functools.partial(_read_stacked, source, tensors, group)
         else:
-            read = functools.partial(_read, tensors, group[0])
+            read = functools.partial(_read, source, tensors, group[0])
         if place is None:
             arrays[path] = read(tuple(slice(0, size) for size in shape))
         else:
             arrays[path] = jax.make_array_from_callback(shape, place(path, shape), read)
     return unflatten_dict(arrays, sep="/")
+
+
+def _is_float(tensor: np.ndarray | Stored) -> bool:
+    return str(tensor.dtype).lower().startswith(("f", "bf"))  # "F32", "BF16", "float32"
 
 
 def _groups(rules, scanned) -> dict[str, list[Rule]]:
@@ -110,13 +130,13 @@ def _groups(rules, scanned) -> dict[str, list[Rule]]:
     return {path: sorted(group, key=number) for path, group in groups.items()}
 
 
-def _read_stacked(tensors, group, index):
+def _read_stacked(source, tensors, group, index):
     """Read array[index], float32, of an array that has a row for each rule."""
-    return np.stack([_read(tensors, r, index[1:]) for r in group[index[0]]])
+    return np.stack([_read(source, tensors, r, index[1:]) for r in group[index[0]]])
 
 
-def _read(tensors, rule, index):
-    """Read array[index], float32, of the array that one rule fills."""
+def _read(source, tensors, rule, index):
+    """Read array[index], float32 and finite, of the array that one rule fills."""
     tensor, (i, n) = tensors[rule.tensor], rule.part
     theirs = [slice(None)] * len(index)
     for axis, part in zip(rule.axes or range(len(index)), index, strict=True):
@@ -124,7 +144,11 @@ def _read(tensors, rule, index):
         size = tensor.shape[axis] // pieces
         begin, end, _ = part.indices(size)
         theirs[axis] = slice(skipped * size + begin, skipped * size + end)
-    return _transpose(tensor[tuple(theirs)], rule.axes).astype(np.float32)
+    read = _transpose(tensor[tuple(theirs)], rule.axes).astype(np.float32)
+    # Both ends tell, NaN among them, without a copy as `isfinite` of the whole makes one.
+    if not np.isfinite([read.min(initial=0), read.max(initial=0)]).all():
+        raise UserError(f"{source}: '{rule.tensor}' holds NaN or infinite numbers.")
+    return read
 
 
 def to_tensors(table: Table, module: Any, variables: Mapping[str, Any]) -> dict[str, np.ndarray]:

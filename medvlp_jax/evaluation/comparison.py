@@ -22,6 +22,7 @@ HEADLINES = ("macro_auroc", "P@1", "R@10", "cnr", "dice", "map", "balanced_accur
 FIELDS = ("run", "control", "protocol", "hash", "task", "metric", "value", "low", "high", "n")
 FIELDS += ("chance",)
 CHANCE = "chance"
+ROWS = ("corpus", "split", "rows", "patients", "hash")  # what provenance says of them
 # What a task is marked with that is no control: other rows, or a part of the training patients.
 STUDIES, DRAW = "by study", re.compile(r"draw \d+")
 
@@ -82,7 +83,7 @@ def compare(runs: Mapping[str, Written], patterns: Sequence[str] = ()) -> Table:
         headline a task, and leaves single draws to their mean.
 
     Raises:
-      UserError: for a pattern that no number fits.
+      UserError: for a pattern that no number fits, or a run whose settings or rows cannot be read.
     """
     found = {}
     for run, written in runs.items():
@@ -129,9 +130,14 @@ def _headlines(names) -> set[str]:
 def _other_settings(runs, columns) -> list[str]:
     """Name the settings in which the columns of one number differ."""
     told: dict[str, Mapping] = {}
-    for written in runs.values():
-        for entry in written.numbers.values():
+    for run, written in runs.items():
+        for key, entry in written.numbers.items():
             if "settings" in entry:
+                if not isinstance(entry["settings"], Mapping):
+                    raise UserError(
+                        f"The results of {run} are damaged: the settings of '{key}' are "
+                        f"{entry['settings']!r}; an object is needed."
+                    )
                 told.setdefault(entry["hash"], {"protocol": entry["protocol"], **entry["settings"]})
     hashes: dict[tuple[str, str], list[str]] = {}
     for column in columns:
@@ -160,14 +166,29 @@ def _differences(settings: Sequence[Mapping]) -> str:
     return ", ".join(said) or "settings that the files do not hold"
 
 
+def rows_of(run: str, written: Written) -> Mapping[str, Any]:
+    """Return on which rows a run was evaluated, see provenance.py; empty where it is not recorded.
+
+    Raises:
+      UserError: if what is recorded is no such object.
+    """
+    rows = written.provenance.get("rows", {})
+    if not isinstance(rows, Mapping) or not isinstance(rows.get("hash", ""), str):
+        raise UserError(
+            f"The results of {run} are damaged: their provenance.rows is {rows!r}; an object with "
+            f"{', '.join(ROWS)} is needed."
+        )
+    return rows
+
+
 def _other_rows(runs: Mapping[str, Written]) -> list[str]:
-    seen = {run: written.provenance.get("rows", {}) for run, written in runs.items()}
+    seen = {run: rows_of(run, written) for run, written in runs.items()}
     hashes = {rows.get("hash") for rows in seen.values()}
     if len(hashes) < 2 and None not in hashes:
         return []
     say = lambda rows: (
         f"{rows['rows']} rows of {rows['patients']} patients of {rows['corpus']} {rows['split']}"
-        if rows.get("hash")
+        if rows.keys() >= {*ROWS}
         else "not recorded"
     )
     listed = "; ".join(f"{run}: {say(rows)}" for run, rows in seen.items())

@@ -44,6 +44,19 @@ class Predictions(NamedTuple):
     classes: list[str]
 
 
+def lines_of(file: Path) -> list[list[str]]:
+    """Read the cells of a CSV file, with or without a byte order mark.
+
+    Raises:
+      UserError: if it is no CSV file in UTF-8.
+    """
+    try:
+        with file.open(newline="", encoding="utf-8-sig") as stream:
+            return [*csv.reader(stream)]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{file} cannot be read ({error}); a UTF-8 CSV file is needed.") from None
+
+
 def read(file: Path) -> Predictions:
     """Read what a classifier's run leaves behind.
 
@@ -51,26 +64,34 @@ def read(file: Path) -> Predictions:
       file: predictions.csv, or the folder it lies in.
 
     Raises:
-      UserError: if it is not there, has other columns, a class that is none of them, or no numbers.
+      UserError: if it is not there or no CSV file, has other columns, a class that is none of them,
+        or what is no probability.
     """
     file = file / FILE if file.is_dir() else file
     if not file.is_file():
         raise UserError(f"No {file}: only runs of a classifier that were evaluated have one.")
-    with file.open(newline="") as stream:
-        header, *lines = [*csv.reader(stream)] or [[]]
+    header, *lines = lines_of(file) or [[]]
     if header[:3] != IDS or len(header) == 3 or any(len(line) != len(header) for line in lines):
         raise UserError(f"{file} has the columns {header[:3]} ...; {IDS} and classes are needed.")
     classes, known = header[3:], [line for line in lines if line[2]]
-    for line in known:
-        if line[2] not in classes:
+    for row, line in enumerate(lines, 2):
+        if line[2] and line[2] not in classes:
             raise UserError(f"{file}: '{line[2]}' is none of the classes {', '.join(classes)}.")
-    try:
-        chances = np.array([line[3:] for line in known], float).reshape(-1, len(classes))
-    except ValueError as error:
-        raise UserError(f"{file} holds what is no probability: {error}.") from None
+        if line[2] and (wrong := [cell for cell in line[3:] if not _is_probability(cell)]):
+            raise UserError(
+                f"{file} row {row}: '{wrong[0]}' is no probability; a number from 0 to 1 is needed."
+            )
+    chances = np.array([line[3:] for line in known], float).reshape(-1, len(classes))
     truth = np.array([classes.index(line[2]) for line in known], int)
     images, patients = (np.array([line[i] for line in known]) for i in (0, 1))
     return Predictions(images, patients, truth, chances, classes)
+
+
+def _is_probability(cell: str) -> bool:
+    try:
+        return 0 <= float(cell) <= 1  # NaN is not
+    except ValueError:
+        return False
 
 
 def value(metric: str, case: Predictions, weights: np.ndarray) -> np.ndarray:

@@ -39,27 +39,37 @@ def read_series(path: str | Path) -> Series:
     """Read a metrics JSONL: one object a line with "step" and numbers.
 
     A number may also be an entry of results.json, whose "value" is taken. A last line cut short by
-    a crash is ignored; text and NaN are too.
+    a crash is ignored; other lines than objects, text and NaN are too.
 
     Raises:
-      UserError: if no line holds a step and a number.
+      UserError: if no line holds a step and a number, or the file is not UTF-8.
     """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} holds no metrics: it is not UTF-8: {error}.") from None
     points: dict[str, list[tuple[float, float]]] = {}
-    for line in Path(path).read_text().splitlines():
+    for line in lines:
         try:
             record = json.loads(line)
         except json.JSONDecodeError:
             continue
+        if not isinstance(record, dict) or not _is_finite(record.get("step")):
+            continue
         for name, value in record.items():
             value = value.get("value") if isinstance(value, Mapping) else value
-            is_number = isinstance(value, int | float) and not isinstance(value, bool)
-            if name != "step" and "step" in record and is_number and math.isfinite(value):
+            if name != "step" and _is_finite(value):
                 points.setdefault(name, []).append((record["step"], value))
     if not points:
         raise UserError(f"{path} holds no metrics: no line has a step and a number.")
     # a resumed run may repeat steps: the later line stands
     latest = {name: sorted(dict(pairs).items()) for name, pairs in points.items()}
     return {name: tuple(np.array(pairs, float).T) for name, pairs in latest.items()}
+
+
+def _is_finite(value) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and math.isfinite(value)
 
 
 def _is_dull(name: str, values: np.ndarray) -> bool:

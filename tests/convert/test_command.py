@@ -1,5 +1,7 @@
 """`medvlp convert`."""
 
+import logging
+
 import jax
 import numpy as np
 import pytest
@@ -38,6 +40,20 @@ def test_import_does_not_write_over_files(source, tmp_path):
     (tmp_path / "out" / "thesis.tex").write_text("")
     with pytest.raises(UserError, match="is not empty; name a new folder"):
         main(["import", str(source), str(tmp_path / "out")])
+
+
+def test_a_broken_processor_is_refused_before_anything_is_written(source, tmp_path):
+    (source / "preprocessor_config.json").write_text("{")
+    with pytest.raises(UserError, match=r"preprocessor_config\.json is cut short or no JSON"):
+        main(["import", str(source), str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+def test_only_this_package_says_what_it_does(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(logging.root, "handlers", [])  # those of pytest
+    main(["import", str(source), str(tmp_path / "out")])
+    assert logging.getLogger("medvlp_jax.convert").isEnabledFor(logging.INFO)
+    assert not logging.getLogger("orbax.checkpoint").isEnabledFor(logging.INFO)
 
 
 def test_help_teaches(capsys):

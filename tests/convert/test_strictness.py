@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from medvlp_jax import convert
+from medvlp_jax import convert, sharding
 from medvlp_jax.config import UserError
 from medvlp_jax.convert import architectures, checkpoint
 from medvlp_jax.encoders import bert, resnet, vit
@@ -59,7 +59,7 @@ def test_every_missing_unused_and_misshapen_tensor_is_listed(folder):
         "missing embeddings.LayerNorm.weight, encoder.layer.0.output.dense.bias; "
         "unused adapter.weight, encoder.layer.1.output.dense.bias; "
         "mis-shaped encoder.layer.0.intermediate.dense.weight [16, 32] where [32, 16] is needed; "
-        "unused ones are left out with drop=(...)."
+        "unused ones are left out with drop=[NAME, ...], on the command line --drop NAME."
     )
 
 
@@ -67,6 +67,8 @@ def test_an_unknown_tensor_is_left_out_only_when_named(folder):
     edit(folder, **{"adapter.weight": np.zeros(3, np.float32)})
     with pytest.raises(UserError, match=r"unused adapter\.weight"):
         convert.load(folder)
+    with pytest.raises(UserError, match=r"no tensor adaptr to drop; .* are adapter\.weight\."):
+        convert.load(folder, drop=("adaptr",))
     convert.load(folder, drop=("adapter.weight",))
 
 
@@ -138,8 +140,10 @@ def test_a_config_of_another_architecture_is_refused(folder, changes, message):
 
 def test_a_setting_that_is_not_known_is_refused_unless_named(folder):
     edit_config(folder, residual_scale=0.5, initializer_range=0.1)
-    with pytest.raises(UserError, match=r"not known here: residual_scale 0\.5; .* ignore="):
+    with pytest.raises(UserError, match=r"known here: residual_scale 0\.5; .* ignore=.* --ignore"):
         convert.load(folder)
+    with pytest.raises(UserError, match=r"no setting residual to ignore; .* are residual_scale\."):
+        convert.load(folder, ignore=("residual",))
     convert.load(folder, ignore=("residual_scale",))
 
 
@@ -176,10 +180,51 @@ def test_a_file_that_is_cut_short_is_named(folder, kept):
         convert.load(folder)
 
 
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [
+        (np.ones((50, 16), np.int64), "mis-typed embeddings.word_embeddings.weight I64 where"),
+        (np.full((50, 16), np.nan, np.float32), "'embeddings.word_embeddings.weight' holds NaN"),
+        (np.full((50, 16), -np.inf, np.float16), "'embeddings.word_embeddings.weight' holds NaN"),
+    ],
+)
+def test_tensors_that_hold_no_weights_are_refused(folder, tensor, message):
+    edit(folder, **{"embeddings.word_embeddings.weight": tensor})
+    with pytest.raises(UserError, match=message):
+        convert.load(folder)
+    mesh = sharding.make_mesh(fsdp=8)
+    with pytest.raises(UserError, match=message):
+        convert.load(folder, mesh=mesh, rules=[("word_embedding", (None, "fsdp"))])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"embedding_size": -1}, "embedding_size -1; a whole number from 1 on is needed"),
+        ({"depths": 1}, "depths 1; a list of whole numbers from 1 on is needed"),
+        ({"depths": [1, 1, 1, "1"]}, r"depths \[1, 1, 1, '1'\]; a list of"),
+        ({"depths": [1, 1]}, r"hidden_sizes \[.*\] and depths \[1, 1\]; they need one number a"),
+    ],
+)
+def test_sizes_that_are_none_are_refused(tmp_path, changes, message):
+    module = resnet.make("tiny")
+    shapes = jax.eval_shape(module.init, jax.random.key(0), np.zeros((1, 32, 32, 3)))
+    convert.save(module, jax.tree.map(lambda s: np.ones(s.shape, np.float32), shapes), tmp_path)
+    edit_config(tmp_path, **changes)
+    with pytest.raises(UserError, match=message):
+        convert.load(tmp_path)
+
+
 def test_cxr_bert_is_read_as_bert(folder):
     edit_config(folder, model_type="cxr-bert", projection_size=128)
     edit(folder, **{"cls_projection_head.dense_to_hidden.weight": np.zeros((128, 16), np.float32)})
     assert isinstance(convert.load(folder)[0], bert.Bert)
+
+
+def test_heads_that_do_not_divide_the_width_are_one_sentence(folder):
+    edit_config(folder, num_attention_heads=3)
+    with pytest.raises(UserError, match="describes no Bert that can be built: 3 heads do not div"):
+        convert.load(folder)
 
 
 def test_load_into_names_every_field_that_differs(folder, module):
@@ -227,6 +272,10 @@ def test_shards_that_are_not_all_there_are_named(folder):
     index.write_text(json.dumps({"weight_map": {"x": "model-00001-of-00002.safetensors"}}))
     with pytest.raises(UserError, match="no shard holds: x"):
         convert.load(folder)
+    for other in ([], {"x": 1}):
+        index.write_text(json.dumps({"weight_map": other}))
+        with pytest.raises(UserError, match="an object is needed that names the file"):
+            convert.load(folder)
 
 
 def test_a_folder_is_needed(tmp_path, folder):

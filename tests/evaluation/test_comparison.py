@@ -209,6 +209,25 @@ def test_what_is_no_results_file_is_refused_by_name(tmp_path, content, message):
         results.read(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("rows", "settings", "message"),
+    [
+        (None, {}, "of a are damaged: their provenance.rows is None; an object with"),
+        (5, {}, "provenance.rows is 5"),
+        ({"hash": []}, {}, "provenance.rows is {'hash': "),
+        ({}, 5, "of a are damaged: the settings of 'zero_shot/organ/protocol' are 5;"),
+    ],
+)
+def test_damaged_rows_and_settings_are_one_sentence(runs, rows, settings, message):
+    file = runs[0] / "results.json"
+    held = json.loads(file.read_text())
+    held["provenance"]["rows"] = rows
+    held["zero_shot/organ/protocol"]["settings"] = settings
+    file.write_text(json.dumps(held))
+    with pytest.raises(UserError, match=message):
+        comparison.compare(read(*runs))
+
+
 def test_two_runs_of_one_name_are_refused(runs):
     with pytest.raises(UserError, match="Two runs are called 'a'"):
         table.named([str(runs[0]), str(runs[0])])

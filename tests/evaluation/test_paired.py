@@ -30,7 +30,8 @@ def write(file, seed, signal, patients=60):
 def test_rows_of_unknown_truth_are_left_out(tmp_path):
     file = tmp_path / "predictions.csv"
     rows = ("i1,anna,normal,0.9,0.1", "i2,bert,edema,0.4,0.6", "i3,carl,,0.5,0.5")
-    file.write_text("\n".join(["image_id,patient_id,truth,normal,edema", *rows]))
+    text = "\n".join(["image_id,patient_id,truth,normal,edema", *rows])
+    file.write_text(text, encoding="utf-8-sig")  # as spreadsheets do
     found = paired.read(file)
     assert (found.patients.tolist(), found.truth.tolist()) == (["anna", "bert"], [0, 1])
     assert found.classes == ["normal", "edema"]
@@ -124,12 +125,17 @@ def test_bad_input_is_refused(tmp_path):
         ("id,patient_id,truth,a\ni,p,a,1\n", r"has the columns \['id', 'patient_id', 'truth'\]"),
         ("image_id,patient_id,truth,a\ni,p,a\n", "and classes are needed"),
         ("image_id,patient_id,truth,a\ni,p,b,1\n", "'b' is none of the classes a"),
-        ("image_id,patient_id,truth,a\ni,p,a,high\n", "no probability: .*'high'"),
+        ("image_id,patient_id,truth,a\ni,p,a,high\n", "row 2: 'high' is no probability"),
+        ("image_id,patient_id,truth,a,b\ni,p,,5,0\ni,p,a,0,nan\n", "row 3: 'nan' is no prob"),
+        ("image_id,patient_id,truth,a\ni,p,a,inf\n", "'inf' is no probability; a number from 0"),
+        ("image_id,patient_id,truth,a\ni,p,a,-3\n", "'-3' is no probability"),
+        ("image_id,patient_id,truth,a\ni,p,a,5\n", "'5' is no probability"),
+        (b"image_id,patient_id,truth,\xe9\n", "a UTF-8 CSV file is needed"),
     ],
 )
 def test_a_file_of_something_else_is_one_sentence(tmp_path, content, message):
     file = tmp_path / "predictions.csv"
-    file.write_text(content)
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(UserError, match=message):
         paired.read(tmp_path)
 

@@ -31,6 +31,7 @@ def metrics_file(tmp_path):
 
 def test_half_a_line_text_and_nan_are_ignored_and_later_lines_stand(tmp_path):
     lines = ['{"step": 1, "loss": 3.0, "note": "x"}', '{"step": 1, "loss": 2.0}']
+    lines += ["[4, 5]", "7", '{"step": [8], "loss": 9}']
     lines += ['{"step": 2, "loss": NaN}', '{"step": 3, "lo']
     series = plots.read_series(write(tmp_path / "m.jsonl", lines))
     assert list(series) == ["loss"]
@@ -40,6 +41,9 @@ def test_half_a_line_text_and_nan_are_ignored_and_later_lines_stand(tmp_path):
 def test_file_without_metrics_is_refused(tmp_path):
     with pytest.raises(UserError, match="holds no metrics"):
         plots.read_series(write(tmp_path / "m.jsonl", ["{}"]))
+    (tmp_path / "m.jsonl").write_bytes(b"\xff")
+    with pytest.raises(UserError, match="holds no metrics: it is not UTF-8"):
+        plots.read_series(tmp_path / "m.jsonl")
 
 
 def test_panels_start_with_the_loss_and_part_ranks_from_rates(metrics_file):
