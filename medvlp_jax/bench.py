@@ -22,7 +22,17 @@ from typing import NamedTuple
 import numpy as np
 from absl import flags
 
-from medvlp_jax import assemble, cli, clinical, examples, sharding, train, unpaired
+from medvlp_jax import (
+    assemble,
+    checks,
+    cli,
+    clinical,
+    examples,
+    ranges,
+    sharding,
+    train,
+    unpaired,
+)
 from medvlp_jax.config import UserError
 from medvlp_jax.data import packing, pairing, pipeline
 from medvlp_jax.encoders.base import Tokens
@@ -174,10 +184,12 @@ def data(argv: Sequence[str]) -> list[Rate]:
     parser.add_argument("--consumes", type=float, help="examples a second the device takes")
     options, settings = parser.parse_known_args(argv)
     threads = options.threads or sorted({1, cores})
-    for name, value in (("threads", min(threads)), ("consumes", options.consumes)):
-        if value is not None and not value > 0:
-            raise UserError(f"--{name}={value} must be above 0.")
+    asked = {"threads": min(threads), "seconds": options.seconds, "consumes": options.consumes}
+    for name, value in asked.items():
+        if value is not None and value not in ranges.POSITIVE:
+            raise UserError(f"--{name}={value} must be {ranges.POSITIVE}.")
     config, _ = train.resolve(settings)
+    checks.settings(config)
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # Grain reads absl's own flags
     cached = config["data"]["decode_cache"]

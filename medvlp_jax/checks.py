@@ -3,17 +3,27 @@
 import importlib.util
 import inspect
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 
-from medvlp_jax import assemble, distributed, schedules, sharding
+from medvlp_jax import assemble, distributed, ranges, schedules, sharding
 from medvlp_jax import config as configs
 from medvlp_jax.config import UserError
-from medvlp_jax.data import packing
+from medvlp_jax.data import packing, pairing, transforms
+from medvlp_jax.evidence import phrases
 from medvlp_jax.training import optim
 
 VALIDATION = "validation"
+DTYPES = ("float32", "bfloat16")
+CHOICES = {
+    "data.fit": transforms.FITS,
+    "data.evidence.unit": phrases.UNITS,
+    "data.pairing.variant": pairing.VARIANTS,
+    "recipe.image.dtype": DTYPES,
+    "recipe.text.dtype": DTYPES,
+}
+LOWER_IS_BETTER = ("mean_rank", "median_rank", "loss")
 
 
 def processes(config: Mapping, workdir: pathlib.Path) -> None:
@@ -29,19 +39,17 @@ def settings(config: Mapping) -> None:
     Raises:
       UserError: for sizes, an optimiser or a selection that cannot be.
     """
+    ranges.check(config)
+    for name, value in configs.flatten(config):
+        if value not in CHOICES.get(name, (value,)):
+            raise UserError(f"{name}={value} must be {' or '.join(CHOICES[name])}.")
     data, train = config["data"], config["train"]
+    if not data["corpora"]:
+        raise UserError("data.corpora is empty; accepted is one or more of `medvlp data list`.")
     if data["crop"] > data["size"]:
         raise UserError(f"data.crop={data['crop']} is larger than data.size={data['size']}.")
     if data["channels"] not in (1, 3):
         raise UserError(f"data.channels must be 1 (grey) or 3, got {data['channels']}.")
-    if not 0 <= data["mask_lower_edge"] < 1:
-        raise UserError(
-            f"data.mask_lower_edge={data['mask_lower_edge']} must be a share of the image's height "
-            "in [0, 1)."
-        )
-    for name, least in (("keep", 1), ("keep_every", 0), ("log_every", 1)):
-        if train[name] < least:
-            raise UserError(f"train.{name}={train[name]} must be {least} or more.")
     optim.check(steps=train["steps"], **config["optim"])
     if config["init"]["text"] == "mlm":
         lr, rate = config["mlm"]["lr"], {key: config["mlm"][key] for key in ("steps", "warmup")}
@@ -49,8 +57,6 @@ def settings(config: Mapping) -> None:
             schedules.learning_rate(lr, kind="cosine", **rate)
         except ValueError as error:
             raise UserError(f"mlm: {error}.") from None
-    if config["seed"] < 0:
-        raise UserError(f"seed={config['seed']} must be 0 or more.")
     if train["wandb"] and importlib.util.find_spec("wandb") is None:
         raise UserError("train.wandb=True needs the package: pip install 'medvlp-jax[wandb]'.")
     if train["select"]:
@@ -60,10 +66,21 @@ def settings(config: Mapping) -> None:
 def _selection(train, evals):
     if not train["evaluate_every"]:
         raise UserError("train.select needs evaluations: set train.evaluate_every.")
-    if train["select"].startswith(("probe/", "grounding/")):
+    protocol, number = train["select"].split("/")[0], train["select"].split("/")[-1]
+    if protocol in ("probe", "grounding"):
         raise UserError(
             f"train.select={train['select']}: that protocol runs at the end alone; accepted are "
             "numbers of the others."
+        )
+    if protocol not in evals["protocols"]:
+        raise UserError(
+            f"train.select={train['select']} is no number of evals.protocols; accepted is such as "
+            f"PROTOCOL/TASK/NUMBER, with a PROTOCOL of {', '.join(evals['protocols'])}."
+        )
+    if number in LOWER_IS_BETTER:
+        raise UserError(
+            f"train.select={train['select']}: the step with the highest number is taken, and of "
+            f"{number} the lowest is best; accepted are the others."
         )
     if evals["split"] == VALIDATION:
         raise UserError(
@@ -88,6 +105,67 @@ def split(config: Mapping, mesh) -> None:
                 f"{stage}.batch_size={size} cannot be split over {pieces} devices; "
                 f"accepted are multiples of {pieces}."
             )
+
+
+def sources(config: Mapping, opened: Sequence) -> None:
+    """Refuse what config.data asks of the corpora and they do not have.
+
+    Args:
+      config: resolved.
+      opened: their splits that are trained on.
+
+    Raises:
+      UserError: for a share too many or too few, or a task that is none of theirs.
+    """
+    data = config["data"]
+    if data["shares"] and len(data["shares"]) != len(opened):
+        raise UserError(
+            f"data.shares={data['shares']} has {len(data['shares'])} numbers for {len(opened)} "
+            "corpora; accepted is one for each, or () for shares by size."
+        )
+    for source in opened if data["balance"] else ():
+        if data["balance"] not in source.tasks:
+            raise UserError(
+                f"data.balance: {source.name} has no task '{data['balance']}'. "
+                f"{configs.nearest(data['balance'], [*source.tasks])}"
+            )
+
+
+def resumed(config: Mapping, step: int) -> None:
+    """Refuse to call a run that was trained for longer one of `train.steps` steps.
+
+    Raises:
+      UserError: naming both.
+    """
+    steps = config["train"]["steps"]
+    if step > steps:
+        raise UserError(
+            f"train.steps={steps}, but this run was trained to step {step} already; accepted is "
+            f"{step} or more, or another --workdir."
+        )
+
+
+def several(config: Mapping, recipe, variables: Mapping) -> None:
+    """Refuse a batch, or a chunk of one, in which an example is by itself and needs others.
+
+    Args:
+      config: resolved.
+      recipe: contrasts the rows of a batch where it has `spaces`.
+      variables: with "batch_stats" where it normalises over the batch, by chunks.
+
+    Raises:
+      UserError: naming the size.
+    """
+    size, chunks = config["train"]["batch_size"], config["train"]["chunks"]
+    if size < 2 and recipe.spaces:
+        raise UserError(
+            f"train.batch_size={size} leaves nothing to contrast; accepted is 2 or more."
+        )
+    if size // chunks < 2 and "batch_stats" in variables:
+        raise UserError(
+            f"train.batch_size={size} in train.chunks={chunks}: BatchNorm needs 2 or more examples "
+            "in each."
+        )
 
 
 def batch(config: Mapping, parts) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 from configs import common
 from medvlp_jax import assemble, cases, cli, controls, distributed, outside, protocols, weights
 from medvlp_jax import config as configs
-from medvlp_jax.config import UserError
+from medvlp_jax.config import UserError, nearest
 from medvlp_jax.evaluation import flavours, prompts
 from medvlp_jax.evaluation.results import FILE, read, results_table, write_results
 from medvlp_jax.evaluator import Evaluator
@@ -77,6 +77,8 @@ def main(argv: list[str] | None = None) -> None:
       UserError: for bad input.
     """
     arguments = parser().parse_args(argv)
+    if arguments.out and arguments.out.exists() and not arguments.out.is_dir():
+        raise UserError(f"--out={arguments.out} is a file; accepted is a folder, or a new name.")
     distributed.initialize()
     evaluator, variables, untrained = (_of_run if arguments.run else _of_encoder)(arguments)
     out = arguments.out or arguments.run
@@ -155,7 +157,7 @@ def settings_of(evals: Mapping[str, Any], arguments) -> dict[str, Any]:
     """
     settings = dict(evals)
     settings |= {k: getattr(arguments, k) for k in GIVEN if getattr(arguments, k) is not None}
-    if arguments.protocol:
+    if arguments.protocol is not None:
         given = arguments.protocol.split(",")
         settings["protocols"] = flavours.normalise(given, protocols.NAMES)
         # The run's controls of other protocols do not go with these.
@@ -163,7 +165,11 @@ def settings_of(evals: Mapping[str, Any], arguments) -> dict[str, Any]:
     if arguments.controls is not None:
         asked = arguments.controls.split(",")
         settings["controls"] = () if asked == ["none"] else tuple(asked)
-    return assigned(settings, arguments.set)
+    settings = assigned(settings, arguments.set)
+    if not settings["protocols"]:
+        raise UserError(f"evals.protocols is empty. {nearest('', protocols.NAMES)}")
+    protocols.check_settings(settings)
+    return settings
 
 
 def _possible(settings: Mapping[str, Any], arguments, parts: assemble.Parts) -> Mapping[str, Any]:

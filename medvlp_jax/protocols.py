@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from medvlp_jax import assemble, controls, examples
+from medvlp_jax import assemble, controls, examples, ranges
 from medvlp_jax.config import UserError, nearest
 from medvlp_jax.data import datasets, pipeline
 from medvlp_jax.evaluation import flavours, probe, prompts, scoring, thresholds
@@ -30,14 +30,7 @@ def check_settings(settings: Mapping[str, Any]) -> None:
             raise UserError(f"No control '{name}'. {nearest(name, controls.NAMES)}")
     thresholds.check(settings["zero_shot"]["threshold"])
     probe.check_fractions(**settings["probe"])
-    for name, least in (("batch_size", 1), ("limit", 0), ("probe_limit", 0), ("resamples", 0)):
-        if settings[name] < least:
-            raise UserError(f"evals.{name}={settings[name]} must be {least} or more.")
-    if not 0 < settings["masked_edge"] < 1:
-        raise UserError(
-            f"evals.masked_edge={settings['masked_edge']} must be a share of the image's height in "
-            "(0, 1), such as 0.12."
-        )
+    ranges.check(settings, "evals.")
     if settings["views"] not in VIEWS:
         raise UserError(f"evals.views={settings['views']} must be one of {VIEWS}.")
 

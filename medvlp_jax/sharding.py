@@ -26,13 +26,16 @@ def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -
     """Make the mesh over all devices; one axis may be -1, "what is left".
 
     Raises:
-      ValueError: when the axes do not multiply to the number of devices.
+      ValueError: for another size, or axes that do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
     free = [name for name, size in sizes.items() if size == -1]
+    for name, size in sizes.items():
+        if size < 1 and free != [name]:
+            raise ValueError(f"mesh.{name}={size} must be 1 or more, or -1 for one axis alone")
     fixed = int(np.prod([size for size in sizes.values() if size != -1]))
-    if len(free) == 1 and fixed > 0 and len(devices) % fixed == 0:
+    if free and len(devices) % fixed == 0:
         sizes[free[0]] = len(devices) // fixed
     if int(np.prod(list(sizes.values()))) != len(devices):
         asked = " x ".join(f"{name}={size}" for name, size in sizes.items())

@@ -103,17 +103,19 @@ def _prepare(config, workdir, stop) -> _Job:
     checks.say_changes(config, workdir)
     checks.split(config, assemble.mesh_of(config))
     protocols.check_prompts(config)
+    sources = assemble.open_corpora(config["data"], config["data"]["split"])
+    checks.sources(config, sources)  # before a text encoder is trained on them
     parts = assemble.parts(config)
     if settings["export"]:
         export.check(parts)
     checks.batch(config, parts)
-    sources = assemble.open_corpora(config["data"], config["data"]["split"])
     examples.check_view(config["data"], sources[0].images, parts.recipe.inputs)
     pools = unpaired.pools(parts, sources)
     evaluator = validator = Evaluator(parts, config["evals"], stop)
     if settings["select"]:
         validator = Evaluator(parts, {**config["evals"], "split": checks.VALIDATION}, stop)
     variables = assemble.initial_variables(parts)
+    checks.several(config, parts.recipe, variables)
     untrained = jax.device_get(variables)  # the control; the step donates the originals
     frozen = assemble.frozen_patterns(parts)
     paths.check_patterns(variables["params"], frozen, "optim.freeze")
@@ -137,6 +139,7 @@ def _prepare(config, workdir, stop) -> _Job:
     restored = checkpointer.resume(state)
     if restored is not None:
         state = restored.state
+        checks.resumed(config, int(state.step))
         if pools is not None:
             unpaired.recall(state, related)
         batches.set_state(restored.position)
@@ -290,8 +293,10 @@ def resolve(argv: list[str]) -> tuple[dict, pathlib.Path]:
         raise UserError("Name a config: --config=configs/imitate.py:demo.")
     file = named[-1].split("=", 1)[1]
     if not pathlib.Path(file.partition(":")[0]).is_file():
-        known = sorted(str(p) for p in pathlib.Path("configs").glob("*.py"))
-        raise UserError(f"No config file '{file.partition(':')[0]}'. Known: {', '.join(known)}.")
+        raise UserError(f"No config file '{file.partition(':')[0]}'. {_known_configs()}")
+    path = pathlib.Path(file.partition(":")[0])
+    if path.suffix != ".py" or "get_config" not in path.read_text():
+        raise UserError(f"{path} is no config, which has a get_config(variant). {_known_configs()}")
     configs.check_overrides(argv, _parse([f"--config={file}"])[0].config)
     parsed, rest = _parse(argv)
     if rest:
@@ -299,6 +304,17 @@ def resolve(argv: list[str]) -> tuple[dict, pathlib.Path]:
     stem = file.rsplit("/", 1)[-1].replace(".py:", "-").removesuffix(".py")
     folder = parsed.workdir or f"runs/{stem}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
     return parsed.config.to_dict(), pathlib.Path(folder).absolute()
+
+
+def _config_files() -> list[pathlib.Path]:
+    """Return the configs of the checkout one stands in."""
+    files = sorted(pathlib.Path("configs").glob("[!_]*.py"))
+    return [file for file in files if "def get_config" in file.read_text()]
+
+
+def _known_configs() -> str:
+    found = ", ".join(map(str, _config_files()))
+    return f"Known: {found}." if found else "There are none here: stand in the checkout."
 
 
 def _parse(argv: list[str]) -> tuple[flags.FlagValues, list[str]]:
@@ -331,9 +347,8 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     if any(a in ("--help", "-h") for a in argv):
         print(__doc__)
-        for file in sorted(pathlib.Path("configs").glob("[!_]*.py")):
-            if file.stem != "common":
-                print(f"  {file}: {file.read_text().split(chr(34) * 3)[1].splitlines()[0]}")
+        for file in _config_files():
+            print(f"  {file}: {file.read_text().split(chr(34) * 3)[1].splitlines()[0]}")
         return
     flags.FLAGS.mark_as_parsed()  # Grain reads absl's own flags
     logging.set_verbosity(logging.WARNING)

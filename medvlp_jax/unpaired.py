@@ -28,7 +28,7 @@ def pools(parts: assemble.Parts, sources) -> pairing.Pools | None:
     """Part the studies as data.pairing says; None where the recipe reads pairs alone.
 
     Raises:
-      UserError: for several corpora, balanced classes, or settings out of their range.
+      UserError: for several corpora, or balanced classes.
     """
     if "paired" not in parts.recipe.inputs:
         return None
@@ -37,11 +37,6 @@ def pools(parts: assemble.Parts, sources) -> pairing.Pools | None:
         raise UserError(f"data.pairing takes one corpus, got {len(sources)}.")
     if data["balance"]:
         raise UserError(f"data.balance={data['balance']} does not go with data.pairing.")
-    share, passes = data["pairing"]["share"], data["pairing"]["passes"]
-    if not 0 < share <= 1:
-        raise UserError(f"data.pairing.share must be above 0 and at most 1, got {share}.")
-    if passes < 0:
-        raise UserError(f"data.pairing.passes must be 0, for any number, or more, got {passes}.")
     patients = [sources[0][i]["patient_id"] for i in range(len(sources[0]))]
     return pairing.split(
         patients,

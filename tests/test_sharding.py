@@ -18,9 +18,17 @@ def test_one_free_axis_takes_the_devices_that_are_left():
     assert sharding.batch_devices(mesh) == 8
 
 
-@pytest.mark.parametrize("axes", [{"data": 3}, {"data": -1, "fsdp": 3}, {"data": -1, "fsdp": -1}])
-def test_a_mesh_that_does_not_cover_the_devices_is_refused(axes):
-    with pytest.raises(ValueError, match="does not cover the 8 devices"):
+@pytest.mark.parametrize(
+    ("axes", "said"),
+    [
+        ({"data": 3}, "does not cover the 8 devices"),
+        ({"data": -1, "fsdp": 3}, "does not cover the 8 devices"),
+        ({"data": -1, "fsdp": -1}, "mesh.data=-1 must be 1 or more, or -1 for one axis alone"),
+        ({"data": -2, "fsdp": -4}, "mesh.data=-2 must be"),
+    ],
+)
+def test_a_mesh_that_does_not_cover_the_devices_is_refused(axes, said):
+    with pytest.raises(ValueError, match=said):
         sharding.make_mesh(**axes)
 
 

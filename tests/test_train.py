@@ -133,6 +133,28 @@ def test_exporting_the_run_again_writes_the_same_weights(finished, tmp_path):
         assert (tmp_path / "out" / name).read_bytes() == (folder / "export" / name).read_bytes()
 
 
+def test_a_run_is_not_called_shorter_than_it_was(finished):
+    folder, _ = finished
+    before = (folder / "config.json").read_bytes()
+    with pytest.raises(UserError, match=r"train.steps=\d+, but this run was trained to step"):
+        train.run(*resolve("--config.train.steps=5", workdir=folder))
+    assert (folder / "config.json").read_bytes() == before
+
+
+def test_an_evaluation_of_nothing_leaves_the_results_of_the_run(finished, capsys):
+    folder, _ = finished
+    before = (folder / "results.json").read_bytes()
+    for wrong, said in (
+        (["--set", "protocols="], "evals.protocols is empty"),
+        (["--protocol="], "No protocol ''"),
+        (["--limit=-1"], "evals.limit=-1 must be 0 or more"),
+        ([f"--out={folder / 'config.json'}"], "is a file; accepted is a folder"),
+    ):
+        assert cli.main(["evaluate", f"--run={folder}", *wrong]) == 2
+        assert said in capsys.readouterr().err
+    assert (folder / "results.json").read_bytes() == before
+
+
 def test_a_finished_run_resumes_to_the_same_results(finished):
     folder, results = finished
     assert train.run(*resolve(workdir=folder)) == results
@@ -187,7 +209,20 @@ def test_bad_input_is_one_sentence_before_anything_is_written(tmp_path, override
         (["--config.train.select=x", "--config.train.evaluate_every=0"], "needs evaluations"),
         (["--config.train.keep=0"], "train.keep=0 must be 1 or more"),
         (["--config.train.log_every=0"], "train.log_every=0 must be 1 or more"),
-        (["--config.data.mask_lower_edge=12.0"], "mask_lower_edge=12.0 must be a share"),
+        (["--config.data.mask_lower_edge=12.0"], "mask_lower_edge=12.0 must be at least 0 and"),
+        (["--config.train.batch_size=0"], "train.batch_size=0 must be 1 or more"),
+        (["--config.data.fit=stretch"], "data.fit=stretch must be squash or pad"),
+        (["--config.recipe.image.dtype=half"], "image.dtype=half must be float32 or bfloat16"),
+        (["--config.data.corpora=()"], "data.corpora is empty"),
+        (["--config.data.balance=grade"], "data.balance: cxr_phantom has no task 'grade'"),
+        (["--config.data.shares=(0.5,0.5)"], r"data.shares=\(0.5, 0.5\) has 2 numbers for 1"),
+        (["--config.optim.multipliers=('image','text')"], "optim.multipliers has 'image'"),
+        (["--config.mesh.tensor=-1"], "mesh.data=-1 must be 1 or more, or -1 for one axis alone"),
+        (["--config.train.select=nosuch"], "train.select=nosuch is no number of evals.protocols"),
+        (
+            ["--config.train.select=retrieval/text_to_image/mean_rank"],
+            "of mean_rank the lowest is best",
+        ),
         (["--config.train.batch_size=13"], "train.batch_size=13 cannot be split over 8 devices"),
         (
             ["--config.init.text=mlm", "--config.mlm.batch_size=13"],

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from medvlp_jax import unpaired
-from medvlp_jax.config import UserError
 from medvlp_jax.data import pairing
 from medvlp_jax.training import optim
 from medvlp_jax.training import step as training
@@ -42,18 +41,6 @@ def test_pairs_fill_their_share_or_are_seen_as_often_as_they_may(settings, share
     rows, found = unpaired.streams(parts(**settings), None, POOLS, pairing.Related())
     assert found == pytest.approx(shares)
     assert [len(source) for source in rows][: len(shares)] == [20, 16 * 40][: len(shares)]
-
-
-@pytest.mark.parametrize(
-    ("settings", "sentence"),
-    [
-        ({"share": 0.0}, "data.pairing.share must be above 0 and at most 1, got 0.0"),
-        ({"passes": -1}, "data.pairing.passes must be 0, for any number, or more, got -1"),
-    ],
-)
-def test_shares_and_passes_that_cannot_be_are_refused(settings, sentence):
-    with pytest.raises(UserError, match=sentence):
-        unpaired.pools(parts(**settings), [[{"patient_id": "a"}]])
 
 
 def test_the_average_of_the_weights_is_what_looks_at_the_corpus(monkeypatch):

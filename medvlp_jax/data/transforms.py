@@ -14,6 +14,7 @@ from PIL import Image, ImageEnhance, ImageOps
 
 from medvlp_jax.config import UserError
 
+FITS = ("squash", "pad")
 _MODES = {1: "L", 3: "RGB"}
 
 
@@ -45,8 +46,8 @@ def decode(
     Raises:
       UserError: for another fit.
     """
-    if fit not in ("squash", "pad"):
-        raise UserError(f"fit is '{fit}'; accepted are squash and pad.")
+    if fit not in FITS:
+        raise UserError(f"fit is '{fit}'; accepted are {' and '.join(FITS)}.")
     image = _opened(encoded, size, channels)
     if crop_black_border:
         image = image.crop(image.getbbox())

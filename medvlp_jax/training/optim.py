@@ -29,6 +29,7 @@ def check(
     schedule: str = "cosine",
     floor: float = 0.0,
     average: float = 0.0,
+    multipliers: Multipliers = (),
     **others: Any,
 ) -> optax.Schedule:
     """Return the learning rate of a step; settings that need no parameters are refused here.
@@ -36,9 +37,15 @@ def check(
     Args as in `make`; `others` are not looked at.
 
     Raises:
-      UserError: for an unknown name, a schedule that does not fit, or an average outside [0, 1).
+      UserError: for an unknown name, a schedule that does not fit, an average outside [0, 1), or
+        multipliers that are no pairs.
     """
     del others
+    for pair in multipliers:
+        if not (
+            isinstance(pair, list | tuple) and [*map(type, pair)] in ([str, float], [str, int])
+        ):
+            raise UserError(f"optim.multipliers has {pair!r}; accepted is (pattern, factor).")
     if not 0 <= average < 1:
         raise UserError(f"optim.average={average} must be at least 0 and below 1.")
     if name not in SCALERS:

@@ -16,6 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from medvlp_jax import convert, distributed, sharding
+from medvlp_jax.config import UserError
 from medvlp_jax.data import pipeline
 from medvlp_jax.data import text as tokenisation
 from medvlp_jax.recipes import mlm
@@ -89,7 +90,10 @@ def pretrain(
         process_count=part.count,
     )
     example = jax.tree.map(lambda x: np.stack([x, x]), transform(texts[0], None))
-    variables = training.init_variables(recipe, example, seed)
+    try:
+        variables = training.init_variables(recipe, example, seed)
+    except ValueError as error:  # an encoder's sentence about settings that do not fit
+        raise UserError(str(error)) from error
     tx, schedule = optim.make(
         variables["params"],
         name="adamw",
