@@ -32,6 +32,7 @@ def _list(options: argparse.Namespace) -> None:
 
 
 def _prepare(options: argparse.Namespace) -> None:
+    was_there = _is_prepared(options)
     folder = corpora.prepare(
         options.name,
         data_dir=options.data_dir,
@@ -44,11 +45,37 @@ def _prepare(options: argparse.Namespace) -> None:
         options.name, data_dir=options.data_dir, builder_config=options.builder_config
     )
     counts = [f"{split} {info.num_examples:,}" for split, info in corpus.info.splits.items()]
+    if was_there:
+        print("Prepared before, so nothing was written: delete the folder to prepare it anew.")
     print(f"{options.name} is in {folder}: {', '.join(counts)} records.")
     for reason, count in corpus.info.metadata.get("left_out", {}).items():
         print(f"left out: {count:,} rows: {reason}")
     if torn := corpus.info.metadata.get("torn_patients", 0):
         print(building.torn_line(torn))
+
+
+def _is_prepared(options: argparse.Namespace) -> bool:
+    """Say whether a corpus is there already, from the source folder that is named, if one is.
+
+    Raises:
+      UserError: for a source folder that is missing, or one with other tables than the corpus was
+        prepared from, as far as the corpus tells.
+    """
+    corpus = corpora.builder(
+        options.name, data_dir=options.data_dir, builder_config=options.builder_config
+    )
+    folder = Path(corpus.data_dir)
+    if not corpora.is_written(folder):
+        return False
+    source = corpora.source_folder(corpus, options.manual_dir) if options.manual_dir else None
+    # Only folders of the user's own tell; those prepared before they did, do not.
+    known = corpus.info.metadata.get("source_digest")
+    if source and known and corpus.digest_of(source) != known:
+        raise UserError(
+            f"{folder} was prepared from other tables than those in {source}: choose another "
+            "--builder-config, or delete that folder to prepare it anew."
+        )
+    return True
 
 
 def _check(options: argparse.Namespace) -> None:

@@ -12,6 +12,7 @@ import collections
 import csv
 import itertools
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -28,6 +29,7 @@ SPLITS = ("train", "validation", "test")
 # The user's own skip list in a source folder; `medvlp data check --write-skip-list` makes one.
 SKIP_LIST = "skip_list.csv"
 MIN_SIDE, MAX_SIDE = 32, 4096
+OWN_NAME = re.compile(r"\w[\w.-]{0,59}")
 NO_IMAGE = images.Encoded(records.empty_image(), (16, 16))
 
 
@@ -246,6 +248,19 @@ def split_size(name: str) -> tuple[str, int]:
             f"'{name}' asks for images of {side} pixels; accepted are {MIN_SIDE} to {MAX_SIDE}."
         )
     return variant, int(side)
+
+
+def check_own_name(name: str) -> None:
+    """Refuse a name of a corpus of the user's own that is none of a folder.
+
+    Raises:
+      UserError: saying what is accepted.
+    """
+    if not OWN_NAME.fullmatch(name):
+        raise UserError(
+            f"'{name[:80]}' cannot name a corpus; accepted are up to 60 letters, digits, _, . and "
+            "-, of which the first is a letter, a digit or _."
+        )
 
 
 def threads() -> int:

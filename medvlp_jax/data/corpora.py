@@ -136,6 +136,7 @@ def builder(
     module = importlib.import_module(f"{datasets.__name__}.{name}.{name}_dataset_builder")
     root = Path(data_dir or default_data_dir()).expanduser()
     if getattr(module.Builder, "SELF_DESCRIBED", False):
+        building.check_own_name(builder_config or "default")
         variant = tfds.core.BuilderConfig(name=builder_config or "default")
         with _quiet():
             return module.Builder(
@@ -200,9 +201,9 @@ def prepare(
     """
     corpus = builder(name, data_dir=data_dir, builder_config=builder_config)
     folder = Path(corpus.data_dir)
-    if _is_written(folder):
+    if is_written(folder):
         return folder
-    source = _source_folder(corpus, manual_dir)
+    source = source_folder(corpus, manual_dir)
     corpus = builder(name, data_dir=data_dir, builder_config=builder_config, source=source)
     options = {"manual_dir": source, "try_download_gcs": False}
     if beam_runner:
@@ -215,9 +216,9 @@ def prepare(
     else:
         config = tfds.download.DownloadConfig(**options)
     with _locked(folder):
-        if folder.is_dir() and not _is_written(folder):
+        if folder.is_dir() and not is_written(folder):
             raise _damaged(name, folder, "its description is missing")
-        if not _is_written(folder):
+        if not is_written(folder):
             _write(corpus, config)
     return folder
 
@@ -230,7 +231,7 @@ def with_source(name: str, *, manual_dir: str | Path = "", builder_config: str =
     """
     with tempfile.TemporaryDirectory() as nowhere:
         corpus = builder(name, data_dir=nowhere, builder_config=builder_config)
-        source = _source_folder(corpus, manual_dir)
+        source = source_folder(corpus, manual_dir, writes=False)
         corpus = builder(name, data_dir=nowhere, builder_config=builder_config, source=source)
     return corpus, source
 
@@ -326,22 +327,26 @@ def _open_shards(paths: list[str], count: int) -> ArrayRecordDataSource | None:
         return None
 
 
-def _is_written(folder: Path) -> bool:
+def is_written(folder: Path) -> bool:
+    """Say whether a corpus is in its folder."""
     return (folder / "dataset_info.json").is_file() and (folder / "features.json").is_file()
 
 
-def _source_folder(corpus, manual_dir: str | Path) -> Path | None:
-    """Return the folder with the source's own files; None for a generated corpus."""
+def source_folder(corpus, manual_dir: str | Path, *, writes: bool = True) -> Path | None:
+    """Return the folder with the source's own files; None for a generated corpus.
+
+    Raises:
+      UserError: for none, or one that is missing or empty; a corpus that is to be written says how.
+    """
     if corpus.info.metadata["generated"]:
         return None
     name = corpus.name
     folder = Path(manual_dir).expanduser() if manual_dir else default_manual_dir(name)
     if folder is None:
-        raise UserError(
-            f"{name} is not prepared in {corpus.data_dir}; run `medvlp data prepare {name} "
-            f"--manual-dir DIR --data-dir {corpus.data_dir_root}` where DIR is: "
-            f"{corpus.MANUAL_DOWNLOAD_INSTRUCTIONS}"
-        )
+        needs = f"{name} is not prepared in {corpus.data_dir}; run `medvlp data prepare {name} "
+        needs += f"--manual-dir DIR --data-dir {corpus.data_dir_root}`"
+        needs = needs if writes else f"{name} needs --manual-dir DIR,"
+        raise UserError(f"{needs} where DIR is: {corpus.MANUAL_DOWNLOAD_INSTRUCTIONS}")
     if not folder.is_dir() or not any(folder.iterdir()):
         raise UserError(
             f"{folder} is missing or empty; {name} needs: {corpus.MANUAL_DOWNLOAD_INSTRUCTIONS}"
@@ -363,9 +368,17 @@ def _count(examples: Iterator) -> dict[str, int]:
 
 @contextlib.contextmanager
 def _locked(folder: Path):
-    """Let one process on this machine prepare at a time; the others find the corpus written."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with (folder.parent / f".{folder.name}.lock").open("w") as lock:
+    """Let one process on this machine prepare at a time; the others find the corpus written.
+
+    Raises:
+      UserError: where nothing can be written.
+    """
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        file = (folder.parent / f".{folder.name}.lock").open("w")
+    except OSError as error:
+        raise UserError(f"Cannot write to {folder.parent}: {error}.") from None
+    with file as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 

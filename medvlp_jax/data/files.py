@@ -13,6 +13,9 @@ from PIL import Image
 
 from medvlp_jax.config import UserError
 
+# A cell may hold a long report: csv refuses more than 131,072 characters by itself.
+csv.field_size_limit(2**31 - 1)
+
 
 class Row(NamedTuple):
     """One row of a table, able to say where it stands."""
@@ -44,14 +47,15 @@ def read_rows(
     """Read a CSV file whose header holds at least `columns`.
 
     Args:
-      path: UTF-8 CSV with a header; white space around cells is dropped.
+      path: UTF-8 CSV with a header; white space around cells and names is dropped.
       columns: names the header must hold.
       filled: columns that must not be empty in any row.
       unique: a column whose values must all differ; "" for none.
 
     Raises:
-      UserError: for a file that is missing or not UTF-8 CSV, a missing column, a row that is not
-        as long as the header, an empty cell in `filled`, or a repeated key.
+      UserError: for a file that is missing or not UTF-8 CSV, a missing column or one that is there
+        twice, a row that is not as long as the header, an empty cell in `filled`, or a repeated
+        key.
     """
     if not path.is_file():
         raise UserError(
@@ -60,10 +64,15 @@ def read_rows(
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.reader(file)
-            header = next(reader, [])
+            header = [name.strip() for name in next(reader, [])]
             lines = [(number, cells) for number, cells in enumerate(reader, start=2) if cells]
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path} cannot be read ({error}); a UTF-8 CSV file is needed.") from error
+    if twice := [c for c in dict.fromkeys(header) if c and header.count(c) > 1]:
+        raise UserError(
+            f"{path} row 1: more than one column is called {_list(twice)}; every column needs its "
+            "own name."
+        )
     if missing := [c for c in columns if c not in header]:
         raise UserError(f"{path} row 1: no column {_list(missing)}; it has {_list(header)}.")
     rows = []
@@ -127,6 +136,8 @@ def inside(folder: Path, row: Row, column: str, *, suffix: str = "") -> Path:
     Raises:
       UserError: if it does.
     """
+    if "\0" in row[column]:
+        raise row.error(f"{column} {row[column][:80]!r} holds a zero byte, which no path can.")
     path = (folder / f"{row[column]}{suffix}").resolve()
     if not path.is_relative_to(folder.resolve()):
         raise row.error(f"{column} '{row[column]}' is outside {folder}.")

@@ -42,7 +42,7 @@ def load(path: Path, *, side: int = 0, channels: int = 1) -> Encoded:
         return Encoded(_jpeg(Image.fromarray(pixels), side), pixels.shape)
     try:
         content = path.read_bytes()
-        with Image.open(io.BytesIO(content)) as image:
+        with Image.open(io.BytesIO(content), formats=tuple(AS_THEY_ARE)) as image:
             shape = image.height, image.width
             if image.width * image.height > dicom.MAX_PIXELS:
                 raise ValueError(f"{image.width} x {image.height} pixels")
@@ -89,7 +89,7 @@ def looks_whole(path: Path) -> str:
     except FileNotFoundError:
         return "missing"
     except OSError as error:
-        return f"cannot be read ({error.strerror})"
+        return f"unreadable ({error.strerror})"
     if not head:
         return "empty"
     if head[128:] == b"DICM":

@@ -86,8 +86,9 @@ def unsized(name: str) -> str:
 
 
 def _named(source: Source) -> str:
-    """Return the name of a prepared corpus with its variant."""
-    return f"{source.name}:{source.folder.parent.name}"
+    """Return the name of a prepared corpus, with its variant where it has any."""
+    variant = source.folder.parent  # or the corpus itself, which lies in the data folder
+    return source.name if variant.name == source.name else f"{source.name}:{variant.name}"
 
 
 def measure(first: Source, second: Source, *, look: bool = False) -> Shared:
@@ -162,7 +163,7 @@ def table(first: Sequence[Source], second: Sequence[Source], *, look: bool = Fal
             counts = ", ".join(f"{n:,} {what}" for what, n in shared._asdict().items() if n)
             if counts:
                 lines.append(
-                    f"{b.name} {b.split} ({len(b):,} records) shares with {a.name} {a.split}: "
-                    f"{counts}"
+                    f"{_named(b)} {b.split} ({len(b):,} records) shares with {_named(a)} {a.split}:"
+                    f" {counts}"
                 )
     return lines

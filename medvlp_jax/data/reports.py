@@ -5,18 +5,17 @@ from a CSV table, or from a folder of plain texts (MIMIC-CXR: one file a study, 
 which the sections are read as its builder reads them).
 """
 
-import csv
 import json
 import re
 import tarfile
 import xml.etree.ElementTree as ElementTree
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from medvlp_jax.config import UserError
-from medvlp_jax.data import sections
+from medvlp_jax.data import files, sections
 
 # Headings of American chest reports and the section each opens; what an image cannot show is
 # "other".
@@ -84,28 +83,51 @@ def read_reports(path: str | Path) -> Iterator[Report]:
     """
     path = Path(path).expanduser()
     if path.is_dir():
-        files = sorted((p for p in path.rglob("*") if p.suffix in SUFFIXES), key=str)
-        if not files:
+        found = (p for p in path.rglob("*") if _is_document(p.name) and not p.is_dir())
+        documents = sorted(found, key=str)
+        if not documents:
             raise UserError(f"{path} holds no {' or '.join(SUFFIXES)} file.")
-        return (_document(str(f.relative_to(path)), f.read_bytes()) for f in files)
+        return (_document(str(d.relative_to(path)), _content(d)) for d in documents)
     if not path.is_file():
         raise UserError(
             f"No reports at '{path}'; accepted are a .jsonl, a .csv, a .tgz or a folder of .xml "
             "or .txt files."
         )
-    if path.name.endswith((".tgz", ".tar.gz", ".tar")):
-        return _archive(path)
-    if path.suffix == ".jsonl":
-        return _rows(path, _json_lines(path))
-    if path.suffix == ".csv":
-        return _rows(path, _table(path))
+    name = path.name.lower()
+    if name.endswith((".tgz", ".tar.gz", ".tar")):
+        return _some(path, _archive(path))
+    if name.endswith(".jsonl"):
+        return _some(path, _json_lines(path))
+    if name.endswith(".csv"):
+        return _some(path, _table(path))
     raise UserError(f"Cannot read reports from '{path.name}'; accepted are .jsonl, .csv and .tgz.")
+
+
+def _some(path: Path, reports: Iterator[Report]) -> Iterator[Report]:
+    """Yield the reports of a file, which must hold one at least."""
+    is_empty = True
+    for report in reports:
+        yield report
+        is_empty = False
+    if is_empty:
+        raise UserError(f"{path} holds no report; one a row or file is needed.")
+
+
+def _is_document(name: str) -> bool:
+    return name.lower().endswith(SUFFIXES)
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}).") from None
 
 
 def _archive(path: Path) -> Iterator[Report]:
     try:
         with tarfile.open(path) as archive:
-            members = [m for m in archive if m.isfile() and m.name.endswith(SUFFIXES)]
+            members = [m for m in archive if m.isfile() and _is_document(m.name)]
             for member in sorted(members, key=lambda m: m.name):
                 yield _document(member.name, archive.extractfile(member).read())
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
@@ -113,9 +135,12 @@ def _archive(path: Path) -> Iterator[Report]:
 
 
 def _document(name: str, content: bytes) -> Report:
-    if name.endswith(".xml"):
-        return _openi(name, content)
-    stem, text = name.removesuffix(".txt"), content.decode("utf-8", errors="replace")
+    if not _is_unicode(name):
+        raise UserError(f"{name!a} is no file name in UTF-8, and a report's is its id: rename it.")
+    stem = name[: -len(".txt")]  # .TXT and .xml are as long
+    if name.lower().endswith(".xml"):
+        return _openi(name, stem, content)
+    text = content.decode("utf-8", errors="replace")
     study = Path(stem).name
     if _MIMIC_STUDY.fullmatch(study):
         found = sections.of_study(text, study)
@@ -123,7 +148,7 @@ def _document(name: str, content: bytes) -> Report:
     return Report(stem, *split_sections(text))
 
 
-def _openi(name: str, content: bytes) -> Report:
+def _openi(name: str, stem: str, content: bytes) -> Report:
     """Read an Open-i file: labelled abstract texts, MeSH "major" headings, parent images."""
     try:
         root = ElementTree.fromstring(content)
@@ -132,7 +157,7 @@ def _openi(name: str, content: bytes) -> Report:
     parts = {part.get("Label"): _tidy(part.text or "") for part in root.iter("AbstractText")}
     uid = root.find("uId")
     return Report(
-        uid.get("id") if uid is not None else name.removesuffix(".xml"),
+        uid.get("id") if uid is not None else stem,
         parts.get("FINDINGS", ""),
         parts.get("IMPRESSION", ""),
         tuple(heading.text or "" for heading in root.iterfind("MeSH/major")),
@@ -140,43 +165,66 @@ def _openi(name: str, content: bytes) -> Report:
     )
 
 
-def _json_lines(path: Path) -> Iterator[dict]:
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(_decoded(path, lines), 1):
-            if line.strip():
-                try:
-                    yield json.loads(line)
-                except ValueError:
-                    raise UserError(f"{path.name} line {number} is not JSON.") from None
+def _json_lines(path: Path) -> Iterator[Report]:
+    with path.open(encoding="utf-8-sig") as lines:
+        try:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield _row(f"{path.name} line {number}", _parsed(path, number, line))
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path} is not UTF-8 text ({error}); save it as UTF-8.") from None
 
 
-def _table(path: Path) -> Iterator[dict]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        yield from csv.DictReader(_decoded(path, file))
-
-
-def _decoded(path: Path, lines: Iterable[str]) -> Iterator[str]:
-    """Yield the lines of a file, which must be UTF-8; spreadsheets write other encodings."""
+def _parsed(path: Path, number: int, line: str) -> Any:
     try:
-        yield from lines
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text ({error}); save it as UTF-8.") from None
+        return json.loads(line)
+    except ValueError:
+        raise UserError(f"{path.name} line {number} is not JSON.") from None
 
 
-def _rows(path: Path, rows: Iterator[dict]) -> Iterator[Report]:
-    for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict) or not row.get("id"):
-            raise UserError(f"{path.name} row {number} has no 'id'.")
-        if "text" in row:
-            yield Report(str(row["id"]), *split_sections(row["text"] or ""))
-        elif "findings" in row or "impression" in row:
-            texts = (_tidy(row.get(name) or "") for name in ("findings", "impression"))
-            yield Report(str(row["id"]), *texts)
-        else:
-            raise UserError(
-                f"{path.name} row {number} has neither 'text' nor 'findings' and 'impression', "
-                f"only {', '.join(map(str, row))}."
-            )
+def _table(path: Path) -> Iterator[Report]:
+    for row in files.read_rows(path, columns=("id",)):
+        yield _row(f"{path.name} row {row.number}", row.cells)
+
+
+def _row(where: str, row: Any) -> Report:
+    """Return the report of a JSON line or table row.
+
+    Raises:
+      UserError: naming `where`, for an id or text that is missing or no text.
+    """
+    if not isinstance(row, dict):
+        raise UserError(f"{where} is no object with 'id' and 'text'.")
+    has = ", ".join(map(str, row)) or "nothing"
+    if "id" not in row:
+        raise UserError(f"{where} has no 'id', only {has}.")
+    if row["id"] in (None, ""):
+        raise UserError(f"{where}: 'id' is empty; every report needs its own.")
+    name = str(row["id"])
+    if not isinstance(row["id"], str | int | float) or not _is_unicode(name):
+        raise UserError(f"{where}: 'id' is {name[:40]!a}; a text or a number is needed.")
+    if "text" in row:
+        return Report(name, *split_sections(_text(where, row, "text")))
+    if "findings" in row or "impression" in row:
+        return Report(name, *(_tidy(_text(where, row, key)) for key in ("findings", "impression")))
+    raise UserError(f"{where} has neither 'text' nor 'findings' and 'impression', only {has}.")
+
+
+def _text(where: str, row: Mapping[str, Any], key: str) -> str:
+    text = "" if row.get(key) is None else row[key]
+    if not isinstance(text, str) or not _is_unicode(text):
+        what = "holds half a character (a lone surrogate)" if isinstance(text, str) else ""
+        raise UserError(f"{where}: '{key}' {what or f'is {text!r:.40}'}; a text is needed.")
+    return text
+
+
+def _is_unicode(text: str) -> bool:
+    """Say whether a text can be written; JSON may spell half a character, and no file holds one."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _tidy(text: str) -> str:

@@ -22,7 +22,7 @@ Axis letters: T attributes, D numbers of a row.
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,8 @@ from medvlp_jax.data.files import Row
 KINDS = ("numeric", "categorical", "ordinal")
 FIELDS = ("kind", "unit", "range", "categories", "missing", "sentence", "leakage", "censored")
 FIELDS += ("unknown", "same", "other")
+TEXTS = ("unit", "sentence", "leakage", "other")
+LISTS = ("missing", "unknown", "categories")
 UNKNOWN = -1.0  # a category: somebody was asked, and did not know
 
 Schema = Mapping[str, Mapping[str, Any]]
@@ -49,8 +51,8 @@ def read_schema(path: Path) -> dict[str, dict[str, Any]]:
     if not path.is_file():
         raise UserError(f"{path} is missing; a JSON file {{column: {{kind, ...}}}} is needed.")
     try:
-        schema = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        schema = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not JSON: {error}.") from None
     if not isinstance(schema, dict) or not schema:
         raise UserError(f"{path} must hold an object {{column: {{kind, ...}}}} with columns.")
@@ -65,6 +67,13 @@ def _check_entry(where: str, entry: Any) -> None:
     for field in entry:
         if field not in FIELDS:
             raise UserError(f"{where} has no field '{field}'. {nearest(field, FIELDS)}")
+    for field, value in entry.items():
+        if field in TEXTS and not isinstance(value, str):
+            raise UserError(f"{where} has {field} {value!r}; a text is needed.")
+        if field in LISTS and not (isinstance(value, list) and _are_texts(value)):
+            raise UserError(f"{where} has {field} {value!r}; a list of texts is needed.")
+        if field == "same" and not (isinstance(value, dict) and _are_texts(value.values())):
+            raise UserError(f"{where} has same {value!r}; {{spelling: category}} is needed.")
     kind = entry.get("kind")
     if kind not in KINDS:
         raise UserError(f"{where} has kind {kind!r}; accepted are {', '.join(KINDS)}.")
@@ -73,10 +82,10 @@ def _check_entry(where: str, entry: Any) -> None:
         if not low < high:
             raise UserError(f"{where} has range {[low, high]}; the first must be the smaller.")
     else:
-        names = entry.get("categories")
-        if not isinstance(names, list) or len(names) < 2 or len(set(names)) != len(names):
+        names = entry.get("categories", [])
+        if len(names) < 2 or len({*names, ""}) != len(names) + 1:
             raise UserError(f"{where} has categories {names!r}; two or more different are needed.")
-        listed = (*entry.get("same", {}).values(), *filter(None, [entry.get("other")]))
+        listed = [*entry.get("same", {}).values(), *([entry["other"]] if "other" in entry else [])]
         for name in listed:
             if name not in names:
                 raise UserError(f"{where} has no category '{name}'. {nearest(name, names)}")
@@ -84,11 +93,15 @@ def _check_entry(where: str, entry: Any) -> None:
         raise UserError(f"{where}: the sentence {entry['sentence']!r} has no place for {{value}}.")
 
 
+def _are_texts(values: Iterable[Any]) -> bool:
+    return all(isinstance(value, str) for value in values)
+
+
 def _pair(where: str, value: Any) -> tuple[float, float]:
     if not (
         isinstance(value, list)
         and len(value) == 2
-        and all(isinstance(v, int | float) for v in value)
+        and all(isinstance(v, int | float) and math.isfinite(v) for v in value)
     ):
         raise UserError(f"{where} has range {value!r}; [lowest, highest] is needed.")
     return value[0], value[1]

@@ -6,6 +6,7 @@ medvlp evidence review --corpus DIR [--review FILE]                 physicians' 
 """
 
 import argparse
+import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -134,6 +135,23 @@ def _count(least: int) -> Callable[[str], int]:
     return count
 
 
+def _number(text: str) -> float:
+    """Return a number from 0 on."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"'{text}' is no number from 0 on")
+    return value
+
+
+def _seconds(text: str) -> float:
+    if not (value := _number(text)):
+        raise argparse.ArgumentTypeError(f"'{text}' is no time above 0")
+    return value
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="medvlp evidence",
@@ -186,10 +204,12 @@ def _add_backend(command: argparse.ArgumentParser, writer: str, remote: str) -> 
     command.add_argument(
         "--in-flight", type=_count(1), default=16, help="requests at the same time"
     )
-    command.add_argument("--timeout", type=float, default=120.0, help="seconds, of a request")
+    command.add_argument("--timeout", type=_seconds, default=120.0, help="seconds, of a request")
     command.add_argument("--dry-run", action="store_true", help="count and estimate; send nothing")
-    command.add_argument("--price-in", type=float, default=0.0, help="per million tokens read")
-    command.add_argument("--price-out", type=float, default=0.0, help="per million tokens written")
+    command.add_argument("--price-in", type=_number, default=0.0, help="per million tokens read")
+    command.add_argument(
+        "--price-out", type=_number, default=0.0, help="per million tokens written"
+    )
 
 
 if __name__ == "__main__":

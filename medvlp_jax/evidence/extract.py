@@ -87,9 +87,10 @@ def run(reports: Iterable[Report], backend: Backend, out: str | Path) -> dict:
         up; what it answered is kept.
     """
     out = Path(out)
+    order, texts = _survey(reports)
     out.mkdir(parents=True, exist_ok=True)
     with answers.Cache(out / CACHE, _header(backend)) as cache:
-        order, texts = _survey(reports, cache.records)
+        texts = {key: text for key, text in texts.items() if key not in cache.records}
         answers.ask(
             (Request(key, schema.prompt(text), text) for key, text in texts.items()),
             backend,
@@ -103,8 +104,12 @@ def run(reports: Iterable[Report], backend: Backend, out: str | Path) -> dict:
     return summary
 
 
-def _survey(reports: Iterable[Report], cached: Mapping) -> tuple[list, dict[str, str]]:
-    """Return [(id, key, notes)] of the reports, and the texts that have no record yet by key."""
+def _survey(reports: Iterable[Report]) -> tuple[list, dict[str, str]]:
+    """Return [(id, key, notes)] of the reports, and the different texts by key.
+
+    Raises:
+      UserError: where two reports have one id.
+    """
     order, texts, ids = [], {}, set()
     for report in reports:
         if report.id in ids:
@@ -113,7 +118,7 @@ def _survey(reports: Iterable[Report], cached: Mapping) -> tuple[list, dict[str,
         text = report.text
         key, odd = text_key(text), schema.notes(text)
         order.append((report.id, key, odd))
-        if odd != ("empty",) and key not in cached:
+        if odd != ("empty",):
             texts[key] = text
     return order, texts
 

@@ -152,7 +152,9 @@ def _best(scores: np.ndarray, count: int, least: float = 0.0) -> list[int]:
 
 
 def _folder(path: Path) -> Iterator[Passage]:
-    for file in sorted((p for p in path.rglob("*") if p.suffix in SUFFIXES), key=str):
+    for file in sorted(
+        (p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file()), key=str
+    ):
         name = str(file.relative_to(path).with_suffix(""))
         yield Passage(name, "", file.read_text(encoding="utf-8", errors="replace"))
 
@@ -164,6 +166,7 @@ def _rows(path: Path) -> Iterator[Passage]:
                 continue
             try:
                 row = json.loads(line)
+                json.dumps(row, ensure_ascii=False).encode()  # half a character can be spelled
             except ValueError:  # of which bytes that are not UTF-8 are a kind
                 raise UserError(f"{path.name} line {number} is not JSON in UTF-8.") from None
             row = row if isinstance(row, dict) else {}

@@ -88,7 +88,7 @@ def take(out: Path, path: Path) -> dict[str, knowledge.Record]:
       The corpus as it stands now, by id.
 
     Raises:
-      UserError: see `read`; nothing is changed then.
+      UserError: see `read`, and for a damaged file of earlier verdicts; nothing is changed then.
     """
     kept = _kept(out) | read(path, read_written(out))
     rows = (answers.dumps({"id": name, **v._asdict()}) + "\n" for name, v in kept.items())
@@ -138,9 +138,26 @@ def read_written(out: Path) -> dict[str, knowledge.Record]:
 
 
 def _kept(out: Path) -> dict[str, Verdict]:
+    """Return the verdicts taken in so far, by id.
+
+    Raises:
+      UserError: for a line that is none.
+    """
     path = out / KEPT
-    rows = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return {row.pop("id"): Verdict(**row) for row in map(json.loads, rows)}
+    lines = path.read_bytes().splitlines() if path.is_file() else []
+    found = {}
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            name = row.pop("id")
+            found[name] = Verdict(**row)
+            VERDICTS.index(row["verdict"])
+        except (ValueError, TypeError, KeyError, AttributeError):
+            raise UserError(
+                f"{path} line {number} is damaged; a verdict with id, {', '.join(Verdict._fields)} "
+                "is needed: take the line out, and review its text anew."
+            ) from None
+    return found
 
 
 def _write_review(path: Path, records: Mapping[str, knowledge.Record]) -> None:

@@ -1,5 +1,6 @@
 """Report sections and the layouts reports are stored in."""
 
+import os
 import tarfile
 
 import pytest
@@ -78,8 +79,23 @@ def test_every_layout_gives_the_report(tmp_path):
     ("name", "content", "sentence"),
     [
         ("r.jsonl", '{"id": 1, "text": ""}\nnot json\n', "line 2 is not JSON"),
-        ("r.jsonl", '{"text": "x"}\n', "row 1 has no 'id'"),
-        ("r.csv", "id,body\n1,x\n", "neither 'text' nor 'findings'"),
+        ("r.jsonl", '{"text": "x"}\n', "line 1 has no 'id', only text"),
+        ("r.jsonl", '\n{"id": null, "text": "x"}\n', "line 2: 'id' is empty"),
+        ("r.jsonl", '{"id": [1], "text": "x"}\n', r"line 1: 'id' is '\[1\]'; a text or a number"),
+        ("r.jsonl", '{"id": "\\ud800", "text": "x"}\n', r"line 1: 'id' is '\\ud800'"),
+        ("r.jsonl", '{"id": 1, "text": 5}\n', "line 1: 'text' is 5; a text is needed"),
+        ("r.jsonl", '{"id": 1, "text": ["x"]}\n', r"line 1: 'text' is \['x'\]; a text is needed"),
+        ("r.jsonl", '{"id": 1, "findings": 5}\n', "line 1: 'findings' is 5; a text is needed"),
+        ("r.jsonl", '{"id": 1, "text": "\\udfff"}\n', "line 1: 'text' holds half a character"),
+        ("r.jsonl", "[1]\n", "line 1 is no object"),
+        ("r.jsonl", "\n", "holds no report"),
+        ("r.csv", "id,body\n1,x\n", "row 2 has neither 'text' nor 'findings'"),
+        ("r.csv", "id,text\n1,Clear, dry\n", "row 2: 3 cells, and the header has 2"),
+        ("r.csv", "id,text\n1\n", "row 2: 1 cells, and the header has 2"),
+        ("r.csv", "id,text,text\n1,a,b\n", "more than one column is called text"),
+        ("r.csv", "id,text\n,x\n", "row 2: 'id' is empty"),
+        ("r.csv", "id,text\n", "holds no report"),
+        ("r.csv", "", "row 1: no column id"),
         ("r.parquet", "", "accepted are"),
     ],
 )
@@ -108,7 +124,7 @@ def test_a_study_of_mimic_is_read_as_its_corpus_reads_it(tmp_path, heading):
 @pytest.mark.parametrize("name", ["r.csv", "r.jsonl"])
 def test_an_encoding_that_is_not_utf_8_is_named(tmp_path, name):
     (tmp_path / name).write_bytes(b'id,findings\n1,"\xe9dema"\n')
-    with pytest.raises(UserError, match="not UTF-8 text"):
+    with pytest.raises(UserError, match="UTF-8"):
         list(read_reports(tmp_path / name))
 
 
@@ -125,3 +141,31 @@ def test_a_folder_without_reports_is_named(tmp_path):
         read_reports(tmp_path)
     with pytest.raises(UserError, match="No reports at"):
         read_reports(tmp_path / "nowhere")
+    with tarfile.open(tmp_path / "a.tar", "w"):
+        pass
+    with pytest.raises(UserError, match="holds no report"):
+        list(read_reports(tmp_path / "a.tar"))
+
+
+def test_a_folder_may_hold_folders_and_names_in_capitals(tmp_path):
+    (tmp_path / "a.txt").mkdir()
+    (tmp_path / "a.txt" / "b.TXT").write_text("Clear.")
+    (tmp_path / "c.XML").write_text(XML)
+    assert [report.id for report in read_reports(tmp_path)] == ["a.txt/b", "CXR7"]
+    (tmp_path / "d.txt").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"d.txt cannot be read \(No such file"):
+        list(read_reports(tmp_path))
+    (tmp_path / "d.txt").unlink()
+    (tmp_path / os.fsdecode(b"\xe9.txt")).write_text("Clear.")
+    with pytest.raises(UserError, match="is no file name in UTF-8"):
+        list(read_reports(tmp_path))
+
+
+def test_an_id_of_zero_a_mark_at_the_start_and_long_cells_are_read(tmp_path):
+    lines = tmp_path / "R.JSONL"
+    lines.write_text('{"id": 0, "text": null}\n', encoding="utf-8-sig")
+    assert [report.id for report in read_reports(lines)] == ["0"]
+    table = tmp_path / "r.csv"
+    table.write_text(f" id , text \n0,{'Clear. ' * 30_000}\n")
+    (report,) = read_reports(table)
+    assert (report.id, len(report.findings)) == ("0", 209_999)

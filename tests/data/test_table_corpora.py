@@ -1,6 +1,7 @@
 """Corpora of images and a table: the real headers are read, defects named, leakage left out."""
 
 import csv
+import dataclasses
 import io
 import json
 import math
@@ -311,14 +312,14 @@ def test_prompts_of_ones_own_are_kept_with_the_records_else_the_classes_names(
     (own_reports / "prompts.json").write_text(json.dumps(own))
     _, source = all_entries("csv_folder", own_reports, tmp_path, "told")
     assert protocols.read_prompts(EVALS, "csv_folder:told", source) == own
-    (own_reports / "prompts.json").write_text(
-        json.dumps({"version": "mine", "tasks": {"finding": 1}})
-    )
-    _, source = all_entries("csv_folder", own_reports, tmp_path, "wrong")
+    # Earlier versions prepared whatever prompts.json held.
+    metadata = {**source.metadata, "prompts": {"version": "mine", "tasks": {"finding": 1}}}
     with pytest.raises(
-        UserError, match=r'prompts.json of csv_folder:wrong, .* prepared: task .* needs a "section"'
+        UserError, match=r'prompts.json of csv_folder:told, .* prepared: task .* needs a "section"'
     ):
-        protocols.read_prompts(EVALS, "csv_folder:wrong", source)
+        protocols.read_prompts(
+            EVALS, "csv_folder:told", dataclasses.replace(source, metadata=metadata)
+        )
     (own_reports / "corpus.json").write_text(
         json.dumps({"columns": {"image": "file", "group": "who", "findings": "seen"}})
     )

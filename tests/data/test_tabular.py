@@ -118,6 +118,18 @@ def test_a_schema_file_is_read_as_it_stands(tmp_path):
         ({"sex": {"kind": "ordinal", "categories": ["f", "f"]}}, "two or more different"),
         ({"a": {"kind": "numeric", "range": [0, 1], "sentence": "A."}}, "has no place for {value}"),
         ({"a": {"kind": "numeric", "ranges": [0, 1]}}, "no field 'ranges'. Did you mean range"),
+        ({"a": {"kind": "numeric", "range": [0, math.inf]}}, r"has range \[0, inf\]"),
+        ({"a": {"missing": 5}}, "column 'a' has missing 5; a list of texts is needed"),
+        ({"a": {"missing": "nan"}}, "has missing 'nan'; a list of texts is needed"),
+        ({"a": {"unknown": [1]}}, r"has unknown \[1\]; a list of texts is needed"),
+        ({"a": {"kind": "ordinal", "categories": ["f", ["m"]]}}, "a list of texts is needed"),
+        ({"a": {"kind": "ordinal", "categories": ["0", 1]}}, "a list of texts is needed"),
+        ({"a": {"kind": "ordinal", "categories": ["0", ""]}}, "two or more different are needed"),
+        ({"a": {"same": []}}, r"has same \[\]; {spelling: category} is needed"),
+        ({"a": {"same": {"x": [1]}}}, "{spelling: category} is needed"),
+        ({"a": {"sentence": 5}}, "has sentence 5; a text is needed"),
+        ({"a": {"other": []}}, r"has other \[\]; a text is needed"),
+        ({"a": {"kind": "ordinal", "categories": ["0", "1"], "other": "2"}}, "no category '2'"),
     ],
 )
 def test_a_schema_that_says_something_else_is_refused_by_column(tmp_path, schema, message):

@@ -77,6 +77,7 @@ def test_articles_are_read_from_lines_and_folders_in_a_fixed_order(tmp_path):
     folder = tmp_path / "more"
     folder.mkdir()
     (folder / "z.txt").write_text("Last.")
+    (folder / "d.txt").mkdir()
     (folder / "c.md").write_text("First.")
     assert [p.id for p in retrieval.read_articles(folder)] == ["c", "z"]
 
@@ -85,6 +86,7 @@ def test_articles_are_read_from_lines_and_folders_in_a_fixed_order(tmp_path):
     ("content", "message"),
     [
         ("{", "line 1 is not JSON"),
+        ('{"id": "a", "text": "\\ud800"}', "line 1 is not JSON in UTF-8"),
         ('{"id": "a", "text": "\xe9dema"}', "line 1 is not JSON in UTF-8"),
         ('{"id": "a", "text": "x"}\n{"text": "y"}', "line 2 needs 'id' or 'pmid'"),
         ('{"id": "a"}', "line 1 needs"),

@@ -362,6 +362,28 @@ def test_a_review_in_progress_is_not_written_over(written, tmp_path):
     corpus.run(tasks, local(good)[0], written)
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "{",
+        "[1]",
+        '{"id": "a"}',
+        '{"verdict": "edit", "edited": "x", "reviewer": "y"}',
+        '{"id": "a", "verdict": "maybe", "edited": "", "reviewer": "y"}',
+    ],
+)
+def test_a_damaged_file_of_verdicts_is_refused_by_line_and_nothing_changes(written, line):
+    path, _ = reviewed(written, r0=("approve", ""))
+    review.take(written, path)
+    kept = written / review.KEPT
+    kept.write_text(kept.read_text() + line + "\n")
+    path, _ = reviewed(written, r1=("approve", ""))
+    before = {file.name: file.read_bytes() for file in written.iterdir()}
+    with pytest.raises(UserError, match=r"verdicts\.jsonl line 2 is damaged; a verdict with id"):
+        review.take(written, path)
+    assert before == {file.name: file.read_bytes() for file in written.iterdir()}
+
+
 def test_training_refuses_what_no_physician_approved(written):
     with pytest.raises(UserError, match=r"6 of 6 texts .* were not approved by a physician"):
         knowledge.open_texts(written, "train")

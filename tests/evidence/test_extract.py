@@ -199,9 +199,36 @@ def test_answers_of_another_backend_are_not_mixed_in(tmp_path):
         extract.run(REPORTS, Backend("endpoint:m", lambda r, c: iter(())), tmp_path)
 
 
-def test_two_reports_of_one_id_are_refused(tmp_path):
+def test_two_reports_of_one_id_are_refused_before_anything_is_written(tmp_path):
     with pytest.raises(UserError, match="'a'"):
-        extract.run([REPORTS[0], REPORTS[0]], RULES, tmp_path)
+        extract.run([REPORTS[0], REPORTS[0]], RULES, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_without_reports_does_not_replace_earlier_evidence(tmp_path, capsys):
+    extract.run(REPORTS, RULES, tmp_path / "out")
+    before = (tmp_path / "out" / "evidence.jsonl").read_bytes()
+    for name, content in (("r.jsonl", ""), ("r.csv", "id,text\n"), ("r.csv", "")):
+        (tmp_path / name).write_text(content)
+        command = ["evidence", "extract", "--reports", str(tmp_path / name)]
+        assert cli.main([*command, "--out", str(tmp_path / "out")]) == 2
+        assert name in capsys.readouterr().err
+    assert (tmp_path / "out" / "evidence.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        *(("--timeout", value) for value in ("-2", "0", "nan", "inf", "x")),
+        *(("--price-in", value) for value in ("-5", "nan")),
+        ("--price-out", "-0.1"),
+    ],
+)
+def test_a_number_nobody_can_mean_is_refused(tmp_path, capsys, flag, value):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["evidence", "extract", "--reports=r.csv", "--out=out", f"{flag}={value}"])
+    assert stop.value.code == 2
+    assert f"argument {flag}: '{value}' is no " in capsys.readouterr().err
 
 
 def test_two_extractions_do_not_write_to_one_folder(tmp_path):

@@ -33,10 +33,9 @@ are.
 
     medvlp data prepare csv_folder --manual-dir DIR --builder-config NAME
 
-prepares it as the corpus `csv_folder:NAME`.
+prepares it as the corpus `csv_folder:NAME`, once: delete its folder to prepare it anew.
 """
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,15 +43,11 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from medvlp_jax.config import UserError, nearest
+from medvlp_jax.config import UserError
 from medvlp_jax.data import building, files, records, reports, tabular
+from medvlp_jax.data.datasets.csv_folder import description
+from medvlp_jax.data.datasets.csv_folder.description import NEEDED, TASK
 
-DEFAULTS = {"classes": [], "labels": {}, "images": {}, "channels": 3, "side": 0}
-FIELDS = ("columns", *DEFAULTS)
-NEEDED = ("image", "group")
-TEXTS = ("findings", "impression", "report")
-COLUMNS = (*NEEDED, "label", "study", "id", "split", *TEXTS)
-TASK = "label"
 LABELS = {"1": records.PRESENT, "0": records.ABSENT, "-1": records.UNKNOWN, "": records.UNKNOWN}
 
 
@@ -60,14 +55,18 @@ class Builder(building.Builder):
     """TFDS builder of `csv_folder`; what its records hold is read from the source folder."""
 
     SELF_DESCRIBED = True
+    digest_of = staticmethod(description.digest)
     MANUAL_DOWNLOAD_INSTRUCTIONS = "A folder with corpus.json, table.csv and images."
 
     def __init__(self, *, source: Path | None = None, **fields: Any):
         """Read the description; without a source, that of the prepared corpus is read by TFDS."""
-        self.described = read_description(source) if source else DEFAULTS
-        there = lambda name: source is not None and (source / name).is_file()
-        self.schema = tabular.read_schema(source / "table.json") if there("table.json") else {}
-        self.prompts = _read_json(source / "prompts.json") if there("prompts.json") else {}
+        self.described, self.schema, self.prompts, self.digest = description.DEFAULTS, {}, {}, ""
+        if source:
+            self.described = description.read(source)
+            if (source / "table.json").is_file():
+                self.schema = tabular.read_schema(source / "table.json")
+            self.prompts = description.read_prompts(source, self.tasks())
+            self.digest = self.digest_of(source)
         super().__init__(**fields)
 
     @property
@@ -96,6 +95,7 @@ class Builder(building.Builder):
         tasks, images = self.tasks(), {name: {} for name in self.described["images"]}
         metadata = records.metadata(tasks=tasks, table=self.schema, images=images)
         metadata["prompts"] = self.prompts or class_names(tasks)
+        metadata["source_digest"] = self.digest
         return tfds.core.DatasetInfo(
             builder=self,
             description=__doc__,
@@ -162,68 +162,8 @@ def class_names(tasks: Mapping[str, Sequence[str]]) -> dict[str, Any]:
     return {"version": "class names", "tasks": specs}
 
 
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not JSON: {error}.") from None
-
-
 def _label(row: files.Row, column: str) -> int:
     value = row[column].removesuffix(".0")  # as pandas writes columns with empty cells
     if value not in LABELS:
         raise row.error(f"{column} is '{row[column][:40]}'; accepted are 1, 0, -1 and nothing.")
     return LABELS[value]
-
-
-def read_description(folder: Path) -> dict[str, Any]:
-    """Read and check corpus.json.
-
-    Raises:
-      UserError: for a file that is missing or no JSON, a field or column that is missing or
-        unknown, fewer than two classes beside a label, or a value that cannot be.
-    """
-    path = folder / "corpus.json"
-    if not path.is_file():
-        raise UserError(f"{path} is missing; it says what the columns of table.csv are.")
-    found = _check_fields(path, _read_json(path), FIELDS, needed=("columns",))
-    found = DEFAULTS | found
-    columns = _check_fields(f"{path}: columns", found["columns"], COLUMNS, needed=NEEDED)
-    # An empty name says that there is no such column.
-    found["columns"] = columns = {key: name for key, name in columns.items() if name}
-    if "report" in columns and {"findings", "impression"} & {*columns}:
-        raise UserError(f"{path}: columns name a whole report beside its parts; one is needed.")
-    for field in ("labels", "images"):
-        if not isinstance(found[field], dict):
-            raise UserError(f"{path} has {field} {found[field]!r}; an object by name is needed.")
-    classes = found["classes"]
-    if (TASK in columns) != bool(classes):
-        raise UserError(f"{path}: a column for the label and its classes go together.")
-    if classes and (not isinstance(classes, list) or len(set(map(str, classes))) < 2):
-        raise UserError(f"{path} has classes {classes!r}; two or more different are needed.")
-    for task, names in found["labels"].items():
-        if not isinstance(names, list) or not names or task == TASK:
-            raise UserError(
-                f"{path}: labels '{task}' is {names!r}; a list of columns is needed, under another "
-                f"name than '{TASK}'."
-            )
-    if found["channels"] not in (1, 3):
-        raise UserError(f"{path} has channels {found['channels']!r}; accepted are 1 and 3.")
-    side, least, most = found["side"], building.MIN_SIDE, building.MAX_SIDE
-    if side != 0 and not (isinstance(side, int) and least <= side <= most):
-        raise UserError(f"{path} has side {side!r}; accepted are 0 and {least} to {most}.")
-    for name in found["images"]:
-        if name in ("image", "image_2", "tabular"):
-            raise UserError(f"{path}: a further image cannot be called '{name}'.")
-    return found
-
-
-def _check_fields(where, given, known, *, needed) -> dict:
-    if not isinstance(given, dict):
-        raise UserError(f"{where} must be an object with {', '.join(needed)}.")
-    for field in given:
-        if field not in known:
-            raise UserError(f"{where} has no field '{field}'. {nearest(field, known)}")
-    if missing := [field for field in needed if not given.get(field)]:
-        raise UserError(f"{where} lacks {', '.join(missing)}.")
-    return given
