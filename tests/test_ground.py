@@ -126,7 +126,7 @@ def test_bad_settings_are_refused(evaluator):
         ({"class_task": "findings"}, "no task 'findings'. Did you mean finding"),
         ({"limit": -1}, "evals.limit=-1 must be 0 or more"),
         ({"batch_size": 0}, "evals.batch_size=0 must be 1 or more"),
-        ({"masked_edge": 1.5}, "evals.masked_edge=1.5 must be a share"),
+        ({"masked_edge": 1.5}, "evals.masked_edge=1.5 must be above 0 and below 1"),
         ({"views": 3}, "evals.views=3 must be one of"),
     ],
 )

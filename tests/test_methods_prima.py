@@ -80,6 +80,7 @@ def cell(value, minutes=2.0):
 def write_predictions(folder, seed, signal):
     truth = np.random.default_rng(0).integers(0, 2, 80)
     score = np.exp(np.random.default_rng(seed).normal(size=(80, 2)) + signal * np.eye(2)[truth])
+    score /= score.sum(1, keepdims=True)
     folder.mkdir(parents=True)
     with (folder / "predictions.csv").open("w", newline="") as stream:
         writer = csv.writer(stream)
