@@ -40,6 +40,7 @@ def test_a_loader_is_measured_from_a_config(capsys):
         (["date"], "accepted: data"),
         (["data", CONFIG, "--threads", "0"], "--threads=0"),
         (["data", CONFIG, "--consumes=-1"], "--consumes=-1"),
+        (["data", CONFIG, "--seconds=nan"], "--seconds=nan must be above 0"),
         (["data"], "Name a config"),
     ],
 )
