@@ -32,7 +32,7 @@ class Range(NamedTuple):
         return f"{low} and {'below' if self.high_open else 'at most'} {self.high:g}"
 
 
-SOME, ANY = Range(1), Range(0)
+SOME, ANY = Range(1), Range(0)  # one or more; none or more
 POSITIVE = Range(0, low_open=True)
 SHARE, PART = Range(0, 1), Range(0, 1, low_open=True)  # PART is not nothing
 DECAY = Range(0, 1, high_open=True)  # and not all of what was before

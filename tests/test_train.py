@@ -180,6 +180,7 @@ def test_resuming_with_another_architecture_is_refused_and_nothing_is_written_ov
         (["--config.data.tokenizer=nowhere"], "No tokenizer at 'nowhere'"),
         (["--config.init.image=nowhere"], "nowhere"),
         (["--config.recipe.image.variant=tny"], "Did you mean tiny"),
+        (["--config.recipe.text.pooling=max"], "No pooling 'max' in this Bert, only cls, mean"),
         (["--config.optim.freeze=('imgae',)"], "optim.freeze pattern 'imgae' matches no parameter"),
         (
             ["--config.evals.protocols=('zeroshot',)"],

@@ -92,6 +92,8 @@ def pretrain(
     example = jax.tree.map(lambda x: np.stack([x, x]), transform(texts[0], None))
     try:
         variables = training.init_variables(recipe, example, seed)
+        # What masked words do not need, such as its pooling, is asked for when they are learnt.
+        jax.eval_shape(recipe.text.init, jax.random.key(seed), example["report"])
     except ValueError as error:  # an encoder's sentence about settings that do not fit
         raise UserError(str(error)) from error
     tx, schedule = optim.make(
