@@ -56,7 +56,7 @@ RANGES = {
     **{f"data.view.{name}": SHARE for name in ("perspective_probability", "autocontrast")},
     "data.view.rotation": Range(0, 180),
     "data.view.perspective": DECAY,
-    **{f"optim.{name}": DECAY for name in ("b1", "b2", "average")},
+    **{f"optim.{name}": DECAY for name in ("b1", "b2")},
     **{f"optim.{name}": ANY for name in ("warmup", "floor", "weight_decay", "clip")},
     "optim.lr": POSITIVE,
     **{f"train.{name}": SOME for name in ("steps", "batch_size", "chunks", "log_every", "keep")},

@@ -292,9 +292,9 @@ def resolve(argv: list[str]) -> tuple[dict, pathlib.Path]:
     if not named:
         raise UserError("Name a config: --config=configs/imitate.py:demo.")
     file = named[-1].split("=", 1)[1]
-    if not pathlib.Path(file.partition(":")[0]).is_file():
-        raise UserError(f"No config file '{file.partition(':')[0]}'. {_known_configs()}")
     path = pathlib.Path(file.partition(":")[0])
+    if not path.is_file():
+        raise UserError(f"No config file '{path}'. {_known_configs()}")
     if path.suffix != ".py" or "get_config" not in path.read_text():
         raise UserError(f"{path} is no config, which has a get_config(variant). {_known_configs()}")
     configs.check_overrides(argv, _parse([f"--config={file}"])[0].config)

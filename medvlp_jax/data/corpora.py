@@ -343,9 +343,10 @@ def source_folder(corpus, manual_dir: str | Path, *, writes: bool = True) -> Pat
     name = corpus.name
     folder = Path(manual_dir).expanduser() if manual_dir else default_manual_dir(name)
     if folder is None:
-        needs = f"{name} is not prepared in {corpus.data_dir}; run `medvlp data prepare {name} "
-        needs += f"--manual-dir DIR --data-dir {corpus.data_dir_root}`"
-        needs = needs if writes else f"{name} needs --manual-dir DIR,"
+        command = f"medvlp data prepare {name} --manual-dir DIR --data-dir {corpus.data_dir_root}"
+        needs = f"{name} needs --manual-dir DIR,"
+        if writes:
+            needs = f"{name} is not prepared in {corpus.data_dir}; run `{command}`"
         raise UserError(f"{needs} where DIR is: {corpus.MANUAL_DOWNLOAD_INSTRUCTIONS}")
     if not folder.is_dir() or not any(folder.iterdir()):
         raise UserError(

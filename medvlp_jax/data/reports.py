@@ -200,9 +200,9 @@ def _row(where: str, row: Any) -> Report:
         raise UserError(f"{where} has no 'id', only {has}.")
     if row["id"] in (None, ""):
         raise UserError(f"{where}: 'id' is empty; every report needs its own.")
+    if not isinstance(row["id"], str | int | float) or not _is_unicode(str(row["id"])):
+        raise UserError(f"{where}: 'id' holds {_kind(row['id'])}; a text or a number is needed.")
     name = str(row["id"])
-    if not isinstance(row["id"], str | int | float) or not _is_unicode(name):
-        raise UserError(f"{where}: 'id' is {name[:40]!a}; a text or a number is needed.")
     if "text" in row:
         return Report(name, *split_sections(_text(where, row, "text")))
     if "findings" in row or "impression" in row:
@@ -213,9 +213,14 @@ def _row(where: str, row: Any) -> Report:
 def _text(where: str, row: Mapping[str, Any], key: str) -> str:
     text = "" if row.get(key) is None else row[key]
     if not isinstance(text, str) or not _is_unicode(text):
-        what = "holds half a character (a lone surrogate)" if isinstance(text, str) else ""
-        raise UserError(f"{where}: '{key}' {what or f'is {text!r:.40}'}; a text is needed.")
+        # Its kind alone: what a report says does not belong into a log.
+        what = "half a character (a lone surrogate)" if isinstance(text, str) else _kind(text)
+        raise UserError(f"{where}: '{key}' holds {what}; a text is needed.")
     return text
+
+
+def _kind(value: Any) -> str:
+    return {list: "a list", dict: "an object", str: "half a character"}.get(type(value), "a number")
 
 
 def _is_unicode(text: str) -> bool:

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from medvlp_jax import ranges
 from medvlp_jax.config import UserError
 from medvlp_jax.data import reports
 from medvlp_jax.evidence import backends, corpus, extract, retrieval, review, risk, template
@@ -135,21 +136,19 @@ def _count(least: int) -> Callable[[str], int]:
     return count
 
 
-def _number(text: str) -> float:
-    """Return a number from 0 on."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"'{text}' is no number from 0 on")
-    return value
+def _number(accepted: ranges.Range) -> Callable[[str], float]:
+    """Return the type of a number of this range."""
 
+    def number(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if value not in accepted:
+            raise argparse.ArgumentTypeError(f"'{text}' must be a number, {accepted}")
+        return value
 
-def _seconds(text: str) -> float:
-    if not (value := _number(text)):
-        raise argparse.ArgumentTypeError(f"'{text}' is no time above 0")
-    return value
+    return number
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -204,12 +203,13 @@ def _add_backend(command: argparse.ArgumentParser, writer: str, remote: str) -> 
     command.add_argument(
         "--in-flight", type=_count(1), default=16, help="requests at the same time"
     )
-    command.add_argument("--timeout", type=_seconds, default=120.0, help="seconds, of a request")
-    command.add_argument("--dry-run", action="store_true", help="count and estimate; send nothing")
-    command.add_argument("--price-in", type=_number, default=0.0, help="per million tokens read")
     command.add_argument(
-        "--price-out", type=_number, default=0.0, help="per million tokens written"
+        "--timeout", type=_number(ranges.POSITIVE), default=120.0, help="seconds, of a request"
     )
+    command.add_argument("--dry-run", action="store_true", help="count and estimate; send nothing")
+    price = {"type": _number(ranges.ANY), "default": 0.0}
+    command.add_argument("--price-in", **price, help="per million tokens read")
+    command.add_argument("--price-out", **price, help="per million tokens written")
 
 
 if __name__ == "__main__":

@@ -228,7 +228,7 @@ def test_a_number_nobody_can_mean_is_refused(tmp_path, capsys, flag, value):
     with pytest.raises(SystemExit) as stop:
         cli.main(["evidence", "extract", "--reports=r.csv", "--out=out", f"{flag}={value}"])
     assert stop.value.code == 2
-    assert f"argument {flag}: '{value}' is no " in capsys.readouterr().err
+    assert f"argument {flag}: '{value}' must be a number, " in capsys.readouterr().err
 
 
 def test_two_extractions_do_not_write_to_one_folder(tmp_path):
