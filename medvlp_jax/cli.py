@@ -3,6 +3,7 @@
 import importlib
 import os
 import pathlib
+import select
 import sys
 import traceback
 from collections.abc import Callable
@@ -31,10 +32,12 @@ def run(main: Callable, argv: list[str] | None = None) -> int:
     """Call a command and return its exit code.
 
     0 finished; 2 bad input, one sentence on stderr; 75 asked to stop and saved, see
-    training/stopping.py; 130 Ctrl-C twice; 1 a defect, with its traceback.
+    training/stopping.py; 130 Ctrl-C twice; 141 who reads the output has left, as `| head` does; 1 a
+    defect, with its traceback.
     """
     try:
         main(argv)
+        sys.stdout.flush()
     except UserError as error:
         print(f"medvlp: {error}", file=sys.stderr)
         return 2
@@ -45,6 +48,10 @@ def run(main: Callable, argv: list[str] | None = None) -> int:
         print("medvlp: broken off; start the same command again to go on.", file=sys.stderr)
         return 130
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _is_unread():
+            # Python writes once more at exit, and would complain.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 141
         if file := _in_the_way(error):
             print(f"medvlp: {file} is a file; name a folder.", file=sys.stderr)
             return 2
@@ -56,6 +63,13 @@ def run(main: Callable, argv: list[str] | None = None) -> int:
         traceback.print_exc()
         return 1
     return 0
+
+
+def _is_unread() -> bool:
+    """Say whether nobody reads what is printed any more."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _in_the_way(error: Exception) -> pathlib.Path | None:

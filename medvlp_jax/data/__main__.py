@@ -17,6 +17,13 @@ def main(argv: Sequence[str] | None = None) -> None:
       UserError: for bad input.
     """
     options = _parser().parse_args(argv)
+    if options.run in (_prepare, _check) and ":" in options.name:
+        options.name, _, variant = options.name.partition(":")
+        if options.builder_config not in ("", variant):
+            raise UserError(
+                f"Got the variants '{variant}' and '{options.builder_config}'; one is accepted."
+            )
+        options.builder_config = variant
     options.run(options)
 
 
@@ -167,7 +174,7 @@ def _parser() -> argparse.ArgumentParser:
             help="prepared corpora (default: $MEDVLP_DATA_DIR or ~/.cache/medvlp_jax/data)",
         )
     for command in (prepare, check):
-        command.add_argument("name", help="see `medvlp data list`")
+        command.add_argument("name", help="NAME or NAME:VARIANT, see `medvlp data list`")
         command.add_argument(
             "--manual-dir", default="", help="your files (default: $MEDVLP_TEST_DATA/NAME)"
         )

@@ -145,7 +145,10 @@ def builder(
     known = [config.name for config in module.Builder.BUILDER_CONFIGS]
     if getattr(module.Builder, "RESIZABLE", False):
         return _resizable(module.Builder, root, builder_config)
-    if builder_config and builder_config not in known:
+    config = builder_config or None
+    if config and config not in known and hasattr(module, "config_named"):
+        config = module.config_named(config)
+    elif config and config not in known:
         raise UserError(
             f"{name} has no builder config '{builder_config}'. {nearest(builder_config, known)}"
             if known
@@ -154,7 +157,7 @@ def builder(
     with _quiet():
         return module.Builder(
             data_dir=root,
-            config=builder_config or None,
+            config=config,
             file_format="array_record",
         )
 

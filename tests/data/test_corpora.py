@@ -233,6 +233,24 @@ def test_the_command_line_lists_checks_and_prepares(radiology_folder, tmp_path, 
     assert cli.main(prepare) == 0
 
 
+def test_the_command_line_takes_a_variant_after_a_colon(tmp_path, capsys):
+    prepare = ["data", "prepare", "cxr_phantom:n3_seed8_64px", "--data-dir", str(tmp_path)]
+    assert cli.main(prepare) == 0
+    assert (tmp_path / "cxr_phantom/n3_seed8_64px/1.0.0/dataset_info.json").is_file()
+    capsys.readouterr()
+    assert cli.main([*prepare, "--builder-config", "tiny"]) == 2
+    assert "the variants 'n3_seed8_64px' and 'tiny'" in capsys.readouterr().err
+
+
+def test_who_reads_the_output_may_leave(tmp_path):
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "medvlp_jax.cli", "data", "list", "--data-dir", str(tmp_path)]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
 def test_the_command_line_answers_bad_input_with_one_sentence(tmp_path, capsys):
     assert cli.main(["data", "prepare", "radiology_qa", "--data-dir", str(tmp_path)]) == 2
     captured = capsys.readouterr()

@@ -95,6 +95,10 @@ def test_any_population_has_a_config_and_out_of_range_ones_are_refused(tmp_path)
     assert builder.info.full_name == "cxr_phantom/n3_seed8_64px/1.0.0"
     examples = [e for split in phantom.SPLITS for e in builder._generate_examples(split)]
     assert len(examples) == sum(who.visits for who in patients.population(8, 3))
+    where = {"data_dir": tmp_path, "builder_config": "n3_seed8_64px"}
+    assert vars(corpora.builder("cxr_phantom", **where).builder_config) == vars(config)
+    with pytest.raises(UserError, match=r"'dmeo'. Did you mean demo.* n2400_seed7_256px"):
+        corpora.builder("cxr_phantom", data_dir=tmp_path, builder_config="dmeo")
     with pytest.raises(UserError, match="size 2000"):
         phantom.make_config(10, size=2000)
     with pytest.raises(UserError, match="0 patients"):

@@ -8,12 +8,13 @@ and can be tested, without any download. The data card is README.md beside this 
 
 import dataclasses
 import hashlib
+import re
 from collections.abc import Iterator
 
 import numpy as np
 import tensorflow_datasets as tfds
 
-from medvlp_jax.config import UserError
+from medvlp_jax.config import UserError, nearest
 from medvlp_jax.data import records
 from medvlp_jax.data.datasets.cxr_phantom import generate, patients
 from medvlp_jax.data.datasets.cxr_phantom.findings import MASK_BITS
@@ -23,6 +24,7 @@ TASKS = {"finding": list(generate.CLASSES)}
 # table shifts, and that can be seen on small images.
 DIAGNOSES = ("consolidation", "effusion", "pneumothorax", "cardiomegaly", "edema", "normal")
 SPLITS = ("train", "validation", "test")
+NUMBERED = re.compile(r"n(\d{1,9})_seed(\d{1,9})_(\d{1,9})px")
 SMALLEST, LARGEST = 64, 1024  # image sizes at which ribs and vessels still make sense
 
 
@@ -65,6 +67,21 @@ def make_config(num_patients: int, seed: int = 0, size: int = 256) -> Config:
         seed=seed,
         size=size,
     )
+
+
+def config_named(name: str) -> Config:
+    """Return the builder config of the population whose numbers a name tells, as `make_config`'s.
+
+    Raises:
+      UserError: for another name, or a number out of range.
+    """
+    if not (found := NUMBERED.fullmatch(name)):
+        known = [config.name for config in Builder.BUILDER_CONFIGS]
+        raise UserError(
+            f"cxr_phantom has no builder config '{name}'. {nearest(name, known)} Any other "
+            "population is named by its numbers: n2400_seed7_256px for 2,400 patients."
+        )
+    return make_config(*map(int, found.groups()))
 
 
 def split_of(patient_id: str) -> str:
@@ -113,7 +130,13 @@ class Builder(tfds.core.GeneratorBasedBuilder):
         return {"diagnosis": list(DIAGNOSES)} if self.builder_config.one_class else TASKS
 
     def _split_generators(self, dl_manager):
-        return {split: self._generate_examples(split) for split in SPLITS}
+        # A few patients may leave a split empty, which TFDS does not write.
+        config = self.builder_config
+        ids = (who.id for who in patients.population(config.seed, config.num_patients))
+        found = set()
+        while len(found) < len(SPLITS) and (patient_id := next(ids, "")):
+            found.add(split_of(patient_id))
+        return {split: self._generate_examples(split) for split in SPLITS if split in found}
 
     def _generate_examples(self, split: str) -> Iterator[tuple[str, dict]]:
         config = self.builder_config
