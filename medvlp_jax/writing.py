@@ -1,6 +1,7 @@
 """Files that are there whole or not at all."""
 
 import contextlib
+import errno
 import os
 import pathlib
 import secrets
@@ -16,8 +17,13 @@ def replaced(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
 
     Args:
       path: of a file.
+
+    Raises:
+      IsADirectoryError: where it is a folder.
     """
     path = pathlib.Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     # Not the process' number: in a container every job has the same.
     scratch = path.with_name(f".{path.name}.{secrets.token_hex(4)}")

@@ -26,6 +26,14 @@ def test_two_that_write_one_file_do_not_meet(tmp_path):
     assert [*tmp_path.iterdir()] == [file]
 
 
+@pytest.mark.parametrize("name", ["", "folder", "folder/.."])
+def test_a_folder_is_no_file(tmp_path, monkeypatch, name):
+    (tmp_path / "folder").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(IsADirectoryError, match="Is a directory"), replaced(name):
+        pytest.fail("nothing may be written")
+
+
 def test_a_failure_leaves_everything_as_it_was(tmp_path):
     file = tmp_path / "a.json"
     file.write_text("old")

@@ -1,6 +1,7 @@
 """Prepare and check corpora: `medvlp data list | prepare NAME | check NAME | leakage A B`."""
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -91,11 +92,19 @@ def _check(options: argparse.Namespace) -> None:
     )
     if isinstance(corpus, building.Builder):
         return _look_through(corpus, folder, options)
+    if options.write_skip_list:
+        raise UserError(
+            f"--write-skip-list={options.write_skip_list}, but {options.name} has no skip list: "
+            "its check stops at the first defect."
+        )
     splits = corpora.check(
         options.name, manual_dir=options.manual_dir, builder_config=options.builder_config
     )
     for split, counts in splits.items():
         print(f"{split}: " + ", ".join(f"{count:,} {what}" for what, count in counts.items()))
+    if options.json:
+        with replaced(options.json) as scratch:
+            scratch.write_text(json.dumps({"splits": splits}, indent=1))
 
 
 def _look_through(corpus: building.Builder, folder: Path, options: argparse.Namespace) -> None:
@@ -156,7 +165,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     check.set_defaults(run=_check)
     check.add_argument(
-        "--decode", action="store_true", help="decode every image: hours, not minutes"
+        "--decode",
+        action="store_true",
+        help="decode every image: hours, not minutes; small corpora always do",
     )
     check.add_argument("--json", default="", help="write everything found to this file")
     check.add_argument(

@@ -1,3 +1,4 @@
+import json
 import os
 import pickle
 import re
@@ -227,6 +228,13 @@ def test_the_command_line_lists_checks_and_prepares(radiology_folder, tmp_path, 
     assert re.search("radiology_qa +from your files", capsys.readouterr().out)
     assert cli.main(["data", "check", "radiology_qa", "--manual-dir", str(radiology_folder)]) == 0
     assert "train: 8 records, 8 findings" in capsys.readouterr().out
+    check = ["data", "check", "radiology_qa", "--manual-dir", str(radiology_folder)]
+    assert cli.main([*check, "--json", str(tmp_path / "found.json")]) == 0
+    assert json.loads((tmp_path / "found.json").read_text())["splits"]["train"]["records"] == 8
+    for flags in (["--json", str(tmp_path)], ["--write-skip-list", "skip.csv"]):
+        assert cli.main([*check, *flags]) == 2
+    assert "is a folder; name a file" in (said := capsys.readouterr().err)
+    assert "radiology_qa has no skip list" in said
     prepare = ["data", "prepare", "radiology_qa", "--data-dir", data_dir]
     assert cli.main([*prepare, "--manual-dir", str(radiology_folder)]) == 0
     assert "train 8, validation 4 records" in capsys.readouterr().out
