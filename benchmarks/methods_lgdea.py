@@ -3,6 +3,7 @@
   python -m benchmarks.methods_lgdea [--ratios 0.01 0.05 0.1 0.2 1] [--seeds 3] [--steps 900]
       [--arms pairs no_unpaired lgdea ...] [--config configs/lgdea.py:study]
       [--start kept] [--keep] [--out benchmarks/results/lgdea.json] [--config.KEY=VALUE ...]
+  python -m benchmarks.methods_lgdea --corpus cxr_phantom:n2400_seed7_256px --split train --out FILE
 
 A cell is one training: a share of the studies that stay pairs, an arm, a seed. All arms have the
 same network, start, steps and rows a batch; they differ in which rows they see and which terms
@@ -10,8 +11,10 @@ count. Their image encoder starts where pairs of views of the corpus' images lef
 one beside the results, so that any machine can go on, or at "views", trained once by
 `configs/lgdea.py:views`. Their text encoder starts at masked words of its reports. A finished cell
 is written to --out at once and never run again; an interrupted one goes on from its checkpoint: run
-the same command again. Beside the numbers come a Markdown table (mean and spread over seeds, and
-how much of the way from the control to 100 % pairs LGDEA goes) and a curve.
+the same command again. With --corpus nothing is trained: cells that were kept are scored on other
+images, say on more than the study's test split has. Beside the numbers come a Markdown table (mean
+and spread over seeds, and how much of the way from the control to 100 % pairs LGDEA goes) and a
+curve.
 """
 
 import argparse
@@ -29,10 +32,10 @@ from matplotlib.figure import Figure
 
 from benchmarks import studies
 from configs import lgdea as variants
-from medvlp_jax import assemble, cli, train
+from medvlp_jax import assemble, cli, evaluate, train
 from medvlp_jax import config as configs
 from medvlp_jax.config import UserError
-from medvlp_jax.evaluation import plots
+from medvlp_jax.evaluation import plots, results
 from medvlp_jax.recipes import lgdea
 
 KEPT = pathlib.Path(__file__).parent.resolve() / "results/lgdea-start"
@@ -208,12 +211,33 @@ def fingerprint(settings: Mapping) -> str:
 def run_cell(config: dict, folder: pathlib.Path, *, keep: bool = False) -> dict:
     """Train and score one cell; pictures and metrics stay, checkpoints if they are to be kept."""
     began = time.time()
-    results = train.run(config, folder)
+    numbers = train.run(config, folder)
     if not keep:
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    kept = {key: entry for key, entry in results.items() if _is_kept(key)}
     return {
-        "results": kept,
+        "results": {key: entry for key, entry in numbers.items() if _is_kept(key)},
+        "usage_entropy": usage_entropy(folder / "metrics.jsonl"),
+        "minutes": (time.time() - began) / 60,
+    }
+
+
+def score_cell(folder: pathlib.Path, corpus: str, split: str) -> dict:
+    """Score a kept cell on other images; what was done before is read.
+
+    Raises:
+      UserError: where its weights were not kept.
+    """
+    if not (folder / "checkpoints").is_dir():
+        raise UserError(f"{folder} has no checkpoints: train that cell with --keep first.")
+    out = folder / f"{corpus.replace(':', '-')}-{split}"
+    began = time.time()
+    if not (out / results.FILE).is_file():
+        flags = {"--run": folder, "--corpus": corpus, "--split": split, "--out": out}
+        flags |= {"--controls": "none"}
+        evaluate.main([str(word) for pair in flags.items() for word in pair])
+    numbers = results.read(out).numbers
+    return {
+        "results": {key: entry for key, entry in numbers.items() if _is_kept(key)},
         "usage_entropy": usage_entropy(folder / "metrics.jsonl"),
         "minutes": (time.time() - began) / 60,
     }
@@ -383,6 +407,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--start", default="kept", choices=starts, help=help_start)
     help_keep = "checkpoints, to score a cell again: medvlp evaluate --run"
     parser.add_argument("--keep", action="store_true", help=help_keep)
+    help_corpus = "score kept cells on this one, NAME or NAME:VARIANT, and train nothing"
+    parser.add_argument("--corpus", default="", help=help_corpus)
+    parser.add_argument("--split", default="test", help="of --corpus")
     parser.add_argument("--arms", nargs="+", default=list(STUDY), choices=list(ARMS))
     folder = pathlib.Path("runs/methods_lgdea")
     parser.add_argument("--folder", type=pathlib.Path, default=folder, help="runs")
@@ -398,10 +425,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     # The config may have changed since, under the same name.
     rows = whole["data"]["pairing"]
     settings["recipe"] = fingerprint({"recipe": whole["recipe"], "pairing": rows})
-    studies.finished(arguments.out, settings, later=("weights",))  # before anything is trained
+    scored = {"corpus": arguments.corpus, "split": arguments.split} if arguments.corpus else {}
+    # Before anything is trained.
+    studies.finished(arguments.out, settings | scored, later=("weights",))
     start = start_of(arguments, whole)
     settings["weights"] = weights_of(start)
-    cells = studies.finished(arguments.out, settings).get("cells", {})
+    cells = studies.finished(arguments.out, settings | scored).get("cells", {})
     # Seeds outermost: an interrupted study is still one of all arms.
     todo = [
         (seed, ratio, arm)
@@ -414,10 +443,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     for done, (seed, ratio, arm) in enumerate(todo, start=1):
         name = f"{arm}/{ratio:g}/{seed}"
         place = arguments.folder / f"{name.replace('/', '-')}-{fingerprint(settings)}"
-        config = cell_config(arm, ratio, seed, arguments, overrides)
-        config["init"]["image"] = start
-        cells[name] = run_cell(config, place.absolute(), keep=arguments.keep)
-        studies.keep(arguments.out, {"settings": settings, "cells": cells}, table(cells))
+        if scored:
+            cells[name] = score_cell(place.absolute(), **scored)
+        else:
+            config = cell_config(arm, ratio, seed, arguments, overrides)
+            config["init"]["image"] = start
+            cells[name] = run_cell(config, place.absolute(), keep=arguments.keep)
+        studies.keep(arguments.out, {"settings": settings | scored, "cells": cells}, table(cells))
         draw(cells, arguments.out.with_suffix(".png"))
         cell = cells[name]
         print(f"\n{done} of {len(todo)}: {name}, {cell['minutes']:.1f} minutes", flush=True)

@@ -3,6 +3,7 @@
 import argparse
 import json
 import pathlib
+import shutil
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from benchmarks import methods_lgdea as bench
 from configs import lgdea
 from medvlp_jax import convert
 from medvlp_jax.config import UserError, flatten, to_json
+from medvlp_jax.evaluation import results
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -148,6 +150,44 @@ def test_all_cells_start_from_one_encoder_trained_once(study, monkeypatch, tmp_p
     (image.parents[1] / "config.json").write_text(json.dumps(made))
     with pytest.raises(UserError, match="holds an encoder of other settings"):
         begin("--start", "views", "--seeds", "2", "--ratios", "0.01", data)
+
+
+def test_cells_that_were_kept_are_scored_on_other_images(study, monkeypatch):
+    begin, calls, out = study
+    other = out.with_name("other.json")
+    again = ("--corpus", "cxr_phantom:tiny", "--split", "train", f"--out={other}")
+    begin()
+    with pytest.raises(UserError, match="has no checkpoints: train that cell with --keep"):
+        begin(*again)
+    out.unlink()
+    shutil.rmtree(out.parent / "runs")
+    begin("--keep")
+    trained, asked = len(calls), []
+
+    def evaluate(argv):
+        asked.append(dict(zip(argv[::2], argv[1::2], strict=True)))
+        folder = pathlib.Path(asked[-1]["--out"])
+        folder.mkdir()
+        stamp = {"protocol": "any@v1", "hash": "0"}
+        found = {
+            metric: results.number(0.25, 0.2, 0.3, n=1, chance=0.0) | stamp
+            for metric in bench.METRICS
+        }
+        (folder / "results.json").write_text(json.dumps(found | {"provenance": {}}))
+
+    monkeypatch.setattr(bench.evaluate, "main", evaluate)
+    begin(*again)
+    begin(*again)
+    assert (len(calls), len(asked)) == (trained, 10)
+    assert {(a["--corpus"], a["--split"]) for a in asked} == {("cxr_phantom:tiny", "train")}
+    assert {a["--run"] for a in asked} == {*map(str, out.parent.glob("runs/*"))}
+    saved = json.loads(other.read_text())
+    assert saved["settings"]["corpus"] == "cxr_phantom:tiny"
+    cell = saved["cells"]["lgdea/0.01/1"]
+    assert cell["results"]["grounding/cosine/cnr"]["value"] == 0.25
+    assert cell["usage_entropy"] == pytest.approx(0.8)
+    with pytest.raises(UserError, match="holds numbers of settings"):
+        begin(*again[:4], f"--out={out}")
 
 
 def test_the_kept_start_fits_the_study_and_is_told_from_others(study, monkeypatch):
