@@ -1,5 +1,6 @@
 """Every architecture there is a table for, and config.json read by it."""
 
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -110,7 +111,23 @@ def fields_of(
             "line --ignore NAME."
         )
     _check_sizes(table, config, folder)
+    _check_kinds(table, config, folder)
     return {f.name: f.read(config.get(key, f.default)) for key, f in table.fields.items()}
+
+
+def _check_kinds(table: Table, config: Mapping[str, Any], folder: Path) -> None:
+    """Refuse what is no number where one is needed, and no switch where one is."""
+    for key, field in table.fields.items():
+        value = config.get(key, field.default)
+        if type(field.default) is float and not (
+            type(value) in (int, float) and math.isfinite(value)
+        ):
+            needed = "a number"
+        elif type(field.default) is bool and type(value) is not bool:
+            needed = "true or false"
+        else:
+            continue
+        raise UserError(f"{folder}/config.json has {key} {value!r}; {needed} is needed.")
 
 
 # Whole numbers that are no sizes, and a size that may be broken.

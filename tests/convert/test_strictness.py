@@ -1,6 +1,7 @@
 """Files that do not fit are refused, with all that is wrong in one sentence."""
 
 import json
+import math
 
 import jax
 import numpy as np
@@ -10,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 from medvlp_jax import convert, sharding
 from medvlp_jax.config import UserError
 from medvlp_jax.convert import architectures, checkpoint
-from medvlp_jax.encoders import bert, resnet, vit
+from medvlp_jax.encoders import bert, resnet, swin, vit
 from medvlp_jax.encoders.base import Tokens
 
 TOKENS = Tokens(np.ones((1, 2), np.int32), np.ones((1, 2), bool))
@@ -212,6 +213,30 @@ def test_sizes_that_are_none_are_refused(tmp_path, changes, message):
     convert.save(module, jax.tree.map(lambda s: np.ones(s.shape, np.float32), shapes), tmp_path)
     edit_config(tmp_path, **changes)
     with pytest.raises(UserError, match=message):
+        convert.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layer_norm_eps": "1e-12"}, "layer_norm_eps '1e-12'; a number is needed"),
+        ({"layer_norm_eps": None}, "layer_norm_eps None; a number is needed"),
+        ({"hidden_dropout_prob": math.inf}, "hidden_dropout_prob inf; a number is needed"),
+        ({"attention_probs_dropout_prob": False}, "dropout_prob False; a number is needed"),
+    ],
+)
+def test_what_is_no_number_is_refused(folder, changes, message):
+    edit_config(folder, **changes)
+    with pytest.raises(UserError, match=message):
+        convert.load(folder)
+
+
+def test_what_is_no_switch_is_refused(tmp_path):
+    module = swin.make("tiny")
+    shapes = jax.eval_shape(module.init, jax.random.key(0), np.zeros((1, 64, 64, 3)))
+    convert.save(module, jax.tree.map(lambda s: np.ones(s.shape, np.float32), shapes), tmp_path)
+    edit_config(tmp_path, qkv_bias="false")
+    with pytest.raises(UserError, match="qkv_bias 'false'; true or false is needed"):
         convert.load(tmp_path)
 
 
