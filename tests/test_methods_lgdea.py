@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from benchmarks import lgdea_tables
 from benchmarks import methods_lgdea as bench
 from configs import lgdea
 from medvlp_jax import convert
@@ -240,10 +241,10 @@ def test_a_way_shorter_than_the_spread_has_no_share():
         for (arm, ratio), values in at.items()
         for seed, value in enumerate(values)
     }
-    assert np.isnan(bench.gap_closed(cells, 0.05, metric))
+    assert np.isnan(lgdea_tables.gap_closed(cells, 0.05, metric))
     for seed, value in enumerate((0.57, 0.63)):
         cells[f"pairs/1/{seed}"]["results"][metric]["value"] = value
-    assert bench.gap_closed(cells, 0.05, metric) == pytest.approx(0.25)
+    assert lgdea_tables.gap_closed(cells, 0.05, metric) == pytest.approx(0.25)
 
 
 def test_a_collapse_is_said(study, monkeypatch, capsys):
