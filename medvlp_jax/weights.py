@@ -28,6 +28,8 @@ HOW_IT_RUNS = (
     "bn_momentum",
     "dropout",
     "attention_dropout",
+    "drop_path",
+    "kept_patches",
 )
 
 

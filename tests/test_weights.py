@@ -2,13 +2,15 @@
 
 import types
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from medvlp_jax import weights
+from medvlp_jax import convert, weights
 from medvlp_jax.config import UserError
+from medvlp_jax.encoders import dinov2
 from medvlp_jax.training.checkpoint import Checkpointer
 from medvlp_jax.training.step import TrainState
 
@@ -47,6 +49,15 @@ def test_a_selection_without_a_step_does_not_hide_the_checkpoints(tmp_path):
     checkpointer.close()
     found = weights._read(tmp_path)["params"]
     np.testing.assert_array_equal(found["head"]["kernel"], np.ones(3))
+
+
+def test_a_folder_says_what_an_encoder_is_and_the_config_how_it_is_run(tmp_path):
+    module = dinov2.make("tiny")
+    shapes = jax.eval_shape(module.init, jax.random.key(0), np.zeros((1, 28, 28, 3)))
+    convert.save(module, jax.tree.map(lambda s: np.ones(s.shape, np.float32), shapes), tmp_path)
+    spec = {"name": "vit", "depth": 99, "drop_path": 0.2, "kept_patches": 0.5}
+    loaded, _ = weights.load_encoder(tmp_path, spec, seed=0)
+    assert (loaded.drop_path, loaded.kept_patches, loaded.depth) == (0.2, 0.5, module.depth)
 
 
 def test_what_both_have_is_taken_and_what_is_new_begins(before, capsys):

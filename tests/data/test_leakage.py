@@ -32,6 +32,7 @@ def test_unrelated_corpora_and_the_own_splits_are_no_leak():
     assert leakage.warning(["nih_cxr14"], "nih_cxr14") == ""
     assert leakage.warning(["unheard_of"], "another") == ""
     assert leakage.warning(["nih_cxr14:official"], "nih_cxr14:official-512") == ""
+    assert leakage.warning(["chexpert:train_without_5x200-256"], "chexpert:5x200") == ""
     assert leakage.warning(["csv_folder:ours"], "csv_folder:theirs") == ""
 
 
