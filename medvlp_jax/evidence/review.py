@@ -88,8 +88,11 @@ def take(out: Path, path: Path) -> dict[str, knowledge.Record]:
       The corpus as it stands now, by id.
 
     Raises:
-      UserError: see `read`, and for a damaged file of earlier verdicts; nothing is changed then.
+      UserError: see `read`, for a damaged file of earlier verdicts, and where another table is read
+        while the folder's own holds verdicts; nothing is changed then.
     """
+    if path.resolve() != (out / REVIEW).resolve():
+        check_nothing_unread(out)
     kept = _kept(out) | read(path, read_written(out))
     rows = (answers.dumps({"id": name, **v._asdict()}) + "\n" for name, v in kept.items())
     answers.replace(out / KEPT, rows)

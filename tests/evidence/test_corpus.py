@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 
 import pytest
 from server import completion, hang, hang_up, send, serve, status
@@ -354,7 +355,11 @@ def test_an_unknown_or_repeated_id_is_refused_by_row(written):
 
 def test_a_review_in_progress_is_not_written_over(written, tmp_path):
     path, _ = reviewed(written, r0=("approve", ""))
+    other = path.with_name("other.csv")
+    shutil.copy(path, other)
     path.rename(written / review.REVIEW)
+    with pytest.raises(UserError, match="a verdict stands here that was not read yet"):
+        review.take(written, other)  # which would be lost
     tasks, _ = tasks_of(tmp_path)
     with pytest.raises(UserError, match="row 2: a verdict stands here"):
         corpus.run(tasks, local(good)[0], written)
