@@ -5,6 +5,7 @@ from ml_collections import ConfigDict
 from configs import common, imitate
 
 VARIANTS = ("", "demo", "study", "views", "smoke")
+IMAGENET = {"image": "google/vit-base-patch16-224-in21k"}  # its rate, 1e-5, moves no random one
 STUDY_IMAGE = {"name": "resnet", "variant": "tiny", "dtype": "float32"}
 STUDY_IMAGE |= {"hidden_sizes": (32, 64, 128), "depths": (1, 1, 2)}  # ends at 5 x 5 pixels
 UPRIGHT = {"flip_horizontal": 0.0, "flip_vertical": 0.0, "rotation": 10.0}  # phrases tell sides
@@ -28,7 +29,7 @@ def get_config(variant: str = "") -> ConfigDict:
             ),
             "train": common.train(steps=20_000, batch_size=64, refresh_every=2500),
             "evals": common.evals(),
-            **common.rest(init={"text": "emilyalsentzer/Bio_ClinicalBERT"}),
+            **common.rest(init={"text": "emilyalsentzer/Bio_ClinicalBERT", **IMAGENET}),
         }
     )
     config.data.view.update(UPRIGHT)
@@ -83,7 +84,7 @@ def small(config):
     config.recipe.text = ConfigDict({"name": "bert", "variant": "tiny", "pooling": "mean"})
     config.recipe.text.update({"dropout": 0.0, "attention_dropout": 0.0, "dtype": "float32"})
     config.recipe.update({"dim": 64, "prototypes": 32, "num_heads": 4})
-    config.init.text = "mlm"
+    config.init.update({"image": "", "text": "mlm"})
     config.data.update({"tokenizer": "cxr_phantom", "decode_cache": 8192})
     config.optim.update({"lr": 2e-3, "warmup": 40, "multipliers": ()})
 
@@ -112,8 +113,7 @@ def study(config):
     demo(config)
     config.optim.multipliers = (("^(image|text)/", 0.1),)
     config.data.pairing.update({"share": 0.75, "passes": 0})  # docs/lgdea-study.md
-    config.train.update({"steps": 900, "refresh_every": 75, "checkpoint_every": 100})
-    config.train.update({"evaluate_every": 0, "export": False})
+    config.train.update(steps=900, refresh_every=75, evaluate_every=0, export=False)
     config.evals.update({"protocols": ("zero_shot", "retrieval", "grounding"), "resamples": 500})
 
 

@@ -127,8 +127,10 @@ def _record(answer: str, text: str) -> dict:
     parsed = schema.parse(answer, text)
     if not parsed.evidence and set(parsed.dropped) == {"invalid"}:
         raise schema.Malformed("none of its items has the fields asked for.")
-    status = OK if parsed.evidence else NOTHING
-    return {"status": status, "evidence": list(parsed.evidence), "dropped": parsed.dropped}
+    found = list(parsed.evidence)
+    if found and all(item["certainty"] == "absent" for item in found):
+        found.append(schema.normal())  # a model may list denials alone, and say nothing else
+    return {"status": OK if found else NOTHING, "evidence": found, "dropped": parsed.dropped}
 
 
 def _header(backend: Backend) -> dict:

@@ -1,6 +1,7 @@
 """The phrases of a report that LGDEA encodes: from an extraction, or read by rules on the way."""
 
 import functools
+import itertools
 import json
 import re
 import sys
@@ -13,12 +14,24 @@ from medvlp_jax.evidence import answers, extract
 
 SHOWN = ("present", "uncertain")  # a lesion query cannot find what is absent
 UNITS = ("phrase", "sentence")
+_DENIES = re.compile(r"(no|not|without|absence|absent|free)\b", re.IGNORECASE)
 _SENTENCE = re.compile(r"(?<=[.;?!])\s+|\n")
 
 
-def shown(items: Iterable[Mapping], certainty=SHOWN) -> tuple[str, ...]:
-    """Return the different phrases of what may be seen on the image, in order."""
-    return tuple(dict.fromkeys(i["phrase"] for i in items if i["certainty"] in certainty))
+def shown(items: Iterable[Mapping], *, negated: bool = False) -> tuple[str, ...]:
+    """Return the different phrases of what may be seen on the image, in order.
+
+    Args:
+      items: of an extraction.
+      negated: say what is absent, too, as "no pneumothorax": a phrase itself is of the finding.
+    """
+    said = (_denied(i["phrase"]) if i["certainty"] == "absent" else i["phrase"] for i in items)
+    seen = (negated or i["certainty"] in SHOWN for i in items)
+    return tuple(dict.fromkeys(itertools.compress(said, seen)))
+
+
+def _denied(phrase: str) -> str:
+    return phrase if _DENIES.match(phrase) else f"no {phrase[:1].lower()}{phrase[1:]}"
 
 
 def sentences(text: str) -> tuple[str, ...]:
@@ -50,10 +63,9 @@ def reader(
                 "data.evidence.folder nor with data.evidence.negated."
             )
         return lambda record: sentences(_text(record))
-    taken = (*SHOWN, *(("absent",) if negated else ()))
     if not folder:
         by_rules = functools.lru_cache(maxsize=1 << 16)(
-            lambda text: shown(json.loads(extract.write_rules(text))["evidence"], taken)
+            lambda text: shown(json.loads(extract.write_rules(text))["evidence"], negated=negated)
         )
         return lambda record: by_rules(_text(record))
     file = Path(folder).expanduser() / "evidence.jsonl"
@@ -61,7 +73,7 @@ def reader(
         raise UserError(f"data.evidence.folder={folder} has no evidence.jsonl.")
     with file.open(encoding="utf-8") as lines:
         rows = list(map(json.loads, lines))
-    known = {row["key"]: shown(row["evidence"], taken) for row in rows}
+    known = {row["key"]: shown(row["evidence"], negated=negated) for row in rows}
     _say_failed(file, sum(row["status"] == answers.FAILED for row in rows), len(rows))
 
     def phrases(record):

@@ -221,12 +221,15 @@ class Imitate(nn.Module):
         c = self._contrast
         report = lambda view: c(f[view], f["text"], batch, f, "impression", impression)
         reading = lambda view: c(f[view], f["text_findings"], batch, f, "findings", findings)
-        view_diagnosis = c(f["image"], f["image_2"], batch, f, "impression", everything, views=True)
+        views = lambda x, y: c(f[x], f[y], batch, f, "impression", everything, views=True)
+        view_diagnosis = views("image", "image_2")
+        # A target whose rows sum to 1 is not symmetric, and neither is its contrast.
+        back = views("image_2", "image") if self.normalise_target else view_diagnosis
         view_reading = c(f["reading"], f["reading_2"], batch, f, None, findings, views=True)
         return {
             "impression": report("image") + report("image_2"),
             "findings": reading("image_findings") + reading("image_findings_2"),
-            "view_diagnosis": 2 * view_diagnosis,
+            "view_diagnosis": view_diagnosis + back,
             "view_reading": 2 * view_reading,
         }
 

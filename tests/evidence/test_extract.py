@@ -156,6 +156,18 @@ def test_an_answer_without_a_single_item_of_the_form_is_a_failure(tmp_path):
     assert rows(tmp_path)[0]["error"].startswith("malformed answer")
 
 
+def test_a_model_that_lists_denials_alone_has_said_that_nothing_is_wrong(tmp_path):
+    report = Report("a", "No effusion. No pneumothorax.", "")
+    denied = [
+        {**dict.fromkeys(schema.FIELDS), "phrase": name, "finding": name, "certainty": "absent"}
+        | {"location": "", "attributes": []}
+        for name in ("effusion", "pneumothorax")
+    ]
+    model = writer("model", lambda text: json.dumps({"evidence": denied}))
+    extract.run([report], model, tmp_path)
+    assert rows(tmp_path)[0]["evidence"] == [*denied, schema.normal()]
+
+
 def test_failures_are_listed_and_asked_about_again(tmp_path):
     def failing(requests, check):
         for i, r in enumerate(requests):

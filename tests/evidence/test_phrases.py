@@ -33,7 +33,11 @@ def test_sentences_and_what_is_absent_are_ablations():
     whole = ("Small right pleural effusion.", "No pneumothorax.", "The heart is enlarged.")
     assert read(RECORD) == (*whole, "Possible pneumonia.")
     read = phrases.reader(negated=True)
-    assert read(RECORD) == (EXPECTED[0], "pneumothorax", *EXPECTED[1:])
+    assert read(RECORD) == (EXPECTED[0], "no pneumothorax", *EXPECTED[1:])
+    items = [{"phrase": "No focal opacity", "certainty": "absent"}]
+    items += [{"phrase": "Effusion", "certainty": kind} for kind in ("absent", "present")]
+    assert phrases.shown(items, negated=True) == ("No focal opacity", "no effusion", "Effusion")
+    assert phrases.shown(items) == ("Effusion",)
     with pytest.raises(UserError, match="phrase or sentence, got 'word'"):
         phrases.reader(unit="word")
     with pytest.raises(UserError, match=r"neither with data\.evidence\.folder"):

@@ -249,9 +249,11 @@ def test_cached_text_features_equal_computing_them(small):
         np.testing.assert_allclose(terms[name], from_cache[name], rtol=1e-6)
 
 
-def test_objective_equals_the_sum_of_eight_contrastive_losses(small):
+@pytest.mark.parametrize("normalise", [False, True])
+def test_objective_equals_the_sum_of_eight_contrastive_losses(small, normalise):
     """1.2.4 with every C written out from the definition, in float64."""
     recipe, variables = small
+    recipe = recipe.clone(normalise_target=normalise)
     batch = batch_of(6)
     features, _ = recipe.apply(
         variables,
@@ -275,6 +277,8 @@ def test_objective_equals_the_sum_of_eight_contrastive_losses(small):
         index = np.flatnonzero(valid)
         a = (x @ y.T / tau)[np.ix_(index, index)]
         target = (np.eye(6) + tau * s)[np.ix_(index, index)]
+        if normalise:  # our choice: rows of sum 1, used transposed the other way
+            target = target / target.sum(1, keepdims=True)
         rows = a - np.log(np.exp(a).sum(1, keepdims=True))
         columns = a - np.log(np.exp(a).sum(0, keepdims=True))
         return -(target * (rows + columns)).sum() / len(index)
