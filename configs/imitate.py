@@ -61,6 +61,7 @@ def recipe() -> ConfigDict:
             "view_temperature": 0.2,
             "kernel": "exp",
             "strength": 0.2,
+            "findings_meet": "reading",
             "centre_prior": False,
             "normalise_target": False,
             "same_text": False,

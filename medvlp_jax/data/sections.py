@@ -153,6 +153,7 @@ RECIPES: Mapping[str, Callable[[str, str], Texts]] = {
     "imitate-v1": lambda findings, impression: (
         (_joined(findings), _joined(impression)) if findings and impression else ("", "")
     ),
+    "joined-v1": lambda findings, impression: ("", _joined(f"{findings} {impression}")),
     "mgca-v1": _mgca,
 }
 

@@ -33,6 +33,7 @@ from medvlp_jax.schedules import Knots
 TERMS = ("impression", "findings", "view_diagnosis", "view_reading")
 SECTIONS = ("findings", "impression")
 KERNELS = ("none", *contrastive.KERNELS)
+BRANCHES = {"reading": "image_findings", "diagnosis": "image"}  # the feature Findings meet
 
 # For the model card of an export: the diagnosis branch and the text head on an Impression.
 HEADS_IN_TORCH = """
@@ -64,6 +65,7 @@ class Imitate(nn.Module):
     view_temperature: float
     kernel: str
     strength: float
+    findings_meet: str
     centre_prior: bool
     normalise_target: bool
     same_text: bool
@@ -93,7 +95,8 @@ class Imitate(nn.Module):
     @property
     def spaces(self) -> dict[str, tuple[str, str]]:
         """Impression meets the diagnosis branch, Findings the reading branch."""
-        return {"impression": ("image", "text"), "findings": ("image_findings", "text_findings")}
+        seen = BRANCHES[self.findings_meet]
+        return {"impression": ("image", "text"), "findings": (seen, "text_findings")}
 
     @property
     def heads_in_torch(self) -> str:
@@ -226,9 +229,10 @@ class Imitate(nn.Module):
         # A target whose rows sum to 1 is not symmetric, and neither is its contrast.
         back = views("image_2", "image") if self.normalise_target else view_diagnosis
         view_reading = c(f["reading"], f["reading_2"], batch, f, None, findings, views=True)
+        seen = BRANCHES[self.findings_meet]
         return {
             "impression": report("image") + report("image_2"),
-            "findings": reading("image_findings") + reading("image_findings_2"),
+            "findings": reading(seen) + reading(f"{seen}_2"),
             "view_diagnosis": view_diagnosis + back,
             "view_reading": 2 * view_reading,
         }
@@ -287,6 +291,7 @@ def make(
     view_temperature: float = 0.2,
     kernel: str = "exp",
     strength: float = 0.2,
+    findings_meet: str = "reading",
     centre_prior: bool = False,
     normalise_target: bool = False,
     same_text: bool = False,
@@ -314,6 +319,8 @@ def make(
       view_temperature: image-image.
       kernel: "exp", "gaussian", "laplacian", "sigmoid" or "none" (plain InfoNCE).
       strength: lambda of the "exp" kernel.
+      findings_meet: the "reading" branch, or the "diagnosis" branch as Impression does; with
+        weights.view_reading=0 the ablation without a hierarchy.
       centre_prior: centre report features over the batch before the correlation (our extension).
       normalise_target: soft targets of an image sum to 1 over the reports (our extension).
       same_text: equal sections are positives of one another (our choice, for corpora with repeats).
@@ -337,6 +344,9 @@ def make(
         raise UserError(f"recipe.eval_draws={eval_draws} must be at least 1.")
     if kernel not in KERNELS:
         raise UserError(f"recipe.kernel must be one of {', '.join(KERNELS)}, got '{kernel}'.")
+    if findings_meet not in BRANCHES:
+        known = " or ".join(BRANCHES)
+        raise UserError(f"recipe.findings_meet must be {known}, got '{findings_meet}'.")
     if train_text and cached_text:
         raise UserError(
             "recipe.train_text=True changes the text features: set recipe.cached_text=False."

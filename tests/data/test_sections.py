@@ -120,6 +120,8 @@ def test_recipes_are_versioned_and_found_without_a_version():
     assert sections.recipe("impression")("a\n b", "c \n d") == ("", "c d")
     assert sections.recipe("findings-v1")("a\n b", "c") == ("a b", "")
     assert sections.recipe("both")("a\n b", "c \n d") == ("a b", "c d")
+    assert sections.recipe("joined")("a\n b", "c") == ("", "a b c")
+    assert sections.recipe("joined")("", "c") == ("", "c")
     assert sections.recipe("imitate")("a", "b") == ("a", "b")
     assert sections.recipe("imitate")("a", "") == ("", "")
     with pytest.raises(UserError, match=r"No text recipe 'impresion'\. Did you mean impression-v1"):

@@ -249,11 +249,11 @@ def test_cached_text_features_equal_computing_them(small):
         np.testing.assert_allclose(terms[name], from_cache[name], rtol=1e-6)
 
 
-@pytest.mark.parametrize("normalise", [False, True])
-def test_objective_equals_the_sum_of_eight_contrastive_losses(small, normalise):
+@pytest.mark.parametrize(("normalise", "meet"), [(False, "reading"), (True, "diagnosis")])
+def test_objective_equals_the_sum_of_eight_contrastive_losses(small, normalise, meet):
     """1.2.4 with every C written out from the definition, in float64."""
     recipe, variables = small
-    recipe = recipe.clone(normalise_target=normalise)
+    recipe = recipe.clone(normalise_target=normalise, findings_meet=meet)
     batch = batch_of(6)
     features, _ = recipe.apply(
         variables,
@@ -286,11 +286,12 @@ def test_objective_equals_the_sum_of_eight_contrastive_losses(small, normalise):
     v_f, v_i = batch["findings_valid"], batch["impression_valid"]
     s_f, s_i = similarity(f["findings_report"], v_f), similarity(f["impression_report"], v_i)
     everyone, zero = np.ones(6, bool), np.zeros((6, 6))
+    d_s = ("image", "image_2")
     expected = {
-        "impression": sum(c(f[d], f["text"], 0.07, s_i, v_i) for d in ("image", "image_2")),
+        "impression": sum(c(f[d], f["text"], 0.07, s_i, v_i) for d in d_s),
         "findings": sum(
             c(f[r], f["text_findings"], 0.07, s_f, v_f)
-            for r in ("image_findings", "image_findings_2")
+            for r in (("image_findings", "image_findings_2") if meet == "reading" else d_s)
         ),
         "view_diagnosis": c(f["image"], f["image_2"], 0.2, s_i, everyone)
         + c(f["image_2"], f["image"], 0.2, s_i, everyone),
@@ -382,6 +383,7 @@ def test_contrast_groups_of_the_whole_batch_equal_the_global_batch(small):
     ("fields", "message"),
     [
         ({"kernel": "cosine"}, "recipe.kernel must be one of none, exp, gaussian"),
+        ({"findings_meet": "both"}, "findings_meet must be reading or diagnosis, got 'both'"),
         ({"num_tokens": 16}, "recipe.num_tokens=16 cannot hold the 17 drawn channels"),
         ({"keep": (0.5, 0.5)}, "recipe.keep has 2 shares but the image encoder has 4 levels"),
         ({"train_text": True, "cached_text": True}, "set recipe.cached_text=False"),
