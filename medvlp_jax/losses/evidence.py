@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from medvlp_jax.losses.contrastive import at_least_float32
+from medvlp_jax.losses.targets import FLOOR
 
 _TINY = 1e-30  # below any share a softmax gives; a logarithm of zero would not be finite
 
@@ -116,6 +117,7 @@ def alignment(
     image_confidence: Float[Array, " I"],
     report_confidence: Float[Array, " R"],
     temperature: float,
+    told: Bool[Array, " R"] | None = None,
 ) -> Float[Array, ""]:
     """Return L_evi-align: contrast in evidence space, with soft positives from relations.
 
@@ -135,10 +137,14 @@ def alignment(
       image_confidence: c_i in [0, 1].
       report_confidence: c_r in [0, 1].
       temperature: tau_a, above 0.
+      told: reports that say something; the others, of which no image is related to any, are no
+        negatives either. None means all.
     """
     image, report = at_least_float32(image), at_least_float32(report)
     target = jax.lax.stop_gradient(at_least_float32(target))
     logits = jnp.einsum("ie,re->ir", image, report, precision="highest") / temperature
+    if told is not None:
+        logits = jnp.where(told, logits, FLOOR)
 
     def direction(logits, target, confidence):
         total = target.sum(-1, keepdims=True)

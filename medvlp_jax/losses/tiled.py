@@ -155,6 +155,7 @@ def alignment(
     *,
     trust: Float[Array, " B"],
     related: Links | None = None,
+    told: Bool[Array, " B"] | None = None,
     tile: int = TILE,
 ) -> Float[Array, ""]:
     """evidence.alignment in tiles, a report trusted as the images it is related to are.
@@ -165,6 +166,7 @@ def alignment(
       scale: multiplies the cosines, 1 / temperature.
       trust: c_i in [0, 1] of each image.
       related: the target, made tile by tile; None relates row i to report i where it is trusted.
+      told: reports that say something, see evidence.alignment; None means all.
       tile: largest side of a tile.
 
     Returns:
@@ -178,7 +180,8 @@ def alignment(
     everything = jnp.ones(len(image), bool)
     trust = trust.astype(dtype)
     valid = trust > 0 if related is None else everything
-    examples = jax.lax.stop_gradient(describe(everything, valid, None, {**known, "trust": trust}))
+    known |= {"trust": trust} | ({} if told is None else {"told": told})
+    examples = jax.lax.stop_gradient(describe(everything, valid, None, known))
     row, column, trusted = totals_of(rule, examples, tile)
     # Targets of a row are scaled to sum 1, and its cross entropy counts by its share of all trust.
     divided = lambda x, total: jnp.where(total > 0, x / jnp.where(total > 0, total, 1), 0)
@@ -225,7 +228,8 @@ def _logits_and_target(rule, constants, scale, rows, columns):
     pairs = pairs_of(examples, others)
     target = target_of(rule, constants, examples, others, pairs)
     logits = scale * matmul(at_least_float32(x), at_least_float32(y).T)
-    return jnp.where(pairs.candidate, logits, -jnp.inf), target
+    candidate = pairs.candidate & others.known.get("told", True)
+    return jnp.where(candidate, logits, -jnp.inf), target
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -203,14 +203,10 @@ class Lgdea(nn.Module):
         # As means, the fewer rows are apart, the more each of them would count beside a pair.
         share = 1 - paired.mean() if self.by_share else 1.0
         near, far = self.alignment_temperature, self.global_temperature
-        aligned = self._align(seen, fixed(said), near, confidence, related(told))
-        met = self._align(
-            features["image"],
-            fixed(features["text"]),
-            far,
-            confidence,
-            related(told & batch[f"{SECTION}_valid"]),
-        )
+        valid = batch[f"{SECTION}_valid"]
+        aligned = self._align(seen, fixed(said), near, confidence, told, related(told))
+        text = fixed(features["text"])
+        met = self._align(features["image"], text, far, confidence, valid, related(told & valid))
         return {
             "reconstruction": evidence.reconstruction(
                 features["phrases"],
@@ -221,23 +217,23 @@ class Lgdea(nn.Module):
             ),
             "paired": evidence.paired_divergence(report, image, valid=pair),
             "unpaired": share * evidence.unpaired_divergence(known["pseudo"], image, confidence),
-            "alignment": self._align(seen, said, near, pair.astype(confidence.dtype)),
+            "alignment": self._align(seen, said, near, pair.astype(confidence.dtype), told),
             "relations": share * aligned,
             "global": contrast(
                 features["image"],
                 features["text"],
                 jnp.float32(1 / far),
-                valid=paired & batch[f"{SECTION}_valid"],
+                valid=paired & valid,
             ),
             "global_relations": share * met,
             "usage": 1
             - evidence.usage_entropy(jnp.where(told[:, None], (image + report) / 2, image)),
         }
 
-    def _align(self, image, text, temperature, trust, related=None):
+    def _align(self, image, text, temperature, trust, told, related=None):
         """Return L_evi-align, in tiles where the batch outgrows one; None relates the pairs."""
         if 0 < self.loss_tile < len(image):
-            settings = {"trust": trust, "related": related, "tile": self.loss_tile}
+            settings = {"trust": trust, "related": related, "told": told, "tile": self.loss_tile}
             return tiled.alignment(image, text, 1 / temperature, **settings)
         target = jnp.diag(trust) if related is None else relations.in_batch(*related)
         return evidence.alignment(
@@ -247,6 +243,7 @@ class Lgdea(nn.Module):
             image_confidence=trust,
             report_confidence=relations.mean_trust(target, trust),
             temperature=temperature,
+            told=told,
         )
 
     def start(self, params: Mapping, raw, seed: int) -> dict:

@@ -160,6 +160,27 @@ def test_alignment_is_the_printed_sum_in_both_directions():
     np.testing.assert_allclose(found, -(to_report + to_image) / 2, rtol=1e-12)
 
 
+def test_a_report_that_says_nothing_is_no_negative():
+    rng = np.random.default_rng(12)
+    a, b = unit(rng.normal(size=(4, 5))), unit(rng.normal(size=(6, 5)))
+    told = np.array([True, False, True, True, False, True])
+    target = rng.random((4, 6)) * told
+    ci, cr = rng.random(4), rng.random(6)
+    settings = {"image_confidence": ci, "temperature": 0.07}
+
+    def loss(a, b, target, cr, **told):
+        return evidence.alignment(a, b, target, report_confidence=cr, **settings, **told)
+
+    both = jax.value_and_grad(loss, argnums=(0, 1))
+    found, moved = both(a, b, target, cr, told=told)
+    expected, alone = both(a, b[told], target[:, told], cr[told])
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+    np.testing.assert_allclose(moved[0], alone[0], rtol=1e-10)
+    np.testing.assert_allclose(moved[1][told], alone[1], rtol=1e-10)
+    assert not np.any(moved[1][~told])
+    assert np.isfinite(loss(a, b, 0 * target, cr, told=np.zeros(6, bool)))
+
+
 def test_alignment_of_pairs_alone_is_info_nce():
     from medvlp_jax.losses import contrastive
 

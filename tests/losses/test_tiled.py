@@ -310,17 +310,18 @@ def aligned(tile, batch, devices=0, related=True, dtype=float):
     """Value and gradients of image, report and scale; tile 0 is the dense loss."""
     weight, column, report, trust = map(jnp.asarray, related_arrays(batch))
     a = arrays(batch=batch)
+    told = report >= 0 if related else None  # -1 is related to nothing
 
     def loss(x, y, scale):
         if tile:
             known = Links(column, weight, report) if related else None
-            return tiled.alignment(x, y, scale, trust=trust, related=known, tile=tile)
+            return tiled.alignment(x, y, scale, trust=trust, related=known, told=told, tile=tile)
         target = relations.in_batch(column, weight, report) if related else jnp.diag(trust > 0)
         shared = {
             "image_confidence": trust,
             "report_confidence": relations.mean_trust(target * 1.0, trust),
         }
-        return evidence.alignment(x, y, target, temperature=1 / scale, **shared)
+        return evidence.alignment(x, y, target, temperature=1 / scale, told=told, **shared)
 
     x, y, scale = (jnp.asarray(v, dtype) for v in (a["x"], a["y"], 9.0))
     context = contextlib.nullcontext()

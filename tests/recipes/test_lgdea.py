@@ -103,6 +103,7 @@ def test_relations_are_contrasted_in_the_global_space_too(model):
     target[np.ix_([4, 5], [3, 5])] = np.array([0.75, 0.25]) * told[[3, 5]]
     assert target.any()
     logits = np.asarray(features["image"], np.float64) @ np.asarray(features["text"]).T / 0.2
+    logits[:, ~batch["report_valid"]] = -1e30  # no text, no negative
     trusted = trust @ target / np.maximum(target.sum(0), 1e-9)
     total = 0.0
     for x, t, c in ((logits, target, trust), (logits.T, target.T, trusted)):
@@ -194,10 +195,11 @@ def test_without_relations_only_pairs_and_phrases_count(model):
     share = np.mean([(image[i] + report[i]) / 2 if told[i] else image[i] for i in range(6)], 0)
     usage = 1 + (share * np.log(share)).sum() / np.log(5)
     np.testing.assert_allclose(terms["usage"], usage, rtol=1e-4)
-    # Alignment: each pair's own report is its positive, all six are candidates; a mean over pairs.
+    # Alignment: each pair's own report is its positive, all that say something are candidates.
     a = evidence.mean_direction(f["lesions"])
     b = evidence.mean_direction(f["phrases"], batch["evidence_mask"])
     s = np.asarray(a @ b.T, np.float64) / 0.07
+    s[:, ~told] = -1e30
     rows = s - np.log(np.exp(s).sum(1, keepdims=True))
     columns = s - np.log(np.exp(s).sum(0, keepdims=True))
     loss = -sum(rows[i, i] + columns[i, i] for i in np.flatnonzero(pair)) / 2 / pair.sum()
@@ -223,6 +225,7 @@ def test_relations_teach_the_unpaired_images_they_trust(model):
     a = evidence.mean_direction(f["lesions"])
     b = evidence.mean_direction(f["phrases"], batch["evidence_mask"])
     s = np.asarray(a @ b.T, np.float64) / 0.07
+    s[:, ~told] = -1e30  # what says nothing is no negative
     target = np.zeros((6, 6))
     target[4, [3, 5]], target[5, [3, 5]] = (0.75, 0.25), (0.75, 0.25)
     target *= told
