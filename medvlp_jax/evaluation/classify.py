@@ -277,6 +277,7 @@ def _decisions(truth, scores, classes, share, positive):
             np.sqrt(sensitivity * specificity),
             metrics.accuracy(z_table),
             *recall[:, present].T,
+            *f1[:, present].T,
         ]
         return np.stack(columns, axis=-1)
 
@@ -302,6 +303,7 @@ def _chances(classes, share, rankable_share, focus) -> Mapping[str, float]:
         "g_mean": np.sqrt(guess * (1 - guess)),
         "accuracy_zscore": guess,
         **{f"recall/{name}": guess for name in names},
+        **{f"f1/{name}": value for name, value in zip(names, f1[share > 0], strict=True)},
     }
 
 

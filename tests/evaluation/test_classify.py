@@ -25,7 +25,7 @@ def test_a_class_without_a_case_is_named_and_takes_no_part():
     assert found["classify/d/protocol"]["skipped"] == ["c"]
     assert "undefined" not in found["classify/d/protocol"]
     assert 0 <= found["classify/d/macro_auroc"]["value"] <= 1
-    assert "classify/d/recall/c" not in found
+    assert not {"classify/d/recall/c", "classify/d/f1/c"} & {*found}
 
 
 def test_where_all_are_of_one_class_what_needs_two_is_listed_and_the_rest_stands():
@@ -56,6 +56,21 @@ def test_weighted_f1_and_the_auprc_of_decisions_are_scikit_learns(positive):
     assert found["hard_auprc"]["chance"] == pytest.approx(
         np.mean([(truth == c).mean() for c in focus])
     )
+
+
+def test_f1_of_each_class_is_scikit_learns_and_its_chance_that_of_a_uniform_guess():
+    rng = np.random.default_rng(4)
+    truth = rng.choice(3, 300, p=(0.7, 0.3, 0.0))  # nothing is of class c, and some is called so
+    scores = rng.normal(size=(300, 3)) + np.eye(3)[truth]
+    found = run(truth, scores)
+    expected = reference.f1_score(truth, scores.argmax(1), labels=[0, 1, 2], average=None)
+    for c, name in enumerate("ab"):
+        entry, share = found[f"classify/d/f1/{name}"], (truth == c).mean()
+        assert entry["value"] == pytest.approx(expected[c])
+        assert entry["chance"] == pytest.approx(2 * share / 3 / (share + 1 / 3))
+        assert entry["low"] <= entry["value"] <= entry["high"]
+    mean = np.mean([found[f"classify/d/f1/{name}"]["value"] for name in "ab"])
+    assert found["classify/d/macro_f1"]["value"] == pytest.approx(mean)
 
 
 def test_a_constant_added_to_the_logits_of_a_row_changes_no_number():

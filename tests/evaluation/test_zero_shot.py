@@ -147,6 +147,7 @@ def test_single_label_numbers_equal_scikit_learn(views):
         "macro_auroc": np.mean([sk.roc_auc_score(truth == c, scores[:, c]) for c in range(3)]),
         "mcc": sk.matthews_corrcoef(truth, guess),
         "recall/lateral": (guess[truth == 1] == 1).mean(),
+        "f1/lateral": sk.f1_score(truth, guess, average=None)[1],
         "prevalence_control_accuracy": np.bincount(truth).max() / 54,
         "prevalence_control_balanced_accuracy": 1 / 3,
     }
