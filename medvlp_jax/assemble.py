@@ -155,6 +155,8 @@ def parts(config: Mapping[str, Any], *, pretrained: bool = True) -> Parts:
     loaded = {}
     tokenizer = None
     folders = {"image": init["image"]}
+    if init["image"] and "image" not in spec:
+        raise UserError(f"init.image={init['image']}, but recipe {name} has no image encoder.")
     if "llm" in spec:
         spec |= language_model(spec, config)
         folders["llm"] = init["llm"]
@@ -259,7 +261,7 @@ def initial_variables(parts: Parts) -> dict:
     """Initialise the recipe and put loaded weights in place.
 
     Raises:
-      UserError: if a run to start from does not fit.
+      UserError: if a run or weights to start from do not fit, or nothing would take them.
     """
     data = parts.config["data"]
     shape = (2, data["crop"], data["crop"], data["channels"])
@@ -279,15 +281,29 @@ def initial_variables(parts: Parts) -> dict:
         variables = init_variables(parts.recipe, batch, parts.config["seed"])
     except ValueError as error:  # an encoder's sentence about sizes that do not fit
         raise UserError(str(error)) from error
-    for side, values in parts.loaded.items():
-        for kind in variables:
-            if side in variables[kind]:
-                source = f"init.{side}={parts.config['init'][side]}"
-                variables[kind] = paths.replace(variables[kind], side, values.get(kind, {}), source)
+    for side in parts.loaded:
+        variables = _with_loaded(variables, side, parts)
     if parts.config["init"]["params"]:
         folder = pathlib.Path(parts.config["init"]["params"])
         variables = weights.begin_from(folder, variables, parts.recipe)
     return variables
+
+
+def _with_loaded(variables, side, parts) -> dict:
+    """Put the loaded weights of an encoder in place, in every copy where each image has its own."""
+    source = f"init.{side}={parts.config['init'][side]}"
+    names = getattr(parts.recipe, "copies", {}).get(side, (side,))
+    if not {*names} & {*variables["params"]}:
+        raise UserError(
+            f"{source}, but with these settings recipe {parts.config['recipe']['name']} has no "
+            f"{side} encoder; accepted is init.{side}= (empty)."
+        )
+    found = {}
+    for kind, tree in variables.items():
+        for name in filter(tree.__contains__, names):
+            tree = paths.replace(tree, name, parts.loaded[side].get(kind, {}), source)
+        found[kind] = tree
+    return found
 
 
 def frozen_patterns(parts: Parts) -> tuple[str, ...]:

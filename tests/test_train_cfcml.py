@@ -8,6 +8,7 @@ import shutil
 
 import numpy as np
 import pytest
+import transformers
 from PIL import Image
 
 from medvlp_jax import assemble, evaluate, plan, train
@@ -15,6 +16,7 @@ from medvlp_jax.config import UserError
 from medvlp_jax.data.datasets.ham10000.ham10000_dataset_builder import DIAGNOSES
 from medvlp_jax.evaluation import results as written
 from medvlp_jax.evaluator import Evaluator
+from medvlp_jax.training import params as paths
 
 ROOT = pathlib.Path(__file__).parents[1]
 SMALL = (
@@ -174,6 +176,51 @@ def test_a_step_on_a_table_is_planned_without_data(resolve):
     batch = plan.blueprint(config).batch
     assert batch["tabular"].shape == (56, 3, 20)
     assert batch["label/diagnosis"].shape == (56, 7)
+
+
+@pytest.fixture(scope="module")
+def swin_folder(tmp_path_factory):
+    """A small Swin with the head of ImageNet, as Hugging Face has it."""
+    folder = tmp_path_factory.mktemp("swin")
+    size = {"embed_dim": 8, "depths": (1, 1), "num_heads": (1, 2), "window_size": 4}
+    described = transformers.SwinConfig(image_size=32, num_labels=5, **size)
+    transformers.SwinForImageClassification(described).save_pretrained(folder)
+    return folder
+
+
+def derm7pt(folder, tmp_path, **recipe):
+    """Parts of the published variant on 32 pixels, from the weights of a folder."""
+    overrides = ("--config.data.size=32", "--config.data.crop=32", f"--config.init.image={folder}")
+    data = f"--config.data.data_dir={tmp_path / 'prepared'}"
+    config, _ = train.resolve(["--config=configs/cfcml.py:derm7pt", data, *overrides])
+    config["recipe"] |= recipe
+    return assemble.parts(config)
+
+
+@pytest.mark.parametrize(
+    ("share_encoder", "names"), [(True, ("image",)), (False, ("encoders_0", "encoders_1"))]
+)
+def test_every_image_encoder_begins_with_the_weights_it_is_given(
+    swin_folder, tmp_path, monkeypatch, share_encoder, names
+):
+    monkeypatch.chdir(ROOT)
+    parts = derm7pt(swin_folder, tmp_path, share_encoder=share_encoder)
+    params = assemble.initial_variables(parts)["params"]
+    assert {*params} == {*names, "fusion"}
+    given = paths.flatten(parts.loaded["image"]["params"])
+    for name in names:
+        begun = paths.flatten(params[name])
+        assert begun.keys() == given.keys()
+        for path, leaf in given.items():
+            np.testing.assert_array_equal(begun[path], leaf, err_msg=path)
+
+
+def test_weights_that_nothing_would_take_are_refused(swin_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    parts = derm7pt(swin_folder, tmp_path, images=(), enhance="none")
+    message = r"with these settings recipe cfcml has no image encoder; accepted is init\.image= \("
+    with pytest.raises(UserError, match=message):
+        assemble.initial_variables(parts)
 
 
 @pytest.fixture(scope="module")

@@ -38,6 +38,8 @@ class Recipe(Protocol):
     * `task` and `num_classes`: it gives `logits` of that label task; `classifies` says False in a
       stage that does not;
     * `images`: batch keys of several images of a case;
+    * `copies`, {"image": names}: the parts that begin with the weights of `init.image` where
+      several images have an encoder each;
     * `evaluated`: batch keys read in evaluation, where these are not those of training;
     * `fresh` and `left`: parts the run before may lack, and patterns of what it may have besides,
       for stages that start from one another;

@@ -188,6 +188,12 @@ class Cfcml(nn.Module):
         return ()
 
     @property
+    def copies(self) -> dict[str, tuple[str, ...]]:
+        """Where an image encoder's weights go if each image has its own."""
+        names = tuple(f"encoders_{i}" for i in range(len(self.images)))
+        return {} if self.share_encoder else {"image": names}
+
+    @property
     def spaces(self) -> dict[str, tuple[str, str]]:
         """No text meets the image: this method classifies."""
         return {}
