@@ -43,13 +43,19 @@ METRICS = ("macro_auroc", "balanced_accuracy", "macro_f1", "accuracy")
 def row_config(
     row: str, arguments: argparse.Namespace, overrides: list[str], seed: int, fold: int = 0
 ) -> dict:
-    """Return the resolved config of a row; nothing differs between rows but the recipe."""
+    """Return the resolved config of a row; nothing differs between rows but the recipe.
+
+    Without images there are no weights to start from, and no rate of the image encoder's own.
+    """
     config, _ = train.resolve([f"--config={arguments.config}", *overrides])
     changes = dict(ROWS[row][1]) if row in ROWS else {}
     config["recipe"]["weights"] |= changes.pop("weights", {})
     config["recipe"] |= changes
     config["seed"] = seed
-    config["train"] |= {"evaluate_every": 0, "export": False}
+    if not config["recipe"]["images"]:
+        config["init"]["image"], config["optim"]["multipliers"] = "", ()
+    # The last step of each row counts.
+    config["train"] |= {"evaluate_every": 0, "select": "", "export": False}
     config["train"] |= {"steps": arguments.steps} if arguments.steps else {}
     config["evals"] |= {"protocols": ("classify",), "controls": ()}
     if arguments.folds:

@@ -7,6 +7,7 @@ import pathlib
 import numpy as np
 
 from benchmarks import methods_cfcml as bench
+from medvlp_jax import checks
 from medvlp_jax.config import flatten as leaves
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -37,6 +38,19 @@ def test_rows_differ_from_one_another_in_the_recipe_alone(monkeypatch):
         changed = {key for key in full if full[key] != other[key]}
         assert changed
         assert {key.split(".")[0] for key in changed} == {"recipe"}
+
+
+def test_rows_of_published_settings_report_their_last_step(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    arguments = argparse.Namespace(config="configs/cfcml.py:derm7pt", steps=0, folds=0)
+    full, table = (bench.row_config(row, arguments, [], 0) for row in ("full", "table"))
+    for config in (full, table):
+        checks.settings(config)
+        assert not config["train"]["select"]
+    assert full["init"]["image"]
+    assert full["optim"]["multipliers"]
+    assert not table["init"]["image"]  # there is nothing to put them in
+    assert not table["optim"]["multipliers"]
 
 
 def test_a_difference_is_paired_and_averaged_over_seeds(tmp_path):

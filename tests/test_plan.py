@@ -136,6 +136,15 @@ def test_an_encoder_folder_is_described_by_its_config_alone(tmp_path):
     assert text["word_embedding"].shape == (77, 24)
 
 
+def test_an_encoder_of_the_hub_is_planned_by_the_sizes_of_the_config():
+    config = config_of("cfcml.py:derm7pt", data__crop=32)
+    size = {"embed_dim": 8, "depths": (1, 1), "num_heads": (1, 2), "window_size": 4}
+    config["recipe"]["image"] |= size
+    blueprint = plan.blueprint(config)
+    assert blueprint.state.params["image"]["patch_embedding"]["kernel"].shape == (4, 4, 3, 8)
+    assert "init.image=microsoft/swin-tiny-patch4-window7-224 is not read" in blueprint.notes[0]
+
+
 def test_the_command_prints_a_table_and_writes_nothing(capsys, monkeypatch, tmp_path):
     config = tiny_clip()
     monkeypatch.setattr(train, "resolve", lambda argv: (config, tmp_path / "run"))

@@ -2,7 +2,8 @@
 
 Liu, Liu, Shang, Yu, Han, Wan, "CFCML: A Coarse-to-Fine Crossmodal Learning Framework For Disease
 Diagnosis Using Multimodal Images and Tabular Data", https://arxiv.org/abs/2603.20016, in the form
-of the released code (section 2.3 of docs/cfcml.md).
+of the released code (docs/cfcml.md, "What the released code does otherwise, and what is our
+choice").
 
   l(a; P, N) = -log( sum_P e^{cos(a,p)/t} / (sum_P e^{cos(a,p)/t} + sum_N e^{cos(a,n)/t}) + eps )
 
