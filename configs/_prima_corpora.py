@@ -23,6 +23,8 @@ PAD_SENTENCES = (  # what a photograph can show or a lesion is asked about; not 
     "Previous skin cancer: {skin_cancer_history}.",
     "Previous cancer: {cancer_history}.",
 )
+PAD_UNSAID = ("smoke", "drink", "background_father", "background_mother", "pesticide")
+PAD_UNSAID += ("has_piped_water", "has_sewage_system")  # y holds all attributes, Eq. 6
 MILLIMETRES = (5, 10, 20)
 PAD_BINS = (("age", DECADES), ("diameter_1", MILLIMETRES), ("diameter_2", MILLIMETRES))
 PHANTOM_BINS = (
@@ -55,6 +57,7 @@ def pad(config, stage):
         config.data.corpora = ("pad_ufes_20",)
     words = YES_NO + ROMAN
     config.data.metadata.update({"sentences": PAD_SENTENCES, "words": words, "bins": PAD_BINS})
+    config.data.metadata.unsaid = PAD_UNSAID
 
 
 def derm(config, stage):

@@ -104,6 +104,14 @@ def test_only_factors_differ_from_the_folder_the_run_began_with(home, ran):
     assert all(not np.array_equal(before[path], after[path]) for path in factors)
 
 
+def test_an_image_encoder_is_not_read_where_none_is(home):
+    config, _ = train.resolve(settings(home))
+    with pytest.raises(UserError, match=r"init\.image=SOME, but recipe mlm has no image encoder"):
+        assemble.parts({**config, "init": {**config["init"], "image": "SOME"}})
+    published, _ = train.resolve(["--config=configs/prima.py:inject_pad"])
+    assert not published["init"]["image"]
+
+
 def test_the_vocabulary_of_another_encoder_is_refused(home, ran):
     """Ids of a small vocabulary are valid in a large embedding, and mean other words there."""
     config, _, _ = ran

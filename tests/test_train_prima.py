@@ -121,7 +121,7 @@ def test_three_modalities_are_three_views(resolve):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"sentences": ("Confirmed by {dx_type}.",)}, "tells 'dx_type', which gives the label aw"),
+        ({"sentences": ("Confirmed by {dx_type}.",)}, "has 'dx_type', which gives the label away"),
         ({"sentences": ("Site: {site}.",)}, "the table has no column 'site'"),
         ({"bins": ()}, "for the number 'age'"),
     ],

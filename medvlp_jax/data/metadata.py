@@ -3,7 +3,8 @@
 Wang et al. 2026, https://arxiv.org/abs/2602.23297, section "risk-integrated alignment"; the wording
 and the bins are our choice (docs/prima.md). The text t is a sentence an attribute, in a fixed
 order: what is missing is left out, what nobody knew is "unknown". The vector y of Eq. 6 has a block
-an attribute: one place a category or bin, one for "unknown", all zero where the value is missing.
+an attribute, of those that the text leaves out too: one place a category or bin, one for "unknown",
+all zero where the value is missing.
 
 What gives the diagnosis away never enters either: columns the schema marks as leakage, sentences
 that name a class, columns whose values go with one class each.
@@ -34,6 +35,7 @@ class Metadata(NamedTuple):
       words: what a category is called in a sentence; others in lower case.
       bins: inner edges (b_1, ..., b_n) of each number: up to b_1, above it up to b_2, ...
       factors: by which a column's block of y is multiplied; 1 where it is not named.
+      unsaid: columns of y that no sentence tells.
     """
 
     schema: tabular.Schema
@@ -41,11 +43,13 @@ class Metadata(NamedTuple):
     words: Mapping[str, str]
     bins: Mapping[str, tuple[float, ...]]
     factors: Mapping[str, float]
+    unsaid: tuple[str, ...] = ()
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Every column that is told, in order."""
-        return tuple(dict.fromkeys(c for text in self.templates for c in PLACE.findall(text)))
+        """Every column of y in order: those that are told, then those that are not."""
+        said = [c for text in self.templates for c in PLACE.findall(text)]
+        return tuple(dict.fromkeys([*said, *self.unsaid]))
 
     @property
     def width(self) -> int:
@@ -96,6 +100,7 @@ def read(
     schema: tabular.Schema,
     *,
     sentences: Sequence[str] = (),
+    unsaid: Sequence[str] = (),
     words: Sequence[tuple[str, str]] = (),
     bins: Sequence[tuple[str, Sequence[float]]] = (),
     emphasised: Sequence[str] = (),
@@ -109,8 +114,10 @@ def read(
       schema: of the corpus.
       sentences: templates with {column} places, in the order of the text; () tells every column of
         the schema but those that give the label away.
+      unsaid: columns that enter y, and the checks, though no sentence tells them; one that is told
+        is in y anyway.
       words: (category, how it is written) pairs.
-      bins: (column, inner edges) of every number that is told, ascending; others do no harm.
+      bins: (column, inner edges) of every number of y, ascending; others do no harm.
       emphasised: columns whose block counts `emphasis`-fold before the inner product, one reading
         of the paper's "disease-related dimensions".
       emphasis: that factor.
@@ -122,17 +129,17 @@ def read(
         bins, or a sentence that names a class.
     """
     templates = tuple(sentences) or _plain(schema, exclude)
-    told = Metadata(schema, templates, dict(words), {}, dict.fromkeys(emphasised, float(emphasis)))
+    factors = dict.fromkeys(emphasised, float(emphasis))
+    told = Metadata(schema, templates, dict(words), {}, factors, tuple(unsaid))
     for name in told.columns:
+        setting = "data.metadata.unsaid" if name in unsaid else "data.metadata.sentences"
         if name not in schema:
             raise UserError(
-                f"data.metadata.sentences: the table has no column '{name}'. "
-                f"{nearest(name, list(schema))}"
+                f"{setting}: the table has no column '{name}'. {nearest(name, list(schema))}"
             )
         if "leakage" in schema[name]:
             raise UserError(
-                f"data.metadata.sentences tells '{name}', which gives the label away: "
-                f"{schema[name]['leakage']}."
+                f"{setting} has '{name}', which gives the label away: {schema[name]['leakage']}."
             )
     numbers = [name for name in schema if schema[name]["kind"] == "numeric"]
     edges = {name: tuple(map(float, inner)) for name, inner in bins}
@@ -142,7 +149,7 @@ def read(
     ):
         for name in names:
             if name not in known:
-                kind = "number of the table" if setting == "bins" else "column that is told"
+                kind = "number of the table" if setting == "bins" else "column of y"
                 raise UserError(
                     f"data.metadata.{setting}: '{name}' is no {kind}. {nearest(name, list(known))}"
                 )
@@ -162,7 +169,7 @@ def check_labels(told: Metadata, tables: Sequence[Mapping[str, float]], labels: 
     """Refuse a column whose every value goes with one class: it is the label under another name.
 
     Args:
-      told: what is told.
+      told: the columns of y.
       tables: values of the training rows.
       labels: [N, C] int8 of these rows, 1 present.
 
@@ -181,7 +188,7 @@ def check_labels(told: Metadata, tables: Sequence[Mapping[str, float]], labels: 
         rows, pure = sum(map(len, seen)), all(len(set(classes)) == 1 for classes in seen)
         if rows >= FEWEST and len(seen) > 1 and pure:
             raise UserError(
-                f"data.metadata tells '{column}', and each of its values goes with one class: the "
+                f"data.metadata has '{column}', and each of its values goes with one class: the "
                 "label leaks into the metadata. Leave that column out."
             )
 

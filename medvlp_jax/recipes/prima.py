@@ -351,7 +351,8 @@ def make(
       label_temperature: tau_label of Eq. 6, above 0.
       label_weight: what a one-hot diagnosis is multiplied by in y; 0 leaves the metadata alone.
       local: "attention" (Eq. 4-5) or "direct", the ablation L_loc_dir.
-      soft: y of "metadata" and label, or of the "label" alone, the ablation L_sup_con.
+      soft: y of "metadata" and label, or of the "label" alone, the ablation L_sup_con; still times
+        label_weight, the literal form is label_weight=1.
       soft_norm: "mean", 1/(4N), or "paper", 1/(4N^2).
       symmetric_views: Eq. 2 with both views as anchors.
       printed_local: the second term of Eq. 5 as printed, which repeats the first.

@@ -1,5 +1,6 @@
 """PRIMA's text and vector of a patient; what gives the label away is refused by name."""
 
+import itertools
 import math
 
 import numpy as np
@@ -63,6 +64,33 @@ def test_the_vector_has_one_place_a_category_and_bin_and_none_for_what_is_missin
     assert y @ other == y @ y - 1  # shared attributes are counted
 
 
+def test_y_has_all_attributes_and_the_text_those_that_can_be_seen():
+    told = metadata.read(pad.SCHEMA, classes=CLASSES, **PAD, unsaid=corpora.PAD_UNSAID)
+    brazil = pad.SCHEMA["background_father"]["categories"].index("BRAZIL")
+    values = patient(smoke=1.0, background_father=float(brazil), has_sewage_system=NAN)
+    assert told.text(values) == metadata.read(pad.SCHEMA, **PAD).text(values)
+    assert {*told.columns} == {c for c, entry in pad.SCHEMA.items() if "leakage" not in entry}
+    expected = []
+    for column in told.columns:
+        entry, value = pad.SCHEMA[column], values[column]
+        if entry["kind"] == "numeric":
+            edges = (-math.inf, *dict(corpora.PAD_BINS)[column], math.inf)
+            expected += [float(a < value <= b) for a, b in itertools.pairwise(edges)]
+            continue
+        expected += [float(value == place) for place in range(len(entry["categories"]))]
+        expected += [float(value == tabular.UNKNOWN)] * ("unknown" in entry)
+    assert told.vector(values).tolist() == expected
+    assert told.width == len(expected)
+    smoker, other = (told.vector(values | {"smoke": smoke}) for smoke in (1.0, 0.0))
+    assert smoker @ told.vector(values) == other @ told.vector(values) + 1
+
+
+def test_a_column_that_is_told_is_in_y_once():
+    settings = {"bins": corpora.PHANTOM_BINS}
+    plain, told = (metadata.read(patients.TABLE, **settings, unsaid=u) for u in ((), ("sex",)))
+    assert told.columns == plain.columns
+
+
 def test_emphasised_columns_count_more_and_a_factor_enters_before_the_inner_product():
     told = metadata.read(pad.SCHEMA, **PAD, emphasised=("bleed",), emphasis=3.0)
     plain = metadata.read(pad.SCHEMA, **PAD)
@@ -87,7 +115,10 @@ def test_a_corpus_without_sentences_tells_every_column_that_gives_nothing_away()
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"sentences": ("Biopsy: {biopsed}.",)}, "tells 'biopsed', which gives the label away: ev"),
+        ({"sentences": ("Biopsy: {biopsed}.",)}, "sentences has 'biopsed', which gives the label"),
+        ({"unsaid": ("biopsed",)}, "unsaid has 'biopsed', which gives the label away: every can"),
+        ({"unsaid": ("smokes",)}, "metadata.unsaid: the table has no column 'smokes'. .* smoke"),
+        ({"unsaid": ("age",), "bins": PAD["bins"][1:]}, r"bins has \(\) for the number 'age'"),
         ({"sentences": ("Size: {diameter}.",)}, "no column 'diameter'. Did you mean diameter_"),
         (
             {"sentences": ("Melanoma? {itch}.",), "bins": ()},
@@ -96,7 +127,7 @@ def test_a_corpus_without_sentences_tells_every_column_that_gives_nothing_away()
         ({"words": (("True", "seborrheic keratosis"),)}, "names the class 'seborrheic keratosis'"),
         ({"bins": (("age", (50,)),)}, r"bins has \(\) for the number 'diameter_1'"),
         ({"bins": (*PAD["bins"], ("itch", (1,)))}, "bins: 'itch' is no number of the table"),
-        ({"emphasised": ("smoke",)}, "emphasised: 'smoke' is no column that is told"),
+        ({"emphasised": ("smoke",)}, "emphasised: 'smoke' is no column of y"),
     ],
 )
 def test_what_does_not_fit_or_leaks_is_refused_by_name(changes, message):
@@ -112,6 +143,11 @@ def test_a_column_whose_values_go_with_one_class_each_is_the_label_under_another
     honest = [patient(itch=float(value)) for value in rng.integers(0, 2, 40)]
     metadata.check_labels(told, honest, labels)
     leaking = [patient(itch=float(value)) for value in truth]
-    with pytest.raises(UserError, match="tells 'itch', and each of its values goes with one class"):
+    with pytest.raises(UserError, match="has 'itch', and each of its values goes with one class"):
         metadata.check_labels(told, leaking, labels)
     metadata.check_labels(told, leaking[:10], labels[:10])  # too few to say
+    unsaid = metadata.read(pad.SCHEMA, **PAD, unsaid=corpora.PAD_UNSAID)
+    leaking = [patient(smoke=float(value)) for value in truth]
+    metadata.check_labels(told, leaking, labels)
+    with pytest.raises(UserError, match="has 'smoke', and each of its values goes with one class"):
+        metadata.check_labels(unsaid, leaking, labels)
