@@ -47,6 +47,8 @@ def get_config(variant: str = "") -> ConfigDict:
 
 def recipe() -> ConfigDict:
     """The run script's settings for Derm7pt; every field is explained in recipes/cfcml.py."""
+    fusion = {"multi_granularity": True, "enhance": "multi_head", "num_heads": 4, "dim": 128}
+    fusion |= {"image_tokens": 32, "table_tokens": 24, "hidden": (128, 16), "dropout": 0.5}
     return ConfigDict(
         {
             "name": "cfcml",
@@ -56,11 +58,10 @@ def recipe() -> ConfigDict:
             "images": ("image",),
             "table": True,
             "weights": {"cross_entropy": 1.0, "sample": 0.04, "unimodal": 0.06, "crossmodal": 0.18},
-            **{"share_encoder": True, "multi_granularity": True},
-            **{"enhance": "multi_head", "num_heads": 4, "dim": 128},
-            **{"image_tokens": 32, "table_tokens": 24},
-            **{"hidden": (128, 16), "dropout": 0.5},
-            **{"temperature": 0.07, "memory": 0.0},
+            "share_encoder": True,
+            **fusion,
+            "temperature": 0.07,
+            "memory": 0.0,
             "grad_multistage": True,  # our choice: the release detaches the first three stages
             "legacy_bgr": False,  # our choice: the release reads blue first, without statistics
         }
