@@ -70,9 +70,8 @@ def recipe() -> ConfigDict:
 
 def view() -> ConfigDict:
     """Augmentation of Derm7pt, released code; contrast is the library's default."""
-    moved = {"flip": 0.5, "shift": 0.0625, "scale": 0.5, "rotation": 45.0, "moved": 0.5}
-    fields = {"name": "cfcml", "probability": 0.5, **moved}
-    return ConfigDict({**fields, "quarter_turn": 0.5, "contrast": 0.2})
+    moved = {"shift": 0.0625, "scale": 0.5, "rotation": 45.0, "moved": 0.5, "quarter_turn": 0.5}
+    return ConfigDict({"name": "cfcml", "probability": 0.5, "flip": 0.5, **moved, "contrast": 0.2})
 
 
 def derm7pt(config):
