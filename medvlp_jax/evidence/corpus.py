@@ -220,6 +220,8 @@ def read_answer(answer: str) -> dict[str, str]:
             found, _ = decoder.raw_decode(answer, match.start())
         except ValueError:
             continue
+        except RecursionError:
+            raise Malformed("an answer that is nested too deep") from None
         if isinstance(found, dict) and all(
             isinstance(found.get(name), str) for name in ("factor", "disease", "text")
         ):

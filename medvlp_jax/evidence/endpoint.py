@@ -2,7 +2,8 @@
 
 What may pass is tried again with growing pauses: refused connections, time-outs, 429 and 5xx,
 bodies that are not JSON, answers in another form than asked for. What cannot pass stops the run:
-an unknown key or model. An endpoint that dies stops it too, with everything answered kept.
+an unknown key or model, a redirection. An endpoint that dies stops it too, with everything answered
+kept.
 """
 
 import http.client
@@ -38,6 +39,13 @@ class Passing(Exception):
 
 class Refused(Exception):
     """The model or its filter will not answer this prompt."""
+
+
+class _StaysHere(urllib.request.HTTPRedirectHandler):
+    """Follows no redirection: urllib would send the key to whatever host one names."""
+
+    def redirect_request(self, *_):
+        return None
 
 
 def endpoint(
@@ -147,7 +155,8 @@ def _post(url: str, model: str, prompt: str, timeout: float, max_tokens: int) ->
     near = is_this_machine(urllib.parse.urlsplit(url).hostname or "")
     proxies = urllib.request.ProxyHandler({} if near else None)
     try:
-        with urllib.request.build_opener(proxies).open(request, timeout=timeout) as response:
+        opener = urllib.request.build_opener(proxies, _StaysHere)
+        with opener.open(request, timeout=timeout) as response:
             content = response.read()
     except urllib.error.HTTPError as error:
         raise _http_error(error, url, model) from None
@@ -165,6 +174,12 @@ def _http_error(error: urllib.error.HTTPError, url: str, model: str) -> Exceptio
             f"{url} answers {error.code} for model '{model}': check the model's name and the key "
             f"in the environment variable {keys}."
         )
+    if 300 <= error.code < 400:
+        place = error.headers.get("Location", "")[:200].removesuffix("/chat/completions")
+        return UserError(
+            f"{url} answers {error.code}: it redirects to '{place}', and neither texts nor the key "
+            "are sent to a place that --url does not name. Name that one if you trust it."
+        )
     if error.code in PASSING:
         after = error.headers.get("Retry-After", "")
         seconds = min(float(after), LONGEST_PAUSE) if after.isdigit() else 0.0
@@ -177,7 +192,7 @@ def _content(body: bytes) -> str:
         choice = json.loads(body)["choices"][0]
         message = choice["message"]
         answer = message["content"]
-    except (ValueError, LookupError, TypeError):
+    except (ValueError, LookupError, TypeError, RecursionError):  # the last: nested too deep
         raise Passing("a body that is no chat completion") from None
     if message.get("refusal") or choice.get("finish_reason") == "content_filter":
         raise Refused("by the model or its filter")

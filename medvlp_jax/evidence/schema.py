@@ -104,8 +104,15 @@ def load(answer: str) -> list:
     cut off: its complete items count.
 
     Raises:
-      Malformed: if there is none.
+      Malformed: if there is none, or brackets stand deeper in one another than json reads.
     """
+    try:
+        return _load(answer)
+    except RecursionError:
+        raise Malformed(f"An answer of {len(answer)} characters is nested too deep.") from None
+
+
+def _load(answer: str) -> list:
     for candidate in (answer, _repaired(answer)):
         found = _first(candidate)
         if found is not None:

@@ -48,8 +48,9 @@ def test_as_many_requests_are_in_flight_as_allowed_and_no_more():
 @pytest.mark.parametrize(
     "trouble",
     [status(500), status(429), status(503), hang_up, half, lambda h: send(h, b"<html>busy</html>"),
-     lambda h: send(h, {"choices": []}), lambda h: send(h, completion(None))],
-    ids=["500", "429", "503", "hang up", "half a body", "html", "no choices", "no content"],
+     lambda h: send(h, {"choices": []}), lambda h: send(h, completion(None)),
+     lambda h: send(h, b"[" * 100_000)],
+    ids=["500", "429", "503", "hang up", "half a body", "html", "no choices", "no content", "deep"],
 )  # fmt: skip
 def test_what_may_pass_is_tried_again_with_growing_pauses(trouble):
     with serve(lambda n, prompt: trouble if n <= 3 else "1") as server:
@@ -136,6 +137,21 @@ def test_the_key_comes_from_the_environment_and_is_in_no_message(monkeypatch):
     with serve(lambda n, prompt: status(401)) as server, pytest.raises(UserError) as refused:
         ask(server.url, ASKED[:1])
     assert "secret-7" not in str(refused.value)
+
+
+@pytest.mark.parametrize("code", [301, 302, 303, 307, 308])
+def test_neither_texts_nor_the_key_follow_a_redirection(monkeypatch, code):
+    monkeypatch.setenv("MEDVLP_API_KEY", "secret-7")
+    with serve(lambda n, prompt: "1") as other:
+        place = f"{other.url}/chat/completions"
+        asked = []
+        monkeypatch.setattr(other, "verify_request", lambda *_: asked.append(1) or True)
+        with (
+            serve(lambda n, prompt: status(code, Location=place)) as server,
+            pytest.raises(UserError, match=f"answers {code}: it redirects to '{other.url}'"),
+        ):
+            ask(server.url, ASKED[:1])
+    assert not asked
 
 
 @pytest.mark.parametrize("url", ["https://api.vendor.com/v1", "http://10.0.0.7:8000/v1"])

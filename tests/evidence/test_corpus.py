@@ -155,6 +155,7 @@ def test_two_writers_stand_side_by_side(tmp_path):
     ("answer", "error"),
     [
         (lambda p: "I am sorry.", "without factor, disease and text"),
+        (lambda p: '{"text": ' * 100_000, "nested too deep"),
         (lambda p: json.dumps({**asked_for(p), "text": "Too short."}), "a text of 2 words"),
         (lambda p: good(p).replace('"flu"', '"scurvy"'), "names the disease 'scurvy', asked"),
         (lambda p: good(p).replace('"fever"', '"cough"'), "names the factor 'cough', asked was"),

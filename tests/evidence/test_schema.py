@@ -39,8 +39,10 @@ def test_an_answer_is_read_however_it_is_wrapped(answer):
 
 @pytest.mark.parametrize(
     "answer",
-    ["", "I cannot help with that.", "{", "[]", '{"findings": []}', '{"evidence": "none"}', "null"],
-)
+    ["", "I cannot help with that.", "{", "[]", '{"findings": []}', '{"evidence": "none"}', "null",
+     "[" * 100_000, '{"evidence": ' * 100_000, f'{{"phrase": "x", "y": {"[" * 100_000}'],
+    ids=lambda answer: answer[:20],
+)  # fmt: skip
 def test_an_answer_without_a_list_is_malformed(answer):
     with pytest.raises(schema.Malformed):
         schema.parse(answer, TEXT)
