@@ -15,13 +15,14 @@ import numpy as np
 
 from medvlp_jax import __version__, assemble, convert
 from medvlp_jax.config import UserError, to_json
-from medvlp_jax.convert import dual, lora
+from medvlp_jax.convert import checkpoint, dual, lora
 from medvlp_jax.convert.files import write_tensors
 from medvlp_jax.data import corpora
 from medvlp_jax.encoders.base import IMAGENET_MEAN, IMAGENET_STD
 from medvlp_jax.evaluation.results import Results, results_table
 from medvlp_jax.recipes.clip import MAX_SCALE, Clip
 from medvlp_jax.training import params as paths
+from medvlp_jax.writing import replaced
 
 CARD = """\
 ---
@@ -113,7 +114,8 @@ def export(
         write_text(parts.recipe.text, variables["params"]["text"], out, parts.tokenizer)
         return
     write_weights(parts.recipe, variables, out, parts.tokenizer, crop=parts.config["data"]["crop"])
-    (pathlib.Path(out) / "README.md").write_text(_card(parts, variables, sources, results or {}))
+    with replaced(pathlib.Path(out) / "README.md") as scratch:
+        scratch.write_text(_card(parts, variables, sources, results or {}))
 
 
 def check(parts: assemble.Parts) -> None:
@@ -229,8 +231,7 @@ def _write_tokenizer(tokenizer, folder):
 
     names = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
     known = {f"{k}_token": v for k, v in names.items() if tokenizer.token_to_id(v) is not None}
-    folder.mkdir(parents=True, exist_ok=True)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **known).save_pretrained(folder)
+    checkpoint.save_tokenizer(PreTrainedTokenizerFast(tokenizer_object=tokenizer, **known), folder)
 
 
 def _card(parts, variables, sources, results) -> str:

@@ -1,8 +1,10 @@
 """Eight emulated CPU devices, and the folder with small real data."""
 
+import errno
 import importlib.metadata
 import os
 import pathlib
+import shutil
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -21,6 +23,29 @@ from absl import flags
 
 # Grain reads absl flags when it starts its threads.
 flags.FLAGS.mark_as_parsed()
+
+
+@pytest.fixture
+def full_disk(monkeypatch):
+    """Return a function after which the disk is full in the middle of the text file of a name."""
+    write, copy = pathlib.Path.write_text, shutil.copyfile
+
+    def fill(name):
+        def write_text(path, text, **how):
+            if name not in path.name:
+                return write(path, text, **how)
+            write(path, text[: len(text) // 2], **how)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        def copyfile(source, path):
+            if name not in path.name:
+                return copy(source, path)
+            return write_text(path, source.read_text())
+
+        monkeypatch.setattr(pathlib.Path, "write_text", write_text)
+        monkeypatch.setattr(shutil, "copyfile", copyfile)
+
+    return fill
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,7 @@
 """An export computes in PyTorch what the recipe computes here."""
 
+import types
+
 import jax
 import numpy as np
 import PIL.Image
@@ -131,3 +133,30 @@ def test_a_dual_encoder_is_written_where_the_heads_allow(exported):
     assert_close(ours, (out.image_embeds @ out.text_embeds.T).numpy())
     scale = min(np.exp(variables["params"]["log_scale"]), clip.MAX_SCALE)
     assert_close(ours * scale, out.logits_per_image.numpy())
+
+
+def test_a_full_disk_leaves_the_card_of_an_earlier_export(tmp_path, monkeypatch, full_disk):
+    monkeypatch.setattr(export, "write_weights", lambda *_, **__: None)
+    monkeypatch.setattr(export, "_card", lambda *_: "A new card, longer than before.")
+    (tmp_path / "README.md").write_text("A card.")
+    recipe = types.SimpleNamespace(image="an encoder")
+    parts = types.SimpleNamespace(recipe=recipe, tokenizer="one", config={"data": {"crop": 32}})
+    full_disk("README.md")
+    with pytest.raises(OSError, match="No space left"):
+        export.export(parts, {}, tmp_path, [])
+    assert (tmp_path / "README.md").read_bytes() == b"A card."
+    assert len([*tmp_path.iterdir()]) == 1
+
+
+def test_a_full_disk_leaves_the_tokenizer_of_an_earlier_export(tmp_path, full_disk):
+    pytest.importorskip("transformers")
+    encoder, tokenizer = text_encoder()
+    shapes = jax.eval_shape(encoder.init, jax.random.key(0), tokenize(tokenizer, REPORTS, LENGTH))
+    params = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), shapes["params"])
+    export.write_text(encoder, params, tmp_path, tokenizer)
+    kept = {file: file.read_bytes() for file in (tmp_path / "text").iterdir()}
+    assert tmp_path / "text/tokenizer.json" in kept
+    full_disk("tokenizer.json")
+    with pytest.raises(OSError, match="No space left"):
+        export.write_text(encoder, params, tmp_path, tokenizer)
+    assert kept == {file: file.read_bytes() for file in (tmp_path / "text").iterdir()}

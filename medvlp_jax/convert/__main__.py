@@ -8,7 +8,7 @@ from pathlib import Path
 
 from medvlp_jax.config import UserError
 from medvlp_jax.convert import architectures, checkpoint
-from medvlp_jax.convert.files import read_json
+from medvlp_jax.convert.files import check_own, read_json
 
 DESCRIPTION = """\
 Weights in from Hugging Face, and back out.
@@ -88,10 +88,13 @@ def import_(arguments: argparse.Namespace) -> None:
     """Read, check and write one checkpoint.
 
     Raises:
-      UserError: if OUT holds files already, or the checkpoint does not fit.
+      UserError: if OUT holds files already, the checkpoint does not fit, or a file to be copied is
+        a link out of the folder.
     """
     _refuse_full(arguments.out)
     folder = checkpoint.fetch(arguments.source)
+    for name in (checkpoint.PREPROCESSOR, *checkpoint.TOKENIZER_FILES):
+        check_own(folder / name)
     file = folder / checkpoint.PREPROCESSOR
     preprocessor = read_json(file) if file.is_file() else None
     module, variables = checkpoint.load(

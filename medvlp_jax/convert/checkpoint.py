@@ -3,6 +3,7 @@
 import functools
 import logging
 import shutil
+import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +22,7 @@ from medvlp_jax.convert.architectures import (
 from medvlp_jax.convert.files import (
     MAX_SHARD_SIZE,
     Pending,
+    check_own,
     read_folder,
     read_json,
     write_folder,
@@ -29,6 +31,7 @@ from medvlp_jax.convert.files import (
 from medvlp_jax.convert.tensors import Tensors, base_names, pending_tensors, to_variables
 from medvlp_jax.encoders.base import construct
 from medvlp_jax.sharding import Rules, parameter_spec
+from medvlp_jax.writing import replaced
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -275,23 +278,43 @@ def write(
         return
     write_json(out_dir / "config.json", config)
     if tokenizer is not None:
-        _save_tokenizer(tokenizer, out_dir)
+        save_tokenizer(tokenizer, out_dir)
     if preprocessor is not None:
         write_json(out_dir / PREPROCESSOR, preprocessor)
     if card is not None:
-        (out_dir / "README.md").write_text(card)
+        with replaced(out_dir / "README.md") as scratch:
+            scratch.write_text(card)
 
 
-def _save_tokenizer(tokenizer, out_dir):
+def save_tokenizer(tokenizer: Any, out_dir: Path) -> None:
+    """Write the files of a tokenizer, each whole or not at all.
+
+    Args:
+      tokenizer: as for `save`.
+      out_dir: made if absent.
+
+    Raises:
+      UserError: for a folder without such files, or with one that is a link out of it.
+    """
     if hasattr(tokenizer, "save_pretrained"):
-        tokenizer.save_pretrained(out_dir)
+        with tempfile.TemporaryDirectory() as made:
+            tokenizer.save_pretrained(made)
+            for file in filter(Path.is_file, Path(made).rglob("*")):
+                _copy(file, out_dir / file.relative_to(made))
         return
     found = [name for name in TOKENIZER_FILES if (Path(tokenizer) / name).is_file()]
     if not found:
         raise UserError(f"{tokenizer} holds no tokenizer file, such as {TOKENIZER_FILES[0]}.")
     if Path(tokenizer).resolve() != out_dir.resolve():
         for name in found:
-            shutil.copyfile(Path(tokenizer) / name, out_dir / name)
+            check_own(Path(tokenizer) / name)
+        for name in found:
+            _copy(Path(tokenizer) / name, out_dir / name)
+
+
+def _copy(file, target):
+    with replaced(target) as scratch:
+        shutil.copyfile(file, scratch)
 
 
 def image_processor(size: int, *, mean: Iterable[float], std: Iterable[float]) -> dict[str, Any]:

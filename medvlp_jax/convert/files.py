@@ -5,6 +5,7 @@ than a host go in and out. Only safetensors files are read: a pickle can run cod
 """
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ INDEX = "model.safetensors.index.json"
 SHARD = "model-{:05d}-of-{:05d}.safetensors"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 MAX_SHARD_SIZE = 5 * 10**9  # bytes, the size hub repositories use
+_COMMIT = re.compile("[0-9a-f]{40}")
 
 
 class Stored(NamedTuple):
@@ -112,12 +114,45 @@ def _read_shards(folder):
         )
     tensors = {}
     for shard in sorted(set(where.values())):
+        if not _is_bare(shard):
+            raise UserError(
+                f"{folder / INDEX} names the file {shard!r}; accepted are names without a folder, "
+                "of files beside it."
+            )
         if not (folder / shard).is_file():
             raise UserError(f"{folder} lacks {shard}, which {INDEX} names.")
         tensors |= read_file(folder / shard)
     if absent := sorted(set(where) - set(tensors)):
         raise UserError(f"{folder}: {INDEX} names tensors no shard holds: {', '.join(absent)}.")
     return tensors
+
+
+def _is_bare(name: str) -> bool:
+    """Say whether a name that a file gives is of one in its own folder, on any system."""
+    return name not in ("", ".", "..") and not set(name) & set("/\\\0")
+
+
+def check_own(file: Path) -> None:
+    """Refuse a link that leaves its folder: in a cloned repository it can name any file of yours.
+
+    Those of a Hugging Face cache may, whose snapshots/COMMIT holds links into the blobs beside.
+
+    Args:
+      file: need not exist.
+
+    Raises:
+      UserError: naming the link and where it leads.
+    """
+    folder, target = file.parent.resolve(), file.resolve()
+    places = [folder]
+    for snapshot in (folder, *folder.parents):
+        if snapshot.parent.name == "snapshots" and _COMMIT.fullmatch(snapshot.name):
+            places.append(snapshot.parent.parent / "blobs")
+    if not any(target.is_relative_to(place) for place in places):
+        raise UserError(
+            f"{file} is a link to {target}, outside its folder, and is not copied; put the file "
+            "itself there."
+        )
 
 
 def write_folder(
@@ -190,5 +225,6 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def write_json(file: Path, content: Any) -> None:
-    """Write indented JSON with sorted keys."""
-    file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+    """Write indented JSON with sorted keys, whole or not at all."""
+    with replaced(file) as scratch:
+        scratch.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")

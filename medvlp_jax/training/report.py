@@ -158,5 +158,6 @@ def _start_wandb(settings, folder):
     # One run of the tracker for all starts of a run folder.
     file = folder / "wandb_id"
     if not file.is_file():
-        file.write_text(secrets.token_hex(4))
+        with replaced(file) as scratch:  # cut short it would be empty, which names no run
+            scratch.write_text(secrets.token_hex(4))
     return wandb.init(dir=str(folder), id=file.read_text(), resume="allow", **settings)

@@ -49,6 +49,16 @@ def test_a_broken_processor_is_refused_before_anything_is_written(source, tmp_pa
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("name", ["preprocessor_config.json", "vocab.txt"])
+def test_a_link_out_of_the_folder_is_refused_before_anything_is_written(source, tmp_path, name):
+    (tmp_path / "secret").write_text("{}")
+    (source / name).unlink(missing_ok=True)
+    (source / name).symlink_to("../secret")
+    with pytest.raises(UserError, match=r"is a link to .*secret, outside its folder"):
+        main(["import", str(source), str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
 def test_only_this_package_says_what_it_does(source, tmp_path, monkeypatch):
     monkeypatch.setattr(logging.root, "handlers", [])  # those of pytest
     main(["import", str(source), str(tmp_path / "out")])

@@ -1,6 +1,7 @@
 """Weights go out to transformers and come back the same, bit for bit."""
 
 import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -278,6 +279,43 @@ def test_what_goes_with_the_weights_is_carried_along(tmp_path):
     convert.save(module, variables, out, tokenizer=out)
     assert transformers.AutoTokenizer.from_pretrained(out)("heart").input_ids == [2, 5, 3]
     assert (out / "README.md").read_text() == "# A card\n"
+
+
+class Words:
+    """Writes two files, as a tokenizer of Hugging Face's does."""
+
+    def save_pretrained(self, folder):
+        (Path(folder) / "templates").mkdir(exist_ok=True)
+        (Path(folder) / "templates/chat.jinja").write_text("some words")
+        (Path(folder) / "tokenizer.json").write_text("some words")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["config.json", "preprocessor_config.json", "README.md", "tokenizer.json", "vocab.txt"],
+)
+def test_a_full_disk_leaves_the_old_file_or_the_new_one(tmp_path, full_disk, name):
+    module, source, out = (
+        bert.make("tiny", vocab_size=6, depth=1),
+        tmp_path / "in",
+        tmp_path / "out",
+    )
+    source.mkdir()
+    (source / "vocab.txt").write_text("heart\n")
+    variables = random_variables(module, TOKENS)
+
+    def save():
+        files = {"preprocessor": {"a": 1}, "card": "A card"}
+        convert.save(module, variables, out, tokenizer=Words(), **files)
+        convert.save(module, variables, out, tokenizer=source)
+
+    save()
+    kept = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
+    assert {"chat.jinja", "model.safetensors", name} < {file.name for file in kept}
+    full_disk(name)
+    with pytest.raises(OSError, match="No space left"):
+        save()
+    assert kept == {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
 
 
 @pytest.mark.hf

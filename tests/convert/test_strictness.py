@@ -303,6 +303,62 @@ def test_shards_that_are_not_all_there_are_named(folder):
             convert.load(folder)
 
 
+@pytest.mark.parametrize(
+    "shard", ["../out.safetensors", "/out.safetensors", "a/b", "a\\b", "..", "", "a\0"]
+)
+def test_an_index_names_files_of_its_own_folder_only(folder, shard):
+    weights = folder / "model.safetensors"
+    names = load_file(weights)
+    weights.rename(folder.parent / "out.safetensors")
+    shard = shard.replace("/out", f"{folder.parent}/out") if shard.startswith("/") else shard
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(names, shard)}))
+    with pytest.raises(UserError) as error:
+        convert.load(folder)
+    assert f"names the file {shard!r}; accepted are names without a folder" in str(error.value)
+
+
+def test_the_links_of_a_hub_cache_are_read_and_copied(folder, module, tmp_path):
+    model = tmp_path / "models--a--b"
+    snapshot = model / "snapshots" / ("0123456789" * 4)
+    snapshot.mkdir(parents=True)
+    (model / "blobs").mkdir()
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    names = load_file(folder / "model-00001-of-00001.safetensors")
+    index = {"weight_map": dict.fromkeys(names, "model-00001-of-00001.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "vocab.txt").write_text("[PAD]\n")
+    for number, file in enumerate(folder.iterdir()):
+        file.rename(model / "blobs" / str(number))
+        (snapshot / file.name).symlink_to(f"../../blobs/{number}")
+    _, variables = convert.load(snapshot)
+    convert.save(module, variables, tmp_path / "out", tokenizer=snapshot)
+    assert (tmp_path / "out/vocab.txt").read_text() == "[PAD]\n"
+    assert not (tmp_path / "out/vocab.txt").is_symlink()
+
+
+@pytest.mark.parametrize("place", ["clone", f"models--a--b/snapshots/{'0' * 40}"])
+def test_a_link_out_of_a_folder_is_not_copied(folder, module, tmp_path, place):
+    _, variables = convert.load(folder)
+    source, out = tmp_path / place, tmp_path / "out"
+    source.mkdir(parents=True)
+    (tmp_path / "secret").write_text("of somebody")
+    (source / "tokenizer_config.json").write_text("{}")
+    (source / "vocab.txt").symlink_to(tmp_path / "secret")
+    with pytest.raises(UserError, match=r"vocab\.txt is a link to .*secret, outside its folder"):
+        convert.save(module, variables, out, tokenizer=source)
+    assert not {"vocab.txt", "tokenizer_config.json"} & {file.name for file in out.iterdir()}
+
+
+def test_a_link_inside_a_folder_is_copied(folder, module, tmp_path):
+    _, variables = convert.load(folder)
+    (folder / "words").write_text("[PAD]\n")
+    (folder / "vocab.txt").symlink_to("words")
+    (tmp_path / "named").symlink_to(folder)
+    convert.save(module, variables, tmp_path / "out", tokenizer=tmp_path / "named")
+    assert (tmp_path / "out/vocab.txt").read_text() == "[PAD]\n"
+
+
 def test_a_folder_is_needed(tmp_path, folder):
     with pytest.raises(UserError, match=r"is a file; give the folder"):
         convert.load(folder / "config.json")

@@ -3,6 +3,7 @@
 import io
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from medvlp_jax.config import UserError
 from medvlp_jax.data import corpora
 from medvlp_jax.data.datasets.cxr_phantom import cxr_phantom_dataset_builder as phantom
 from medvlp_jax.data.datasets.cxr_phantom import findings, generate, patients
+from medvlp_jax.data.datasets.cxr_phantom.contact_sheet import contact_sheet
 
 
 @pytest.fixture(scope="module")
@@ -111,3 +113,15 @@ def test_contact_sheet_is_written_by_the_command_line(tmp_path):
     command = [sys.executable, "-m", module, "--out", str(out), "--n", "2", "--size", "64"]
     subprocess.run(command, check=True, capture_output=True)
     assert Image.open(out).size[0] == 128
+
+
+def test_a_contact_sheet_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
+    def cut_short(image, file, *_):
+        Path(file).write_bytes(b"half")
+        raise OSError("No space left")
+
+    (tmp_path / "sheet.png").write_bytes(b"old")
+    monkeypatch.setattr(Image.Image, "save", cut_short)
+    with pytest.raises(OSError, match="No space left"):
+        contact_sheet(tmp_path / "sheet.png", 1, size=64)
+    assert (tmp_path / "sheet.png").read_bytes() == b"old"

@@ -1,6 +1,9 @@
 """The loop and the reporter: order, lateness by one step, and stopping at what is not finite."""
 
 import json
+import re
+import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -111,6 +114,23 @@ def test_resuming_drops_the_lines_of_lost_steps_and_a_half_written_one(tmp_path)
     assert [(line["step"], line["loss"]) for line in lines(tmp_path)] == [
         (k, k) for k in range(1, 7)
     ]
+
+
+def test_a_tracker_goes_on_with_one_run_also_after_a_disk_that_was_full(
+    tmp_path, monkeypatch, full_disk
+):
+    started = []
+    tracker = types.SimpleNamespace(init=lambda **how: started.append(how["id"]))
+    monkeypatch.setitem(sys.modules, "wandb", tracker)
+    full_disk("wandb_id")
+    with pytest.raises(OSError, match="No space left"):
+        Reporter(tmp_path, every=1, wandb={})
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "wandb", tracker)
+    for _ in range(2):
+        Reporter(tmp_path, every=1, wandb={})
+    assert re.fullmatch("[0-9a-f]{8}", started[0])
+    assert started[0] == started[1]
 
 
 def test_evaluations_stand_beside_their_step(tmp_path):

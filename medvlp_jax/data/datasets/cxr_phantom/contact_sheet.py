@@ -6,6 +6,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 from medvlp_jax.data.datasets.cxr_phantom import generate
+from medvlp_jax.writing import replaced
 
 CAPTION = 46  # pixels under each image
 COLOUR = (255, 214, 10)
@@ -29,7 +30,8 @@ def contact_sheet(
     for i, study in enumerate(generate.first(n, seed, size)):
         corner = (i % columns * size, i // columns * (size + CAPTION))
         sheet.paste(_tile(study, boxes=boxes), corner)
-    sheet.save(path)
+    with replaced(path) as scratch:
+        sheet.save(scratch, "PNG")
 
 
 def _tile(study: generate.Study, *, boxes: bool) -> Image.Image:
