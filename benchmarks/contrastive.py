@@ -32,6 +32,7 @@ from jax.sharding import PartitionSpec as P
 from medvlp_jax import sharding
 from medvlp_jax.losses import contrastive, tiled
 from medvlp_jax.losses.contrastive import ClinicalPrior, RowSoftmax, SameId
+from medvlp_jax.writing import replaced
 
 WIDTH = 512
 DEVICES = 8
@@ -242,8 +243,8 @@ def main() -> None:
     for part in arguments.parts:
         results[part] = in_a_process(part, arguments.repeats)
         results["machine"] = machine
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(results, indent=1) + "\n")
+        with replaced(arguments.out) as scratch:
+            scratch.write_text(json.dumps(results, indent=1) + "\n")
     print(tables(results))
 
 

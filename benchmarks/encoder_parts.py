@@ -23,6 +23,7 @@ import numpy as np
 
 from medvlp_jax.encoders import resnet
 from medvlp_jax.layers import Attention, BatchNorm, LayerNorm, Linear, PatchEmbedding, gelu
+from medvlp_jax.writing import replaced
 
 
 class Part(NamedTuple):
@@ -185,7 +186,8 @@ def main(argv=None):
     options = parser.parse_args(argv)
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # before XLA makes its threads
     results = {name: compare(PARTS[name], options.rounds) for name in options.parts}
-    options.out.write_text(json.dumps(results, indent=1) + "\n")
+    with replaced(options.out) as scratch:
+        scratch.write_text(json.dumps(results, indent=1) + "\n")
     print(table(results))
 
 

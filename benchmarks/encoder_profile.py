@@ -21,6 +21,7 @@ import numpy as np
 
 from medvlp_jax.encoders import modernbert, vit
 from medvlp_jax.encoders.base import Tokens
+from medvlp_jax.writing import replaced
 
 RNG = np.random.default_rng(0)
 WORDS = Tokens(jnp.asarray(RNG.integers(5, 50_000, (4, 256)), jnp.int32), jnp.ones((4, 256), bool))
@@ -127,7 +128,8 @@ def main(argv=None):
         print(f"| {options.depth} x {title} | {whole:,.0f} | {shares} |", flush=True)
         results[name] = spent
     if options.out:
-        options.out.write_text(json.dumps(results, indent=1) + "\n")
+        with replaced(options.out) as scratch:
+            scratch.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

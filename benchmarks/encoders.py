@@ -33,6 +33,7 @@ from medvlp_jax import convert
 from medvlp_jax.convert.architectures import table_of_module
 from medvlp_jax.encoders import modernbert, qwen3, resnet, vit
 from medvlp_jax.encoders.base import Tokens
+from medvlp_jax.writing import replaced
 
 PEAK = 989e12  # dense bfloat16 of an H100 or H200, NVIDIA's data sheet
 MATMUL = 8192  # side of the matrix product
@@ -298,7 +299,8 @@ def main(argv=None):
         model = tiny(name, MODELS[name]) if options.tiny else MODELS[name]
         models[name] = measure(model, options.pairs)
         stored[backend] = {**results, "models": models}
-        options.out.write_text(json.dumps(stored, indent=1) + "\n")
+        with replaced(options.out) as scratch:
+            scratch.write_text(json.dumps(stored, indent=1) + "\n")
         gc.collect()
     print(table(models))
 

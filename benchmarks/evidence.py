@@ -22,6 +22,7 @@ import numpy as np
 from medvlp_jax.data import reports
 from medvlp_jax.data.datasets.cxr_phantom import generate, patients
 from medvlp_jax.evidence import agreement, extract, rules, schema
+from medvlp_jax.writing import replaced
 
 SPLITS = ("train", "val")
 
@@ -182,7 +183,8 @@ def main():
         results[f"relations/{options.relations}"] = relation_cost(options.relations)
         print(results[f"relations/{options.relations}"])
     if options.out:
-        options.out.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
+        with replaced(options.out) as scratch:
+            scratch.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ from medvlp_jax.training import optim
 from medvlp_jax.training import params as paths
 from medvlp_jax.training import step as training
 from medvlp_jax.training import text as text_stage
+from medvlp_jax.writing import replaced
 
 LENGTH, TABLE_LENGTH = 128, 64  # tokens of a paragraph, of a table
 BASE = {"steps": 250, "batch_size": 16, "lr": 2e-3, "warmup": 25, "weight_decay": 0.01, "rate": 0.3}
@@ -263,7 +264,8 @@ def main():
     print(summary(found))
     print({name: round(s, 1) for name, s in found["seconds"].items()})
     if options.out:
-        options.out.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
+        with replaced(options.out) as scratch:
+            scratch.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
 
 
 if __name__ == "__main__":

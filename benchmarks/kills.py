@@ -30,6 +30,7 @@ import jax
 import numpy as np
 
 from medvlp_jax.training.checkpoint import Checkpointer
+from medvlp_jax.writing import replaced
 
 ROOT = pathlib.Path(__file__).parents[1]
 PHASES = ("compile", "step", "save", "evaluation")
@@ -279,7 +280,8 @@ def main() -> None:
     if arguments.out:
         facts = {"jax": jax.__version__, "python": platform.python_version()}
         facts |= {"seed": arguments.seed, "cores": os.cpu_count(), "studies": studies}
-        arguments.out.write_text(json.dumps(facts, indent=1) + "\n")
+        with replaced(arguments.out) as scratch:
+            scratch.write_text(json.dumps(facts, indent=1) + "\n")
 
 
 if __name__ == "__main__":

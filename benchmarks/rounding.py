@@ -36,6 +36,7 @@ from medvlp_jax import assemble, examples, sharding, train
 from medvlp_jax.training import optim
 from medvlp_jax.training import params as paths
 from medvlp_jax.training import step as training
+from medvlp_jax.writing import replaced
 
 DTYPE = np.float64 if DOUBLE else np.float32
 SHOWN = (1, 2, 3, 4, 5, 6, 8, 10, 20, 30, 40, 50)
@@ -125,7 +126,8 @@ def main() -> None:
         facts = {"jax": jax.__version__, "python": platform.python_version()}
         facts |= {"config": arguments.config, "dtype": str(np.dtype(DTYPE)), "overrides": overrides}
         facts |= {"alone": alone.tolist(), "apart": {k: v.tolist() for k, v in apart.items()}}
-        arguments.out.write_text(json.dumps(facts) + "\n")
+        with replaced(arguments.out) as scratch:
+            scratch.write_text(json.dumps(facts) + "\n")
 
 
 if __name__ == "__main__":

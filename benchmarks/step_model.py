@@ -16,6 +16,7 @@ from typing import NamedTuple
 from absl import flags
 
 from medvlp_jax import plan, train
+from medvlp_jax.writing import replaced
 
 
 class Chip(NamedTuple):
@@ -184,7 +185,8 @@ def main(argv: list[str] | None = None) -> list[dict]:
     if arguments.out:
         facts = {"settings": settings, "method": method._asdict(), "assumed": ASSUMED}
         facts |= {"chips": {k: v._asdict() for k, v in CHIPS.items()}, "rows": rows}
-        arguments.out.write_text(json.dumps(facts, indent=1) + "\n")
+        with replaced(arguments.out) as scratch:
+            scratch.write_text(json.dumps(facts, indent=1) + "\n")
     return rows
 
 

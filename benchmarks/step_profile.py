@@ -26,6 +26,7 @@ from absl import flags
 from benchmarks import encoder_profile, train_step
 from medvlp_jax import plan, train
 from medvlp_jax.training import flops
+from medvlp_jax.writing import replaced
 
 
 def parts_of(program: str) -> dict[str, tuple[str, bool]]:
@@ -135,7 +136,8 @@ def main(argv: list[str] | None = None) -> dict:
     if arguments.out:
         facts = {"settings": settings, "jax": jax.__version__, "milliseconds": rows}
         facts |= {"slowest": every[: arguments.top]} if arguments.top else {}
-        arguments.out.write_text(json.dumps(facts, indent=1) + "\n")
+        with replaced(arguments.out) as scratch:
+            scratch.write_text(json.dumps(facts, indent=1) + "\n")
     return rows
 
 

@@ -37,6 +37,7 @@ from medvlp_jax.encoders.base import Packed, Tokens
 from medvlp_jax.training import flops
 from medvlp_jax.training import params as paths
 from medvlp_jax.training import step as training
+from medvlp_jax.writing import replaced
 
 # Dense bf16 FLOP/s of one device by the makers' data sheets, by how JAX names the kind.
 PEAKS = {
@@ -409,8 +410,8 @@ def main(argv: list[str] | None = None) -> list[dict]:
     if arguments.out:
         facts = {"settings": settings, "jax": jax.__version__, "cores": os.cpu_count()}
         facts |= {"machine": platform.machine(), "rows": rows}
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(facts, indent=1) + "\n")
+        with replaced(arguments.out) as scratch:
+            scratch.write_text(json.dumps(facts, indent=1) + "\n")
     return rows
 
 

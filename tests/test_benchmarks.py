@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -145,3 +146,8 @@ def test_an_instruction_that_runs_others_is_not_counted_beside_them():
     parts = step_profile.parts_of(program)
     assert not set(loops) & set(parts)
     assert parts
+
+
+@pytest.mark.parametrize("file", (ROOT / "benchmarks").glob("*.py"), ids=lambda file: file.name)
+def test_no_benchmark_writes_over_its_results_in_place(file):
+    assert not re.search(r"\.out\.(write_text|write_bytes|open)\(", file.read_text())
