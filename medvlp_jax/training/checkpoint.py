@@ -5,6 +5,7 @@ to a temporary folder and renames, so a killed run leaves whole checkpoints only
 """
 
 import contextlib
+import itertools
 import json
 import pathlib
 from collections.abc import Mapping
@@ -122,7 +123,8 @@ class Checkpointer:
     def resume(self, template: TrainState) -> Restored | None:
         """Read the newest whole checkpoint; None where there is none yet.
 
-        A damaged one is set aside under the name damaged-STEP, as long as an older one is left.
+        A damaged one is set aside as long as an older one is left, under the name damaged-STEP, or
+        damaged-STEP-2, -3, ... where a checkpoint of that step was damaged before.
 
         Raises:
           DamagedError: when the only checkpoint left cannot be read.
@@ -140,12 +142,21 @@ class Checkpointer:
                 return restored
             if min(self.manager.all_steps()) == step:
                 raise damage or DamagedError(next(filter(None, told)))
-            distributed.say(f"{next(filter(None, told))} It is set aside as damaged-{step}.")
             if distributed.is_writer():
-                (self.folder / str(step)).rename(self.folder / f"damaged-{step}")
+                aside = self._set_aside(step)
+                distributed.say(f"{next(filter(None, told))} It is set aside as {aside}.")
             distributed.barrier(f"damaged {step}")
             self.manager.reload()
         return None
+
+    def _set_aside(self, step) -> str:
+        """Rename a checkpoint to the first name that is free, and return that."""
+        names = itertools.chain(
+            [f"damaged-{step}"], (f"damaged-{step}-{count}" for count in itertools.count(2))
+        )
+        name = next(name for name in names if not (self.folder / name).exists())
+        (self.folder / str(step)).rename(self.folder / name)
+        return name
 
     def read(self, step: int) -> Mapping[str, Any]:
         """Read the state of one checkpoint as nested dicts on one device, whatever wrote it.

@@ -171,6 +171,17 @@ def test_a_run_goes_on_from_the_newest_whole_checkpoint_and_keeps_the_damaged_on
     assert_same(Checkpointer(folder).resume(state_of(0)).state, state_of(6))
 
 
+def test_damage_at_a_step_that_was_damaged_before_is_set_aside_beside_it(tmp_path, capsys):
+    folder = tmp_path / "c"
+    for aside in ("damaged-6", "damaged-6-2", "damaged-6-3"):
+        checkpointer = save(folder, 3, 6)
+        truncate(folder / "6")
+        assert_same(checkpointer.resume(state_of(0)).state, state_of(3))
+        checkpointer.close()
+        assert f"set aside as {aside}.\n" in capsys.readouterr().out
+        assert [*(folder / aside).iterdir()]
+
+
 def test_a_damaged_only_checkpoint_is_not_taken_for_a_new_run(tmp_path):
     checkpointer = save(tmp_path / "c", 3)
     truncate(tmp_path / "c" / "3")
