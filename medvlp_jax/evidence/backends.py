@@ -114,6 +114,11 @@ def qwen3(folder: str, *, batch: int = 8, max_tokens: int = 1024, dtype: Any = N
     Raises:
       UserError: for a folder of another model, or a prompt that is too long for it.
     """
+    if not Path(folder).is_dir():
+        raise UserError(
+            f"--model={folder} is no folder; accepted is one of Hugging Face's, with config.json, "
+            "*.safetensors and tokenizer.json."
+        )
     import jax
     import numpy as np
 

@@ -114,8 +114,13 @@ def by_meaning(passages: Sequence[Passage], folder: str | Path, *, length: int =
       length: tokens of a passage that are read.
 
     Raises:
-      UserError: if the folder holds no text encoder.
+      UserError: if it is no folder, or holds no text encoder.
     """
+    if not Path(folder).is_dir():
+        raise UserError(
+            f"--retriever={folder} is no folder; accepted are bm25 and the folder of a text "
+            "encoder with its tokenizer."
+        )
     import jax
 
     from medvlp_jax import convert

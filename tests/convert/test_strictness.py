@@ -3,6 +3,7 @@
 import json
 import math
 
+import huggingface_hub
 import jax
 import numpy as np
 import pytest
@@ -366,6 +367,23 @@ def test_a_folder_is_needed(tmp_path, folder):
         convert.load(tmp_path)
     with pytest.raises(UserError, match="'no-one/nothing' is no folder, and the hub"):
         convert.load("no-one/nothing")
+
+
+@pytest.mark.parametrize("path", ["weights/bret", "./bert", "../bert", "/weights/bret", "~/bert"])
+def test_a_folder_that_is_mistyped_is_not_asked_for_at_the_hub(tmp_path, monkeypatch, path):
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("asked"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "weights/bert").mkdir(parents=True)
+    with pytest.raises(UserError, match=rf"'{path}' is no folder, and it is a path here"):
+        convert.fetch(path)
+
+
+def test_what_is_downloaded_is_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(tmp_path))
+    for _ in range(2):
+        assert convert.fetch("somebody/something") == tmp_path
+    out, err = capsys.readouterr()
+    assert (out, err.count("downloading somebody/something")) == ("", 1)
 
 
 def test_a_module_that_has_no_hugging_face_form_is_refused(tmp_path):

@@ -125,3 +125,8 @@ def test_meaning_ranks_by_cosine_of_mean_features_of_any_encoder(tmp_path):
     cosines = np.array([m @ query_mean for m in means])
     search = retrieval.by_meaning(ARTICLES, tmp_path, length=32)
     assert search(query, 5) == list(np.argsort(-cosines))
+
+
+def test_meaning_needs_a_folder_and_downloads_none():
+    with pytest.raises(UserError, match="--retriever=somebody/something is no folder"):
+        retrieval.by_meaning(ARTICLES, "somebody/something")

@@ -263,6 +263,8 @@ def test_a_local_model_that_babbles_is_recorded_and_a_long_prompt_is_refused(tin
 
 
 def test_a_local_model_needs_its_folder_and_pytorch(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match=r"--model=Qwen/Qwen3-0\.6B is no folder"):
+        backends.qwen3("Qwen/Qwen3-0.6B")
     with pytest.raises(UserError, match=r"holds no config\.json"):
         backends.transformers(str(tmp_path))
     (tmp_path / "config.json").write_text("{}")
