@@ -18,6 +18,7 @@ from medvlp_jax.writing import replaced
 
 VERDICTS = ("approve", "edit", "reject")
 REVIEW, KEPT, WRITTEN = "review.csv", "verdicts.jsonl", "written.jsonl"
+FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what spreadsheets take for the start of one
 COLUMNS = (
     "id",
     "factor",
@@ -172,6 +173,12 @@ def _write_review(path: Path, records: Mapping[str, knowledge.Record]) -> None:
         rows = csv.DictWriter(file, COLUMNS)
         rows.writeheader()
         for name, record in records.items():
-            row = {"id": name, **record._asdict(), "passages": " ".join(record.ids)}
+            row = {"id": name, **record._asdict()}
+            row |= {"passages": _as_text(" ".join(record.ids)), "text": _as_text(record.text)}
             empty = dict.fromkeys(("verdict", "edited", "reviewer"), "")
             rows.writerow({key: {**row, **empty}[key] for key in COLUMNS})
+
+
+def _as_text(cell: str) -> str:
+    """Keep spreadsheets from computing what a model or an article wrote; never read back."""
+    return f"'{cell}" if cell.startswith(FORMULA) else cell

@@ -305,6 +305,19 @@ def test_verdicts_approve_edit_and_reject_and_outlive_another_start(written, tmp
     assert not asked
 
 
+@pytest.mark.parametrize("sign", ["=", "+", "-", "@"])
+def test_a_spreadsheet_computes_nothing_of_what_a_model_wrote(tmp_path, sign):
+    tasks, _ = tasks_of(tmp_path)
+    out, text = tmp_path / "out", f'{sign}HYPERLINK("http://a.b") {WORDS}'
+    answer = lambda p: json.dumps({**asked_for(p), "text": text})
+    tasks = [task._replace(ids=(f"{sign}1", "PM1")) for task in tasks]
+    corpus.run(tasks, local(answer)[0], out, passages=PASSAGES)
+    path, rows = reviewed(out, r0=("approve", ""))
+    assert {row["text"] for row in rows} == {f"'{text}"}
+    assert {row["passages"] for row in rows} == {f"'{sign}1 PM1"}
+    assert {record.text for record in review.take(out, path).values()} == {text}
+
+
 def test_a_text_written_anew_has_to_be_reviewed_anew(written, tmp_path):
     path, rows = reviewed(written, r0=("approve", ""))
     review.take(written, path)
