@@ -5,6 +5,8 @@
 
 [[ -n "$image" ]] || refuse "--jobset needs --image=IMAGE, a container with this checkout as its working directory."
 [[ -n "$claim" ]] || refuse "--jobset needs --claim=PVC, a volume claim that all pods can write; it is mounted at /shared."
+[[ "$image" =~ ^[A-Za-z0-9]([-._:/@A-Za-z0-9]*[A-Za-z0-9])?$ ]] || refuse "--image=$image is no name of an image."
+[[ "$claim" =~ ^[a-z0-9]([-.a-z0-9]*[a-z0-9])?$ ]] || refuse "--claim=$claim must be lower-case letters, digits, dots and hyphens."
 [[ "$jobset" =~ ^[a-z]([-a-z0-9]{0,30}[a-z0-9])?$ ]] || refuse "--jobset=$jobset must be lower-case letters, digits and hyphens."
 case "$workdir" in /shared/*) ;; *) refuse "--jobset needs --workdir=/shared/..., the volume of --claim, got '$workdir'." ;; esac
 
@@ -12,12 +14,20 @@ accelerator="${MEDVLP_ACCELERATOR:-cuda13}"
 resource=nvidia.com/gpu
 if [[ "$accelerator" == tpu ]]; then resource=google.com/tpu; fi
 data="${MEDVLP_DATA_DIR:-/shared/data}"
+# Sets `string` to $1 as YAML in double quotes, where both signs that mean something are escaped; Kubernetes reads $$ as $, $(NAME) as
+# the variable.
+quote() {
+  [[ ! "$1" =~ [[:cntrl:]] ]] || refuse "--jobset takes no line break nor other control character, got '$1'."
+  string="${1//\\/\\\\}"
+  string="${string//\"/\\\"}"
+  string="\"${string//\$/"\$\$"}\""
+}
 words=""
 for word in bash launch/run.sh "${command[@]:3}"; do
-  # A string of YAML in double quotes: both signs that mean something there are escaped.
-  word="${word//\\/\\\\}"
-  words+="\"${word//\"/\\\"}\", "
+  quote "$word"
+  words+="$string, "
 done
+quote "$data"
 text="$(< launch/jobset.yaml)"
 if [[ -n "$selector" ]]; then
   text="${text//$'\n'                @SELECTOR@/"$selector"}"
@@ -31,7 +41,7 @@ text="${text//@NODES@/"$nodes"}"
 text="${text//@GPUS@/"$gpus"}"
 text="${text//@RESOURCE@/"$resource"}"
 text="${text//@ACCELERATOR@/"$accelerator"}"
-text="${text//@DATA@/"$data"}"
+text="${text//@DATA@/"$string"}"
 text="${text//@RESTARTS@/"${restarts:-3}"}"
 text="${text//@COMMAND@/"[${words%, }]"}"
 

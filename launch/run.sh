@@ -23,11 +23,12 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-refuse() { echo "medvlp: $1" >&2; exit 2; }
+refuse() { echo "medvlp: ${1//$'\n'/ }" >&2; exit 2; }
 number() { [[ "$2" =~ ^[1-9][0-9]*$ ]] || refuse "--$1 must be a whole number from 1 on, got '$2'."; }
 
 mode=host dry_run=false processes=1 nodes=1 gpus=8 restarts="" sbatch="" tpu="" zone="" jobset="" image="" claim="" selector=""
 config=configs/imitate.py:demo workdir="" arguments=()
+label='[A-Za-z0-9]([-._A-Za-z0-9]*[A-Za-z0-9])?' # of Kubernetes
 for argument in "$@"; do
   value="${argument#*=}"
   case "$argument" in
@@ -44,7 +45,10 @@ for argument in "$@"; do
     --zone=*) zone="$value" ;;
     --image=*) image="$value" ;;
     --claim=*) claim="$value" ;;
-    --selector=*) selector+=$'\n'"                ${value%%=*}: \"${value#*=}\"" ;; # a line of the manifest
+    --selector=*)
+      [[ "$value" =~ ^([a-z0-9][-.a-z0-9]*/)?$label=($label)?$ ]] || refuse "--selector must be KEY=VALUE, a label of nodes, got '$value'."
+      selector+=$'\n'"                ${value%%=*}: \"${value#*=}\"" # a line of the manifest
+      ;;
     --config=*) config="$value" ;;
     --workdir=*) workdir="$value" ;;
     *) arguments+=("$argument") ;;
@@ -53,6 +57,12 @@ done
 case "$mode" in
   host | hostprocesses | hostslurm | hosttpu | hostjobset) mode="${mode#host}" ;;
   *) refuse "choose one of --processes, --slurm, --tpu and --jobset." ;;
+esac
+
+# What is not one of these would stand in a job script as code.
+case "${MEDVLP_ACCELERATOR:-}" in
+  "" | cuda13 | tpu) ;;
+  *) refuse "MEDVLP_ACCELERATOR must be cuda13 or tpu, got '$MEDVLP_ACCELERATOR'." ;;
 esac
 
 # All ranks need the same run folder, so it is named here and not by each of them.

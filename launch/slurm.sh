@@ -3,11 +3,15 @@
 # Reads: command, workdir, nodes, gpus, restarts, sbatch, dry_run.
 # shellcheck disable=SC2154  # set by launch/run.sh
 
+# sbatch reads its own lines of the script, not the shell: it ends a line at its end, and splits it at blanks.
+[[ "$sbatch" != *$'\n'* ]] || refuse "--sbatch must be one line, got '$sbatch'."
+[[ ! "$workdir" =~ [[:space:]\"\'\\#%] ]] || refuse "--slurm needs a --workdir without blanks, quotes, \\, # and %, got '$workdir'."
 accelerator="${MEDVLP_ACCELERATOR:-cuda13}"
 quoted="$(printf ' %q' "${command[@]}")"
 text="$(< launch/slurm.sbatch)"
 extra=""
-for option in $sbatch; do extra+="#SBATCH $option"$'\n'; done
+read -ra options <<< "$sbatch" # as words alone, * stays *
+for option in ${options[@]+"${options[@]}"}; do extra+="#SBATCH $option"$'\n'; done
 text="${text//@SBATCH@$'\n'/"$extra"}"
 text="${text//@NODES@/"$nodes"}"
 text="${text//@GPUS@/"$gpus"}"
@@ -33,5 +37,6 @@ if $dry_run; then
 fi
 command -v sbatch > /dev/null || refuse "--slurm needs sbatch on this machine; --dry-run shows the job without it."
 mkdir -p "$workdir/logs"
-echo "$text" > "$workdir/job.sbatch"
+echo "$text" > "$workdir/.job.sbatch.$$"
+mv "$workdir/.job.sbatch.$$" "$workdir/job.sbatch"
 exec sbatch "$workdir/job.sbatch"

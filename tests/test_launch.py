@@ -104,12 +104,19 @@ def test_the_jobset_passes_every_setting_on_as_it_was_given():
         '--config.data.corpora=("mimic_cxr",)',
         r"--config.optim.freeze=('\bbias', '\.norm/')",
         "--config.data.texts=a & b: #c",
+        "--config.data.words=$(HOME) $5",
     )
-    code, out, err = finish(launch("--dry-run", *DRY_RUNS["jobset"], *settings))
+    data = r'/shared/a "b\c" $(HOME)'
+    run = launch("--dry-run", *DRY_RUNS["jobset"], *settings, MEDVLP_DATA_DIR=data)
+    code, out, err = finish(run)
     assert (code, err) == (0, "")
     (spec,) = yaml.safe_load(out)["spec"]["replicatedJobs"]
     (container,) = spec["template"]["spec"]["template"]["spec"]["containers"]
-    assert {*settings} <= {*container["command"]}
+    # Kubernetes puts a variable in the place of $(NAME), and $ in that of $$.
+    assert {s.replace("$", "$$") for s in settings} <= {*container["command"]}
+    values = {entry["name"]: entry.get("value") for entry in container["env"]}
+    assert values["MEDVLP_DATA_DIR"] == data.replace("$", "$$")
+    assert len(values) == 5
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.name)
@@ -148,6 +155,18 @@ def test_help_names_every_flag():
         (["--jobset=x"], "--jobset needs --image=IMAGE"),
         (["--jobset=x", "--image=i", "--claim=c", "--workdir=runs/x"], "got 'runs/x'"),
         (["--jobset=X_", "--image=i", "--claim=c"], "--jobset=X_ must be lower-case"),
+        (["--jobset=x", "--image=i\nhostPID: true", "--claim=c"], "--image=i hostPID: true is no"),
+        (["--jobset=x", "--image=i:", "--claim=c"], "--image=i: is no name of an image"),
+        (["--jobset=x", "--image=i", "--claim=c}, a: {b"], "--claim=c}, a: {b must be lower-case"),
+        (["--jobset=x", '--selector=a=b"'], "--selector must be KEY=VALUE, .* got 'a=b\"'"),
+        (["--jobset=x", "--selector=a: b\nc=d"], "--selector must be KEY=VALUE"),
+        (["--jobset=x", "--selector=a"], "--selector must be KEY=VALUE"),
+        ([*DRY_RUNS["jobset"], "--config.a=b\nc: d"], "no line break .* got '--config.a=b c: d'"),
+        (["--slurm", "--sbatch=--time=1\ncurl x"], "--sbatch must be one line"),
+        *(
+            (["--slurm", f"--workdir=runs/a{sign}b"], "--workdir without blanks, quotes, .* got")
+            for sign in " \n\t\"'\\#%"
+        ),
     ],
 )
 def test_bad_flags_are_one_sentence(arguments, message):
@@ -155,6 +174,20 @@ def test_bad_flags_are_one_sentence(arguments, message):
     assert (code, out) == (2, "")
     assert len(err.splitlines()) == 1
     assert re.search(message, err)
+
+
+@pytest.mark.parametrize("name", DRY_RUNS)
+def test_an_accelerator_that_is_none_is_refused_and_stands_in_no_script(name):
+    run = launch("--dry-run", *DRY_RUNS[name], MEDVLP_ACCELERATOR="cuda13; curl x")
+    code, out, err = finish(run)
+    assert (code, out) == (2, "")
+    assert err == "medvlp: MEDVLP_ACCELERATOR must be cuda13 or tpu, got 'cuda13; curl x'.\n"
+
+
+def test_a_star_of_sbatch_is_no_name_of_a_file():
+    code, out, _ = finish(launch("--slurm", "--sbatch=--exclude=n* *", "--dry-run"))
+    assert code == 0
+    assert "#SBATCH --exclude=n*\n#SBATCH *\n" in out
 
 
 @pytest.fixture
@@ -266,6 +299,39 @@ def slurm(ranks, tmp_path, script, **settings):
     )
     workdir = f"--workdir={tmp_path}/run"
     return finish(launch("--slurm", "--nodes=2", "--gpus=2", workdir, **settings))
+
+
+def test_a_job_script_that_cannot_be_written_leaves_the_old_one(tmp_path, ranks):
+    script = tmp_path / "run/job.sbatch"
+    script.parent.mkdir()
+    script.write_text("old")
+    settings = ranks("exit 1", "mv") | ranks("true", "sbatch")
+    code, _, _ = finish(launch("--slurm", f"--workdir={tmp_path}/run", **settings))
+    assert code != 0
+    assert script.read_text() == "old"
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="what is packed is what git tracks")
+@pytest.mark.parametrize("code", [0, 1])
+def test_a_tpu_gets_the_checkout_from_a_folder_that_nobody_else_can_write(tmp_path, ranks, code):
+    """`gcloud` notes who may enter the folder of what it copies, and what is in the bundle."""
+    note = """
+        for each; do
+          if [[ $each == */checkout.tgz ]]; then
+            stat -c %a "${each%/*}" >> modes; tar -tzf "$each" launch/run.sh >> names
+          fi
+        done
+        echo "$4" >> verbs
+    """
+    folder = tmp_path / "scratch"
+    folder.mkdir()
+    settings = ranks(f"{note} exit {code}", "gcloud")
+    arguments = ("--tpu=pod", "--zone=z", "--workdir=/shared/x")
+    assert finish(launch(*arguments, TMPDIR=folder, **settings))[0] == code
+    assert (tmp_path / "modes").read_text() == "700\n"
+    assert (tmp_path / "names").read_text() == "launch/run.sh\n"
+    assert (tmp_path / "verbs").read_text().split() == (["scp"] if code else ["scp", "ssh"])
+    assert not [*folder.iterdir()]
 
 
 def test_slurm_runs_one_task_a_gpu_with_the_first_node_as_coordinator(tmp_path, ranks):
