@@ -28,6 +28,7 @@ from medvlp_jax.config import UserError
 from medvlp_jax.sharding import Part
 
 GROUP = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 
 
 def initialize() -> None:
@@ -54,9 +55,15 @@ def initialize() -> None:
             f"JAX_PROCESS_ID={index} is no process of JAX_NUM_PROCESSES={count}; accepted are "
             "whole numbers from 0 to one less than that."
         )
+    # JAX would listen on every interface of the host, to processes of this host alone.
+    near = address.rpartition(":")[0] in LOOPBACK
     # Nothing is guessed: a scheduler's own variables may describe another step of the job.
     return jax.distributed.initialize(
-        address, int(count), int(index), cluster_detection_method="deactivate"
+        address,
+        int(count),
+        int(index),
+        cluster_detection_method="deactivate",
+        coordinator_bind_address=address if near else None,
     )
 
 

@@ -42,6 +42,24 @@ def test_a_group_that_is_described_badly_is_one_sentence(monkeypatch, settings, 
         distributed.initialize()
 
 
+@pytest.mark.parametrize(
+    ("address", "bound"),
+    [
+        ("localhost:29500", "localhost:29500"),
+        ("127.0.0.1:29500", "127.0.0.1:29500"),
+        ("[::1]:29500", "[::1]:29500"),
+        ("node-1:29500", None),
+    ],
+)
+def test_a_coordinator_of_one_host_listens_to_that_host_alone(monkeypatch, address, bound):
+    given = {}
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **how: given.update(how))
+    for name, value in zip(distributed.GROUP, (address, "2", "0"), strict=True):
+        monkeypatch.setenv(name, value)
+    distributed.initialize()
+    assert given["coordinator_bind_address"] == bound
+
+
 def test_without_a_description_there_is_one_process():
     distributed.initialize()
     assert not jax.distributed.is_initialized()
