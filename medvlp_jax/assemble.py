@@ -3,7 +3,6 @@
 What `train`, `evaluate` and `convert export` share. Takes plain dicts, never a ConfigDict.
 """
 
-import json
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -20,6 +19,7 @@ from medvlp_jax.config import UserError
 from medvlp_jax.data import corpora, folds, knowledge, leakage, pipeline, retold
 from medvlp_jax.data import text as tokenisation
 from medvlp_jax.encoders.base import Tokens
+from medvlp_jax.reading import parse_json
 from medvlp_jax.recipes import mlm
 from medvlp_jax.training import params as paths
 from medvlp_jax.training import text as text_stage
@@ -59,8 +59,8 @@ def written_config(folder: pathlib.Path) -> dict:
     if not file.is_file():
         raise UserError(f"{folder} is not a run folder: it has no {CONFIG}.")
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        config = parse_json(file.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise UserError(f"{file} is not JSON: {error}.") from None
     if not isinstance(config, dict) or not isinstance(config.get("recipe"), dict):
         raise UserError(f"{file} is no config of a run; an object with a section recipe is needed.")

@@ -11,7 +11,7 @@ import pytest
 PACKAGE = pathlib.Path(__file__).parents[1] / "medvlp_jax"
 # From the bottom up; a module may import its own level and those before it.
 LEVELS = (
-    ("__init__", "config", "ranges", "schedules", "sharding", "distributed", "writing"),
+    ("__init__", "config", "ranges", "schedules", "sharding", "distributed", "reading", "writing"),
     ("layers",),
     ("encoders", "losses", "data", "convert"),
     ("recipes",),

@@ -248,6 +248,10 @@ def test_a_damaged_config_of_a_run_is_named(tmp_path):
     (tmp_path / "config.json").write_text('{"seed": 0,}')
     with pytest.raises(UserError, match=r"config\.json is not JSON: .* line 1 column 12"):
         assemble.read_config(tmp_path)
+    for levels in (900, 5000):
+        (tmp_path / "config.json").write_text('{"recipe":' * levels + "1" + "}" * levels)
+        with pytest.raises(UserError, match=r"config\.json is not JSON: more than 100 levels"):
+            assemble.read_config(tmp_path)
 
 
 def test_a_run_from_before_a_setting_existed_has_its_default(tmp_path):

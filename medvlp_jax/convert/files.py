@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from medvlp_jax.config import UserError
+from medvlp_jax.reading import parse_json
 from medvlp_jax.writing import replaced
 
 SINGLE = "model.safetensors"
@@ -216,7 +217,7 @@ def read_json(file: Path) -> dict[str, Any]:
       UserError: if it is cut short or holds something else.
     """
     try:
-        content = json.loads(file.read_text())
+        content = parse_json(file.read_text())
     except ValueError as error:
         raise UserError(f"{file} is cut short or no JSON: {error}.") from error
     if not isinstance(content, dict):

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from medvlp_jax.config import UserError, nearest
+from medvlp_jax.reading import parse_json
 
 NAME = "knowledge"  # as data.corpora names it
 FILE = "corpus.jsonl"
@@ -69,7 +70,7 @@ def read(path: Path) -> dict[str, Record]:
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         where = f"{path} line {number}"
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except ValueError:
             raise UserError(f"{where} is not JSON.") from None
         if not isinstance(row, dict) or set(row) != {"id", *Record._fields}:

@@ -5,7 +5,6 @@ from a CSV table, or from a folder of plain texts (MIMIC-CXR: one file a study, 
 which the sections are read as its builder reads them).
 """
 
-import json
 import re
 import tarfile
 import xml.etree.ElementTree as ElementTree
@@ -16,6 +15,7 @@ from typing import Any, NamedTuple
 
 from medvlp_jax.config import UserError
 from medvlp_jax.data import files, sections
+from medvlp_jax.reading import parse_json
 
 # Headings of American chest reports and the section each opens; what an image cannot show is
 # "other".
@@ -177,7 +177,7 @@ def _json_lines(path: Path) -> Iterator[Report]:
 
 def _parsed(path: Path, number: int, line: str) -> Any:
     try:
-        return json.loads(line)
+        return parse_json(line)
     except ValueError:
         raise UserError(f"{path.name} line {number} is not JSON.") from None
 

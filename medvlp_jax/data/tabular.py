@@ -20,7 +20,6 @@ unknown UNKNOWN. Rows of numbers show both as missing; PRIMA's sentences tell th
 Axis letters: T attributes, D numbers of a row.
 """
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -30,6 +29,7 @@ import numpy as np
 
 from medvlp_jax.config import UserError, nearest
 from medvlp_jax.data.files import Row
+from medvlp_jax.reading import parse_json
 
 KINDS = ("numeric", "categorical", "ordinal")
 FIELDS = ("kind", "unit", "range", "categories", "missing", "sentence", "leakage", "censored")
@@ -51,8 +51,8 @@ def read_schema(path: Path) -> dict[str, dict[str, Any]]:
     if not path.is_file():
         raise UserError(f"{path} is missing; a JSON file {{column: {{kind, ...}}}} is needed.")
     try:
-        schema = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        schema = parse_json(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
         raise UserError(f"{path} is not JSON: {error}.") from None
     if not isinstance(schema, dict) or not schema:
         raise UserError(f"{path} must hold an object {{column: {{kind, ...}}}} with columns.")

@@ -3,7 +3,6 @@
 Axis letters: B texts, T tokens.
 """
 
-import json
 import re
 import string
 from collections.abc import Iterable, Sequence
@@ -15,6 +14,7 @@ from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
 
 from medvlp_jax.config import UserError
 from medvlp_jax.encoders.base import Tokens
+from medvlp_jax.reading import parse_json
 from medvlp_jax.writing import replaced
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -59,8 +59,8 @@ def _is_siglip(file: Path) -> bool:
     if not file.is_file():
         return False
     try:
-        return "Siglip" in str(json.loads(file.read_text()).get("tokenizer_class"))
-    except (json.JSONDecodeError, AttributeError):
+        return "Siglip" in str(parse_json(file.read_text()).get("tokenizer_class"))
+    except (ValueError, AttributeError):
         raise UserError(f"{file} is no JSON object.") from None
 
 

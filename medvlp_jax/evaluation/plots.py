@@ -3,7 +3,6 @@
 Figures are built without pyplot, so importing this changes no backend and leaks no figure.
 """
 
-import json
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from medvlp_jax.config import UserError
 from medvlp_jax.evaluation.zero_shot import PromptScores
+from medvlp_jax.reading import parse_json
 from medvlp_jax.writing import replaced
 
 # Okabe & Ito: distinguishable with colour-vision deficiency.
@@ -51,8 +51,8 @@ def read_series(path: str | Path) -> Series:
     points: dict[str, list[tuple[float, float]]] = {}
     for line in lines:
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
+            record = parse_json(line)
+        except ValueError:
             continue
         if not isinstance(record, dict) or not _is_finite(record.get("step")):
             continue

@@ -16,7 +16,6 @@ What is shipped is in `prompt_sets/`; where each comes from is its "source".
 """
 
 import itertools
-import json
 import pathlib
 import random
 from collections.abc import Mapping, Sequence
@@ -24,6 +23,7 @@ from typing import Any
 
 from medvlp_jax.config import UserError, nearest
 from medvlp_jax.evidence import phrases
+from medvlp_jax.reading import parse_json
 
 FOLDER = pathlib.Path(__file__).with_name("prompt_sets")
 SIDES = ("positive", "negative")
@@ -137,8 +137,8 @@ def read(name_or_path: str | pathlib.Path) -> dict[str, Any]:
     """
     file = find(name_or_path)
     try:
-        parsed = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        parsed = parse_json(file.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise UserError(f"{file} is not JSON: {error}.") from None
     return check(parsed, str(file))
 

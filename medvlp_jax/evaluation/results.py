@@ -25,6 +25,7 @@ import numpy as np
 
 from medvlp_jax.config import UserError
 from medvlp_jax.evaluation import statistics
+from medvlp_jax.reading import parse_json
 from medvlp_jax.writing import replaced
 
 Results = dict[str, dict[str, Any]]
@@ -185,8 +186,8 @@ def read(path: pathlib.Path) -> Written:
     if not file.is_file():
         raise UserError(f"{path} has no {FILE}: it has not been evaluated yet.")
     try:
-        entries = json.loads(file.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        entries = parse_json(file.read_text())
+    except ValueError as error:
         raise UserError(f"{file} is not JSON: {error}.") from None
     whole = isinstance(entries, dict) and all(isinstance(v, dict) for v in entries.values())
     numbers = {k: v for k, v in entries.items() if k != PROVENANCE} if whole else {}

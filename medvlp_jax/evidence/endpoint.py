@@ -22,6 +22,7 @@ from typing import Any
 
 from medvlp_jax.config import UserError
 from medvlp_jax.evidence.protocol import Backend, Reply, Request
+from medvlp_jax.reading import parse_json
 
 KEYS = ("MEDVLP_API_KEY", "OPENAI_API_KEY")  # environment variables, first one that is set
 PASSING = (408, 409, 425, 429, 500, 502, 503, 504, 529)
@@ -189,10 +190,10 @@ def _http_error(error: urllib.error.HTTPError, url: str, model: str) -> Exceptio
 
 def _content(body: bytes) -> str:
     try:
-        choice = json.loads(body)["choices"][0]
+        choice = parse_json(body)["choices"][0]
         message = choice["message"]
         answer = message["content"]
-    except (ValueError, LookupError, TypeError, RecursionError):  # the last: nested too deep
+    except (ValueError, LookupError, TypeError):
         raise Passing("a body that is no chat completion") from None
     if message.get("refusal") or choice.get("finish_reason") == "content_filter":
         raise Refused("by the model or its filter")

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from medvlp_jax.config import UserError
+from medvlp_jax.reading import parse_json
 
 WORDS = 250  # of a passage, about one abstract
 SUFFIXES = (".txt", ".md")
@@ -170,7 +171,7 @@ def _rows(path: Path) -> Iterator[Passage]:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = parse_json(line)
                 json.dumps(row, ensure_ascii=False).encode()  # half a character can be spelled
             except ValueError:  # of which bytes that are not UTF-8 are a kind
                 raise UserError(f"{path.name} line {number} is not JSON in UTF-8.") from None

@@ -16,7 +16,6 @@ A JSON file, kept with a data set as `risk.json` or brought by the user:
 does not change. A factor without either is for language models, which read articles instead.
 """
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ from typing import Any, NamedTuple
 
 from medvlp_jax.config import UserError, nearest
 from medvlp_jax.data import datasets
+from medvlp_jax.reading import parse_json
 
 FILE = "risk.json"
 FIELDS = ("version", "field", "origin", "diseases", "factors")
@@ -132,8 +132,8 @@ def read(source: str | Path) -> Risk:
             f"name of a corpus that ships one ({', '.join(ours)})."
         )
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError) as error:
+        found = parse_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise UserError(f"{path} is not JSON: {error}.") from None
     _check_fields(str(path), found, FIELDS, needed=("version", "field", "diseases", "factors"))
     diseases = found["diseases"]

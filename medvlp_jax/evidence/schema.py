@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from medvlp_jax.evidence.lexicon import LANGUAGE, NORMAL_PHRASE
+from medvlp_jax.reading import parse_json
 
 PROMPT_VERSION = 1  # change it with any word of PROMPT: answers are cached by it
 PROMPT = (
@@ -204,7 +205,7 @@ def _objects(answer: str) -> list[dict]:
     found = []
     for match in re.finditer(r"\{[^{}]*\}", answer):
         try:
-            found.append(json.loads(match.group()))
+            found.append(parse_json(match.group()))
         except ValueError:
             continue
     return found

@@ -43,9 +43,10 @@ def test_import_does_not_write_over_files(source, tmp_path):
 
 
 def test_a_broken_processor_is_refused_before_anything_is_written(source, tmp_path):
-    (source / "preprocessor_config.json").write_text("{")
-    with pytest.raises(UserError, match=r"preprocessor_config\.json is cut short or no JSON"):
-        main(["import", str(source), str(tmp_path / "out")])
+    for content in ("{", "[" * 5000):
+        (source / "preprocessor_config.json").write_text(content)
+        with pytest.raises(UserError, match=r"preprocessor_config\.json is cut short or no JSON"):
+            main(["import", str(source), str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
 
 

@@ -215,6 +215,15 @@ def test_vindr_counts_readers_and_knows_both_names_of_other_diseases(records_of)
     assert len(found["c"]["boxes"]["bbox"]) == 0
 
 
+def test_boxes_of_tbx11k_in_another_encoding_are_not_printed(tmp_path):
+    layouts.tbx11k(tmp_path)
+    path = tmp_path / "annotations/json/TBX11K_train.json"
+    path.write_bytes(b'{"name": "Mustermann", "\xff": 1}')
+    with pytest.raises(UserError, match=r"\(UnicodeDecodeError: 'utf-8' codec") as raised:
+        corpora.builder("tbx11k", data_dir=tmp_path / "none").kept(tmp_path)
+    assert "Mustermann" not in str(raised.value)
+
+
 def test_tbx11k_lists_add_the_images_without_a_box(records_of):
     found = records_of("tbx11k")["train"]
     assert sorted(found) == ["health/h0001.png", "tb/tb0005.png", "tb/tb0007.png"]

@@ -155,6 +155,8 @@ def prompts(task="finding", **spec):
         ("prompts.json", prompts(classes={"edema": SIDES}), "has no prompts for effusion"),
         ("table.json", b'{"l\xe4ge": 1}', "table.json is not JSON"),
         ("corpus.json", b'{"l\xe4ge": 1}', "corpus.json is not JSON"),
+        ("corpus.json", b"[" * 5000, "corpus.json is not JSON"),
+        ("prompts.json", b"[" * 5000, "prompts.json is not JSON"),
     ],
 )
 def test_a_defect_of_the_description_is_named(folder, name, content, message):

@@ -77,13 +77,26 @@ def test_mask_is_a_bit_field_of_the_lung(cxr_folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [(None, "is missing"), ("{", "cannot be read"), ("{}", "categories")]
+    ("content", "message"),
+    [
+        (None, "is missing"),
+        ("{", "cannot be read"),
+        ("[" * 5000, r"cannot be read \(RecursionError: maximum recursion depth"),
+        ("{}", r"cannot be read \(KeyError: 'categories'\)"),
+    ],
 )
 def test_a_defect_in_the_boxes_names_the_file(cxr_folder, content, message):
     path = cxr_folder / "lung_boxes.json"
     path.unlink() if content is None else path.write_text(content)
     with pytest.raises(UserError, match=rf"lung_boxes\.json.*{message}"):
         corpora.check("cxr_pairs", manual_dir=cxr_folder)
+
+
+def test_boxes_in_another_encoding_are_not_printed(cxr_folder):
+    (cxr_folder / "lung_boxes.json").write_bytes(b'{"name": "Mustermann", "\xff": 1}')
+    with pytest.raises(UserError, match=r"\(UnicodeDecodeError: 'utf-8' codec") as raised:
+        corpora.check("cxr_pairs", manual_dir=cxr_folder)
+    assert "Mustermann" not in str(raised.value)
 
 
 def test_a_missing_mask_names_the_row(cxr_folder):

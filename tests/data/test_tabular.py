@@ -109,6 +109,7 @@ def test_a_schema_file_is_read_as_it_stands(tmp_path):
     ("schema", "message"),
     [
         ("{", "is not JSON"),
+        ("[" * 5000, "is not JSON"),
         ({}, "with columns"),
         ({"age": 3}, "column 'age' is 3; an object with 'kind' is needed"),
         ({"age": {"kind": "number"}}, "has kind 'number'; accepted are numeric, categorical"),

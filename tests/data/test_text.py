@@ -120,6 +120,7 @@ def test_siglip_reads_texts_without_case_punctuation_or_double_spaces(folder, tm
         expected = plain.encode(re.sub(r"\s+", " ", bare).strip()).ids
         assert canonical.encode(words).ids == expected
     assert canonical.encode("no.").ids != plain.encode("no.").ids
-    (tmp_path / "tokenizer_config.json").write_text("[1")
-    with pytest.raises(UserError, match=r"tokenizer_config.json is no JSON object"):
-        text.load_tokenizer(tmp_path)
+    for content in ("[1", "[" * 5000):
+        (tmp_path / "tokenizer_config.json").write_text(content)
+        with pytest.raises(UserError, match=r"tokenizer_config.json is no JSON object"):
+            text.load_tokenizer(tmp_path)

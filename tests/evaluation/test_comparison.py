@@ -192,6 +192,7 @@ def test_every_published_figure_has_a_source_a_mark_and_a_place():
     ("content", "message"),
     [
         ("{", "is not JSON"),
+        ("[" * 5000, "is not JSON: more than 100 levels of nesting"),
         ("[1]", "holds no results"),
         ('{"provenance": {}}', "holds no results"),
         ('{"loss": {"value": 1}}', "'loss' is no protocol/task/metric"),

@@ -125,9 +125,10 @@ def test_every_shipped_set_says_where_it_comes_from():
 def test_what_is_no_prompt_set_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"gloria-v2 is neither.*gloria-v1"):
         prompts.read("gloria-v2")
-    (tmp_path / "a.json").write_text("{")
-    with pytest.raises(UserError, match="is not JSON"):
-        prompts.read(tmp_path / "a.json")
+    for content in ("{", "[" * 5000):
+        (tmp_path / "a.json").write_text(content)
+        with pytest.raises(UserError, match="is not JSON"):
+            prompts.read(tmp_path / "a.json")
     (tmp_path / "b.json").write_text(json.dumps([1]))
     with pytest.raises(UserError, match="is no prompt set"):
         prompts.read(tmp_path / "b.json")

@@ -86,6 +86,7 @@ def test_articles_are_read_from_lines_and_folders_in_a_fixed_order(tmp_path):
     ("content", "message"),
     [
         ("{", "line 1 is not JSON"),
+        ("[" * 5000, "line 1 is not JSON"),
         ('{"id": "a", "text": "\\ud800"}', "line 1 is not JSON in UTF-8"),
         ('{"id": "a", "text": "\xe9dema"}', "line 1 is not JSON in UTF-8"),
         ('{"id": "a", "text": "x"}\n{"text": "y"}', "line 2 needs 'id' or 'pmid'"),

@@ -175,6 +175,7 @@ def test_an_answer_about_something_else_is_recorded_and_asked_again(tmp_path, an
 def test_prose_and_fences_around_an_answer_are_read_over():
     said = f'Here it is:\n```json\n{{"factor": "a", "disease": "b", "text": "{WORDS}\nend"}}\n```'
     assert corpus.read_answer(said)["text"] == f"{WORDS} end"
+    assert corpus.read_answer('{"a":' * 1500 + said)["text"] == f"{WORDS} end"
 
 
 def trouble(number, prompt):
@@ -437,6 +438,7 @@ def test_held_out_sources_are_paraphrases_that_are_not_trained_on(tmp_path):
     ("line", "message"),
     [
         ("{", "line 1 is not JSON"),
+        ("[" * 5000, "line 1 is not JSON"),
         ('{"id": "a"}', "line 1 must hold exactly id, factor"),
         (json.dumps({"id": "a", "factor": "f", "disease": "d", "kind": "x", "source": "s",
                      "ids": [], "text": "t", "vetted": True}), "kind is 'x'; accepted are summary"),

@@ -86,6 +86,13 @@ def test_what_a_table_may_not_say_is_named(tmp_path, changes, message):
         risk.read(written(tmp_path, **changes))
 
 
+def test_a_table_that_is_no_json_is_named(tmp_path):
+    for content in ("{", "[" * 5000):
+        (tmp_path / "risk.json").write_text(content)
+        with pytest.raises(UserError, match=r"risk\.json is not JSON"):
+            risk.read(tmp_path / "risk.json")
+
+
 def test_unknown_names_are_refused_with_their_neighbours(tmp_path):
     table = risk.read(written(tmp_path))
     with pytest.raises(UserError, match=r"no factor 'fevr'. Did you mean fever"):

@@ -11,6 +11,7 @@ from typing import Any
 
 from medvlp_jax.config import UserError, nearest
 from medvlp_jax.data import building, layouts
+from medvlp_jax.reading import parse_json
 
 DEFAULTS = {"classes": [], "labels": {}, "images": {}, "channels": 3, "side": 0}
 FIELDS = ("columns", *DEFAULTS)
@@ -144,9 +145,9 @@ def _is_side(side: Any) -> bool:
 
 def _read_json(path: Path) -> Any:
     try:
-        found = json.loads(path.read_text(encoding="utf-8-sig"))
+        found = parse_json(path.read_text(encoding="utf-8-sig"))
         json.dumps(found, ensure_ascii=False).encode()  # half a character can be spelled in JSON
-    except (json.JSONDecodeError, UnicodeError) as error:
+    except ValueError as error:
         raise UserError(f"{path} is not JSON: {error}.") from None
     return found
 

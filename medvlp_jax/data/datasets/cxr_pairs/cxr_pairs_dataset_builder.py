@@ -146,9 +146,10 @@ def read_boxes(path: Path) -> Boxes:
             )
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing; a COCO file with the lung boxes is needed.") from error
-    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
-            f"{path} cannot be read ({error!r}); accepted is COCO JSON with categories, images "
-            "(id, image_id, width, height) and annotations (image_id, category_id, bbox)."
+            f"{path} cannot be read ({type(error).__name__}: {str(error)[:80]}); accepted is COCO "
+            "JSON with categories, images (id, image_id, width, height) and annotations (image_id, "
+            "category_id, bbox)."
         ) from error
     return boxes

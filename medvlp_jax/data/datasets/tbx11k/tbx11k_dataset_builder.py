@@ -77,8 +77,9 @@ def read_coco(folder: Path, name: str) -> dict[str, list]:
             found[names[entry["image_id"]]].append((box, kinds[entry["category_id"]]))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
-            f"{path} cannot be read ({error!r}); accepted is COCO JSON with categories, images "
-            "(id, file_name) and annotations (image_id, category_id, bbox)."
+            f"{path} cannot be read ({type(error).__name__}: {str(error)[:80]}); accepted is COCO "
+            "JSON with categories, images (id, file_name) and annotations (image_id, category_id, "
+            "bbox)."
         ) from error
     if unknown := {kind for boxes in found.values() for _, kind in boxes} - {*CLASSES}:
         raise UserError(f"{path} has the class {min(unknown)!r}; known: {', '.join(CLASSES)}.")
