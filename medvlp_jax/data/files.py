@@ -5,6 +5,7 @@ Rows are counted as a spreadsheet shows them: the header is row 1.
 
 import csv
 import hashlib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +16,7 @@ from medvlp_jax.config import UserError
 
 # A cell may hold a long report: csv refuses more than 131,072 characters by itself.
 csv.field_size_limit(2**31 - 1)
+_NAME = re.compile(r"\w[\w .()/-]{0,39}")
 
 
 class Row(NamedTuple):
@@ -36,7 +38,7 @@ class Row(NamedTuple):
         value = self[column]
         if value and value not in accepted:
             raise self.error(
-                f"{column} is '{value}'; accepted are {', '.join(accepted)}, or an empty cell."
+                f"{column} is '{value[:40]}'; accepted are {', '.join(accepted)}, or an empty cell."
             )
         return value
 
@@ -69,12 +71,15 @@ def read_rows(
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path} cannot be read ({error}); a UTF-8 CSV file is needed.") from error
     if twice := [c for c in dict.fromkeys(header) if c and header.count(c) > 1]:
+        called = _list([name for name in twice if name in names(header, columns)])
         raise UserError(
-            f"{path} row 1: more than one column is called {_list(twice)}; every column needs its "
-            "own name."
+            f"{path} row 1: more than one column is called {called or 'the same'}; every column "
+            "needs its own name."
         )
     if missing := [c for c in columns if c not in header]:
-        raise UserError(f"{path} row 1: no column {_list(missing)}; it has {_list(header)}.")
+        raise UserError(
+            f"{path} row 1: no column {_list(missing)}; it has {said(header, columns)}."
+        )
     rows = []
     for number, cells in lines:
         rows.append(Row(path, number, dict(zip(header, map(str.strip, cells), strict=False))))
@@ -90,7 +95,7 @@ def read_rows(
                 raise row.error(f"{column} is empty; every row needs a text there.")
         if unique and first.setdefault(row[unique], row.number) != row.number:
             raise row.error(
-                f"{unique} '{row[unique]}' is also in row {first[row[unique]]}; "
+                f"{unique} '{row[unique][:40]}' is also in row {first[row[unique]]}; "
                 "every row needs its own."
             )
     return rows
@@ -140,7 +145,7 @@ def inside(folder: Path, row: Row, column: str, *, suffix: str = "") -> Path:
         raise row.error(f"{column} {row[column][:80]!r} holds a zero byte, which no path can.")
     path = (folder / f"{row[column]}{suffix}").resolve()
     if not path.is_relative_to(folder.resolve()):
-        raise row.error(f"{column} '{row[column]}' is outside {folder}.")
+        raise row.error(f"{column} '{row[column][:80]}' is outside {folder}.")
     return path
 
 
@@ -167,5 +172,24 @@ def split_of(group: str) -> str:
     return ("train", "validation", "test")[max(0, bucket - 7)]
 
 
+def names(header: Sequence[str], known: Sequence[str]) -> list[str]:
+    """Return the names of a header that an error may print.
+
+    Row 1 of a table without header is a patient's. So there are none unless one of them is known,
+    and but for the known ones none that does not look like a name.
+    """
+    if {*known}.isdisjoint(header):
+        return []
+    return [name for name in header if name in known or _NAME.fullmatch(name.strip())]
+
+
+def said(header: Sequence[str], known: Sequence[str]) -> str:
+    """Return "a, b and 2 others" of a header, of which an error may print what `names` returns."""
+    printed = names(header, known)
+    count = len(header) - len(printed)
+    others = [f"{count} other{'s' * (count > 1)}"] if count else []
+    return " and ".join(filter(None, [_list(printed), *others])) or "nothing"
+
+
 def _list(names: Sequence[str]) -> str:
-    return ", ".join(names) or "nothing"
+    return ", ".join(names)

@@ -80,8 +80,8 @@ class Table(NamedTuple):
                     raise row.error(f"{column} is empty; every row needs a value there.")
             if unique and first.setdefault(row[unique], number) != number:
                 raise row.error(
-                    f"{unique} '{row[unique]}' is also in row {first[row[unique]]}; every row "
-                    "needs its own."
+                    f"{unique} '{row[unique][:40]}' is also in row {first[row[unique]]}; every "
+                    "row needs its own."
                 )
             yield row
 
@@ -92,12 +92,15 @@ class Table(NamedTuple):
         if arrange(header) not in [arrange(names) for names in accepted]:
             nearest = min(accepted, key=lambda names: len({*names} ^ {*header}))
             missing = [name for name in nearest if name not in header]
-            further = [name for name in header if name not in nearest]
+            further = [name for name in files.names(header, nearest) if name not in nearest]
+            unknown = [repr(name) for name in further[:8]]
+            if others := sum(name not in nearest for name in header) - len(further):
+                unknown.append(f"{others} of {len(header)} columns")
             raise UserError(
                 f"{path} row 1: this is no known header ("
                 + (f"no column {', '.join(map(repr, missing))}; " if missing else "")
-                + (f"unknown {', '.join(map(repr, further[:8]))}; " if further else "")
-                + ("" if missing or further else "other order or number of columns; ")
+                + (f"unknown {', '.join(unknown)}; " if unknown else "")
+                + ("" if missing or unknown else "other order or number of columns; ")
                 + f"accepted is {','.join(nearest)}); get the table from {self.where}."
             )
         return [name.strip() for name in header[: self.fields or len(header)]]

@@ -195,7 +195,7 @@ def _row(where: str, row: Any) -> Report:
     """
     if not isinstance(row, dict):
         raise UserError(f"{where} is no object with 'id' and 'text'.")
-    has = ", ".join(map(str, row)) or "nothing"
+    has = files.said([*row], ("id", "text", "findings", "impression"))
     if "id" not in row:
         raise UserError(f"{where} has no 'id', only {has}.")
     if row["id"] in (None, ""):

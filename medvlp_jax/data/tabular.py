@@ -131,7 +131,7 @@ def _parse_cell(row: Row, column: str, entry: Mapping[str, Any]) -> float:
             text = entry["other"]
         if text not in entry["categories"]:
             raise row.error(
-                f"{column} is '{text}'; accepted are {', '.join(entry['categories'])}, "
+                f"{column} is '{text[:40]}'; accepted are {', '.join(entry['categories'])}, "
                 "or an empty cell."
             )
         return float(entry["categories"].index(text))
@@ -141,9 +141,11 @@ def _parse_cell(row: Row, column: str, entry: Mapping[str, Any]) -> float:
     try:
         number = float(text)
     except ValueError:
-        raise row.error(f"{column} is '{text}'; a number or an empty cell is needed.") from None
+        raise row.error(
+            f"{column} is '{text[:40]}'; a number or an empty cell is needed."
+        ) from None
     if not low <= number <= high:  # NaN and infinity too
-        raise row.error(f"{column} is {text}; accepted are {low} to {high}, or an empty cell.")
+        raise row.error(f"{column} is {text[:40]}; accepted are {low} to {high}, or an empty cell.")
     return number
 
 

@@ -256,6 +256,21 @@ def test_a_changed_header_names_file_column_and_source(name, tmp_path):
     assert changed or name in ("covidx", "mimic_cxr", "padchest", "tbx11k")  # no plain table
 
 
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ("p17,Clear", r"no column 'image_name', 'annotation'; unknown 2 of 2 columns; accepted"),
+        ("image_name,Edema: none", r"no column 'annotation'; unknown 1 of 2 columns; accepted"),
+        ("image_name,note", r"no column 'annotation'; unknown 'note'; accepted"),
+    ],
+)
+def test_a_row_that_is_no_header_is_not_printed(tmp_path, header, message):
+    layouts.object_cxr(tmp_path)
+    (tmp_path / "dev.csv").write_text(f"{header}\n")
+    with pytest.raises(UserError, match=message):
+        corpora.builder("object_cxr", data_dir=tmp_path / "none").kept(tmp_path)
+
+
 @pytest.mark.parametrize("name", sorted(layouts.WRITERS))
 def test_a_missing_image_is_an_error_until_a_skip_list_names_it(name, tmp_path):
     folder = tmp_path / "source"

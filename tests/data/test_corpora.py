@@ -139,6 +139,20 @@ def test_a_corrupt_image_names_file_and_row(radiology_folder, tmp_path, damage, 
     assert not prepared(tmp_path).exists()
 
 
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ("p17,a.jpg,Clear", r"no column image_id, .*; it has 3 others\."),
+        ("image_id,file,Edema: none", "; it has image_id, file and 1 other"),
+        (f"image_id,{'x' * 41},file", "; it has image_id, file and 1 other"),
+    ],
+)
+def test_a_row_that_is_no_header_is_not_printed(radiology_folder, header, message):
+    (radiology_folder / "pairs.csv").write_text(f"{header}\n")
+    with pytest.raises(UserError, match=message):
+        corpora.check("radiology_qa", manual_dir=radiology_folder)
+
+
 def test_a_missing_table_is_named(radiology_folder):
     (radiology_folder / "pairs.csv").unlink()
     with pytest.raises(UserError, match=r"pairs\.csv is missing; a CSV file with the columns"):

@@ -80,6 +80,9 @@ def test_every_layout_gives_the_report(tmp_path):
     [
         ("r.jsonl", '{"id": 1, "text": ""}\nnot json\n', "line 2 is not JSON"),
         ("r.jsonl", '{"text": "x"}\n', "line 1 has no 'id', only text"),
+        ("r.jsonl", '{"text": "x", "Edema: none": 1}\n', "no 'id', only text and 1 other"),
+        ("r.jsonl", '{"Clear": 1}\n', "line 1 has no 'id', only 1 other"),
+        ("r.jsonl", "[" * 5000 + "\n", "line 1 is not JSON"),
         ("r.jsonl", '\n{"id": null, "text": "x"}\n', "line 2: 'id' is empty"),
         ("r.jsonl", '{"id": [1], "text": "x"}\n', "line 1: 'id' holds a list; a text or a number"),
         ("r.jsonl", '{"id": "\\ud800", "text": "x"}\n', "line 1: 'id' holds half a character"),
@@ -95,7 +98,9 @@ def test_every_layout_gives_the_report(tmp_path):
         ("r.csv", "id,text,text\n1,a,b\n", "more than one column is called text"),
         ("r.csv", "id,text\n,x\n", "row 2: 'id' is empty"),
         ("r.csv", "id,text\n", "holds no report"),
-        ("r.csv", "", "row 1: no column id"),
+        ("r.csv", "", "row 1: no column id; it has nothing"),
+        ("r.csv", "p1,Edema\n", "row 1: no column id; it has 2 others"),
+        ("r.csv", "p1,Edema,Edema\n", "row 1: more than one column is called the same; every"),
         ("r.parquet", "", "accepted are"),
     ],
 )

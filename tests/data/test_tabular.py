@@ -138,6 +138,21 @@ def test_a_schema_that_says_something_else_is_refused_by_column(tmp_path, schema
         tabular.read_schema(written(tmp_path, schema))
 
 
+@pytest.mark.parametrize(
+    ("cells", "message"),
+    [
+        ({"sex": "m" * 41}, f"sex is '{'m' * 40}'; accepted are female, male"),
+        ({"age": "x" * 41}, f"age is '{'x' * 40}'; a number or an empty cell"),
+        ({"age": "9" * 41}, f"age is {'9' * 40}; accepted are 0 to 120"),
+    ],
+)
+def test_a_long_cell_is_cut_in_the_error(cells, message):
+    with pytest.raises(UserError, match=message):
+        tabular.parse_row(row(**cells), SCHEMA)
+    with pytest.raises(UserError, match=f"sex is '{'m' * 40}'; accepted are female"):
+        row(sex="m" * 41).choice("sex", ("female", "male"))
+
+
 def test_a_missing_schema_file_is_named(tmp_path):
     with pytest.raises(UserError, match=r"table.json is missing; a JSON file"):
         tabular.read_schema(tmp_path / "table.json")
