@@ -1,4 +1,4 @@
-"""Radiographs of any bit depth as 8-bit grey: DICOM, 16-bit PNG, and what Pillow reads.
+"""Radiographs of any bit depth as 8-bit grey: DICOM, 16-bit PNG, other PNG and JPEG.
 
 The one place where MONOCHROME1, the modality and VOI tables and the bit depth are dealt with:
 
@@ -11,6 +11,7 @@ left out.
 """
 
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from PIL import Image
@@ -19,6 +20,7 @@ from medvlp_jax.config import UserError
 
 MONOCHROME = ("MONOCHROME1", "MONOCHROME2")
 SUFFIXES = (".dcm", ".dicom")
+FORMATS = ("JPEG", "PNG")  # Pillow's names of what else is read
 # Further than any radiograph: a header that asks for more is damaged, and memory is not its to ask.
 MAX_PIXELS = 1 << 28
 
@@ -27,7 +29,7 @@ def read(path: Path) -> np.ndarray:
     """Return a radiograph as uint8 [H, W].
 
     Args:
-      path: DICOM by its suffix; any other file is left to Pillow.
+      path: DICOM by its suffix; any other file is a JPEG or a PNG.
 
     Raises:
       UserError: with the file's name, for a file that is missing, damaged, no image, in colour or
@@ -47,6 +49,19 @@ def read(path: Path) -> np.ndarray:
         ) from error
 
 
+def opened(source: Path | IO[bytes]) -> Image.Image:
+    """Open a JPEG or PNG that is to be decoded; Pillow's other formats are not even tried.
+
+    Raises:
+      ValueError: for more than MAX_PIXELS; damaged files raise nearly every other type, too.
+    """
+    image = Image.open(source, formats=FORMATS)
+    if image.width * image.height > MAX_PIXELS:
+        image.close()
+        raise ValueError(_too_large(*image.size))
+    return image
+
+
 def grey(image: Image.Image) -> np.ndarray:
     """Return a Pillow image as uint8 [H, W]; more than 8 bits are stretched to their range."""
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
@@ -56,16 +71,22 @@ def grey(image: Image.Image) -> np.ndarray:
 
 
 def _picture(path: Path) -> np.ndarray:
-    with Image.open(path) as image:
-        _check_size(path, *image.size)
+    with opened(path) as image:
         image.load()
         return grey(image)
 
 
 def _dicom(path: Path) -> np.ndarray:
     import pydicom
-    from pydicom import pixels
+    from pydicom import filereader, pixels, uid
 
+    syntax = filereader.read_file_meta_info(path).get("TransferSyntaxUID")
+    if syntax == uid.DeflatedExplicitVRLittleEndian:
+        # pydicom inflates all of the file, to any length, before its size can be looked at.
+        raise UserError(
+            f"image {path} is stored as {syntax.name}, which is not read; save it in another "
+            "transfer syntax, such as Explicit VR Little Endian."
+        )
     data = pydicom.dcmread(path)
     kind = str(data.get("PhotometricInterpretation", "missing"))
     frames = int(data.get("NumberOfFrames") or 1)
@@ -74,7 +95,9 @@ def _dicom(path: Path) -> np.ndarray:
             f"image {path} has {frames} frames and PhotometricInterpretation {kind}; accepted is "
             f"one frame of {' or '.join(MONOCHROME)}."
         )
-    _check_size(path, int(data.Columns), int(data.Rows))
+    width, height = int(data.Columns), int(data.Rows)
+    if not 0 < width * height <= MAX_PIXELS:
+        raise UserError(f"image {path} says it is {_too_large(width, height)}.")
     try:
         stored = data.pixel_array
     except (NotImplementedError, RuntimeError) as error:
@@ -115,11 +138,8 @@ def _to_uint8(values: np.ndarray, low: float, high: float) -> np.ndarray:
     return np.rint(np.clip((values - low) / (high - low), 0, 1) * 255).astype(np.uint8)
 
 
-def _check_size(path: Path, width: int, height: int) -> None:
-    if not 0 < width * height <= MAX_PIXELS:
-        raise UserError(
-            f"image {path} says it is {width} x {height} pixels; accepted are 1 to {MAX_PIXELS:,}."
-        )
+def _too_large(width: int, height: int) -> str:
+    return f"{width} x {height} pixels; accepted are 1 to {MAX_PIXELS:,}"
 
 
 def _short(error: Exception) -> str:

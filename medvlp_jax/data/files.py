@@ -10,12 +10,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from PIL import Image
-
 from medvlp_jax.config import UserError
+from medvlp_jax.data import dicom
 
-# A cell may hold a long report: csv refuses more than 131,072 characters by itself.
-csv.field_size_limit(2**31 - 1)
+# A cell may hold a long report: csv refuses more than 131,072 characters by itself. What is longer
+# than this, a cell or a line, is damaged, and memory is not its to ask.
+LONGEST = 1 << 24
+csv.field_size_limit(LONGEST)
+# The longest report has some 10,000 characters; more bytes are no report.
+MAX_REPORT = 1 << 20
 _NAME = re.compile(r"\w[\w .()/-]{0,39}")
 
 
@@ -116,10 +119,11 @@ def read_image(path: Path, row: Row, *, format: str = "JPEG") -> bytes:
     if not path.is_file():
         raise row.error(f"image {path} is missing; a {format} file is needed there.")
     try:
-        with Image.open(path) as image:
+        with dicom.opened(path) as image:
             image.load()
             found, mode = image.format, image.mode
-    except (OSError, SyntaxError, ValueError) as error:
+    except Exception as error:
+        # Decoders of damaged files raise many types; all of them mean this.
         raise row.error(
             f"image {path} cannot be decoded ({error}); a whole {format} file is needed."
         ) from error

@@ -42,10 +42,8 @@ def load(path: Path, *, side: int = 0, channels: int = 1) -> Encoded:
         return Encoded(_jpeg(Image.fromarray(pixels), side), pixels.shape)
     try:
         content = path.read_bytes()
-        with Image.open(io.BytesIO(content), formats=tuple(AS_THEY_ARE)) as image:
+        with dicom.opened(io.BytesIO(content)) as image:
             shape = image.height, image.width
-            if image.width * image.height > dicom.MAX_PIXELS:
-                raise ValueError(f"{image.width} x {image.height} pixels")
             kept = not 0 < side < min(shape)
             if not kept and image.format == "JPEG":
                 # Decoded at 1/2, 1/4 or 1/8 where that is enough.

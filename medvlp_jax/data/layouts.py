@@ -180,7 +180,13 @@ def _text(path: Path, newline: str | None = None) -> Iterator[str]:
     opened = gzip.open if path.suffix == ".gz" else open
     try:
         with opened(path, "rt", encoding="utf-8-sig", newline=newline) as file:
-            yield from file
+            while line := file.readline(files.LONGEST + 1):
+                if len(line) > files.LONGEST:
+                    raise UserError(
+                        f"{path} has a line of more than {files.LONGEST:,} characters, as no whole "
+                        "table has."
+                    )
+                yield line
     except (UnicodeDecodeError, OSError, EOFError, zlib.error) as error:
         raise UserError(
             f"{path} cannot be read ({error}); whole UTF-8 text is needed, gzip where the name ends"

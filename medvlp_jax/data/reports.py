@@ -124,11 +124,27 @@ def _content(path: Path) -> bytes:
         raise UserError(f"{path} cannot be read ({error.strerror}).") from None
 
 
+class _Entry(tarfile.TarInfo):
+    """An entry of an archive, of which tarfile reads long names and attributes whole."""
+
+    @classmethod
+    def frombuf(cls, buf, encoding, errors):
+        entry = super().frombuf(buf, encoding, errors)
+        if not entry.isfile() and entry.size > files.MAX_REPORT:
+            raise tarfile.ReadError(f"a header of {entry.size:,} bytes")
+        return entry
+
+
 def _archive(path: Path) -> Iterator[Report]:
     try:
-        with tarfile.open(path) as archive:
+        with tarfile.open(path, tarinfo=_Entry) as archive:
             members = [m for m in archive if m.isfile() and _is_document(m.name)]
             for member in sorted(members, key=lambda m: m.name):
+                if member.issparse() or member.size > files.MAX_REPORT:
+                    raise UserError(
+                        f"{member.name[:80]!a} in {path} is sparse or has more than "
+                        f"{files.MAX_REPORT:,} bytes: no report."
+                    )
                 yield _document(member.name, archive.extractfile(member).read())
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
         raise UserError(f"{path} cannot be read ({error}); a whole archive is needed.") from error

@@ -1,8 +1,11 @@
 """The builders of published corpora, each on a folder in its exact layout; see layout_writers."""
 
+import gzip
 import io
 import json
 import shutil
+import tracemalloc
+import zipfile
 
 import layout_writers as layouts
 import numpy as np
@@ -10,7 +13,7 @@ import pytest
 from PIL import Image
 
 from medvlp_jax.config import UserError
-from medvlp_jax.data import building, corpora
+from medvlp_jax.data import building, corpora, files
 
 
 @pytest.fixture
@@ -54,6 +57,42 @@ def test_mimic_cxr_pairs_frontal_views_with_their_sections(records_of, tmp_path,
     assert (records["validation"]["b-1"]["labels"]["finding"] == -1).all()
     assert records["test"]["d-1"]["impression"] == "cough"  # the indication, by exception
     assert left_out(tmp_path, "mimic_cxr", "frontal") == {"not frontal (PA, AP)": 2}
+
+
+@pytest.mark.parametrize(
+    ("compression", "size", "message"),
+    [
+        (zipfile.ZIP_DEFLATED, files.MAX_REPORT + 1, "has 1,048,577 bytes: no report"),
+        (zipfile.ZIP_BZIP2, 10, "is neither stored nor deflated"),
+        (zipfile.ZIP_LZMA, 10, "is neither stored nor deflated"),
+    ],
+)
+def test_no_report_of_mimic_cxr_is_unpacked_to_any_length(tmp_path, compression, size, message):
+    layouts.mimic_cxr(tmp_path, zipped=True)
+    name = "files/p10/p10000032/s50414267.txt"
+    with zipfile.ZipFile(tmp_path / "mimic-cxr/mimic-cxr-reports.zip", "w", compression) as archive:
+        archive.writestr(f"mimic-cxr-reports/{name}", "." * size)
+    with pytest.raises(UserError, match=f"row 2: {name} in .* {message}"):
+        corpora.builder("mimic_cxr", data_dir=tmp_path / "none").kept(tmp_path)
+
+
+def test_a_report_of_mimic_cxr_that_understates_its_length_is_not_unpacked_whole(tmp_path):
+    layouts.mimic_cxr(tmp_path, zipped=True)
+    path = tmp_path / "mimic-cxr/mimic-cxr-reports.zip"
+    name = "files/p10/p10000032/s50414267.txt"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(f"mimic-cxr-reports/{name}", "." * (1 << 26))
+    content = bytearray(path.read_bytes())
+    at = content.rindex(b"PK\1\2") + 24  # the size that the directory of the archive tells
+    content[at : at + 4] = (9).to_bytes(4, "little")
+    path.write_bytes(content)
+    tracemalloc.start()
+    try:
+        with pytest.raises(UserError, match=f"row 2: {name} in .* cannot be read"):
+            corpora.builder("mimic_cxr", data_dir=tmp_path / "none").kept(tmp_path)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 25
+    finally:
+        tracemalloc.stop()
 
 
 def test_mimic_cxr_variants_keep_what_they_say(records_of, tmp_path):
@@ -269,6 +308,16 @@ def test_a_row_that_is_no_header_is_not_printed(tmp_path, header, message):
     (tmp_path / "dev.csv").write_text(f"{header}\n")
     with pytest.raises(UserError, match=message):
         corpora.builder("object_cxr", data_dir=tmp_path / "none").kept(tmp_path)
+
+
+def test_a_line_without_end_is_refused_before_it_is_whole(tmp_path):
+    layouts.mimic_cxr(tmp_path)
+    path = tmp_path / "mimic-cxr-jpg/mimic-cxr-2.0.0-metadata.csv.gz"
+    with gzip.open(path, "wb") as file:
+        for _ in range(20):
+            file.write(b"," * (1 << 20))
+    with pytest.raises(UserError, match=r"has a line of more than 16,777,216 characters"):
+        corpora.builder("mimic_cxr", data_dir=tmp_path / "none").kept(tmp_path)
 
 
 @pytest.mark.parametrize("name", sorted(layouts.WRITERS))

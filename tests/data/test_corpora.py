@@ -118,10 +118,14 @@ def truncate(path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-def replace_by_png(path):
+def replace_by_png(path, format="PNG"):
     with Image.open(path) as image:
         pixels = image.copy()
-    pixels.save(path, "PNG")
+    pixels.save(path, format)
+
+
+def replace_by_tiff(path):
+    replace_by_png(path, "TIFF")
 
 
 @pytest.mark.parametrize(
@@ -130,6 +134,7 @@ def replace_by_png(path):
         (truncate, "cannot be decoded .*; a whole JPEG file is needed"),
         (lambda path: path.write_text("no image"), "cannot be decoded"),
         (replace_by_png, "is PNG; a JPEG file is needed"),
+        (replace_by_tiff, "cannot be decoded .*; a whole JPEG file is needed"),
     ],
 )
 def test_a_corrupt_image_names_file_and_row(radiology_folder, tmp_path, damage, message):
@@ -137,6 +142,12 @@ def test_a_corrupt_image_names_file_and_row(radiology_folder, tmp_path, damage, 
     with pytest.raises(UserError, match=rf"pairs\.csv row 7: image .*syn5\.jpg {message}"):
         corpora.prepare("radiology_qa", data_dir=tmp_path / "data", manual_dir=radiology_folder)
     assert not prepared(tmp_path).exists()
+
+
+def test_an_image_too_large_for_memory_names_file_and_row(radiology_folder, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # Pillow refuses twice that
+    with pytest.raises(UserError, match=r"row 2: image .*syn0\.jpg cannot be decoded \(Image size"):
+        corpora.check("radiology_qa", manual_dir=radiology_folder)
 
 
 @pytest.mark.parametrize(

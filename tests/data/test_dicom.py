@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from medvlp_jax.config import UserError
-from medvlp_jax.data import dicom
+from medvlp_jax.data import dicom, images
 
 pydicom = pytest.importorskip("pydicom")
 
@@ -129,6 +129,33 @@ def test_what_is_no_radiograph_is_refused_by_name(tmp_path, tags, message):
     data.save_as(tmp_path / "a.dcm")
     with pytest.raises(UserError, match=rf"image .*a\.dcm .*{message}"):
         dicom.read(tmp_path / "a.dcm")
+
+
+def test_a_file_that_would_be_inflated_whole_is_refused_unread(tmp_path, monkeypatch):
+    from pydicom.uid import DeflatedExplicitVRLittleEndian
+
+    write_dicom(tmp_path / "a.dcm", ramp(100), bits=12)
+    data = pydicom.dcmread(tmp_path / "a.dcm")
+    data.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
+    data.save_as(tmp_path / "a.dcm")
+    monkeypatch.setattr(pydicom, "dcmread", None)
+    with pytest.raises(UserError, match=r"a\.dcm is stored as Deflated Explicit VR Little Endian"):
+        dicom.read(tmp_path / "a.dcm")
+
+
+@pytest.mark.parametrize("format", ["TIFF", "GIF", "EPS"])
+def test_no_other_format_of_pillow_is_tried(tmp_path, format):
+    Image.fromarray(ramp(200).astype(np.uint8)).save(tmp_path / "a.png", format)
+    with pytest.raises(UserError, match=r"a\.png cannot be decoded \(UnidentifiedImageError"):
+        dicom.read(tmp_path / "a.png")
+
+
+def test_an_image_of_too_many_pixels_is_one_sentence(tmp_path, monkeypatch):
+    Image.fromarray(ramp(200).astype(np.uint8)).save(tmp_path / "a.png")
+    monkeypatch.setattr(dicom, "MAX_PIXELS", 23)
+    for read in (dicom.read, images.load):
+        with pytest.raises(UserError, match=r"a\.png .*6 x 4 pixels; accepted are 1 to 23"):
+            read(tmp_path / "a.png")
 
 
 def test_a_missing_or_broken_file_is_refused_by_name(tmp_path):

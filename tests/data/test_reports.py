@@ -1,12 +1,13 @@
 """Report sections and the layouts reports are stored in."""
 
+import io
 import os
 import tarfile
 
 import pytest
 
 from medvlp_jax.config import UserError
-from medvlp_jax.data import sections
+from medvlp_jax.data import files, sections
 from medvlp_jax.data.reports import Report, read_reports, split_sections
 
 WHOLE = """                                 FINAL REPORT
@@ -101,6 +102,7 @@ def test_every_layout_gives_the_report(tmp_path):
         ("r.csv", "", "row 1: no column id; it has nothing"),
         ("r.csv", "p1,Edema\n", "row 1: no column id; it has 2 others"),
         ("r.csv", "p1,Edema,Edema\n", "row 1: more than one column is called the same; every"),
+        ("r.csv", f"id,text\n1,{'x' * (files.LONGEST + 1)}\n", "field larger than field limit"),
         ("r.parquet", "", "accepted are"),
     ],
 )
@@ -139,6 +141,29 @@ def test_an_archive_that_is_cut_off_is_named(tmp_path):
         path.write_bytes(content)
         with pytest.raises(UserError, match="a whole archive is needed"):
             list(read_reports(path))
+
+
+def archived(path, member, content=b""):
+    with tarfile.open(path, "w:gz", format=tarfile.PAX_FORMAT) as archive:
+        member.size = len(content)
+        archive.addfile(member, io.BytesIO(content))
+
+
+def test_what_unpacks_to_more_than_a_report_is_refused(tmp_path):
+    longest = b"Clear. ".ljust(files.MAX_REPORT, b".")
+    archived(tmp_path / "a.tgz", tarfile.TarInfo("a.txt"), longest)
+    assert len(list(read_reports(tmp_path / "a.tgz"))) == 1
+    sparse = tarfile.TarInfo("a.txt")
+    sparse.pax_headers = {"GNU.sparse.map": "0,0", "GNU.sparse.size": "9000"}
+    for member, content in ((tarfile.TarInfo("a.txt"), longest + b"."), (sparse, b"")):
+        archived(tmp_path / "a.tgz", member, content)
+        with pytest.raises(UserError, match=r"'a.txt' in .*a.tgz is sparse or has more than 1,048"):
+            list(read_reports(tmp_path / "a.tgz"))
+    named = tarfile.TarInfo("a.txt")
+    named.pax_headers = {"comment": "x" * files.MAX_REPORT}
+    archived(tmp_path / "a.tgz", named, b"Clear.")
+    with pytest.raises(UserError, match="a header of 1,048,"):
+        list(read_reports(tmp_path / "a.tgz"))
 
 
 def test_a_folder_without_reports_is_named(tmp_path):
