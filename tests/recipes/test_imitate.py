@@ -379,6 +379,24 @@ def test_contrast_groups_of_the_whole_batch_equal_the_global_batch(small):
         np.testing.assert_allclose(terms[name], grouped[name], rtol=1e-6)
 
 
+def test_smaller_contrast_groups_average_the_losses_of_their_slices(small):
+    recipe, variables = small
+    batch = batch_of(8)
+    rngs = {"draws": jax.random.key(7)}
+    how = {"train": True, "mutable": ["batch_stats"], "method": "encode"}
+    features, _ = recipe.apply(variables, batch, rngs=rngs, **how)
+    objective = lambda recipe, f, b: recipe.apply(variables, f, b, train=True, method="objective")
+    grouped = objective(recipe.clone(contrast_group=4), features, batch)
+    halves = [
+        objective(recipe, *jax.tree.map(lambda x, s=s: x[s], (features, batch)))
+        for s in (np.s_[:4], np.s_[4:])
+    ]
+    whole = objective(recipe, features, batch)
+    for name, value in grouped.items():
+        np.testing.assert_allclose(value, np.mean([half[name] for half in halves]), rtol=1e-5)
+        assert abs(value - whole[name]) > 0.05 * whole[name], name
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

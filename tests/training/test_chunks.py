@@ -86,6 +86,8 @@ def gradients(recipe, batch, state, *, chunks=1, mesh=None):
 
 def assert_same(found, expected, tolerance=1e-6):
     """Differences are relative to the largest element of all gradients, as a step feels them."""
+    assert np.isfinite(expected[0])
+    assert {path for path, g in expected[1].items() if not np.isfinite(g).all()} == set()
     np.testing.assert_allclose(found[0], expected[0], rtol=tolerance)
     largest = max(np.abs(g).max() for g in expected[1].values())
     assert found[1].keys() == expected[1].keys()
@@ -147,11 +149,18 @@ def test_imitate_tiled_equals_dense_with_and_without_contrast_groups(mesh, group
         value = rng.normal(size=(BATCH, 16)).astype(np.float32)
         features[name] = value / np.linalg.norm(value, axis=1, keepdims=True)
 
+    def total(recipe, features, batch):
+        return sum(recipe.apply({}, features, batch, train=True, method="objective").values())
+
     def gradient(recipe, features, batch):
-        total = lambda f: sum(recipe.apply({}, f, batch, train=True, method="objective").values())
-        return jax.jit(jax.value_and_grad(total))(features)
+        return jax.jit(jax.value_and_grad(lambda f: total(recipe, f, batch)))(features)
 
     expected = gradient(dense, features, batch)
+    if group:
+        plain = jax.jit(lambda f, b: total(dense.clone(contrast_group=0), f, b))
+        slices = [np.s_[start : start + group] for start in range(0, BATCH, group)]
+        each = [plain(*jax.tree.map(lambda x, s=s: x[s], (features, batch))) for s in slices]
+        np.testing.assert_allclose(expected[0], np.mean(each), rtol=1e-5)
     with jax.set_mesh(mesh):
         on_mesh = sharding.to_global((features, batch), mesh)
         found = gradient(tiled, *on_mesh)
