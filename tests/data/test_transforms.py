@@ -175,12 +175,15 @@ def test_homography_maps_four_points():
 
 
 def test_perspective_moves_corners_inwards_within_the_limit():
+    corners = np.array([[0, 0, 1], [100, 0, 1], [100, 100, 1], [0, 100, 1]], float)
+    towards = np.sign(50 - corners[:, :2])
     for seed in range(20):
         to_source = transforms.perspective_map(np.random.default_rng(seed), 0.5, 100)
-        corners = np.array([[0, 0, 1], [100, 0, 1], [100, 100, 1], [0, 100, 1]], float)
         moved = corners @ np.linalg.inv(to_source).T
-        inwards = np.abs(moved[:, :2] / moved[:, 2:] - corners[:, :2])
+        inwards = towards * (moved[:, :2] / moved[:, 2:] - corners[:, :2])
+        assert (inwards >= -1e-9).all()
         assert (inwards <= 25 + 1e-9).all()
+        assert inwards.max() > 5  # eight draws up to 25
 
 
 def test_a_still_view_is_a_crop_of_the_image():

@@ -49,7 +49,7 @@ def test_words_are_found_in_the_order_of_the_formula():
 def test_word_forms_count_as_one_and_unknown_words_find_nothing():
     search = retrieval.by_words(ARTICLES)
     assert search("smoker smokes", 5)[:1] == [0]
-    assert search("sun exposure AND melanoma", 2) == [2, 4] or search("sun exposure", 1) == [2]
+    assert search("sun exposure AND melanoma", 2) == [2, 4]
     assert search("zebra", 5) == []
     assert len(search("risk of melanoma", 1)) == 1
 
