@@ -469,6 +469,22 @@ def test_attention_with_a_vanishing_dropout_equals_attention_without():
     )
 
 
+def test_attention_dropout_drops_and_keeps_the_expectation():
+    """The output is linear in the probabilities: its mean over draws is the output without."""
+    x = RNG.normal(size=(1, 5, 8)).astype(np.float32)
+    layer = Attention(2, dropout=0.5)
+    variables = random_variables(layer, x)
+    repeated = np.repeat(x, 4096, axis=0)
+    rngs = {"dropout": jax.random.key(0)}
+    draws = np.float64(layer.apply(variables, repeated, train=True, rngs=rngs))
+    spread = draws.std(0)
+    assert spread.min() > 0
+    without = Attention(2).apply(variables, x)
+    off = np.abs(draws.mean(0) - np.asarray(without[0]))
+    assert (off <= 6 * spread / np.sqrt(4096)).all()
+    np.testing.assert_array_equal(layer.apply(variables, x), without)
+
+
 def attention_by_loops(layer, params, x, mask, positions):
     """Compute any Attention in float64, one batch row, head and query at a time."""
     p, x = exact(params), exact(x)
@@ -571,6 +587,7 @@ def value_and_gradients(layer, variables, x, *args, **settings):
 
 def assert_trees_close(found, expected):
     """Compare with the largest number: a key's bias has a gradient of zero but for rounding."""
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(expected))
     largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(expected))
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * largest)
     jax.tree.map(close, found, expected)

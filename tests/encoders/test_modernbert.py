@@ -105,8 +105,9 @@ def test_gradients_and_one_optimiser_step_equal_torch(pair, layout, remat):
         table.TABLE, module, variables["params"], theirs, loss, reference
     )
     assert len(gradients) == len(jax.tree.leaves(variables))
-    assert max(gradients.values()) <= 1e-4, gradients
-    assert max(step.values()) <= 1e-5, step
+    # `max` would pass over what is not a number.
+    assert {path: error for path, error in gradients.items() if not error <= 1e-4} == {}
+    assert {path: error for path, error in step.items() if not error <= 1e-5} == {}
 
 
 @pytest.mark.hf
