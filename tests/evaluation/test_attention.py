@@ -1,5 +1,6 @@
 """The table's attention traced back to pixels: the network's own attention, all of it, in place."""
 
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
@@ -52,23 +53,50 @@ def test_all_attention_lands_somewhere(network):
         assert min(maps[name][s].min() for name in levels) >= 0
 
 
-def test_the_attention_is_the_networks_own(network):
+@pytest.fixture(scope="module")
+def attended(network):
+    """Return the queries and the context of the table's attention in the network, by stage."""
+    fusion, params, _, _, modalities = network
+    calls = {}
+
+    def watch(call, args, kwargs, where):
+        if isinstance(where.module, Attention) and where.method_name == "__call__":
+            calls[where.module.name] = jax.device_get((args[0], kwargs["context"]))
+        return call(*args, **kwargs)
+
+    with nn.intercept_methods(watch):
+        fusion.apply({"params": params}, modalities, train=False)
+    return [calls[f"attend_{s}_tabular"] for s in range(len(SIDES))]
+
+
+def test_the_attention_is_the_networks_own(network, attended):
     """Weights times values through the output layer give what the network's module gives."""
-    _, params, _, table, modalities = network
-    own = attention._compress(
-        params, 0, "tabular", np.maximum(attention._linear(params["attributes"], table), 0)
-    )
-    for s in range(2):
-        tokens = [
-            attention._compress(params, s, n, modalities[n][s]) for n in ("image", "dermoscopy")
-        ]
-        context = np.concatenate(tokens, axis=1)
+    _, params, _, table, _ = network
+    rows = np.maximum(attention._linear(params["attributes"], table), 0)
+    for s, (own, context) in enumerate(attended):
+        ours = attention._compress(params, 0, "tabular", rows)
+        np.testing.assert_allclose(ours, own, rtol=1e-5, atol=1e-6)
         p = params[f"attend_{s}_tabular"]
         paid = attention._probabilities(p, own, context, 1)
         mixed = np.einsum("bu,buc->bc", paid, attention._linear(p["value"], context))
         ours = attention._linear(p["out"], mixed)
         theirs = Attention(1).apply({"params": p}, own, context=context)[:, 0]
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_each_image_is_credited_with_the_attention_its_own_tokens_get(network, attended):
+    _, params, levels, table, modalities = network
+    maps = attention.table_maps(params, levels, table, num_heads=1)
+    for s, (own, context) in enumerate(attended):
+        paid = attention._probabilities(params[f"attend_{s}_tabular"], own, context, 1)
+        for name in levels:
+            tokens = attention._compress(params, s, name, modalities[name][s])
+            start = next(
+                u for u in range(0, 6, 3) if np.allclose(context[:, u : u + 3], tokens, atol=1e-5)
+            )
+            expected = paid[:, start : start + 3].sum(1)
+            np.testing.assert_allclose(maps[name][s].sum((1, 2)), expected, rtol=1e-5)
+            assert np.abs(expected - 0.5).max() > 1e-3  # else the other image would do
 
 
 def test_tokens_are_those_of_the_network(network):

@@ -55,7 +55,12 @@ def test_panels_start_with_the_loss_and_part_ranks_from_rates(metrics_file):
 
 
 def test_smoothing_keeps_constants_and_length():
-    np.testing.assert_allclose(plots.smooth(np.full(100, 3.0)), 3.0)
+    np.testing.assert_allclose(plots.smooth(np.full(100, 3.0)), np.full(100, 3.0))
+    spike = np.zeros(100)
+    spike[50] = 5.0
+    spread = np.zeros(100)
+    spread[48:53] = 1.0  # a 25th of 100 points is 4, made odd
+    np.testing.assert_allclose(plots.smooth(spike), spread, atol=1e-12)
     assert plots.smooth(np.arange(7.0)).tolist() == list(range(7))
 
 

@@ -32,6 +32,7 @@ def test_table_lines_are_aligned_and_complete():
     text = results.results_table(sample())
     rows = text.split("\n\n")[0].splitlines()
     assert len({len(row) for row in rows}) == 1
+    assert " 0.812 " in text
     assert "[0.780, 0.840]" in text
     assert " 3.3 " in text
     assert "skipped: hernia" in text

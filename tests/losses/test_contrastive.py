@@ -153,7 +153,7 @@ def test_loss_does_not_depend_on_the_content_of_invalid_rows():
     a = contrastive.info_nce(
         jnp.float32(x), jnp.float32(y), 9.0, prior=prior(report), valid=jnp.asarray(valid)
     )
-    y[~valid], report[~valid] = y[::-1][~valid], 3.0
+    x[~valid], y[~valid], report[~valid] = x[::-1][~valid], y[::-1][~valid], 3.0
     b = contrastive.info_nce(
         jnp.float32(x), jnp.float32(y), 9.0, prior=prior(report), valid=jnp.asarray(valid)
     )

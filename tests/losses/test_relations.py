@@ -345,4 +345,5 @@ def test_no_hop_leaves_the_pairs_alone():
     graphs = [neighbours.graph(neighbours.nearest(rng.dirichlet(np.ones(4), 20), k=3))] * 2
     start = relations.seeds(np.arange(5), np.arange(5), images=20, top=4)
     found = relations.propagate(start, *graphs, reports=20, hops=0)
+    np.testing.assert_array_equal(found.column, start.column)
     np.testing.assert_array_equal(found.value, start.value)
