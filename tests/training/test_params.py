@@ -14,7 +14,10 @@ def test_split_and_merge_are_inverse():
     trainable, frozen = params.split(TREE, ["^text/"])
     assert set(params.flatten(trainable)) == {"head/bias"}
     assert set(params.flatten(frozen)) == {"text/block/kernel"}
-    assert params.flatten(params.merge(trainable, frozen)).keys() == params.flatten(TREE).keys()
+    merged, whole = (params.flatten(t) for t in (params.merge(trainable, frozen), TREE))
+    assert merged.keys() == whole.keys()
+    for path, value in whole.items():
+        np.testing.assert_array_equal(merged[path], value)
 
 
 def test_count_counts_scalars():

@@ -143,6 +143,15 @@ def test_a_step_on_eight_devices_equals_the_step_on_one():
         jax.tree.leaves(one.collections), jax.tree.leaves(eight.collections), strict=True
     ):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    # The first moments are the gradients, a tenth of them.
+    ours, theirs = (
+        paths.flatten(next(s for s in after.optimizer if hasattr(s, "mu")).mu)
+        for after in (eight, one)
+    )
+    largest = max(np.abs(value).max() for value in theirs.values())
+    assert largest > 0
+    for path, value in theirs.items():
+        np.testing.assert_allclose(ours[path], value, 0, 1e-4 * largest, err_msg=path)
 
 
 def test_a_step_is_a_function_of_state_and_batch_alone():
