@@ -6,6 +6,7 @@ import json
 import pathlib
 import shutil
 
+import jax
 import numpy as np
 import pytest
 import transformers
@@ -14,6 +15,7 @@ from PIL import Image
 from medvlp_jax import assemble, evaluate, plan, train
 from medvlp_jax.config import UserError
 from medvlp_jax.data.datasets.ham10000.ham10000_dataset_builder import DIAGNOSES
+from medvlp_jax.evaluation import provenance
 from medvlp_jax.evaluation import results as written
 from medvlp_jax.evaluator import Evaluator
 from medvlp_jax.training import params as paths
@@ -109,7 +111,7 @@ def test_one_modality_or_late_concatenation_is_a_switch(resolve, modality, input
 
 
 @pytest.mark.slow
-def test_a_run_ends_with_a_classifiers_numbers_and_repeats_when_it_is_resumed(resolve):
+def test_a_run_ends_with_a_classifiers_numbers_and_repeats_when_it_is_resumed(resolve, capsys):
     config, folder = resolve("--config.optim.average=0.5", "--config.evals.controls=()")
     results = train.run(config, folder)
     for name in ("results.json", "curves.png", "examples.png"):
@@ -129,7 +131,9 @@ def test_a_run_ends_with_a_classifiers_numbers_and_repeats_when_it_is_resumed(re
     lines = _metrics(folder)
     shutil.rmtree(folder / "checkpoints" / "4")
     (folder / "results.json").unlink()
+    capsys.readouterr()
     assert train.run(config, folder) == results
+    assert f"Resuming {folder} at step 2\n" in capsys.readouterr().out
     assert _metrics(folder) == lines
     # The average lies in the checkpoint and is what is read from it.
     evaluate.main(["--run", str(folder), "--protocol", "classify", "--out", str(folder / "again")])
@@ -277,17 +281,27 @@ def test_a_fold_of_ones_own_folder_reports_the_step_that_was_best_in_validation(
             f"--workdir={tmp_path / 'run'}",
         ]
     )
+    hashes, quick = [], Evaluator.quick
+
+    def first_is_best(self, variables, *, limit):
+        hashes.append(provenance.weights_hash(jax.device_get(variables)))
+        found = quick(self, variables, limit=limit)
+        found["classify/label/accuracy"]["value"] = 0.9 / len(hashes)
+        return found
+
+    monkeypatch.setattr(Evaluator, "quick", first_is_best)
     results = train.run(config, folder)
     assert 0 <= results["classify/label/accuracy"]["value"] <= 1
     for name in ("predictions.csv", "classifier.png", "attention.png"):
         assert (folder / name).stat().st_size > 0, name
     seen = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    values = {line["step"]: line.get("classify/label/accuracy") for line in seen}
+    assert [line["step"] for line in seen if "classify/label/accuracy" in line] == [2]
     position = json.loads(next(folder.glob("selected/checkpoints/*/position/metadata")).read_text())
-    assert position["step"] in (2, 4)
-    if position["step"] == 2:
-        assert position["value"] == values[2]
+    assert position == {"step": 2, "value": 0.9}
+    after_two, after_four = hashes
+    assert written.read(folder).provenance["weights"] == after_two != after_four
     assert train.run(config, folder) == results
+    assert written.read(folder).provenance["weights"] == after_two
 
 
 @pytest.mark.parametrize(

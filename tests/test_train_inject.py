@@ -134,15 +134,20 @@ def test_the_exported_encoder_guesses_as_the_trained_one_with_its_factors(home, 
 
 
 @pytest.mark.slow
-def test_a_run_that_stopped_half_way_goes_on_bit_by_bit(home, ran):
+def test_a_run_that_stopped_half_way_goes_on_bit_by_bit(home, ran, capsys):
     config, _, _ = ran
     half = home / "half"
     short = {**config, "train": {**config["train"], "steps": 3}}
     schedule = {**config["optim"], "schedule": "constant"}
     train.run({**short, "optim": schedule}, half)
+    capsys.readouterr()
     again = train.run({**config, "optim": schedule}, half)
+    assert f"Resuming {half} at step 3\n" in capsys.readouterr().out
     whole = train.run({**config, "optim": schedule}, home / "whole")
     assert again["masked_tokens/knowledge/loss"] == whole["masked_tokens/knowledge/loss"]
+    begun = assemble.initial_variables(assemble.parts(config))
+    ended = [weights.read_variables(folder, begun) for folder in (half, home / "whole")]
+    jax.tree.map(np.testing.assert_array_equal, *ended)
 
 
 def test_texts_no_physician_approved_stop_the_run_before_anything_is_written(home):

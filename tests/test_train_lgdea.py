@@ -28,7 +28,9 @@ def run(folder):
 
 
 @pytest.mark.slow
-def test_relations_act_after_the_first_refresh_and_a_stopped_run_repeats_them(home, tmp_path):
+def test_relations_act_after_the_first_refresh_and_a_stopped_run_repeats_them(
+    home, tmp_path, capsys
+):
     whole = run(tmp_path / "whole")
     # Steps 1-4 are before the first refresh: no unpaired image has a relation.
     assert [terms["unpaired"] for terms in whole[:4]] == [0.0] * 4
@@ -37,4 +39,6 @@ def test_relations_act_after_the_first_refresh_and_a_stopped_run_repeats_them(ho
     # As if the run had ended right after saving step 4, where the next thing is a refresh.
     shutil.copytree(tmp_path / "whole", tmp_path / "again")
     shutil.rmtree(tmp_path / "again" / "checkpoints" / "8")
+    capsys.readouterr()
     assert run(tmp_path / "again") == whole
+    assert f"Resuming {tmp_path / 'again'} at step 4\n" in capsys.readouterr().out

@@ -60,7 +60,7 @@ def metrics_of(folder):
 
 
 @pytest.mark.slow
-def test_each_stage_is_a_run_that_starts_from_the_one_before(resolve):
+def test_each_stage_is_a_run_that_starts_from_the_one_before(resolve, capsys):
     inner = {"data__folds__inner": 4}
     config, aligned = resolve("align_phantom", **inner)
     results = train.run(config, aligned)
@@ -80,6 +80,7 @@ def test_each_stage_is_a_run_that_starts_from_the_one_before(resolve):
     assert tasks >= {"diagnosis", "diagnosis (by study)", *shuffled}
     with (fused / "predictions.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
+    assert rows
     for row in rows:
         names = [key for key in row if key not in ("image_id", "patient_id", "truth")]
         assert len(names) == 6
@@ -89,7 +90,9 @@ def test_each_stage_is_a_run_that_starts_from_the_one_before(resolve):
     lines = metrics_of(fused)
     for gone in (fused / "checkpoints" / "4", fused / "selected"):
         shutil.rmtree(gone)
+    capsys.readouterr()
     assert train.run(config, fused) == results
+    assert f"Resuming {fused} at step 2\n" in capsys.readouterr().out
     assert metrics_of(fused) == lines
 
     # A stage that skips one says what it lacks.
