@@ -175,7 +175,6 @@ def test_an_answer_about_something_else_is_recorded_and_asked_again(tmp_path, an
 def test_prose_and_fences_around_an_answer_are_read_over():
     said = f'Here it is:\n```json\n{{"factor": "a", "disease": "b", "text": "{WORDS}\nend"}}\n```'
     assert corpus.read_answer(said)["text"] == f"{WORDS} end"
-    assert corpus.read_answer('{"a":' * 1500 + said)["text"] == f"{WORDS} end"
 
 
 def trouble(number, prompt):
