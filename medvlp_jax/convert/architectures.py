@@ -119,8 +119,9 @@ def _check_kinds(table: Table, config: Mapping[str, Any], folder: Path) -> None:
     """Refuse what is no number where one is needed, and no switch where one is."""
     for key, field in table.fields.items():
         value = config.get(key, field.default)
+        number = field.read(value)  # null is one where the field says which
         if type(field.default) is float and not (
-            type(value) in (int, float) and math.isfinite(value)
+            type(number) in (int, float) and math.isfinite(number)
         ):
             needed = "a number"
         elif type(field.default) is bool and type(value) is not bool:
