@@ -1,6 +1,6 @@
 """LGDEA with few pairs beside what trains on the pairs alone: the claim of the paper, on phantoms.
 
-  python -m benchmarks.methods_lgdea [--ratios 0.01 0.05 0.1 0.2 1] [--seeds 3] [--steps 900]
+  python -m benchmarks.methods_lgdea [--ratios 0.01 0.05 0.1 0.2 1] [--seeds 3] [--steps 1800]
       [--arms pairs no_unpaired lgdea ...] [--config configs/lgdea.py:study]
       [--start kept] [--keep] [--out benchmarks/results/lgdea.json] [--config.KEY=VALUE ...]
   python -m benchmarks.methods_lgdea --corpus cxr_phantom:n2400_seed7_256px --split train --out FILE

@@ -113,7 +113,7 @@ def study(config):
     demo(config)
     config.optim.multipliers = (("^(image|text)/", 0.1),)
     config.data.pairing.update({"share": 0.75, "passes": 0})  # docs/lgdea-study.md
-    config.train.update(steps=900, refresh_every=75, evaluate_every=0, export=False)
+    config.train.update(steps=1800, refresh_every=150, evaluate_every=0, export=False)
     config.evals.update({"protocols": ("zero_shot", "retrieval", "grounding"), "resamples": 500})
 
 
