@@ -13,7 +13,7 @@ are asked about again by the next start. No file but these holds report text.
 import collections
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,9 +44,13 @@ def write_rules(text: str) -> str:
     if not schema.is_english(text.split()):
         return '{"evidence": []}'
     items = rules.extract(text)
-    if all(item["certainty"] == "absent" for item in items) and (items or rules.is_normal(text)):
+    if _only_denies(items) or (not items and rules.is_normal(text)):
         items.append(schema.normal())
     return json.dumps({"evidence": items})
+
+
+def _only_denies(items: Sequence[Mapping]) -> bool:
+    return bool(items) and all(item["certainty"] == "absent" for item in items)
 
 
 def text_key(text: str) -> str:
@@ -128,7 +132,7 @@ def _record(answer: str, text: str) -> dict:
     if not parsed.evidence and set(parsed.dropped) == {"invalid"}:
         raise schema.Malformed("none of its items has the fields asked for.")
     found = list(parsed.evidence)
-    if found and all(item["certainty"] == "absent" for item in found):
+    if _only_denies(found):
         found.append(schema.normal())  # a model may list denials alone, and say nothing else
     return {"status": OK if found else NOTHING, "evidence": found, "dropped": parsed.dropped}
 

@@ -1,7 +1,6 @@
 """The phrases of a report that LGDEA encodes: from an extraction, or read by rules on the way."""
 
 import functools
-import itertools
 import json
 import re
 import sys
@@ -25,9 +24,12 @@ def shown(items: Iterable[Mapping], *, negated: bool = False) -> tuple[str, ...]
       items: of an extraction.
       negated: say what is absent, too, as "no pneumothorax": a phrase itself is of the finding.
     """
-    said = (_denied(i["phrase"]) if i["certainty"] == "absent" else i["phrase"] for i in items)
-    seen = (negated or i["certainty"] in SHOWN for i in items)
-    return tuple(dict.fromkeys(itertools.compress(said, seen)))
+    said = (
+        _denied(item["phrase"]) if item["certainty"] == "absent" else item["phrase"]
+        for item in items
+        if negated or item["certainty"] in SHOWN
+    )
+    return tuple(dict.fromkeys(said))
 
 
 def _denied(phrase: str) -> str:
