@@ -15,7 +15,7 @@ import numpy as np
 
 from medvlp_jax import __version__, assemble, convert
 from medvlp_jax.config import UserError, to_json
-from medvlp_jax.convert import checkpoint, dual, lora
+from medvlp_jax.convert import beside, dual, lora
 from medvlp_jax.convert.files import write_tensors
 from medvlp_jax.data import corpora
 from medvlp_jax.encoders.base import IMAGENET_MEAN, IMAGENET_STD
@@ -231,7 +231,7 @@ def _write_tokenizer(tokenizer, folder):
 
     names = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
     known = {f"{k}_token": v for k, v in names.items() if tokenizer.token_to_id(v) is not None}
-    checkpoint.save_tokenizer(PreTrainedTokenizerFast(tokenizer_object=tokenizer, **known), folder)
+    beside.save_tokenizer(PreTrainedTokenizerFast(tokenizer_object=tokenizer, **known), folder)
 
 
 def _card(parts, variables, sources, results) -> str:

@@ -7,7 +7,7 @@ import textwrap
 from pathlib import Path
 
 from medvlp_jax.config import UserError
-from medvlp_jax.convert import architectures, checkpoint
+from medvlp_jax.convert import architectures, beside, checkpoint, hub
 from medvlp_jax.convert.files import check_own, read_json
 
 DESCRIPTION = """\
@@ -92,15 +92,15 @@ def import_(arguments: argparse.Namespace) -> None:
         a link out of the folder.
     """
     _refuse_full(arguments.out)
-    folder = checkpoint.fetch(arguments.source)
-    for name in (checkpoint.PREPROCESSOR, *checkpoint.TOKENIZER_FILES):
+    folder = hub.fetch(arguments.source)
+    for name in (beside.PREPROCESSOR, *beside.TOKENIZER_FILES):
         check_own(folder / name)
-    file = folder / checkpoint.PREPROCESSOR
+    file = folder / beside.PREPROCESSOR
     preprocessor = read_json(file) if file.is_file() else None
     module, variables = checkpoint.load(
         folder, tower=arguments.tower, drop=arguments.drop, ignore=arguments.ignore
     )
-    has_tokenizer = any((folder / name).is_file() for name in checkpoint.TOKENIZER_FILES)
+    has_tokenizer = any((folder / name).is_file() for name in beside.TOKENIZER_FILES)
     checkpoint.save(
         module,
         variables,

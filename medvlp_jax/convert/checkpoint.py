@@ -2,9 +2,6 @@
 
 import functools
 import logging
-import shutil
-import sys
-import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -20,30 +17,20 @@ from medvlp_jax.convert.architectures import (
     table_of_config,
     table_of_module,
 )
+from medvlp_jax.convert.beside import PREPROCESSOR, save_tokenizer
 from medvlp_jax.convert.files import (
     MAX_SHARD_SIZE,
     Pending,
-    check_own,
     read_folder,
     read_json,
     write_folder,
     write_json,
 )
+from medvlp_jax.convert.hub import fetch
 from medvlp_jax.convert.tensors import Tensors, base_names, pending_tensors, to_variables
 from medvlp_jax.encoders.base import construct
 from medvlp_jax.sharding import Rules, parameter_spec
 from medvlp_jax.writing import replaced
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.txt",
-    "vocab.json",
-    "merges.txt",
-)
-PREPROCESSOR = "preprocessor_config.json"
 
 # What the tensors of each encoder begin with, in a model of two (CLIPModel, SiglipModel).
 TOWERS = {
@@ -285,93 +272,6 @@ def write(
     if card is not None:
         with replaced(out_dir / "README.md") as scratch:
             scratch.write_text(card)
-
-
-def save_tokenizer(tokenizer: Any, out_dir: Path) -> None:
-    """Write the files of a tokenizer, each whole or not at all.
-
-    Args:
-      tokenizer: as for `save`.
-      out_dir: made if absent.
-
-    Raises:
-      UserError: for a folder without such files, or with one that is a link out of it.
-    """
-    if hasattr(tokenizer, "save_pretrained"):
-        with tempfile.TemporaryDirectory() as made:
-            tokenizer.save_pretrained(made)
-            for file in filter(Path.is_file, Path(made).rglob("*")):
-                _copy(file, out_dir / file.relative_to(made))
-        return
-    found = [name for name in TOKENIZER_FILES if (Path(tokenizer) / name).is_file()]
-    if not found:
-        raise UserError(f"{tokenizer} holds no tokenizer file, such as {TOKENIZER_FILES[0]}.")
-    if Path(tokenizer).resolve() != out_dir.resolve():
-        for name in found:
-            check_own(Path(tokenizer) / name)
-        for name in found:
-            _copy(Path(tokenizer) / name, out_dir / name)
-
-
-def _copy(file, target):
-    with replaced(target) as scratch:
-        shutil.copyfile(file, scratch)
-
-
-def image_processor(size: int, *, mean: Iterable[float], std: Iterable[float]) -> dict[str, Any]:
-    """Describe our image preprocessing as `transformers.AutoImageProcessor` reads it.
-
-    Args:
-      size: pixels a side.
-      mean: per channel, of pixels scaled to [0, 1].
-      std: per channel, same scale.
-    """
-    return {
-        "image_processor_type": "ViTImageProcessor",
-        "do_resize": True,
-        "size": {"height": size, "width": size},
-        "resample": 2,  # PIL's bilinear
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": list(mean),
-        "image_std": list(std),
-    }
-
-
-def fetch(path: str | Path) -> Path:
-    """Return the folder itself, or download the hub id's config, safetensors and tokenizer.
-
-    Raises:
-      UserError: if it is not a folder and reads like one, or the hub does not give it.
-    """
-    if Path(path).is_dir():
-        return Path(path)
-    if Path(path).exists():
-        raise UserError(f"{path} is a file; give the folder that holds config.json.")
-    # Somebody else may have named a model as a folder of this user that was mistyped.
-    if str(path).startswith((".", "/", "~")) or Path(Path(path).parts[0]).is_dir():
-        raise UserError(
-            f"'{path}' is no folder, and it is a path here, so the hub was not asked; accepted are "
-            "a folder that exists and the id of a model on the hub, OWNER/NAME, where no folder "
-            "OWNER is."
-        )
-    import huggingface_hub  # here, so that reading a folder needs nothing of the network's
-
-    _say_once(f"medvlp: downloading {path} from the Hugging Face hub, unless it was before.")
-    wanted = ["config.json", "*.safetensors", "*.safetensors.index.json", PREPROCESSOR]
-    try:
-        return Path(
-            huggingface_hub.snapshot_download(str(path), allow_patterns=[*wanted, *TOKENIZER_FILES])
-        )
-    except (huggingface_hub.errors.HfHubHTTPError, ValueError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"'{path}' is no folder, and the hub did not give it: {reason}") from error
-
-
-@functools.cache
-def _say_once(line):
-    print(line, file=sys.stderr, flush=True)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
