@@ -3,10 +3,15 @@
 from collections.abc import Mapping
 
 from configs import lgdea as variants
+from configs import sclip
 from medvlp_jax.recipes import lgdea
 
 OTHERS = tuple(term for term in lgdea.TERMS if term != "global")
 PAIRS_ALONE = {"data": {"pairing": {"share": 1.0, "passes": 0}}, "train": {"refresh_every": 0}}
+
+
+class Instead(dict):
+    """A part of a config that takes the place of what is there."""
 
 
 def without(*terms: str) -> dict:
@@ -28,13 +33,21 @@ def said_in_full(change: dict) -> dict:
     return {"data": {"evidence": {**change, "phrases": 12, "length": 24, "pack": 0.0}}}
 
 
-STUDIED = variants.get_config("study").recipe.weights
-APART = {name: STUDIED[name] for name in ("unpaired", "relations", "global_relations")}
+STUDIED = variants.get_config("study").recipe
+APART = {name: STUDIED.weights[name] for name in ("unpaired", "relations", "global_relations")}
+# The control that uses images apart. Its temperature stays, as that of all other arms does.
+SCLIP = {
+    "recipe": Instead(sclip.recipe(STUDIED.image, STUDIED.text, STUDIED.dim).to_dict()),
+    "optim": {"freeze": ("^log_scale$",)},
+    "train": {"refresh_every": 0},
+    "evals": {"zero_shot": {"by_rules": True}},
+}
 # By name: title, and what differs from LGDEA. The first three are the study, the rest section B.6.
 ARMS = {
     "pairs": ("pairs alone, global InfoNCE", globally(PAIRS_ALONE | without(*OTHERS))),
     "no_unpaired": ("LGDEA on the pairs alone", PAIRS_ALONE),
     "lgdea": ("LGDEA", {}),
+    "sclip": ("S-CLIP: pairs, and images apart", SCLIP),
     "no_rec": ("without L_rec", without("reconstruction")),
     "no_paired": ("without L_evid^p", without("paired")),
     "no_pseudo": ("without L_evid^u", without("unpaired")),
@@ -74,12 +87,15 @@ ARMS = {
     "negated": ("with what is absent", said_in_full({"negated": True})),
 }
 STUDY = ("pairs", "no_unpaired", "lgdea")
+UNTAUGHT = ("pairs", "sclip")  # without prototypes, or with such as nothing trains
 
 
 def change(config: dict, changes: Mapping) -> None:
     """Write changes into a nested config."""
     for key, value in changes.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Instead):
+            config[key] = dict(value)
+        elif isinstance(value, Mapping):
             change(config[key], value)
         else:
             config[key] = value

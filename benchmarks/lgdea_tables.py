@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 from matplotlib.figure import Figure
 
-from benchmarks.lgdea_arms import ARMS, STUDY
+from benchmarks.lgdea_arms import ARMS, STUDY, UNTAUGHT
 from medvlp_jax.evaluation import plots
 
 METRICS = {
@@ -72,8 +72,7 @@ def table(cells: Mapping) -> str:
             if not own:
                 continue
             texts = [_cell(values_of(cells, arm, ratio, metric)) for metric in METRICS]
-            # The control's prototypes are not trained: its usage says nothing.
-            usage = "-" if arm == "pairs" else f"{min(c['usage_entropy'] for c in own):.2f}"
+            usage = "-" if arm in UNTAUGHT else f"{min(c['usage_entropy'] for c in own):.2f}"
             minutes = f"{np.mean([c['minutes'] for c in own]):.1f}"
             row = (f"{ratio:.0%}", title, *texts, usage, str(len(own)), minutes)
             lines.append(f"| {' | '.join(row)} |")
@@ -86,7 +85,7 @@ def table(cells: Mapping) -> str:
     less = [
         f"| {ratio:.0%} | {ARMS[other][0]} | {' | '.join(texts)} |"
         for ratio in ratios_of(cells)
-        for other in ("pairs", "no_unpaired")
+        for other in ("pairs", "no_unpaired", "sclip")
         if {*(texts := [_cell(differences(cells, other, ratio, m), "+") for m in METRICS])} != {"-"}
     ]
     if less:

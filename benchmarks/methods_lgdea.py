@@ -29,7 +29,7 @@ import numpy as np
 from absl import flags
 
 from benchmarks import studies
-from benchmarks.lgdea_arms import ARMS, STUDY, change
+from benchmarks.lgdea_arms import ARMS, STUDY, UNTAUGHT, change
 from benchmarks.lgdea_tables import METRICS, draw, table
 from medvlp_jax import assemble, cli, evaluate, train
 from medvlp_jax import config as configs
@@ -160,12 +160,14 @@ def _is_kept(key: str) -> bool:
     return plain in METRICS or (head == "grounding" and metric.startswith("cnr"))
 
 
-def usage_entropy(metrics_jsonl: pathlib.Path) -> float:
-    """Return the entropy of the mean assignment over ln K, a mean over the last logged steps."""
+def usage_entropy(metrics_jsonl: pathlib.Path) -> float | None:
+    """Return the entropy of the mean assignment over ln K, a mean over the last logged steps.
+
+    None where there are no prototypes.
+    """
     lines = map(json.loads, metrics_jsonl.read_text().splitlines())
-    return float(
-        np.mean([1 - line["loss/usage"] for line in lines if "loss/usage" in line][-LAST:])
-    )
+    found = [1 - line["loss/usage"] for line in lines if "loss/usage" in line]
+    return float(np.mean(found[-LAST:])) if found else None
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -230,7 +232,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         draw(cells, arguments.out.with_suffix(".png"))
         cell = cells[name]
         print(f"\n{done} of {len(todo)}: {name}, {cell['minutes']:.1f} minutes", flush=True)
-        if arm != "pairs" and cell["usage_entropy"] < COLLAPSED:
+        if arm not in UNTAUGHT and cell["usage_entropy"] < COLLAPSED:
             print(f"WARNING: prototypes collapsed, usage {cell['usage_entropy']:.2f} ln K")
     print(table(cells))
 

@@ -128,7 +128,7 @@ def blueprint(config: Mapping[str, Any], devices: Sequence[jax.Device] | None = 
     fields = {k: v for k, v in config["optim"].items() if k != "freeze"}
     trainable, _ = paths.split(variables["params"], frozen)
     tx, rate = optim.make(trainable, steps=settings["steps"], **fields)
-    if hasattr(recipe, "no_relations"):
+    if base.relates(recipe):
         # Their size is the corpus', which is not read here: a thousand images stand for it.
         variables = {**variables, "relations": jax.eval_shape(lambda: recipe.no_relations(1000))}
     state = jax.eval_shape(lambda v: training.make_state(v, tx, frozen), variables)

@@ -43,6 +43,7 @@ from medvlp_jax.data import corpora, pairing
 from medvlp_jax.evaluation import plots
 from medvlp_jax.evaluation.results import results_table, scalars, write_results
 from medvlp_jax.evaluator import Evaluator
+from medvlp_jax.recipes import base
 from medvlp_jax.training import lock, loop, optim
 from medvlp_jax.training import params as paths
 from medvlp_jax.training import step as training
@@ -127,7 +128,7 @@ def _prepare(config, workdir, stop) -> _Job:
         variables = unpaired.begin(parts, variables, sources[0], pools)
         related = pairing.Related()
         rows, shares = unpaired.streams(parts, sources[0], pools, related)
-        if len(rows) > 1:  # else no row has a relation
+        if len(rows) > 1 and base.relates(parts.recipe):  # else no row has a relation
             refresh = unpaired.refresher(parts, sources[0], pools, related, stop)
     state = assemble.place(training.make_state(variables, tx, frozen), parts)
     features = examples.cached_text(parts, variables, sources)

@@ -1,8 +1,8 @@
 """Rows that are no pairs, and what a method learns about them from the whole corpus.
 
-For recipes that read "paired": `streams` makes their rows, `begin` their prototypes, `refresher`
-what the loop calls between steps. All are functions of config, seed and state alone, so that a
-resumed run repeats them.
+For recipes that read "paired": `streams` makes their rows. For those that relate images to reports
+(`base.relates`) `begin` makes their prototypes, `refresher` what the loop calls between steps. All
+are functions of config, seed and state alone, so that a resumed run repeats them.
 """
 
 import functools
@@ -16,6 +16,7 @@ from medvlp_jax import assemble, distributed, examples, sharding
 from medvlp_jax.config import UserError
 from medvlp_jax.data import pairing, pipeline
 from medvlp_jax.evaluation import features
+from medvlp_jax.recipes import base
 from medvlp_jax.training import step as training
 from medvlp_jax.training.stopping import Signals, Stopped
 
@@ -75,14 +76,17 @@ def streams(
 def begin(parts: assemble.Parts, variables: dict, source, found: pairing.Pools) -> dict:
     """Return the variables with prototypes from a first pass over reports, and empty relations.
 
-    The relations are of the corpus and not of the model: no evaluation loads them. A run that
-    starts from another one's parameters keeps its prototypes.
+    Those of a recipe that relates nothing stay as they are. The relations are of the corpus and not
+    of the model: no evaluation loads them. A run that starts from another one's parameters keeps
+    its prototypes.
     """
     count = len(found.pairs)
     distributed.say(
         f"Limited pairing: {count} pairs; {len(found.images) - count} images and "
         f"{len(found.reports) - count} reports apart."
     )
+    if not base.relates(parts.recipe):
+        return variables
     if parts.config["train"]["refresh_every"]:
         parts.recipe.check_sizes(len(found.images), len(found.reports))
     empty = parts.recipe.no_relations(len(found.images))
@@ -95,7 +99,9 @@ def begin(parts: assemble.Parts, variables: dict, source, found: pairing.Pools) 
 
 
 def recall(state, related: pairing.Related) -> None:
-    """Let the rows know the relations of a state, as they did when it was saved."""
+    """Let the rows know the relations of a state, as they did when it was saved, if it has any."""
+    if RELATIONS not in state.collections:
+        return
     kept = distributed.fetch(state.collections[RELATIONS])
     related.learn(kept["column"], kept["weight"], kept["confidence"])
 

@@ -15,6 +15,7 @@ from configs import lgdea
 from medvlp_jax import convert
 from medvlp_jax.config import UserError, flatten, to_json
 from medvlp_jax.evaluation import results
+from medvlp_jax.recipes import sclip
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -39,7 +40,7 @@ def test_arms_differ_from_lgdea_in_what_they_say_and_nothing_else():
     assert (full["seed"], full["data.pairing.ratio"], full["train.steps"]) == (3, 0.05, 5)
     controls = "evals.controls"
     changed = {
-        arm: {key for key, value in config_of(arm).items() if full[key] != value} - {controls}
+        arm: {k for k, value in config_of(arm).items() if full.get(k) != value} - {controls}
         for arm in bench.ARMS
     }
     assert changed["lgdea"] == set()
@@ -49,8 +50,14 @@ def test_arms_differ_from_lgdea_in_what_they_say_and_nothing_else():
     off |= {"recipe.meets", "evals.zero_shot.by_rules"}
     assert changed["pairs"] == changed["no_unpaired"] | off
     assert all(changed[arm] for arm in bench.ARMS if arm != "lgdea")
+    # Another recipe in the same network, on the same rows, at the control's temperature.
+    weights = {f"recipe.weights.{name}" for name in sclip.TERMS}
+    own = {"recipe.name", "optim.freeze", "train.refresh_every", "evals.zero_shot.by_rules"}
+    assert changed["sclip"] == weights | own
+    assert "recipe.lesions" not in config_of("sclip")
+    assert config_of("sclip")["optim.freeze"] == ("^log_scale$",)
     for arm in bench.ARMS:  # equal compute: rows, steps, network
-        same = ("train.batch_size", "train.steps", "recipe.image.depth", "recipe.lesions")
+        same = ("train.batch_size", "train.steps", "recipe.image.depths", "recipe.lesions")
         assert not changed[arm] & {*same}
 
 

@@ -46,6 +46,9 @@ class Recipe(Protocol):
     * `prompted`: (image feature, text feature) where prompts meet images elsewhere than reports;
       and `beside`, batch keys that evaluation reads beside the sections;
     * `packs`: keys of texts it reads through `pooled_texts`, which may come packed in training;
+    * `start`, `no_relations`, `check_sizes` and `refresh`, with `described`, `told` and `told_by`:
+      what it learns of the whole corpus between steps, see unpaired.py and recipes/lgdea.py;
+      `relates` says True;
     * `alarms`, {term: (most, sentence)}: what is said once when a term rises above `most`, though
       its weight may be 0;
     * localise(batch), with patch tokens: for "image" {map: [B, N, F]}, one vector a patch, for
@@ -124,6 +127,11 @@ def low_rank(spec: Mapping) -> Lora | None:
 def classifies(recipe) -> bool:
     """Say whether a recipe gives `logits` of the classes of its `task`."""
     return getattr(recipe, "classifies", hasattr(recipe, "task"))
+
+
+def relates(recipe) -> bool:
+    """Say whether a recipe relates the images of the corpus to its reports between steps."""
+    return hasattr(recipe, "refresh")
 
 
 def contrastive_loss(name: str, tile: int) -> Callable[..., jax.Array]:

@@ -111,9 +111,13 @@ class Clip(nn.Module):
             found["cosine"] = base.unit(self.text_projection(self.text(batch["phrase"]).pooled))
         return found
 
+    def scale(self):
+        """Return 1 / temperature."""
+        return jnp.minimum(jnp.exp(self.log_scale), MAX_SCALE)
+
     def objective(self, features, batch, *, train=False):
         """Return {"contrastive": scalar} over the global batch."""
-        scale = jnp.minimum(jnp.exp(self.log_scale), MAX_SCALE)
+        scale = self.scale()
         valid = batch[f"{self.section}_valid"]
         image, text = features["image"], features["text"]
         loss = base.contrastive_loss(self.loss, self.loss_tile)
