@@ -114,7 +114,7 @@ def keyword_loss(
     first = there & (jnp.argmax(same, 0) == jnp.arange(len(flat)))  # of equal ones
     holds = same.reshape(*told.shape, -1).any(1)  # [B, B N], a report and a keyword
     cosine = jnp.where(pairs, matmul(image, image.T), FLOOR)
-    candidate = holds[jnp.argmax(cosine, 1)] & first
+    candidate = holds[jnp.argmax(cosine, 1)]
     logits = jnp.where(first, scale * matmul(image, flat.T), FLOOR)
     share = jax.nn.softmax(jnp.where(candidate, logits, FLOOR), 1)
     share = jax.lax.stop_gradient(jnp.where(candidate, share, 0))

@@ -109,16 +109,18 @@ def test_captions_are_carried_by_the_plan():
         assert pseudo_captions.caption_loss(image, text, SCALE, **{**rows, **nobody}) == 0
 
 
-def loop_keyword(image, words, ids, told):
+def loop_candidates(own, image, words, ids, told):
+    """Return every keyword's vector by its tokens, and which the nearest pair's report holds."""
     pairs = np.flatnonzero(PAIRS)
-    vector = {}  # of each keyword, by its tokens
-    for i in pairs:
-        for n in np.flatnonzero(told[i]):
-            vector[tuple(ids[i, n])] = words[i, n]
+    vector = {tuple(ids[i, n]): words[i, n] for i in pairs for n in np.flatnonzero(told[i])}
+    nearest = max(pairs, key=lambda i: own @ image[i])
+    return vector, {tuple(ids[nearest, n]) for n in np.flatnonzero(told[nearest])}
+
+
+def loop_keyword(image, words, ids, told):
     total, count = 0.0, 0
     for j in np.flatnonzero(APART):
-        nearest = max(pairs, key=lambda i: image[j] @ image[i])
-        candidates = {tuple(ids[nearest, n]) for n in np.flatnonzero(told[nearest])}
+        vector, candidates = loop_candidates(image[j], image, words, ids, told)
         score = {k: math.exp(SCALE * image[j] @ v) for k, v in vector.items()}
         inside = sum(score[k] for k in candidates)
         for k in candidates:
@@ -151,7 +153,7 @@ def test_pseudo_labels_are_targets_and_take_no_gradient():
         gradient = np.asarray(jax.grad(loss)(image))
         assert np.abs(gradient[APART]).max() > 0, name
         assert not gradient[~APART].any(), name  # the paired images are but compared with
-    # d/du of -sum_i q_i log softmax_i(s u.y) is s sum_i (p_i - q_i) y_i, over the images apart.
+    # d/du of -sum_i q_i log softmax_i(s u.y) is s sum_i (p_i - q_i) y_i, over two images apart.
     gradient = np.asarray(jax.grad(losses["caption"])(image))
     cost = 1 - image[APART] @ image[PAIRS].T
     plan = loop_plan(cost, 1 / SCALE)
@@ -159,3 +161,13 @@ def test_pseudo_labels_are_targets_and_take_no_gradient():
         score = np.exp(SCALE * text[PAIRS] @ image[j])
         expected = SCALE * (score / score.sum() - plan[row] / plan[row].sum()) @ text[PAIRS] / 2
         np.testing.assert_allclose(gradient[j], expected, rtol=1e-7)
+    gradient = np.asarray(jax.grad(losses["keyword"])(image))
+    for j in np.flatnonzero(APART):
+        vector, candidates = loop_candidates(image[j], image, words, ids, told)
+        score = {k: math.exp(SCALE * image[j] @ v) for k, v in vector.items()}
+        inside = sum(score[k] for k in candidates)
+        expected = np.zeros(4)
+        for k, v in vector.items():
+            target = score[k] / inside if k in candidates else 0
+            expected += SCALE * (score[k] / sum(score.values()) - target) * v / 2
+        np.testing.assert_allclose(gradient[j], expected, rtol=1e-7, atol=1e-12)
