@@ -69,6 +69,7 @@ def recipe() -> ConfigDict:
             "confidence": "evidence",  # "link", the specification's, trusts no unpaired image
             "least_confidence": 0.2,
             "moved": "both",
+            "paired_moved": "images",
             "by_share": True,
             "meets": "evidence",
             "loss_tile": 512,
@@ -140,11 +141,10 @@ def smoke(config):
     config.recipe.update({"dim": 16, "prototypes": 8, "depth": 1, "num_heads": 2, "hops": 2})
     config.recipe.update({"neighbours": 4, "lesions": 3, "near_reports": 8})
     config.mlm.update({"steps": 5, "batch_size": 16, "warmup": 1})
-    config.data.update({"corpora": ("cxr_phantom:tiny",), "size": 70, "crop": 64})
-    config.data.update({"text_length": 24, "pairing": {"ratio": 0.3}})
-    config.data.evidence.update({"phrases": 3, "length": 12})
+    config.optim.warmup = 2
+    config.data.update({"corpora": ("cxr_phantom:tiny",), "evidence": {"phrases": 3, "length": 12}})
+    config.data.update({"size": 70, "crop": 64, "text_length": 24, "pairing": {"ratio": 0.3}})
     config.train.update({"steps": 8, "batch_size": 16, "refresh_every": 4, "checkpoint_every": 4})
     config.train.update({"log_every": 1, "evaluate_every": 0, "export": False})
-    config.optim.warmup = 2
-    config.evals.update({"protocols": ("retrieval",), "limit": 32, "resamples": 5, "controls": ()})
-    config.evals.batch_size = 16
+    config.evals.update({"protocols": ("retrieval",), "limit": 32, "batch_size": 16})
+    config.evals.update({"resamples": 5, "controls": ()})

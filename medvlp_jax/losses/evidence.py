@@ -66,10 +66,18 @@ def reconstruction(
     return errors.sum() / jnp.maximum(mask.sum(), 1) + shrinkage * (prototypes**2).sum()
 
 
-def divergence(target: Float[Array, "B K"], found: Float[Array, "B K"]) -> Float[Array, " B"]:
-    """Return KL(target || found) of each row, no gradient into the target; zero shares count 0."""
-    target = jax.lax.stop_gradient(at_least_float32(target))
-    found = at_least_float32(found)
+def divergence(
+    target: Float[Array, "B K"], found: Float[Array, "B K"], *, fixed: bool = True
+) -> Float[Array, " B"]:
+    """Return KL(target || found) of each row, zero shares count 0.
+
+    Args:
+      target: the teacher's.
+      found: the one's that is taught.
+      fixed: no gradient into the target.
+    """
+    target, found = at_least_float32(target), at_least_float32(found)
+    target = jax.lax.stop_gradient(target) if fixed else target
     ratio = jnp.log(jnp.maximum(target, _TINY)) - jnp.log(jnp.maximum(found, _TINY))
     return (target * ratio).sum(-1)
 
@@ -79,6 +87,7 @@ def paired_divergence(
     image_distribution: Float[Array, "B K"],
     *,
     valid: Bool[Array, " B"] | None = None,
+    fixed: bool = True,
 ) -> Float[Array, ""]:
     """Return L_evid^p, the mean over pairs of KL(Qbar_R || Qbar_I): Eq. 9.
 
@@ -86,8 +95,9 @@ def paired_divergence(
       report_distribution: the teacher, Eq. 8.
       image_distribution: Eq. 7.
       valid: which rows are pairs; None means all.
+      fixed: no gradient into the report's, as a third party reads the paper.
     """
-    terms = divergence(report_distribution, image_distribution)
+    terms = divergence(report_distribution, image_distribution, fixed=fixed)
     weight = jnp.ones(len(terms), terms.dtype) if valid is None else valid.astype(terms.dtype)
     return _weighted_mean(terms, weight)
 

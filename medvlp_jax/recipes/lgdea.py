@@ -69,6 +69,7 @@ class Lgdea(nn.Module):
     confidence: str
     least_confidence: float
     moved: str
+    paired_moved: str
     by_share: bool
     meets: str
     loss_tile: int
@@ -215,7 +216,9 @@ class Lgdea(nn.Module):
                 temperature=self.temperature,
                 shrinkage=self.shrinkage / self.prototypes,
             ),
-            "paired": evidence.paired_divergence(report, image, valid=pair),
+            "paired": evidence.paired_divergence(
+                report, image, valid=pair, fixed=self.paired_moved == "images"
+            ),
             "unpaired": share * evidence.unpaired_divergence(known["pseudo"], image, confidence),
             "alignment": self._align(seen, said, near, pair.astype(confidence.dtype), told),
             "relations": share * aligned,
@@ -394,6 +397,7 @@ def make(
     confidence: str = "evidence",
     least_confidence: float = 0.2,
     moved: str = "both",
+    paired_moved: str = "images",
     by_share: bool = True,
     meets: str = "global",
     loss_tile: int = tiled.TILE,
@@ -426,6 +430,7 @@ def make(
       least_confidence: below it a relation does not count.
       moved: by the two contrasts of relations: "both", or "images" alone, so that a wrong relation
         does not move what a report says.
+      paired_moved: likewise by L_evid^p; "images" is Eq. 9, whose teacher is the report.
       by_share: multiply the terms of rows apart, means over those that are trusted, by the share of
         rows apart in the batch.
       meets: where texts meet images in evaluation: "global", or "evidence", see the head of this
@@ -457,8 +462,9 @@ def make(
     if confidence not in relations.CONFIDENCES:
         known = " or ".join(relations.CONFIDENCES)
         raise UserError(f"recipe.confidence must be {known}, got '{confidence}'.")
-    if moved not in MOVED:
-        raise UserError(f"recipe.moved must be {' or '.join(MOVED)}, got '{moved}'.")
+    for name, what in {"moved": moved, "paired_moved": paired_moved}.items():
+        if what not in MOVED:
+            raise UserError(f"recipe.{name} must be {' or '.join(MOVED)}, got '{what}'.")
     if meets not in MEETS:
         raise UserError(f"recipe.meets must be {' or '.join(MEETS)}, got '{meets}'.")
     image, text = base.encoder(image), base.encoder(text)

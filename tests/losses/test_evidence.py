@@ -118,6 +118,11 @@ def test_the_report_teaches_and_is_not_taught():
     np.testing.assert_array_equal(into_report, 0)
     # d KL / d Qbar_I(k) = -Qbar_R(k) / Qbar_I(k), over B
     np.testing.assert_allclose(into_image, -report / image / 5, rtol=1e-12)
+    # Where it is not fixed, d KL / d Qbar_R(k) = log Qbar_R(k) - log Qbar_I(k) + 1.
+    both = lambda report, image: evidence.paired_divergence(report, image, fixed=False)
+    into_report, same = jax.grad(both, (0, 1))(report, image)
+    np.testing.assert_allclose(into_report, (np.log(report) - np.log(image) + 1) / 5, rtol=1e-9)
+    np.testing.assert_array_equal(same, into_image)
 
 
 def test_unpaired_divergence_weighs_by_confidence():

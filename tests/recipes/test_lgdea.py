@@ -132,8 +132,22 @@ def test_relations_may_move_images_alone(model):
         np.testing.assert_array_equal(both[names[0]], images[names[0]])
         assert np.any(both[names[1]])
         assert not np.any(images[names[1]])
-    with pytest.raises(UserError, match="both or images, got 'texts'"):
-        make(moved="texts")
+    for name in ("moved", "paired_moved"):
+        with pytest.raises(UserError, match=f"recipe.{name} must be both or images, got 'texts'"):
+            make(**{name: "texts"})
+
+
+def test_a_pair_may_move_its_report_too(model):
+    _, batch, variables, none, features, _ = model
+    for moved in lgdea.MOVED:
+        recipe = make(paired_moved=moved)
+        value = lambda report, recipe=recipe: recipe.apply(
+            {**variables, "relations": none},
+            features | {"report_evidence": report},
+            batch,
+            method="objective",
+        )["paired"]
+        assert np.any(jax.grad(value)(features["report_evidence"])) == (moved == "both")
 
 
 @pytest.mark.slow
