@@ -39,6 +39,7 @@ APART = {name: STUDIED.weights[name] for name in ("unpaired", "relations", "glob
 SCLIP = {
     "recipe": Instead(sclip.recipe(STUDIED.image, STUDIED.text, STUDIED.dim).to_dict()),
     "optim": {"freeze": ("^log_scale$",)},
+    "data": {"evidence": {"pack": 0.0}},  # equal keywords are found by their tokens
     "train": {"refresh_every": 0},
     "evals": {"zero_shot": {"by_rules": True}},
 }

@@ -52,8 +52,8 @@ def test_arms_differ_from_lgdea_in_what_they_say_and_nothing_else():
     assert all(changed[arm] for arm in bench.ARMS if arm != "lgdea")
     # Another recipe in the same network, on the same rows, at the control's temperature.
     weights = {f"recipe.weights.{name}" for name in sclip.TERMS}
-    own = {"recipe.name", "optim.freeze", "train.refresh_every", "evals.zero_shot.by_rules"}
-    assert changed["sclip"] == weights | own
+    own = {"recipe.name", "optim.freeze", "data.evidence.pack", "train.refresh_every"}
+    assert changed["sclip"] == weights | own | {"evals.zero_shot.by_rules"}
     assert "recipe.lesions" not in config_of("sclip")
     assert config_of("sclip")["optim.freeze"] == ("^log_scale$",)
     for arm in bench.ARMS:  # equal compute: rows, steps, network
