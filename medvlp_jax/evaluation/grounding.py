@@ -11,6 +11,9 @@ outside, both without the pixels the model did not see.
 Boecking et al. 2022 (BioViL, https://arxiv.org/abs/2204.09817). A pair is an image with a phrase.
 CNR and mIoU are means over the pairs of a category, then over categories, as published for MS-CXR;
 `*_micro` is the mean over pairs. A map without any variation has CNR 0 and is counted as `flat`.
+One with a single value in A and another in B has an infinite CNR: left out of CNR alone, counted as
+`cnr_infinite`. What a meaningless map scores depends on how it varies over the image, so that mIoU
+has no level of guessing, and of CNR the signed one alone, 0.
 `Variant` has what other published code does instead; its numbers have an id of their own.
 
 Axis letters: P pairs, C categories, H, W pixels, h, w patches.
@@ -31,6 +34,7 @@ PROTOCOL = "grounding@clean-v1"
 LEGACY = "grounding@legacy-v1"  # with a Variant other than the default
 THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5)
 METRICS = ("cnr", "miou", "pointing")
+ROUNDING = 1e-9  # what varies by less, relative to its size, does not vary
 Box = tuple[float, float, float, float]
 
 
@@ -180,6 +184,9 @@ def centred(values: np.ndarray, side: int) -> np.ndarray:
 def contrast_to_noise(values, inside, *, signed: bool = False, ddof: int = 0) -> float:
     """Return the CNR of a map [H, W]; NaN pixels do not count; 0 for a map that does not vary.
 
+    Infinite where A and B have one value each, but for rounding; NaN where one of them was not
+    seen, or has too few pixels for its variance.
+
     Args:
       values: the map.
       inside: A, bool [H, W].
@@ -194,13 +201,16 @@ def contrast_to_noise(values, inside, *, signed: bool = False, ddof: int = 0) ->
     noise = np.sqrt(a.var(ddof=ddof) + b.var(ddof=ddof))
     if is_flat(values):
         return 0.0
-    return float(np.divide(difference if signed else abs(difference), noise))
+    contrast = difference if signed else abs(difference)
+    if noise <= ROUNDING * abs(difference):
+        return float(np.copysign(np.inf, contrast))
+    return float(contrast / noise)
 
 
 def is_flat(values) -> bool:
     """Say whether a map has one value wherever it was seen, but for rounding."""
     seen = values[np.isfinite(values)]
-    return bool(np.ptp(seen) <= 1e-9 * np.abs(seen).max())
+    return bool(np.ptp(seen) <= ROUNDING * np.abs(seen).max())
 
 
 def mean_iou(values, inside, *, thresholds=THRESHOLDS, strict: bool = True) -> float:
@@ -262,9 +272,10 @@ def run(
 
     Returns:
       cnr, miou and pointing, each also `_micro` and per category; the mean `area` is what a random
-      pixel hits. No number where nothing of any pair was seen.
+      pixel hits. No number where nothing of any pair was seen; a pair with an infinite CNR counts
+      in all but CNR, and a category of such pairs alone is none of CNR's.
     """
-    seen = np.array([np.isfinite(s.cnr) for s in scores], bool)
+    seen = np.array([not np.isnan(s.cnr) for s in scores], bool)
     kept = [pair for pair, is_seen in zip(pairs, seen, strict=True) if is_seen]
     values = np.array([s[:3] for s in scores], np.float64).reshape(-1, 3)[seen]
     areas = np.array([s.area for s in scores])[seen]
@@ -272,6 +283,7 @@ def run(
         "patients": len({pair.patient for pair in kept}),
         "left_out": int((~seen).sum()),
         "flat": int(sum(s.flat for s in scores)),
+        "cnr_infinite": int(np.isinf(values[:, 0]).sum()),
     }
     protocol = PROTOCOL if variant == Variant() else LEGACY
     settings = {"thresholds": THRESHOLDS, **(settings or {}), **bootstrap}
@@ -287,27 +299,34 @@ def run(
         **bootstrap,
     )
     names = [""] + ["_micro"] + [f"/{name.replace('/', ' ')}" for name in kinds]
-    counts = [len(kept), len(kept), *members.sum(0).astype(int)]
     hit = [float(np.mean(members.T @ areas / np.maximum(members.sum(0), 1)))]
     hit += [float(areas.mean()), *(members.T @ areas / members.sum(0))]
     numbers = {}
     for m, metric in enumerate(METRICS):
+        of_kind = members[np.isfinite(values[:, m])].sum(0).astype(int)
+        counts = [of_kind.sum(), of_kind.sum(), *of_kind]
         for i, name in enumerate(names):
             at = m * len(names) + i
-            chance = {"cnr": 0.0, "miou": np.nan, "pointing": hit[i]}[metric]
+            chance = {"cnr": 0.0 if variant.signed else np.nan, "pointing": hit[i]}
             numbers[f"{metric}{name}"] = number(
-                found.value[at], found.low[at], found.high[at], n=counts[i], chance=chance
+                *(bound[at] for bound in found), n=counts[i], chance=chance.get(metric, np.nan)
             )
     return assemble(protocol, task, numbers, settings=settings, notes=notes)
 
 
 def _means(values: np.ndarray, members: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Return [R, 3 (2 + C)] weighted means: over categories, over pairs, of each category."""
-    mass = weights @ members  # [R, C]
+    """Return [R, 3 (2 + C)] weighted means: over categories, over pairs, of each category.
+
+    A metric's are over the pairs where it is finite and over the categories that have such a pair.
+    """
     columns = []
     with np.errstate(invalid="ignore", divide="ignore"):
         for column in values.T:
-            by_kind = (weights * column) @ members / mass
-            micro = weights @ column / weights.sum(1)
-            columns += [by_kind.mean(1, keepdims=True), micro[:, None], by_kind]
+            finite = np.isfinite(column)
+            own, kinds = weights[:, finite], members[finite]
+            there = kinds.any(0)  # else the mean over categories were never defined
+            by_kind = (own * column[finite]) @ kinds / (own @ kinds)  # [R, C]
+            over_kinds = by_kind[:, there].sum(1) / there.sum()
+            micro = own @ column[finite] / own.sum(1)
+            columns += [over_kinds[:, None], micro[:, None], by_kind]
     return np.concatenate(columns, axis=1)

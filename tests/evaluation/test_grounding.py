@@ -64,6 +64,19 @@ def test_a_flat_map_scores_zero_and_says_so():
     assert not grounding.score(*LARGE).flat
 
 
+@pytest.mark.parametrize("high", [0.3, 0.7])
+def test_a_map_that_separates_without_noise_is_infinite_and_rounding_is_no_noise(high):
+    inside = np.zeros((7, 7), bool)
+    inside[1:4, 2:6] = True
+    values = np.where(inside, high, 0.1)  # whose means and variances are not exact
+    assert grounding.contrast_to_noise(values, inside) == np.inf
+    assert grounding.contrast_to_noise(values, ~inside) == np.inf
+    assert grounding.contrast_to_noise(values, ~inside, signed=True) == -np.inf
+    values[0, 0] += 1e-3
+    found = grounding.contrast_to_noise(values, inside)
+    assert found == pytest.approx(loop_cnr(values, inside), rel=1e-9)
+
+
 def test_pointing_takes_the_largest_pixel_and_shares_ties():
     assert grounding.pointing(*LARGE) == 1
     values, inside = LARGE
@@ -163,6 +176,65 @@ def test_means_are_over_categories_first_and_intervals_over_patients():
     assert found["grounding/cosine/protocol"]["left_out"] == 1
     assert found["grounding/cosine/protocol"]["patients"] == 6
     json.dumps(found, allow_nan=False)
+
+
+def test_an_infinite_contrast_is_left_out_of_cnr_alone_and_counted():
+    scores = [grounding.Scores(float(v), v / 12, float(v > 5), False, 0.1) for v in range(12)]
+    for i in (0, 4):  # one of each category
+        scores[i] = scores[i]._replace(cnr=np.inf)
+    scores[11] = scores[11]._replace(cnr=NAN)
+    found = grounding.run(pairs(), scores, task="cosine", resamples=200)
+    kinds = [p.category for p in pairs()]
+
+    def loop(metric):
+        means = []
+        for kind in ("effusion", "mass"):
+            own = [getattr(scores[i], metric) for i in range(11) if kinds[i] == kind]
+            own = [v for v in own if v < np.inf]
+            means.append(sum(own) / len(own))
+        return sum(means) / 2
+
+    for metric, n in (("cnr", 9), ("miou", 11), ("pointing", 11)):
+        entry = found[f"grounding/cosine/{metric}"]
+        assert entry["value"] == pytest.approx(loop(metric), rel=1e-12)
+        assert entry["low"] < entry["value"] < entry["high"]
+        assert entry["n"] == found[f"grounding/cosine/{metric}_micro"]["n"] == n
+    assert found["grounding/cosine/cnr/mass"]["n"] == 3
+    assert found["grounding/cosine/miou/mass"]["n"] == 4
+    notes = found["grounding/cosine/protocol"]
+    assert (notes["left_out"], notes["cnr_infinite"], notes["patients"]) == (1, 2, 6)
+
+
+def test_a_category_of_infinite_contrasts_alone_is_none_of_cnrs():
+    scores = [grounding.Scores(2.0, 0.5, 1.0, False, 0.1) for _ in range(12)]
+    mass = [i for i, p in enumerate(pairs()) if p.category == "mass"]
+    for i in mass:
+        scores[i] = scores[i]._replace(cnr=np.inf)
+    found = grounding.run(pairs(), scores, task="cosine", resamples=20)
+    assert found["grounding/cosine/cnr"]["value"] == 2
+    assert found["grounding/cosine/cnr/mass"]["value"] is None
+    assert found["grounding/cosine/miou/mass"]["value"] == 0.5
+    every = [s._replace(cnr=np.inf) for s in scores]
+    found = grounding.run(pairs(), every, task="cosine", resamples=20)
+    assert found["grounding/cosine/cnr"]["value"] is None
+    assert found["grounding/cosine/pointing"]["value"] == 1
+
+
+def test_guessing_has_a_level_of_the_signed_contrast_alone():
+    rng = np.random.default_rng(0)
+    inside = np.zeros((28, 28), bool)
+    inside[3:12, 8:20] = True
+    found = {}
+    for is_signed in (False, True):
+        variant = grounding.Variant(signed=is_signed)
+        maps = [grounding.heatmap(rng.normal(size=(7, 7)), 28) for _ in range(400)]  # of nothing
+        scores = [grounding.score(values, inside, variant) for values in maps]
+        many = [pairs()[i % 12] for i in range(400)]
+        entries = grounding.run(many, scores, task="t", variant=variant, resamples=0)
+        found[is_signed] = entries["grounding/t/cnr_micro"]
+    assert found[True]["chance"] == pytest.approx(found[True]["value"], abs=0.05)
+    assert found[False]["value"] > 0.15
+    assert found[False]["chance"] is None
 
 
 def test_boxes_outside_what_was_seen_leave_no_number_and_are_counted():
