@@ -4,6 +4,11 @@ Boxes are (ymin, xmin, ymax, xmax). A detection, best first, takes the true box 
 class that it overlaps most, if by at least t and not taken yet (COCO's matching). A resample of
 images is a weight a row, see `statistics`: an image of weight 2 is there twice.
 
+Which of equally good detections comes first would be the order of the images, which says nothing
+and can say all: equal boxes in every image tie everywhere. So they enter together: precision and
+recall are taken, and a point of FROC set, where a run of equal scores ends. COCO's code takes them
+one by one in the order of its images; without ties the two agree.
+
 Axis letters: N images, D detections of one class in all images, G true boxes of one class, T IoU
 thresholds, R resamples.
 """
@@ -112,19 +117,22 @@ def _taken(overlap: np.ndarray, threshold: float) -> np.ndarray:
 def average_precision(matched: Matched, weights: np.ndarray) -> np.ndarray:
     """Return COCO's AP, [R, T]: precision, made to fall, averaged over 101 recalls; NaN without G.
 
+    Precision is that at the ends of runs of equal scores.
+
     Args:
       matched: of one class.
       weights: [R, N].
     """
     values = np.full((len(weights), len(matched.hits)), np.nan)
+    ends = run_ends(matched.scores)
     for r, weight in enumerate(weights):
         total = weight @ matched.truth
         if total == 0:
             continue
         each = weight[matched.images]
-        seen = np.cumsum(each)
+        seen = np.cumsum(each)[ends]
         for t, hits in enumerate(matched.hits):
-            true = np.cumsum(each * hits)
+            true = np.cumsum(each * hits)[ends]
             precision = np.divide(true, seen, out=np.zeros(len(seen)), where=seen > 0)
             falling = np.maximum.accumulate(precision[::-1])[::-1]
             # A recall that is a multiple of 1/100 must not be missed by rounding.
@@ -133,33 +141,39 @@ def average_precision(matched: Matched, weights: np.ndarray) -> np.ndarray:
     return values
 
 
+def run_ends(scores: np.ndarray) -> np.ndarray:
+    """Return the places where runs of equal scores end; scores [D] fall."""
+    return np.flatnonzero(np.diff(scores, append=-np.inf))
+
+
 def froc(matched: Sequence[Matched], weights: np.ndarray) -> np.ndarray:
     """Return the share of true boxes found at FROC_RATES false positives an image, [R, 7].
 
     A box is found by a detection of its class whose centre lies in it; one whose centre lies in no
     box of its class is a false positive; a second one in the same box is neither (LUNA16). Classes
-    are pooled: their detections are held against one threshold.
+    are pooled: their detections are held against one threshold. Between two thresholds the share is
+    taken from the straight line, as if a part of the detections that tie had been drawn by lot.
 
     Args:
       matched: of every class.
       weights: [R, N].
     """
-    scores = np.concatenate([m.scores[m.false] for m in matched])
-    order = np.argsort(-scores, kind="stable")
-    scores = scores[order]
-    images = np.concatenate([m.images[m.false] for m in matched])[order]
-    reached = np.concatenate([m.reached for m in matched])
     owners = np.concatenate([m.owners for m in matched])
+    # What counts at a threshold: false positives and boxes, best first.
+    scores = np.concatenate([m.scores[m.false] for m in matched] + [m.reached for m in matched])
+    images = np.concatenate([m.images[m.false] for m in matched] + [owners])
+    is_box = np.arange(len(scores)) >= len(scores) - len(owners)
+    order = np.argsort(-scores, kind="stable")
+    order = order[np.isfinite(scores[order])]  # less the boxes that nothing reaches
+    images, is_box, ends = images[order], is_box[order], run_ends(scores[order])
     values = np.full((len(weights), len(FROC_RATES)), np.nan)
-    ends = np.append(scores, -np.inf)
     for r, weight in enumerate(weights):
-        boxes = weight[owners]
-        if not boxes.sum():
+        total, each = weight[owners].sum(), weight[images]
+        if not total:
             continue
-        allowed = np.array(FROC_RATES) * weight.sum()
-        # The first false positive that is too much: only what scores above it counts.
-        at = np.searchsorted(np.cumsum(weight[images]), allowed + 1e-9, side="right")
-        values[r] = (boxes * (reached > ends[at][:, None])).sum(1) / boxes.sum()
+        found, false = (np.append(0, np.cumsum(each * x)[ends]) for x in (is_box, ~is_box))
+        # Of several thresholds with as many false positives np.interp takes the last, the lowest.
+        values[r] = np.interp(np.array(FROC_RATES) * weight.sum(), false, found / total)
     return values
 
 

@@ -162,7 +162,7 @@ def run(
     }
     settings = {
         **{"classes": list(names), "ious": IOUS, "nms": NMS, "floor": FLOOR, "kept": yolo.KEPT},
-        **{"fraction": fraction, **settings, **bootstrap},
+        **{"ties": "together", "fraction": fraction, **settings, **bootstrap},
     }
     name = task_name(names[0] if len(names) == 1 else "boxes", fraction)
     return assemble(PROTOCOL[train_encoder], name, numbers, settings=settings, notes=notes)

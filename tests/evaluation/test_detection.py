@@ -43,10 +43,11 @@ def loop_iou(a, b):
 
 
 def loop_average_precision(found, truth, kind, threshold):
-    """COCO's AP from its definition, one detection after the other."""
+    """COCO's AP from its definition; equal scores enter together."""
     flat = [(s, i, j) for i, f in enumerate(found) for j, s in enumerate(f.scores)]
     flat = [(s, i, j) for s, i, j in flat if found[i].kinds[j] == kind]
     flat.sort(key=lambda entry: (-entry[0], entry[1], entry[2]))
+    later = [s for s, *_ in flat[1:]] + [None]
     left = {(i, g) for i, t in enumerate(truth) for g, k in enumerate(t.kinds) if k == kind}
     total, points, hits = len(left), [], 0
     for seen, (_, i, j) in enumerate(flat, start=1):
@@ -58,13 +59,20 @@ def loop_average_precision(found, truth, kind, threshold):
         if which is not None:
             left.remove((i, which))
             hits += 1
-        points.append((hits, hits / seen))
+        if later[seen - 1] != flat[seen - 1][0]:
+            points.append((hits, hits / seen))
     at = lambda percent: [p for h, p in points if 100 * h >= percent * total]
     return np.mean([max(at(percent), default=0.0) for percent in range(101)])
 
 
+def without_ties(found, seed=5):
+    rng = np.random.default_rng(seed)
+    return [f._replace(scores=rng.random(len(f.scores))) for f in found]
+
+
 def test_average_precision_equals_coco_in_a_loop():
     found, truth = random_images()
+    found = without_ties(found)
     for kind in range(2):
         matched = ap.match(found, truth, kind, IOUS)
         values = ap.average_precision(matched, np.ones((1, len(found))))[0]
@@ -74,10 +82,8 @@ def test_average_precision_equals_coco_in_a_loop():
 
 
 def test_a_weight_of_two_is_the_image_twice_and_of_zero_not_at_all():
-    # No ties, so that the order of equal scores does not matter.
     found, truth = random_images(12)
     rng = np.random.default_rng(5)
-    found = [f._replace(scores=rng.random(len(f.scores))) for f in found]
     weights = rng.integers(0, 3, 12)
     again = [i for i, w in enumerate(weights) for _ in range(w)]
     many = [found[i] for i in again], [truth[i] for i in again]
@@ -91,9 +97,13 @@ def test_a_weight_of_two_is_the_image_twice_and_of_zero_not_at_all():
 
 
 def loop_froc(found, truth, classes, rate):
-    """The largest share of lesions over all thresholds with at most `rate` false ones an image."""
-    scores = sorted({s for f in found for s in f.scores})
-    total, best = sum(len(t.boxes) for t in truth), 0.0
+    """Share of lesions at `rate` false ones an image: on the line between two thresholds.
+
+    Without ties that is the largest share over all thresholds with at most so many.
+    """
+    scores = sorted({s for f in found for s in f.scores}, reverse=True)
+    total, allowed = sum(len(t.boxes) for t in truth), rate * len(found)
+    before = (0, 0)
     for threshold in scores:
         hits = false = 0
         for ours, theirs in zip(found, truth, strict=True):
@@ -111,18 +121,59 @@ def loop_froc(found, truth, classes, rate):
                     reached |= {*inside}
                     false += not inside
                 hits += len(reached)
-        if false <= rate * len(found):
-            best = max(best, hits / total)
-    return best
+        if false > allowed:
+            part = (allowed - before[0]) / (false - before[0])
+            return (before[1] + part * (hits - before[1])) / total
+        before = (false, hits)
+    return before[1] / total
 
 
-def test_froc_equals_a_search_over_all_thresholds():
+@pytest.mark.parametrize("tied", [False, True])
+def test_froc_equals_a_search_over_all_thresholds(tied):
     found, truth = random_images(40)
+    found = found if tied else without_ties(found)
     matched = [ap.match(found, truth, k, (0.5,)) for k in range(2)]
     values = ap.froc(matched, np.ones((1, 40)))[0]
     expected = [loop_froc(found, truth, 2, rate) for rate in ap.FROC_RATES]
     np.testing.assert_allclose(values, expected, rtol=1e-12)
     assert 0 < expected[0] < expected[-1]
+
+
+def test_average_precision_takes_equal_scores_together():
+    found, truth = random_images()
+    found = [f._replace(scores=np.ceil(f.scores * 5) / 5) for f in found]
+    for kind in range(2):
+        matched = ap.match(found, truth, kind, IOUS)
+        values = ap.average_precision(matched, np.ones((1, len(found))))[0]
+        expected = [loop_average_precision(found, truth, kind, t) for t in IOUS]
+        np.testing.assert_allclose(values, expected, rtol=1e-12)
+
+
+def test_the_order_of_the_images_changes_nothing():
+    found, truth = random_images(30)
+    found = [f._replace(scores=np.ceil(f.scores * 4) / 4) for f in found]
+    weights = np.random.default_rng(1).integers(0, 3, (3, 30)).astype(float)
+    seen = []
+    for seed in range(5):
+        order = np.random.default_rng(seed).permutation(30) if seed else np.arange(30)
+        rows = [found[i] for i in order], [truth[i] for i in order]
+        matched = [ap.match(*rows, k, IOUS) for k in range(2)]
+        values = [ap.average_precision(m, weights[:, order]) for m in matched]
+        seen.append(np.concatenate([*values, ap.froc(matched, weights[:, order])], axis=1))
+        np.testing.assert_array_equal(seen[-1], seen[0])
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_one_box_in_every_image_finds_what_its_place_finds(first):
+    box, none = np.array([[0, 0, 10, 10.0]]), np.zeros((0, 4))
+    has = np.arange(100) < 20 if first else np.arange(100) >= 80
+    one = lambda boxes: Boxes(boxes, np.zeros(len(boxes), int), np.full(len(boxes), 0.5))
+    matched = ap.match([one(box)] * 100, [one(box if h else none) for h in has], 0, (0.5,))
+    # 20 hits among 100 detections; 20 boxes and 80 false positives, so that of r false positives
+    # an image, 100 r in all, go with 20 * 100 r / 80 boxes.
+    assert ap.average_precision(matched, np.ones((1, 100)))[0, 0] == pytest.approx(0.2)
+    expected = [min(r * 100 / 80, 1) for r in ap.FROC_RATES]
+    np.testing.assert_allclose(ap.froc([matched], np.ones((1, 100)))[0], expected, rtol=1e-12)
 
 
 def test_nms_keeps_the_best_of_each_heap_and_class():
