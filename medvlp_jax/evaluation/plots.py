@@ -350,12 +350,35 @@ def calibration_bins(right, confidence, count: int = 8) -> np.ndarray:
     return np.array([(confidence[p].mean(), right[p].mean(), len(p)) for p in parts])
 
 
+def calibration_error(right, confidence) -> float:
+    """Return the mean over rows of |confidence - share right| of the bin: the expected error."""
+    bins = calibration_bins(right, confidence)
+    return float(np.average(np.abs(bins[:, 0] - bins[:, 1]), weights=bins[:, 2]))
+
+
+def calibrated_error(confidence, *, draws: int = 200, seed: int = 0) -> np.ndarray:
+    """Return the errors [draws] of a model that is right as often as it says, as drawn by lot.
+
+    They are above 0, the more the fewer rows a bin has: bins compare a share with its expectation.
+    """
+    rng = np.random.default_rng(seed)
+    confidence = np.asarray(confidence, np.float64)
+    lots = (rng.random(len(confidence)) < confidence for _ in range(draws))
+    return np.array([calibration_error(right, confidence) for right in lots])
+
+
 def _draw_calibration(ax: Axes, right, confidence) -> None:
     bins = calibration_bins(right, confidence)
-    error = np.average(np.abs(bins[:, 0] - bins[:, 1]), weights=bins[:, 2])
+    error, by_lot = calibration_error(right, confidence), calibrated_error(confidence)
     ax.plot([0, 1], [0, 1], color=RULE, lw=1, zorder=0)
     ax.plot(bins[:, 0], bins[:, 1], "o-", color=COLOURS[0], lw=1.5, ms=4)
     _style(ax, f"calibration; expected error {error:.3f}")
+    said = f"{len(right)} cases in {len(bins)} bins"
+    said += f"\na calibrated model has {by_lot.mean():.3f} by chance,"
+    said += f"\n95 % of them less than {np.quantile(by_lot, 0.95):.3f}"
+    under = {"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 1}
+    place = {"transform": ax.transAxes, "va": "top", "bbox": under}
+    ax.text(0.02, 0.97, said, fontsize=7, color=MUTED, **place)
     ax.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect="equal")
     ax.set_xlabel("probability of the answer", fontsize=8, color=MUTED)
     ax.set_ylabel("share that is right", fontsize=8, color=MUTED)

@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+import scipy.stats
 from PIL import Image
 
 from medvlp_jax.config import UserError
@@ -99,6 +100,33 @@ def test_calibration_bins_hold_all_rows_and_their_means():
     bins = plots.calibration_bins(right, confidence, count=4)
     assert bins[:, 2].sum() == 21
     np.testing.assert_allclose(bins[0], [confidence[:6].mean(), 0.5, 6])
+
+
+def test_a_calibrated_model_has_the_error_that_chance_gives_it():
+    # One bin a row: a row that is right with probability p is off by 1 - p, else by p.
+    confidence = np.array([0.5, 0.6, 0.8])
+    found = plots.calibrated_error(confidence, draws=4000)
+    expected = np.mean(2 * confidence * (1 - confidence))
+    assert found.mean() == pytest.approx(expected, abs=4 * found.std() / 4000**0.5)
+    # Bins of n rows of one p: the mean of |k / n - p| over the binomial distribution of k.
+    k, n, p = np.arange(6), 5, 0.7
+    chance = scipy.stats.binom.pmf(k, n, p) @ np.abs(k / n - p)
+    found = plots.calibrated_error(np.full(8 * n, p), draws=1000)
+    assert found.mean() == pytest.approx(chance, abs=4 * found.std() / 1000**0.5)
+    np.testing.assert_array_equal(found, plots.calibrated_error(np.full(8 * n, p), draws=1000))
+
+
+def test_calibration_says_of_how_many_cases_it_is_and_what_chance_gives(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots, "save", lambda figure, out: drawn.append(figure))
+    rng = np.random.default_rng(0)
+    chances = rng.dirichlet(np.ones(2), 30)
+    plots.classifier(rng.integers(0, 2, 30), chances, ["a", "b"], tmp_path / "c.png")
+    panel = drawn[0].axes[2]
+    by_lot = plots.calibrated_error(chances.max(1)).mean()
+    (said,) = [text.get_text() for text in panel.texts]
+    assert said.startswith(f"30 cases in 8 bins\na calibrated model has {by_lot:.3f} by chance")
+    assert by_lot > 0.1
 
 
 @pytest.mark.parametrize("classes", [2, 8])
