@@ -149,7 +149,8 @@ def over_seeds(results: Sequence[Results]) -> Results:
     """Return the mean of each number over trainings that differ in their seed alone.
 
     The bounds are the means of the trainings' own: how much one training's number depends on the
-    patients. How much it depends on the seed is `sd` beside the settings, over `per_seed`.
+    patients. How much it depends on the seed is `sd` beside the settings, over `per_seed`. Chance
+    is a mean, too: it depends on the training patients that a seed draws.
 
     Args:
       results: of each seed, with the same keys.
@@ -160,7 +161,7 @@ def over_seeds(results: Sequence[Results]) -> Results:
     for key, first in results[0].items():
         merged[key] = dict(first)
         entries = [found[key] for found in results if key in found]
-        for name in ("value", "low", "high") if "value" in first else ():
+        for name in ("value", "low", "high", "chance") if "value" in first else ():
             each = [entry[name] for entry in entries]
             is_known = len(each) == len(results) and None not in each
             merged[key][name] = statistics.fmean(each) if is_known else None

@@ -59,15 +59,18 @@ def test_the_validation_score_is_the_auroc_and_the_loss_between_equals():
 
 def test_numbers_of_several_seeds_are_their_mean_and_say_their_spread():
     def results(value, seed):
-        entry = {**number(value, value - 0.1, value + 0.1, n=9), "protocol": "p@v1", "hash": "0"}
-        undefined = {**entry, "low": None}
+        entry = number(value, value - 0.1, value + 0.1, n=9, chance=value / 2)
+        entry |= {"protocol": "p@v1", "hash": "0"}
+        undefined = {**entry, "low": None, "chance": None}
         rest = {"protocol": "p@v1", "hash": "0", "seed": seed}
         return {"p/t/auroc": entry, "p/t/x/a": undefined, "p/t/protocol": rest}
 
     merged = adaptation.over_seeds([results(0.6, 3), results(0.8, 5)])
     assert merged["p/t/auroc"]["value"] == pytest.approx(0.7)
     assert merged["p/t/auroc"]["low"] == pytest.approx(0.6)
+    assert merged["p/t/auroc"]["chance"] == pytest.approx(0.35)
     assert merged["p/t/x/a"]["low"] is None
+    assert merged["p/t/x/a"]["chance"] is None
     notes = merged["p/t/protocol"]
     assert notes["per_seed"] == {"auroc": [0.6, 0.8]}
     assert notes["sd"]["auroc"] == pytest.approx(np.std([0.6, 0.8], ddof=1))
