@@ -6,7 +6,8 @@ confusion matrix, ROC curves and calibration; attention.png, for CFCML with a ta
 image the table's attention goes. grounding.png, where that protocol ran, has maps of phrases.
 zero_shot.csv and zero_shot.png, likewise, have a score for each image and class, with the truth (1,
 0, empty where unknown), and the ROC curves of these scores. Grounding alone leaves its picture and
-no other: it encodes what has boxes, not the split.
+no other: it encodes what has boxes, not the split. Both tables read back as the very numbers that
+were scored, which rounding could make equal.
 """
 
 import csv
@@ -121,7 +122,7 @@ def write_predictions(evaluator: Evaluator, found: Mapping, out: pathlib.Path) -
             found["image_id"], found["patient_id"], labels, chances, strict=True
         ):
             truth = names[label.argmax()] if (label == 1).any() else ""
-            writer.writerow((image, patient, truth, *(f"{p:.6g}" for p in chance)))
+            writer.writerow((image, patient, truth, *chance.tolist()))
 
 
 def write_scores(tasks: Mapping[str, PromptScores], found: Mapping, out: pathlib.Path) -> None:
@@ -131,7 +132,7 @@ def write_scores(tasks: Mapping[str, PromptScores], found: Mapping, out: pathlib
         for c, name in enumerate(classes):
             header += [f"{task}/{name}", f"{task}/{name}{TRUTH}"]
             columns += [
-                [f"{score:.6g}" for score in scores[:, c]],
+                scores[:, c].tolist(),
                 ["" if label < 0 else label for label in labels[:, c]],
             ]
     with replaced(out) as scratch, scratch.open("w", newline="") as file:

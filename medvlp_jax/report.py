@@ -77,7 +77,8 @@ def build(run: pathlib.Path, *, with_texts: bool = False) -> str:
         page.text("Results", "h2"),
         page.text(
             "Values with 95 % intervals over patients, controls beside them. In the strip, from 0 "
-            "to 1: this run filled, controls hollow, the level of guessing a tick."
+            "to 1: this run filled, controls hollow, the level of guessing a tick. Chance and n "
+            "are those of the first column; where another's differ, it says so."
         ),
         *map(page.table, tasks),
         _controls(tasks),

@@ -3,14 +3,17 @@
 import base64
 import html.parser
 import json
+import re
 import shutil
+import types
 
 import numpy as np
 import pytest
+import scipy.special
 
 from medvlp_jax import cases, cli, report, writing
 from medvlp_jax.config import UserError
-from medvlp_jax.evaluation import page, plots, provenance, results, zero_shot
+from medvlp_jax.evaluation import page, paired, plots, provenance, results, zero_shot
 
 CONFIG = {
     "recipe": {"name": "clip<script>"},
@@ -185,7 +188,7 @@ def test_a_classifier_has_its_curves_and_its_examples_name_classes_alone(run):
 
 def test_scores_of_prompts_are_written_read_and_drawn(run):
     labels = np.array([[1, 0], [0, -1], [1, 1]], np.int8)
-    scores = np.array([[0.5, -0.25], [0.125, 0.75], [0.1, 0.2]])
+    scores = np.array([[0.5, -0.25], [0.125, 0.75], [0.1, 1 - 2**-53]])  # %.6g makes the last 1
     tasks = {"finding": zero_shot.PromptScores(labels, scores, ("edema", "mass/nodule"))}
     found = {"image_id": ["i1", "i2", "i3"], "patient_id": ["anna", "bert", "bert"]}
     cases.write_scores(tasks, found, run / "zero_shot.csv")
@@ -198,6 +201,20 @@ def test_scores_of_prompts_are_written_read_and_drawn(run):
     assert len(page_of.images) == 2
     assert "ROC of each class, by prompts" in page_of.text
     assert "anna" not in page_of.text
+
+
+def test_probabilities_are_written_so_that_they_read_back_as_they_are(run):
+    logits = np.array([[20, -2], [19, -2], [0.1, 0.3]], np.float32)
+    source = types.SimpleNamespace(tasks={"state": ["normal", "edema"]})
+    recipe = types.SimpleNamespace(task="state")
+    evaluator = types.SimpleNamespace(source=source, parts=types.SimpleNamespace(recipe=recipe))
+    found = {"image_id": ["i1", "i2", "i3"], "patient_id": ["anna", "bert", "carl"]}
+    found |= {"logits": logits, "label/state": np.array([[1, 0], [1, 0], [0, 1]])}
+    cases.write_predictions(evaluator, found, run / "predictions.csv")
+    read = paired.read(run)
+    expected = scipy.special.softmax(logits.astype(np.float64), axis=1)
+    np.testing.assert_array_equal(read.chances, expected)
+    assert read.chances[0, 0] > read.chances[1, 0] > 0.999999
 
 
 @pytest.mark.parametrize(
@@ -253,6 +270,20 @@ def test_controls_under_other_keys_join_the_classifiers_table():
     assert task.columns == ["this run", "most frequent class", "by study", "regression: table"]
     values = {column: entry["value"] for column, entry in task.entries["accuracy"].items()}
     assert list(values.values()) == [0.8, 0.6, 0.8, 0.7]
+
+
+def test_a_column_of_other_rows_says_its_own_n_and_level_of_guessing():
+    one = lambda n, chance: {"P@1": results.number(0.8, 0.7, 0.9, n=n, chance=chance)}
+    options = {"settings": {}, "notes": {}}
+    found = results.assemble("classify@v1", "d", one(40, 0.5), **options)
+    found |= results.assemble("classify@v1", "d (by study)", one(12, 0.25), **options)
+    found |= results.assemble("classify@v1", "d (untrained)", one(40, 0.5), **options)
+    (task,) = page.tasks(found)
+    table = page.table(task)
+    cells = re.findall(r"<td>(0\.800.*?)</td>", table)
+    said = [re.sub("<.*?>", "", cell) for cell in cells]
+    assert said == ["0.800 [0.700, 0.900]", "0.800 [0.700, 0.900] chance 0.250 n 12", said[0]]
+    assert "<td>0.500</td><td>40</td>" in table
 
 
 def test_a_folder_without_results_is_refused_and_nothing_is_written(run, tmp_path):

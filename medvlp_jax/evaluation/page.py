@@ -181,13 +181,14 @@ def table(task: Task) -> str:
 
 
 def _rows(columns: Sequence[str], entries: Mapping[str, Mapping]) -> str:
+    """Return a table; "chance" and "n" are those of a row's first column, others say theirs."""
     columns = [c for c in columns if any(c in row for row in entries.values())]
     head = "".join(text(c, "th") for c in ("", *columns, "chance", "n"))
     body = []
     for metric, row in entries.items():
-        any_entry = next(iter(row.values()))
-        cells = "".join(f"<td>{_number(metric, row.get(c))}</td>" for c in columns)
-        chance, n = digits(metric, any_entry["chance"]), any_entry["n"]
+        first = next(row[c] for c in columns if c in row)
+        cells = "".join(f"<td>{_number(metric, row.get(c), first)}</td>" for c in columns)
+        chance, n = digits(metric, first["chance"]), first["n"]
         strip = f"<td>{_strip(row, columns)}</td>"
         ends = text(chance, "td") + text(n, "td") + strip
         body.append(f"<tr>{text(metric.replace('_', ' '), 'td')}{cells}{ends}</tr>")
@@ -195,23 +196,32 @@ def _rows(columns: Sequence[str], entries: Mapping[str, Mapping]) -> str:
     return f'<div class="wide"><table>{head}<tbody>{"".join(body)}</tbody></table></div>'
 
 
-def _number(metric: str, entry: Mapping | None) -> str:
+def _number(metric: str, entry: Mapping | None, first: Mapping) -> str:
+    """Return a cell; it says its n and level of guessing where they are not the first one's."""
     if entry is None:
         return ""
     value, low, high = (digits(metric, entry[key]) for key in ("value", "low", "high"))
-    span = "" if low == "-" else f' <span class="range">[{low}, {high}]</span>'
-    return f"{value}{span}"
+    said = [] if low == "-" else [f"[{low}, {high}]"]
+    own = digits(metric, entry["chance"])
+    if own not in ("-", digits(metric, first["chance"])):
+        said.append(f"chance {own}")
+    if entry["n"] != first["n"]:
+        said.append(f"n {entry['n']}")
+    return " ".join([value, *(f'<span class="range">{part}</span>' for part in said)])
 
 
 def _strip(row: Mapping[str, Mapping], columns: Sequence[str]) -> str:
-    """Draw values and intervals of a rate from 0 to 1: this run filled, controls hollow."""
+    """Draw values and intervals of a rate from 0 to 1: this run filled, controls hollow.
+
+    The level of guessing is that of the row, of its first column.
+    """
     values = [v for e in row.values() for v in (e["value"], e["low"], e["high"]) if v is not None]
     if not values or not 0 <= min(values) <= max(values) <= 1:
         return ""
     at = lambda share: 4 + share * (STRIP - 8)
     middle = TALL / 2
     parts = [f'<line x1="4" x2="{STRIP - 4}" y1="{middle}" y2="{middle}" stroke="var(--rule)"/>']
-    chance = next(iter(row.values()))["chance"]
+    chance = next(row[c] for c in columns if c in row)["chance"]
     if chance is not None:
         x = at(chance)
         parts.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="3" y2="15" stroke="var(--muted)"/>')
