@@ -94,7 +94,7 @@ def _retrieved(evaluator, found, rng):
     picked = rng.permutation(np.flatnonzero(text.any(1)))[:EXAMPLES]
     if not len(picked):  # a corpus without texts, which is not read through for them
         return picked, [], np.zeros((0, 0)), []
-    rows, scores = retrieval.top_texts(image[picked], text, found["text_id"], 3)
+    rows, scores = retrieval.top_texts(image[picked], text, evaluator.text_ids(found), 3)
     texts = [" ".join(filter(None, pair)) for pair in evaluator.source.texts()]
     return picked, [[texts[j] for j in row] for row in rows], scores, [texts[i] for i in picked]
 

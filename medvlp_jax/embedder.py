@@ -145,6 +145,10 @@ class Embedder:
         image = extraction.joint(found, [image for image, _ in spaces.values()])
         return image, extraction.joint(found, [text for _, text in spaces.values()], valid)
 
+    def text_ids(self, found) -> np.ndarray:
+        """Return an id a row [N], equal where the texts the recipe reads are."""
+        return extraction.text_ids(found, list(self.parts.recipe.spaces))
+
     def inputs(self) -> tuple[str, ...]:
         """Return what a full evaluation encodes: image and sections, or all a classifier reads."""
         recipe = self.parts.recipe

@@ -217,8 +217,8 @@ class Evaluator(Embedder):
         options["groups"] = found["patient_id"]
         if flavour != flavours.CLEAN:
             options["flavour"] = flavour
-            return retrieval_legacy.run(image, text, found["text_id"], **options)
-        return retrieval.run(image, text, found["text_id"], **options)
+            return retrieval_legacy.run(image, text, self.text_ids(found), **options)
+        return retrieval.run(image, text, self.text_ids(found), **options)
 
     def _grounding(self, variables, found, *, mask, **options):
         del found

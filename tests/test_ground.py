@@ -210,6 +210,17 @@ def test_a_corpus_without_labels_has_pairs_to_retrieve(evaluator, monkeypatch):
     assert "retrieval/image_to_text/P@1" not in found
 
 
+def test_reports_that_are_spelt_alike_are_one_entry_of_the_gallery(evaluator, monkeypatch):
+    one = evaluator[0]
+    other = Evaluator(one.parts, {**one.settings, "protocols": ("retrieval",), "controls": ()})
+    found = {"image": np.eye(4), "text": np.eye(4)[[0, 0, 2, 3]], "patient_id": np.arange(4)}
+    found |= {"text_id": np.arange(4), "report_id": np.array([5, 5, 6, 7])}
+    found["report_valid"] = np.ones(4, bool)
+    for flavour, mark in (("clean", ""), ("cxrclip", " (cxrclip)")):
+        numbers = other._retrieval({}, found, mask=None, flavour=flavour, resamples=0)
+        assert numbers[f"retrieval/image_to_text{mark}/protocol"]["gallery"] == 3
+
+
 def test_a_split_without_boxes_is_refused(evaluator):
     one = evaluator[0]
     rows = [i for i in range(len(one.source)) if not one.source[i]["boxes"]["phrase"]]

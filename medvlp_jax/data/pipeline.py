@@ -170,7 +170,8 @@ def record_transform(
         "image_row" and "report_row", and of the table as PRIMA reads it "metadata" (token ids of a
         text), "metadata_feature" (its cached tokens) and "metadata_vector". Keys made anyway:
         "text_id" and, for every section asked for, "<section>_valid" and "<section>_id" (equal for
-        equal texts); in evaluation also the labels of all tasks, "image_id" and "patient_id".
+        equal texts, in evaluation for texts that are `normalised` alike); in evaluation also the
+        labels of all tasks, "image_id" and "patient_id".
       decode: encoded bytes -> uint8 [R, R, C], for example a partial of `transforms.decode`; wrap
         it in `functools.lru_cache` to decode a small corpus once.
       view: (image, rng) -> uint8 [H, W, C]; a random view in training.
@@ -232,7 +233,7 @@ def record_transform(
             if key in looked_up:
                 example[f"{key}_feature"] = _feature(features, words)
             example[f"{key}_valid"] = np.asarray(bool(words))
-            example[f"{key}_id"] = text_hash(words)
+            example[f"{key}_id"] = text_hash(words if train else normalised(words))
         if not train:
             for key in ("image_id", "patient_id", "study_id"):
                 example[key] = np.asarray(record[key])
@@ -266,6 +267,11 @@ def section_text(record: Mapping[str, Any], section: str) -> str:
     if section == "report":
         return " ".join(filter(None, (record["findings"], record["impression"])))
     return record[section]
+
+
+def normalised(text: str) -> str:
+    """Return a text by which to tell whether two are the same: lower case, single spaces."""
+    return " ".join(text.lower().split())
 
 
 def text_hash(text_id: str) -> np.ndarray:

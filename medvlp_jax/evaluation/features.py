@@ -153,6 +153,21 @@ def joint(features: Mapping, keys: str | Sequence[str], valid=None) -> np.ndarra
     return stacked.reshape(len(stacked), -1)
 
 
+def text_ids(features: Mapping, sections: Sequence[str]) -> np.ndarray:
+    """Return an id a row [N], equal where the texts of all these sections are.
+
+    It is the text_id of the first row with these texts. Of whole reports that is their own, so that
+    a gallery keeps its order; of one section, reports that differ in the other share it.
+
+    Args:
+      features: `text_id` [N], of both sections, and of each section its `<section>_id` [N].
+      sections: that the model reads.
+    """
+    own = np.stack([features[f"{section}_id"] for section in sections], axis=1)  # [N, K]
+    _, first, text = np.unique(own, axis=0, return_index=True, return_inverse=True)
+    return np.asarray(features["text_id"])[first][text]
+
+
 def check_finite(name: str, values: np.ndarray) -> None:
     """Refuse NaN and infinity: every comparison with NaN is false, which would score as a hit.
 

@@ -1,12 +1,13 @@
 """Image-text retrieval in both directions, clean flavour.
 
-Identical reports (equal text_id) are one gallery entry, and every image of a report is a right
-answer to it. R@K: a right answer is among the first K. With class labels also P@K, the share of the
-first K with the query's class, and H@K, any of them has it. Where most queries are of one class P@K
-favours a model that always answers with it; what that would give is noted beside it, and "P@K/other
-classes" is of the other queries. Ties are scored by their expectation under random order, so a
-collapsed model gets exactly the chance level. The similarity matrix is made in tiles over queries
-and never held as a whole.
+Equal texts are one gallery entry, and every image of a text is a right answer to it. Texts are
+equal where all sections that the model reads are, whatever their case and spacing (see
+`features.text_ids`). R@K: a right answer is among the first K. With class labels also P@K, the
+share of the first K with the query's class, and H@K, any of them has it. Where most queries are of
+one class P@K favours a model that always answers with it; what that would give is noted beside it,
+and "P@K/other classes" is of the other queries. Ties are scored by their expectation under random
+order, so a collapsed model gets exactly the chance level. The similarity matrix is made in tiles
+over queries and never held as a whole.
 
 Axis letters: N pairs, Q queries, G gallery entries, E joint width, q a tile of queries.
 """

@@ -219,6 +219,16 @@ def test_missing_sections_are_invalid_and_equal_texts_share_an_id(cxr_folder, tm
     assert len({int(example["text_id"]) for example in examples.values()}) == 3
 
 
+def test_case_and_spacing_make_no_other_section_in_evaluation_and_do_in_training(radiology_source):
+    record = radiology_source[0]
+    told = [{**record, "findings": text} for text in ("No  edema.\n", "no edema.", "No oedema.")]
+    build = functools.partial(pipeline.record_transform, decode=None, view=None)
+    cached = dict.fromkeys((one["findings"] for one in told), np.zeros(2, np.float32))
+    for train, count in ((False, 2), (True, 3)):
+        transform = build(inputs=("findings_feature",), features=cached, train=train)
+        assert len({int(transform(one, None)["findings_id"]) for one in told}) == count
+
+
 def test_text_id_is_the_crc_of_the_stored_one(radiology_source):
     transform = pipeline.record_transform(inputs=(), decode=None, view=None)
     record = radiology_source[0]

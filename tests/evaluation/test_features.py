@@ -42,6 +42,14 @@ def test_only_the_named_features_are_kept():
         features.extract(embed, batches(), keys=("logit",))
 
 
+def test_texts_are_the_same_where_all_sections_that_are_read_are():
+    found = {"text_id": np.array([9, 4, 7, 4]), "findings_id": np.array([1, 2, 3, 2])}
+    found["impression_id"] = np.array([5, 5, 6, 5])
+    ids = lambda *sections: features.text_ids(found, sections).tolist()
+    assert ids("impression") == [9, 9, 7, 9]
+    assert ids("findings") == ids("findings", "impression") == [9, 4, 7, 4]  # the text_id itself
+
+
 def test_strings_are_kept_from_embed():
     def numbers_only(batch):
         assert "patient_id" not in batch

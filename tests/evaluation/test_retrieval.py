@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from medvlp_jax.config import UserError
-from medvlp_jax.evaluation import retrieval
+from medvlp_jax.evaluation import features, retrieval
 
 ORACLE = np.array(
     [
@@ -110,6 +110,22 @@ def test_run_equals_loops_over_a_sorted_gallery(corpus):
         np.mean(np.array(back) <= 5)
     )
     assert found["retrieval/text_to_image/R@5"]["n"] == len(names)
+
+
+def test_reports_with_the_same_impression_are_one_text_for_a_model_of_impressions():
+    """Of 200 reports 100 conclude alike: a perfect model of impressions cannot tell them apart."""
+    impression = np.maximum(np.arange(200) - 99, 0)
+    found = {"text_id": np.arange(200)[::-1], "impression_id": impression}
+    found["findings_id"] = np.arange(200)
+    texts = np.eye(101)[impression]
+    run = lambda *sections: retrieval.run(
+        texts, texts, features.text_ids(found, sections), resamples=0
+    )
+    one, both = run("impression"), run("findings", "impression")
+    assert one["retrieval/image_to_text/R@1"]["value"] == 1
+    assert one["retrieval/image_to_text/protocol"]["gallery"] == 101
+    assert both["retrieval/image_to_text/R@1"]["value"] == pytest.approx(0.505)
+    assert both == retrieval.run(texts, texts, found["text_id"], resamples=0)  # as ever
 
 
 def test_tiled_equals_dense(corpus):
