@@ -148,6 +148,8 @@ def _about_rows(entry: Mapping[str, Any]) -> list[str]:
         told.append(f"could not be computed: {', '.join(entry['undefined'])}.")
     if entry.get("left_out"):
         told.append(f"{entry['left_out']} rows left out (unknown label or no text).")
+    if retrieval.UNKNOWN in entry:
+        told.append(f"{retrieval.UNKNOWN}: {entry[retrieval.UNKNOWN]}.")
     if retrieval.ONE_ANSWER in entry:
         told.append(f"{retrieval.ONE_ANSWER}: {entry[retrieval.ONE_ANSWER]:.3f}.")
     patients = entry.get("patients") or 0  # what is known of results from before they were counted

@@ -13,7 +13,7 @@ import scipy.special
 
 from medvlp_jax import cases, cli, report, writing
 from medvlp_jax.config import UserError
-from medvlp_jax.evaluation import page, paired, plots, provenance, results, zero_shot
+from medvlp_jax.evaluation import page, paired, plots, provenance, results, retrieval, zero_shot
 
 CONFIG = {
     "recipe": {"name": "clip<script>"},
@@ -163,6 +163,15 @@ def test_what_a_flavour_alone_skipped_is_said_and_controls_have_their_names(run)
     columns = {task.name: task.columns for task in page.tasks(found)}
     assert columns["zero_shot/finding (gloria)"] == ["this run", "untrained"]
     assert columns["classify/d"] == ["by study", "by study, shuffled images"]
+
+
+def test_rows_with_uncertain_findings_are_warned_of(run):
+    numbers = {"P@1": results.number(0.5, n=16, chance=0.5)}
+    notes = {retrieval.UNKNOWN: 4}
+    found = results.assemble("retrieval@v1", "image_to_text", numbers, settings={}, notes=notes)
+    written = results.read(run)._replace(numbers=found)
+    told = report.warnings(report.assemble.read_config(run), written)
+    assert f"retrieval/image_to_text: {retrieval.UNKNOWN}: 4." in told
 
 
 def test_patients_texts_and_ids_are_in_the_page_only_when_asked_for(run):

@@ -3,8 +3,9 @@
 Equal texts are one gallery entry, and every image of a text is a right answer to it. Texts are
 equal where all sections that the model reads are, whatever their case and spacing (see
 `features.text_ids`). R@K: a right answer is among the first K. With class labels also P@K, the
-share of the first K with the query's class, and H@K, any of them has it. Where most queries are of
-one class P@K favours a model that always answers with it; what that would give is noted beside it,
+share of the first K with the query's class, and H@K, any of them has it; where not all of a row's
+classes are known it asks no such question and is no right answer. Where most queries are of one
+class P@K favours a model that always answers with it; what that would give is noted beside it,
 and "P@K/other classes" is of the other queries. Ties are scored by their expectation under random
 order, so a collapsed model gets exactly the chance level. The similarity matrix is made in tiles
 over queries and never held as a whole.
@@ -27,6 +28,7 @@ PROTOCOL = "retrieval@clean-v1"
 # Embeddings are float32: cosines that agree to 6 decimals differ by rounding alone, hence are ties.
 DECIMALS = 6
 ONE_ANSWER, OTHERS = "P@1 of one answer to all", "other classes"
+UNKNOWN = "unknown findings, left out of P@K and H@K"
 
 
 class Side(NamedTuple):
@@ -83,14 +85,21 @@ def precision(similarity, right, ks):
 
 
 def label_sets(labels) -> np.ndarray:
-    """Number the rows [N] by their set of present classes; -1 where no label is known.
+    """Number the rows [N] by their set of present classes; -1 where some class is unknown.
 
     Single-label rows are equal when their class is; multi-label rows when all their findings are.
-    Unknown counts as not present.
+    Of an uncertain finding nobody can say whether two rows share it: taken for absent, it would
+    make a likely pneumonia the same as a normal image.
     """
     labels = np.asarray(labels)
     _, index = np.unique(labels == 1, axis=0, return_inverse=True)
-    return np.where((labels < 0).all(1), -1, index)
+    return np.where((labels < 0).any(1), -1, index)
+
+
+def unknown_notes(query: Side) -> dict[str, int]:
+    """Return how many queries have no known set of classes; {} where all have one."""
+    count = int((query.kind < 0).sum())
+    return {UNKNOWN: count} if count else {}
 
 
 def _most_frequent(owner, kind, count: int) -> np.ndarray:
@@ -278,7 +287,7 @@ def run(
     image, text, text_ids, labels, groups = with_text(image, text, text_ids, labels, groups)
     images, texts = sides(image, text, text_ids, labels=labels, groups=groups)
     settings = {"ks": list(ks), "ties": "expected", "decimals": DECIMALS, **bootstrap}
-    settings |= {"class_task": class_task} if labels is not None else {}
+    settings |= {"class_task": class_task, "unknown": "left out"} if labels is not None else {}
     results: Results = {}
     for task, query, gallery in (
         ("image_to_text", images, texts),
@@ -289,6 +298,7 @@ def run(
             "gallery": len(gallery.pair),
             "left_out": total - len(image),
         }
+        notes |= unknown_notes(query) if labels is not None else {}
         known = query.kind >= 0
         if known.any():
             notes[ONE_ANSWER] = float(_usual(query, gallery)[known].mean())

@@ -146,7 +146,8 @@ def run(
       text: [N, E], row i belongs to image i; a zero row (no text) is left out with its image.
       text_ids: [N], equal for equal texts.
       flavour: a key of FLAVOURS.
-      labels: [N, C] int8, -1 = unknown; "same class" is an identical set of present classes.
+      labels: [N, C] int8, -1 = unknown; "same class" is an identical set of present classes (see
+        `retrieval.label_sets`).
       class_task: whose labels they are; a setting that the hash covers, where classes count.
       groups: [N] patient of each row.
       tile: queries scored at a time.
@@ -168,7 +169,8 @@ def run(
         text_ids = np.arange(len(text))
     images, texts = retrieval.sides(image, text, text_ids, labels=labels, groups=groups)
     settings = {**spec._asdict(), "ties": "stable", **bootstrap}
-    settings |= {"class_task": class_task} if spec.metrics != "R" else {}
+    counts_classes = spec.metrics != "R"
+    settings |= {"class_task": class_task, "unknown": "left out"} if counts_classes else {}
     results: Results = {}
     for task, query, gallery in (
         ("image_to_text", images, texts),
@@ -176,6 +178,7 @@ def run(
     ):
         entries = _direction(query, gallery, spec, tile, bootstrap)
         notes = {"patients": len(np.unique(query.group)), "gallery": len(gallery.pair)}
+        notes |= retrieval.unknown_notes(query) if counts_classes else {}
         name, protocol = f"{task} ({flavour})", f"retrieval@{flavour}-v1"
         results |= assemble(protocol, name, entries, settings=settings, notes=notes)
     return results

@@ -264,12 +264,15 @@ def test_top_texts_are_distinct_and_best_first(corpus):
         assert (np.diff(scores[i]) <= 0).all()
 
 
-def test_label_sets_join_equal_sets_and_mark_unknown_rows():
-    labels = np.array([[1, 0], [1, -1], [0, 0], [-1, -1], [1, 1]])
+def test_label_sets_join_equal_sets_and_mark_rows_with_an_unknown_finding():
+    labels = np.array([[1, 0], [1, -1], [0, 0], [-1, -1], [1, 1], [1, 0], [0, -1]])
     sets = retrieval.label_sets(labels)
-    assert sets[0] == sets[1] != sets[2]
-    assert sets[3] == -1
-    assert len(set(sets)) == 4
+    assert sets[0] == sets[5] != sets[2]
+    assert (sets < 0).tolist() == [False, True, False, True, False, False, True]
+    assert len({*sets}) == 4
+    complete = labels[labels.min(1) >= 0]
+    numbered = np.unique(complete == 1, axis=0, return_inverse=True)[1]
+    np.testing.assert_array_equal(retrieval.label_sets(complete), numbered)
 
 
 def test_shared_text_takes_its_most_frequent_label_set():
@@ -281,11 +284,29 @@ def test_shared_text_takes_its_most_frequent_label_set():
 
 def test_unknown_queries_do_not_count_for_class_precision(corpus):
     image, text, ids, labels, groups = corpus
-    labels = labels.copy()
-    labels[:4] = -1
-    found = retrieval.run(image, text, ids, labels=labels, groups=groups)
+    run = lambda labels: retrieval.run(image, text, ids, labels=labels, groups=groups)
+    unknown, uncertain = labels.copy(), labels.copy()
+    unknown[:4], uncertain[:4, 1] = -1, -1
+    found, whole = run(unknown), run(labels)
     assert found["retrieval/image_to_text/P@5"]["n"] == 26
     assert found["retrieval/image_to_text/R@5"]["n"] == 30
+    assert found["retrieval/image_to_text/protocol"][retrieval.UNKNOWN] == 4
+    assert run(uncertain) == found  # one uncertain finding says as little as none
+    for task in ("image_to_text", "text_to_image"):
+        assert retrieval.UNKNOWN not in whole[f"retrieval/{task}/protocol"]
+
+
+def test_an_uncertain_finding_is_no_right_answer_to_images_without_it():
+    """Text 0 is nearest to all; its report is unsure of the second finding."""
+    labels = np.array([[0, -1], [0, 0], [0, 0], [1, 0]])
+    near = np.eye(4) + 2 * (np.arange(4) == 0)
+    found = retrieval.run(near, np.eye(4), np.arange(4), labels=labels, ks=(1,), resamples=0)
+    entry = found["retrieval/image_to_text/P@1"]
+    assert (entry["value"], entry["n"]) == (0, 3)
+    assert entry["chance"] == pytest.approx(np.mean([2, 2, 1]) / 4)  # it stays in the gallery
+    assert found["retrieval/image_to_text/P@1/other classes"]["n"] == 1
+    note = found["retrieval/image_to_text/protocol"]
+    assert note[retrieval.ONE_ANSWER] == pytest.approx(2 / 3)
 
 
 def test_the_best_single_answer_is_noted_beside_class_precision(corpus):

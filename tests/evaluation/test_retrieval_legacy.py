@@ -5,7 +5,7 @@ import pytest
 from test_retrieval import CLASSES, ORACLE
 
 from medvlp_jax.config import UserError
-from medvlp_jax.evaluation import retrieval_legacy
+from medvlp_jax.evaluation import retrieval, retrieval_legacy
 
 
 def unit(x):
@@ -71,6 +71,7 @@ def test_class_metrics_are_the_loops_over_every_report(corpus):
             assert entry["value"] == pytest.approx(loops(queries, gallery, y, y, k, letter))
             assert entry["n"] == 37
         assert found[f"retrieval/{task} (benchx)/protocol"]["gallery"] == 40  # copies too
+        assert found[f"retrieval/{task} (benchx)/protocol"][retrieval.UNKNOWN] == 3
         one = f"retrieval/{task} (benchx)"
         assert found[f"{one}/H@1"]["value"] == found[f"{one}/P@1"]["value"]
     found = retrieval_legacy.run(image, text, ids, flavour="gloria", **options)
@@ -107,6 +108,7 @@ def test_pair_recall_counts_a_hit_on_any_copy(corpus):
         assert found[f"{key}/R@{k}"]["value"] == pytest.approx((ranks <= k).mean())
     assert found[f"{key}/mean_rank"]["value"] == pytest.approx(ranks.mean())
     assert found[f"{key}/protocol"]["gallery"] == len(distinct) < 40
+    assert retrieval.UNKNOWN not in found[f"{key}/protocol"]  # no class counts here
     assert found[f"{key}/R@1"]["protocol"] == "retrieval@cxrclip-v1"
 
 
