@@ -215,6 +215,8 @@ class Evaluator(Embedder):
         task = self.settings["class_task"] or next(iter(self.source.tasks), "")
         options |= {"labels": found.get(f"label/{task}"), "class_task": task}
         options["groups"] = found["patient_id"]
+        told = self.parts.config["data"]["texts"]
+        options["reads"] = {"sections": sorted(self.parts.recipe.spaces), "texts": told}
         if flavour != flavours.CLEAN:
             options["flavour"] = flavour
             return retrieval_legacy.run(image, text, self.text_ids(found), **options)

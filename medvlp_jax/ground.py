@@ -24,6 +24,7 @@ MAP = {"interpolation": "bilinear", "smoothing": 0.0}
 SETTINGS = {**MAP, **grounding.Variant()._asdict()}
 PICTURE = "grounding.png"
 SHOWN = 6  # phrases in the picture
+FRAME = ("size", "crop", "fit", "crop_black_border")  # of config.data: which pixels are counted
 COSINE = "cosine"  # the map that is compared with thresholds as it is; others by their largest
 
 
@@ -87,13 +88,14 @@ class Grounder:
           **bootstrap: resamples, seed, level.
         """
         pairs = grounding.shuffled(self.pairs) if shuffle else self.pairs
-        found: Results = {}
+        data, found = self.parts.config["data"], {}
+        settings = {**self.how, **{name: data[name] for name in FRAME}}
         for name, (patches, phrases) in self.encode(variables, pairs, mask=mask).items():
             see = functools.partial(self.map_of, name, patches, phrases)
             score = lambda pair, see=see: grounding.score(
                 see(pair), self.region(pair), self.variant
             )
-            options = {"settings": self.how, "variant": self.variant, **bootstrap}
+            options = {"settings": settings, "variant": self.variant, **bootstrap}
             found |= grounding.run(pairs, [score(pair) for pair in pairs], task=name, **options)
         return found
 

@@ -39,6 +39,13 @@ def test_every_phrase_is_scored_and_so_are_wrong_ones(evaluator):
     assert kinds <= {*evaluator[0].source.tasks["finding"]}
 
 
+def test_the_pixels_that_are_counted_are_in_the_hash(evaluator):
+    one, variables = evaluator
+    entry = one.grounder.results(variables, resamples=0)["grounding/cosine/protocol"]
+    said = {name: entry["settings"][name] for name in ("size", "crop", "fit")}
+    assert said == {name: one.parts.config["data"][name] for name in said}
+
+
 def test_a_map_is_the_cosine_of_patches_and_phrase(evaluator):
     grounder, variables = evaluator[0].grounder, evaluator[1]
     parts = evaluator[0].parts
@@ -218,7 +225,9 @@ def test_reports_that_are_spelt_alike_are_one_entry_of_the_gallery(evaluator, mo
     found["report_valid"] = np.ones(4, bool)
     for flavour, mark in (("clean", ""), ("cxrclip", " (cxrclip)")):
         numbers = other._retrieval({}, found, mask=None, flavour=flavour, resamples=0)
-        assert numbers[f"retrieval/image_to_text{mark}/protocol"]["gallery"] == 3
+        entry = numbers[f"retrieval/image_to_text{mark}/protocol"]
+        assert entry["gallery"] == 3
+        assert (entry["settings"]["sections"], entry["settings"]["texts"]) == (["report"], "")
 
 
 def test_a_split_without_boxes_is_refused(evaluator):

@@ -19,7 +19,7 @@ from sklearn.preprocessing import StandardScaler
 from medvlp_jax.config import UserError
 from medvlp_jax.evaluation import classify, metrics, statistics
 from medvlp_jax.evaluation.features import check_finite
-from medvlp_jax.evaluation.results import Results, assemble, task_name
+from medvlp_jax.evaluation.results import Results, assemble, stamped, task_name
 
 PROTOCOL = "probe@clean-v1"
 # Inverse L2 strengths, our choice: a path in which each fit starts from the one before.
@@ -244,7 +244,8 @@ def run(
     )
     score = classify.multi_label_scores if multi_label else classify.single_label_scores
     scored = score(test_labels, scores, classes, groups=test_groups, seed=seed, **bootstrap)
-    settings = {"classes": list(classes), "fraction": fraction, "strengths": STRENGTHS, **bootstrap}
+    settings = {"classes": list(classes), "multi_label": multi_label, "fraction": fraction}
+    settings |= {"strengths": STRENGTHS, **bootstrap}
     settings |= {"probe_limit": probe_limit} if probe_limit else {}
     name = task_name(task, fraction)
     notes = scored.notes | named(fitted, classes)
@@ -285,12 +286,18 @@ def curve(
 
 
 def _mean_of(draws: Sequence[Results]) -> Results:
-    """Return the mean of every number all draws have; the spread is not an interval."""
+    """Return the mean of every number all draws have; the spread is not an interval.
+
+    Of how many draws it is the mean is a setting that its hash covers.
+    """
     means: Results = {}
+    settings = next(entry["settings"] for entry in draws[0].values() if "settings" in entry)
+    settings = {**settings, "draws": len(draws)}
+    stamp = stamped(PROTOCOL, settings)
     for key, first in draws[0].items():
         if "value" not in first:
-            kept = ("protocol", "hash", "settings", "skipped", "undefined")  # of the test rows
-            means[key] = {k: first[k] for k in kept if k in first}
+            kept = {k: first[k] for k in ("skipped", "undefined") if k in first}  # of the test rows
+            means[key] = {**stamp, "settings": settings, **kept}
             each = {name: [d[key][name] for d in draws] for name in ("train_rows", "not_fitted")}
             means[key] |= {"draws": len(draws), **each}
             continue
@@ -299,5 +306,5 @@ def _mean_of(draws: Sequence[Results]) -> Results:
             continue
         sd = float(np.std(values, ddof=1)) if len(values) > 1 else None
         spread = {"value": float(np.mean(values)), "low": None, "high": None}
-        means[key] = {**first, **spread, "sd": sd, "draws": values}
+        means[key] = {**first, **stamp, **spread, "sd": sd, "draws": values}
     return means

@@ -69,12 +69,17 @@ def assemble(
       notes: what the reader must know (patients, skipped classes, rows left out).
     """
     settings = {"interval": statistics.METHOD, **settings}
-    text = json.dumps(_plain({"protocol": protocol, **settings}), sort_keys=True)
-    stamp = {"protocol": protocol, "hash": hashlib.sha256(text.encode()).hexdigest()[:8]}
+    stamp = stamped(protocol, settings)
     prefix = f"{protocol.split('@')[0]}/{task}"
     entries = {f"{prefix}/{name}": {**entry, **stamp} for name, entry in numbers.items()}
     entries[f"{prefix}/protocol"] = {**stamp, "settings": settings, **notes}
     return _plain(entries)
+
+
+def stamped(protocol: str, settings: Mapping) -> dict[str, str]:
+    """Return the protocol's id and the hash of what decides comparability, as entries hold them."""
+    text = json.dumps(_plain({"protocol": protocol, **settings}), sort_keys=True)
+    return {"protocol": protocol, "hash": hashlib.sha256(text.encode()).hexdigest()[:8]}
 
 
 def task_name(name: str, fraction: float) -> str:

@@ -13,8 +13,8 @@ over queries and never held as a whole.
 Axis letters: N pairs, Q queries, G gallery entries, E joint width, q a tile of queries.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.special import gammaln
@@ -261,6 +261,7 @@ def run(
     groups=None,
     ks=(1, 5, 10),
     tile=256,
+    reads: Mapping[str, Any] | None = None,
     **bootstrap,
 ) -> Results:
     """Retrieve texts by images and images by texts.
@@ -278,6 +279,7 @@ def run(
       groups: [N] patient of each row.
       ks: the K; those above the gallery size are dropped.
       tile: queries scored at a time; memory is about 40 tile G bytes.
+      reads: which texts they are, such as the sections; settings that the hash covers.
       **bootstrap: resamples (2,000), seed, level.
 
     Raises:
@@ -287,6 +289,7 @@ def run(
     image, text, text_ids, labels, groups = with_text(image, text, text_ids, labels, groups)
     images, texts = sides(image, text, text_ids, labels=labels, groups=groups)
     settings = {"ks": list(ks), "ties": "expected", "decimals": DECIMALS, **bootstrap}
+    settings |= reads or {}
     settings |= {"class_task": class_task, "unknown": "left out"} if labels is not None else {}
     results: Results = {}
     for task, query, gallery in (

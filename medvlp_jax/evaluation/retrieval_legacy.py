@@ -20,8 +20,8 @@ text to image the standardisation is over the texts. The matrix is made in tiles
 Axis letters: Q queries, G gallery entries, E joint width, q a tile of queries.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -137,6 +137,7 @@ def run(
     class_task="",
     groups=None,
     tile=256,
+    reads: Mapping[str, Any] | None = None,
     **bootstrap,
 ) -> Results:
     """Retrieve texts by images and images by texts as a published protocol does.
@@ -151,6 +152,7 @@ def run(
       class_task: whose labels they are; a setting that the hash covers, where classes count.
       groups: [N] patient of each row.
       tile: queries scored at a time.
+      reads: which texts they are, such as the sections; settings that the hash covers.
       **bootstrap: resamples (2,000), seed, level; by patients, as for the clean flavour.
 
     Returns:
@@ -168,7 +170,7 @@ def run(
     if not spec.distinct:
         text_ids = np.arange(len(text))
     images, texts = retrieval.sides(image, text, text_ids, labels=labels, groups=groups)
-    settings = {**spec._asdict(), "ties": "stable", **bootstrap}
+    settings = {**spec._asdict(), "ties": "stable", **bootstrap, **(reads or {})}
     counts_classes = spec.metrics != "R"
     settings |= {"class_task": class_task, "unknown": "left out"} if counts_classes else {}
     results: Results = {}

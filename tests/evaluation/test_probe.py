@@ -187,3 +187,24 @@ def test_a_limit_of_the_training_rows_is_in_the_hash():
     all_rows, limited = (run["probe/finding/protocol"] for run in runs)
     assert limited["settings"]["probe_limit"] == 40
     assert all_rows["hash"] != limited["hash"]
+
+
+def test_one_class_a_row_or_several_and_the_number_of_draws_are_in_the_hash():
+    rng = np.random.default_rng(0)
+    x, _, groups = make(60, rng)
+    y = np.eye(2, dtype=np.int8)[(x[:, 0] > 0).astype(int)]
+    options = {"classes": ("a", "b"), "task": "t", "train_groups": groups, "resamples": 0}
+    run = lambda **more: probe.curve(x, y, x, y, fractions=(0.5,), **options, **more)
+    found = [
+        run(multi_label=multi_label, draws=draws)
+        for multi_label, draws in ((False, 1), (True, 1), (False, 2))
+    ]
+    entries = [results["probe/t_50%/protocol"] for results in found]
+    assert [entry["settings"]["draws"] for entry in entries] == [1, 1, 2]
+    assert [entry["settings"]["multi_label"] for entry in entries] == [False, True, False]
+    assert len({entry["hash"] for entry in entries}) == 3
+    for results, entry in zip(found, entries, strict=True):
+        assert results["probe/t_50%/macro_auroc"]["hash"] == entry["hash"]
+    # A single draw is the same number, however many were drawn beside it.
+    one, two = (results["probe/t_50% (draw 0)/macro_auroc"] for results in found[::2])
+    assert one == two

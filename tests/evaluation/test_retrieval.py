@@ -368,3 +368,14 @@ def test_the_task_whose_classes_count_is_in_the_hash(corpus):
     assert organ["settings"]["class_task"] == "organ"
     assert organ["hash"] != plane["hash"]
     assert run()["hash"] == run(class_task="organ")["hash"]  # without labels no class counts
+
+
+def test_the_sections_that_are_read_are_in_the_hash(corpus):
+    image, text, ids, *_ = corpus
+    runs = [
+        retrieval.run(image, text, ids, reads={"sections": sections, "texts": ""}, resamples=0)
+        for sections in (["findings", "impression"], ["impression"])
+    ]
+    both, one = (run["retrieval/text_to_image/protocol"] for run in runs)
+    assert one["settings"]["sections"] == ["impression"]
+    assert both["hash"] != one["hash"]
