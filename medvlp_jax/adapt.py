@@ -186,6 +186,7 @@ class Job:
         self.test, self.test_split = regions.Prepared(test, rows, task.prepare), test.split
         ids = [(record["image_id"], record["patient_id"]) for record in map(test.__getitem__, rows)]
         self.seen = provenance.rows(*zip(*ids, strict=True))
+        self.seen |= task.annotations(map(test.__getitem__, rows))
         self.predict = make_embed(self.recipe, self.mesh, "predict")
         self.encode = make_embed(self.recipe, self.mesh)
         self.is_drawn = False

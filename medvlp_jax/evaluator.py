@@ -97,7 +97,8 @@ class Evaluator(Embedder):
         if keep:
             self._kept = given, found
         if found is not None and source is None:
-            self._seen = provenance.rows(found["image_id"], found["patient_id"])
+            labels = {key[6:]: of for key, of in found.items() if key.startswith("label/")}
+            self._seen = provenance.rows(found["image_id"], found["patient_id"], labels)
         results: Results = {}
         for name in names:
             results |= self._one(name)(variables, found, **options)
@@ -125,6 +126,8 @@ class Evaluator(Embedder):
                 *([r[key] for r in records] for key in ("image_id", "patient_id"))
             )
         where = {"corpus": self.corpus, "split": self.settings["split"], **seen}
+        if "grounding" in self.settings["protocols"]:
+            where["boxes"] = provenance.boxes(self.source[row] for row in self.grounder.rows)
         return provenance.of(
             self.parts.config if config is None else config,
             code=self._code,

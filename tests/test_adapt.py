@@ -37,7 +37,9 @@ def command(given, task, out, *more):
 
 def run(given, task, out, *more):
     adapt.main(command(given, task, out, *more))
-    assert results.read(out).provenance["rows"]["split"] == "test"
+    rows = results.read(out).provenance["rows"]
+    assert rows["split"] == "test"
+    assert {"finetune": "labels", "detect": "boxes"}.get(task, "hash") in rows
     found = results.read(out).numbers
     assert min(Image.open(out / f"{task}.png").size) > 300
     assert not [path for path in out.iterdir() if path.name.startswith(".")]
@@ -133,6 +135,18 @@ def test_leaving_images_without_a_box_out_is_in_the_settings_that_are_hashed():
 
     # Without the flag the hash is the one of before.
     assert settings("--annotated-only") == {**settings(), "annotated_only": True}
+
+
+def test_the_labels_and_boxes_that_are_scored_are_in_the_provenance(given):
+    opened = {"data_dir": given / "data", "builder_config": "tiny"}
+    source = corpora.open_source("cxr_phantom", "train", **opened)
+    records = [source[row] for row in range(12)]
+    ids = [[record[key] for record in records] for key in ("image_id", "patient_id")]
+    of = lambda task: adapt.tasks.TASKS[task](source, regions.Frame(32)).annotations(records)
+    labels = {"finding": [record["labels"]["finding"] for record in records]}
+    assert of("finetune") == {"labels": provenance.rows(*ids, labels)["labels"]}
+    assert of("detect") == {"boxes": provenance.boxes(records)}
+    assert of("segment") == {}
 
 
 def test_a_split_with_nothing_to_find_is_one_sentence_and_leaves_nothing(

@@ -46,6 +46,22 @@ def test_the_pixels_that_are_counted_are_in_the_hash(evaluator):
     assert said == {name: one.parts.config["data"][name] for name in said}
 
 
+def test_the_boxes_are_in_the_provenance_and_labels_where_they_are_read(evaluator, monkeypatch):
+    one, variables = evaluator
+    rows = one.provenance(variables)["rows"]
+    assert len(rows["boxes"]) == 16
+    assert "labels" not in rows
+    settings = {**one.settings, "protocols": ("retrieval",), "controls": ()}
+    other = Evaluator(one.parts, settings)
+    found = {"image_id": np.arange(3), "patient_id": np.arange(3), "label/finding": np.eye(3)}
+    monkeypatch.setattr(other, "features", lambda *_, **__: found)
+    monkeypatch.setattr(other, "_retrieval", lambda *_, **__: {})
+    other.run(variables)
+    rows = other.provenance(variables)["rows"]
+    assert rows["labels"].keys() == {"finding"}
+    assert "boxes" not in rows
+
+
 def test_a_map_is_the_cosine_of_patches_and_phrase(evaluator):
     grounder, variables = evaluator[0].grounder, evaluator[1]
     parts = evaluator[0].parts

@@ -2,8 +2,9 @@
 
 Numbers with different protocol hashes answer different questions. They never share a column: each
 hash has its own, and a note names the settings that differ. Another note says where runs were
-evaluated on other rows, which no hash of settings shows. A published flavour, studies instead of
-images, and one draw of several have columns of their own, too.
+evaluated on other rows, or with other labels of the same, which no hash of settings shows. A
+published flavour, studies instead of images, and one draw of several have columns of their own,
+too.
 """
 
 import fnmatch
@@ -100,7 +101,7 @@ def compare(runs: Mapping[str, Written], patterns: Sequence[str] = ()) -> Table:
     # A task's columns side by side, the hashes of one number next to each other.
     order = {name: i for i, name in enumerate(dict.fromkeys(c[:2] for _, c in cells))}
     columns = sorted(dict.fromkeys(c for _, c in cells), key=lambda c: order[c[:2]])
-    notes = _other_settings(runs, columns) + _other_rows(runs)
+    notes = _other_settings(runs, columns) + _other_rows(runs) + _other_labels(runs)
     return Table(rows, columns, cells, notes)
 
 
@@ -173,12 +174,36 @@ def rows_of(run: str, written: Written) -> Mapping[str, Any]:
       UserError: if what is recorded is no such object.
     """
     rows = written.provenance.get("rows", {})
-    if not isinstance(rows, Mapping) or not isinstance(rows.get("hash", ""), str):
+    if not isinstance(rows, Mapping) or not _are_hashes(rows):
         raise UserError(
             f"The results of {run} are damaged: their provenance.rows is {rows!r}; an object with "
             f"{', '.join(ROWS)} is needed."
         )
     return rows
+
+
+def _are_hashes(rows: Mapping) -> bool:
+    labels = rows.get("labels", {})
+    if not isinstance(labels, Mapping):
+        return False
+    hashes = rows.get("hash", ""), rows.get("boxes", ""), *labels.values()
+    return all(isinstance(one, str) for one in hashes)
+
+
+def _other_labels(runs: Mapping[str, Written]) -> list[str]:
+    """Name labels and boxes in which runs on the same rows differ; of some it is not known."""
+    seen: dict[tuple[str, str], dict[str, str]] = {}
+    for run, written in runs.items():
+        rows = rows_of(run, written)
+        said = {f"labels of {task}": one for task, one in rows.get("labels", {}).items()}
+        said |= {"boxes": rows["boxes"]} if "boxes" in rows else {}
+        for what, one in said.items():
+            seen.setdefault((rows.get("hash", ""), what), {})[run] = one
+    return [
+        f"The {what} are not the same in {', '.join(of)}, though the rows are."
+        for (_, what), of in seen.items()
+        if len({*of.values()}) > 1
+    ]
 
 
 def _other_rows(runs: Mapping[str, Written]) -> list[str]:

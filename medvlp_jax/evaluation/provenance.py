@@ -4,18 +4,20 @@
      "code": {"version": "0.1.0 (8f3c0d1e2a4b)", "commit": "8c3f39c...", "dirty": false},
      "config": "5f0c...", "evals": {...}, "seeds": {"run": 0, "bootstrap": 0, ...},
      "rows": {"corpus": "cxr_phantom:demo", "split": "test", "rows": 486, "patients": 265,
-              "hash": "91ab..."},
+              "hash": "91ab...", "labels": {"finding": "07fe..."}, "boxes": "55d0..."},
      "weights": "c0ff...", "libraries": {"jax": "0.10.2", ...}, "devices": "8 x cpu"}
 
-Hashes are the first 16 hexadecimal digits of SHA-256. Nothing here tells who a patient is: ids are
-in the hash alone.
+Hashes are the first 16 hexadecimal digits of SHA-256. That of the rows is of who they are, those of
+labels and boxes also of what is said of them; files from before these were kept, and protocols that
+read none, do not have them: then it is not known whether they are the same. Nothing here tells who
+a patient is: ids are in the hash alone.
 """
 
 import datetime
 import hashlib
 import pathlib
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -63,17 +65,44 @@ def config_hash(config: Mapping[str, Any]) -> str:
     return hashlib.sha256(configs.to_json(config).encode()).hexdigest()[:DIGITS]
 
 
-def rows(images: Iterable[str], patients: Iterable[str]) -> dict[str, Any]:
-    """Return how many rows and patients, and a hash of who they are, in whatever order.
+def rows(
+    images: Sequence[str], patients: Sequence[str], labels: Mapping[str, Iterable] | None = None
+) -> dict[str, Any]:
+    """Return how many rows and patients, and hashes of who they are, in whatever order.
 
     Args:
       images: [N] image ids.
       patients: [N] patient ids.
+      labels: of each task that is read, [N, C] int8.
+
+    Returns:
+      "rows", "patients", "hash", and with labels "labels": {task: hash of the rows with theirs}.
     """
-    pairs = sorted(zip(map(str, patients), map(str, images), strict=True))
-    digest = hashlib.sha256("\n".join("\0".join(pair) for pair in pairs).encode())
-    count = len({patient for patient, _ in pairs})
-    return {"rows": len(pairs), "patients": count, "hash": digest.hexdigest()[:DIGITS]}
+    found = {"rows": len(images), "patients": len({*map(str, patients)})}
+    found["hash"] = _digest(patients, images)
+    vectors = {
+        task: [np.asarray(row).tolist() for row in of] for task, of in (labels or {}).items()
+    }
+    said = {task: _digest(patients, images, of) for task, of in vectors.items()}
+    return found | ({"labels": said} if said else {})
+
+
+def boxes(records: Iterable[Mapping]) -> str:
+    """Return a hash of the boxes of records, with their phrases and categories, in any order."""
+    drawn = []
+    for record in records:
+        own = record["boxes"]
+        phrases = own["phrase"]
+        kinds = own.get("category") or [""] * len(phrases)
+        for phrase, kind, box in zip(phrases, kinds, own["bbox"].tolist(), strict=True):
+            drawn.append((record["patient_id"], record["image_id"], phrase, kind, box))
+    return _digest(*zip(*drawn, strict=True))
+
+
+def _digest(*columns: Iterable) -> str:
+    """Return the hash of rows, given by their columns, in whatever order."""
+    lines = sorted(zip(*(map(str, column) for column in columns), strict=True))
+    return hashlib.sha256("\n".join(map("\0".join, lines)).encode()).hexdigest()[:DIGITS]
 
 
 def weights_hash(variables: Mapping) -> str:

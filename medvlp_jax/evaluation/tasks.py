@@ -7,7 +7,7 @@ Axis letters: S side of the image, C classes, K regions, M boxes an image has at
 """
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import scipy.special
 from medvlp_jax.config import UserError, nearest
 from medvlp_jax.data import regions, transforms
 from medvlp_jax.data.corpora import Source
-from medvlp_jax.evaluation import detection, finetuning, overlays, segmentation, yolo
+from medvlp_jax.evaluation import detection, finetuning, overlays, provenance, segmentation, yolo
 from medvlp_jax.evaluation.results import Results
 
 MOST_BOXES = 64  # of an image; more are no radiograph's
@@ -46,6 +46,14 @@ class Task:
     def has_target(self, record: Mapping) -> bool:
         """Say whether a record can be learnt from and scored."""
         raise NotImplementedError
+
+    def annotations(self, records: Iterable[Mapping]) -> dict[str, Any]:
+        """Return what the provenance says of the labels of records beside who they are.
+
+        Nothing of masks, which would have to be decoded once more.
+        """
+        del records
+        return {}
 
     def prepare(self, record: Mapping) -> regions.Example:
         """Return the example of a record: what stays the same each time it is seen."""
@@ -118,6 +126,12 @@ class Finetune(Task):
     def target(self, record):
         """The label vector [C]."""
         return {f"label/{self.task}": np.asarray(record["labels"][self.task], np.int8)}
+
+    def annotations(self, records):
+        """The labels of the task."""
+        rows = [(r["image_id"], r["patient_id"], r["labels"][self.task]) for r in records]
+        images, patients, labels = zip(*rows, strict=True)
+        return {"labels": provenance.rows(images, patients, {self.task: labels})["labels"]}
 
     def value(self, found):
         """Macro AUROC."""
@@ -236,6 +250,10 @@ class Detect(Task):
         """Return the category of each box of a record."""
         boxes = record["boxes"]
         return boxes.get("category") or [self.category(phrase) for phrase in boxes["phrase"]]
+
+    def annotations(self, records):
+        """All boxes, of whatever category."""
+        return {"boxes": provenance.boxes(records)}
 
     def has_target(self, record):
         """It has a box, where only such images count."""

@@ -23,7 +23,7 @@ from medvlp_jax.evaluation import (
 )
 
 
-def write(folder, value, *, resamples=2000, rows="r1"):
+def write(folder, value, *, resamples=2000, rows="r1", **labels):
     """A run with one zero-shot task of two classes, and its untrained control."""
     folder.mkdir(parents=True)
     found = {}
@@ -37,6 +37,7 @@ def write(folder, value, *, resamples=2000, rows="r1"):
             "zero_shot@clean-v1", name, numbers, settings=settings, notes={"patients": 7}
         )
     where = {"corpus": "made", "split": "test", "rows": 40, "patients": 7, "hash": rows}
+    where |= labels
     results.write_results(found, folder, {"rows": where})
     return folder
 
@@ -125,6 +126,22 @@ def test_other_rows_are_said(runs, tmp_path):
     other = write(tmp_path / "c", 0.9, rows="r2")
     (note,) = comparison.compare(read(*runs, other)).notes
     assert note.startswith("Not all were measured on the same rows. a: 40 rows of 7 patients")
+
+
+def test_other_labels_of_the_same_rows_are_said(runs, tmp_path):
+    folders = [
+        write(tmp_path / name, 0.9, labels={"organ": organ, "plane": "p"}, boxes=boxes)
+        for name, organ, boxes in (("c", "o1", "b"), ("d", "o2", "b"), ("e", "o1", "b2"))
+    ]
+    notes = comparison.compare(read(*runs, *folders)).notes  # of the first two it is not known
+    assert notes == [
+        "The labels of organ are not the same in c, d, e, though the rows are.",
+        "The boxes are not the same in c, d, e, though the rows are.",
+    ]
+    assert comparison.compare(read(*runs, folders[0])).notes == []
+    moved = write(tmp_path / "f", 0.9, rows="r2", labels={"organ": "o2"})
+    (note,) = comparison.compare(read(folders[0], moved)).notes
+    assert note.startswith("Not all were measured on the same rows")
 
 
 def test_patterns_choose_numbers_and_one_that_fits_none_is_refused(runs):
@@ -216,6 +233,8 @@ def test_what_is_no_results_file_is_refused_by_name(tmp_path, content, message):
         (None, {}, "of a are damaged: their provenance.rows is None; an object with"),
         (5, {}, "provenance.rows is 5"),
         ({"hash": []}, {}, "provenance.rows is {'hash': "),
+        ({"labels": "o1"}, {}, "provenance.rows is {'labels': 'o1'}"),
+        ({"labels": {"organ": []}}, {}, "provenance.rows is {'labels': {'organ': "),
         ({}, 5, "of a are damaged: the settings of 'zero_shot/organ/protocol' are 5;"),
     ],
 )

@@ -20,6 +20,32 @@ def test_rows_are_counted_and_hashed_in_any_order_and_no_id_is_written():
     assert "anna" not in json.dumps(found)
 
 
+def test_labels_and_boxes_have_hashes_of_their_own_beside_that_of_the_rows():
+    images, patients = ["a1", "a2", "b1"], ["anna", "anna", "bert"]
+    labels = np.array([[1, 0], [0, 0], [0, -1]], np.int8)
+    plain = provenance.rows(images, patients)
+    assert plain["hash"] == "ca0d6add2309331c"  # as in files from before labels were hashed
+    found = provenance.rows(images, patients, {"finding": labels})
+    assert {key: found[key] for key in plain} == plain
+    assert found == provenance.rows(images[::-1], patients[::-1], {"finding": labels[::-1]})
+    again = provenance.rows(images, patients, {"finding": labels.copy() * [1, 0]})
+    assert again["hash"] == found["hash"]
+    assert again["labels"]["finding"] != found["labels"]["finding"]
+
+    places = np.random.default_rng(0).random((3, 1, 4))
+    records = [
+        {"image_id": image, "patient_id": patient, "boxes": {"bbox": bbox, "phrase": ["left lung"]}}
+        for image, patient, bbox in zip(images, patients, places, strict=True)
+    ]
+    drawn = provenance.boxes(records)
+    assert drawn == provenance.boxes(records[::-1]) != provenance.boxes(records[:2])
+    records[0]["boxes"]["category"] = ["lung"]
+    assert drawn != (named := provenance.boxes(records))
+    records[0]["boxes"]["bbox"][0, 0] += 0.1
+    assert named != provenance.boxes(records)
+    assert provenance.boxes([]) != drawn
+
+
 def test_a_config_read_from_json_has_the_hash_it_was_written_with():
     config = {"a": {"b": (1, 2)}, "c": 0.1}
     again = json.loads(json.dumps(config))
