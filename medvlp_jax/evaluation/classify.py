@@ -184,10 +184,27 @@ def class_index(labels) -> np.ndarray:
     return np.where(positive.any(1), positive.argmax(1), -1)
 
 
+def answers(scores) -> np.ndarray:
+    """Return which share of a row's answer each class is [N, C].
+
+    1 for the highest score. Classes that tie for it share the row, as drawing one of them would on
+    average: always the first would make the accuracy of a model that tells nothing depend on the
+    order of classes.
+
+    Args:
+      scores: [N, C].
+    """
+    scores = np.asarray(scores)
+    best = scores == scores.max(1, keepdims=True)
+    return best / best.sum(1, keepdims=True)
+
+
 def single_label_scores(
     labels, scores, classes, *, groups=None, positive="", **bootstrap
 ) -> Scored:
     """Argmax decisions (accuracy, balanced accuracy, F1, MCC, ...) and one-vs-rest ranking.
+
+    Classes that tie for the highest score share the row, see `answers`.
 
     `hard_auprc` is the average precision of the decisions taken as scores of 0 and 1, as CFCML's
     released code reports it: recall * precision + (1 - recall) * prevalence.
@@ -241,16 +258,16 @@ def single_label_scores(
 def _decisions(truth, scores, classes, share, positive):
     """Return the statistic behind single-label numbers, and chance by metric in the same order."""
     num_classes, present = len(classes), share > 0
-    predictions = scores.argmax(1)
+    predictions = answers(scores)
     # Worth many points and transductive (it looks at the whole test set): a row of its own.
-    standard = scoring.standardised(scores)
+    standard = answers(scoring.standardised(scores))
     one_hot = (truth[:, None] == np.arange(num_classes)).astype(np.int8)[:, present]
     rankable = _has_both(one_hot)
     focus = np.array([name == positive for name in classes]) if positive else present
 
     def statistic(weights):
         table = metrics.confusion(truth, predictions, num_classes, weights)  # [R, C, C]
-        z_table = metrics.confusion(truth, standard.argmax(1), num_classes, weights)
+        z_table = metrics.confusion(truth, standard, num_classes, weights)
         recall = metrics.recall(table)
         sensitivity = recall[:, focus].mean(-1)
         specificity = metrics.specificity(table)[:, focus].mean(-1)
@@ -259,8 +276,8 @@ def _decisions(truth, scores, classes, share, positive):
             per_class = ranking(one_hot[:, rankable], scores[:, present][:, rankable], weights)
             order = per_class.mean(-1).T
         f1 = metrics.f1(table)
-        rows, answers = table.sum(-1), table.sum(-2)  # [R, C]
-        precision = np.diagonal(table, axis1=-2, axis2=-1) / np.where(answers > 0, answers, 1)
+        rows, called = table.sum(-1), table.sum(-2)  # [R, C]
+        precision = np.diagonal(table, axis1=-2, axis2=-1) / np.where(called > 0, called, 1)
         prevalence = rows / rows.sum(-1, keepdims=True)
         hard = recall * precision + (1 - recall) * prevalence
         # a plain mean, so that a resample that lost a class is NaN and is drawn again

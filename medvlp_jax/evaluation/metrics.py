@@ -92,18 +92,23 @@ def confusion(labels, predictions, num_classes: int, weights=None):
 
     Args:
       labels: [N] integers in [0, num_classes).
-      predictions: [N], the same range.
+      predictions: [N], the same range; or [N, C], which share of a row each class is the answer of.
       num_classes: C.
       weights: [..., N], or None for ones.
 
     Returns:
       [..., C, C] float64; every metric below takes this.
     """
-    cell = np.asarray(labels, np.int64) * num_classes + np.asarray(predictions, np.int64)
-    n, cells = len(cell), num_classes**2
+    labels, predictions = np.asarray(labels, np.int64), np.asarray(predictions)
+    n, cells = len(labels), num_classes**2
     weights = np.ones(n) if weights is None else np.asarray(weights, np.float64)
-    indicator = sparse.csr_array((np.ones(n), (np.arange(n), cell)), shape=(n, cells))
-    counts = weights.reshape(-1, n) @ indicator  # one non-zero a row: R N work, not R N C^2
+    rows, answers, shares = np.arange(n), predictions, np.ones(n)
+    if predictions.ndim == 2:
+        rows, answers = predictions.nonzero()
+        shares = predictions[rows, answers]
+    cell = labels[rows] * num_classes + answers.astype(np.int64)
+    indicator = sparse.csr_array((shares, (rows, cell)), shape=(n, cells))
+    counts = weights.reshape(-1, n) @ indicator  # hardly more than one non-zero a row: R N work
     return counts.reshape(*weights.shape[:-1], num_classes, num_classes)
 
 

@@ -106,7 +106,7 @@ def value(metric: str, case: Predictions, weights: np.ndarray) -> np.ndarray:
             return np.full(len(weights), np.nan)
         one_hot = (case.truth[:, None] == np.flatnonzero(present)).astype(np.int8)
         return classify.ranking(one_hot, case.chances[:, present], weights)[:, 0].mean(-1)
-    table = metrics.confusion(case.truth, case.chances.argmax(1), classes, weights)
+    table = metrics.confusion(case.truth, classify.answers(case.chances), classes, weights)
     if metric == "accuracy":
         return metrics.accuracy(table)
     of_class = {"macro_f1": metrics.f1, "balanced_accuracy": metrics.recall}[metric]

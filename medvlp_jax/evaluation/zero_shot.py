@@ -218,7 +218,8 @@ def _by_batch(labels, values, batch_size: int) -> dict[str, Any]:
     Batches without a known class are left out.
     """
     truth = classify.class_index(labels)
-    right = np.where(truth >= 0, values.argmax(1) == truth, np.nan)
+    shares = classify.answers(values)[np.arange(len(truth)), truth]
+    right = np.where(truth >= 0, shares, np.nan)
     size = batch_size or len(right)
     batches = [right[s : s + size] for s in range(0, len(right), size)]
     means = [np.nanmean(batch) for batch in batches if np.isfinite(batch).any()]

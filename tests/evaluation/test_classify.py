@@ -1,5 +1,6 @@
 """Folds that lack classes: a clear outcome, by name."""
 
+import itertools
 import json
 
 import numpy as np
@@ -84,6 +85,28 @@ def test_a_constant_added_to_the_logits_of_a_row_changes_no_number():
     chances = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     expected = reference.roc_auc_score(truth, chances, multi_class="ovr")
     assert one["classify/d/macro_auroc"]["value"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0)])
+def test_a_constant_model_scores_the_chance_level_in_any_order_of_classes(order):
+    truth = np.array([order[i] for i in [0] * 8 + [1] + [2]])
+    found = run(truth, np.full((10, 3), 0.25))
+    for name in ("accuracy", "accuracy_zscore", "balanced_accuracy", "macro_f1", "weighted_f1"):
+        entry = found[f"classify/d/{name}"]
+        assert entry["value"] == pytest.approx(entry["chance"], rel=1e-12), name
+    for name in ("sensitivity", "specificity", "g_mean", "mcc", "hard_auprc", "recall/b", "f1/c"):
+        entry = found[f"classify/d/{name}"]
+        assert entry["value"] == pytest.approx(entry["chance"], rel=1e-12, abs=1e-12), name
+
+
+def test_rows_that_tie_score_the_mean_over_all_ways_to_break_the_ties():
+    scores = np.array([[1, 1, 0], [0, 2, 1], [3, 3, 3], [0, 1, 1], [5, 0, 0.0]])
+    truth = np.array([1, 1, 2, 0, 0])
+    ways = itertools.product((0, 1), (1,), (0, 1, 2), (1, 2), (0,))
+    expected = np.mean([reference.accuracy_score(truth, way) for way in ways])
+    labels = np.eye(3, dtype=np.int8)[truth]
+    found = classify.single_label_scores(labels, scores, CLASSES, resamples=0).numbers
+    assert found["accuracy"]["value"] == pytest.approx(expected, rel=1e-12)
 
 
 def test_views_are_part_of_what_makes_numbers_comparable():

@@ -1,5 +1,7 @@
 """Metrics against loops written from the definitions, scikit-learn, and a recomputed oracle."""
 
+import itertools
+
 import numpy as np
 import pytest
 from sklearn import metrics as sk
@@ -136,6 +138,20 @@ def test_weighted_confusion_equals_repeated_rows():
     np.testing.assert_array_equal(
         metrics.confusion(truth, guess, 3, weights[None])[0],
         metrics.confusion(truth[repeated], guess[repeated], 3),
+    )
+
+
+def test_a_row_may_be_shared_between_answers_as_drawing_one_of_them_would_on_average():
+    truth, weights = np.array([0, 1, 2, 1]), np.array([[1.0, 1, 1, 1], [2, 0, 3, 1]])
+    tied = [(0,), (0, 1), (0, 1, 2), (1, 2)]  # 1 * 2 * 3 * 2 ways to draw
+    shares = np.array([[(c in t) / len(t) for c in range(3)] for t in tied])
+    drawn = [metrics.confusion(truth, guess, 3, weights) for guess in itertools.product(*tied)]
+    found = metrics.confusion(truth, shares, 3, weights)
+    np.testing.assert_allclose(found, np.mean(drawn, axis=0), rtol=1e-12)
+    guess = np.array([2, 1, 0, 1])
+    np.testing.assert_array_equal(
+        metrics.confusion(truth, np.eye(3)[guess], 3, weights),
+        metrics.confusion(truth, guess, 3, weights),
     )
 
 

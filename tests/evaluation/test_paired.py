@@ -54,6 +54,15 @@ def test_a_value_is_that_of_scikit_learn_over_the_classes_present(tmp_path, metr
     assert found == pytest.approx(expected, abs=1e-12)
 
 
+def test_classes_that_tie_share_the_row_as_in_results(tmp_path):
+    file = tmp_path / "predictions.csv"
+    rows = ("i1,anna,a,0.5,0.5", "i2,bert,a,0.5,0.5", "i3,carl,b,0.1,0.9")
+    file.write_text("\n".join(["image_id,patient_id,truth,a,b", *rows]))
+    for metric, expected in (("accuracy", 2 / 3), ("balanced_accuracy", 3 / 4)):
+        found = paired.value(metric, paired.read(file), np.ones((1, 3)))
+        assert found == pytest.approx(expected, rel=1e-12), metric
+
+
 def test_a_difference_is_the_mean_over_runs_and_its_interval_holds_it(tmp_path):
     sides = [
         [write(tmp_path / f"{name}-{seed}/predictions.csv", seed, signal).parent for seed in (0, 1)]

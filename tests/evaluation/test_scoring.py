@@ -120,6 +120,17 @@ def test_benchx_averages_batches_of_unequal_size():
     assert found != pytest.approx(right.mean())
 
 
+def test_images_that_all_look_alike_are_answered_by_chance_in_every_batch():
+    same = np.tile(IMAGE[:1], (23, 1))
+    for names in ([0] * 20 + [1, 2, 2], [2] * 20 + [1, 0, 0]):
+        found = zero_shot.run(
+            *(same, np.eye(3, dtype=np.int8)[names], SINGLE),
+            **{"task": "t", "flavour": "benchx", "batch_size": 10, "resamples": 0},
+        )
+        for name in ("accuracy", "accuracy_by_batch"):
+            assert found[f"zero_shot/t (benchx)/{name}"]["value"] == pytest.approx(1 / 3), name
+
+
 def test_a_single_image_and_a_constant_class_stay_finite():
     for flavour in ("gloria", "benchx"):
         one = zero_shot.scores(IMAGE[:1], SINGLE, flavour=flavour)
