@@ -109,7 +109,7 @@ def multi_label_scores(labels, scores, classes, *, groups=None, **bootstrap) -> 
     """AUROC and AUPRC of each class and their macro averages.
 
     A class without a positive or without a negative is skipped and listed. Chance: 0.5 for AUROC,
-    the prevalence for AUPRC.
+    for AUPRC what random scores have on average (`metrics.expected_average_precision`).
 
     Args:
       labels: [N, C] int8, -1 = unknown; an unknown cell is left out of its class alone.
@@ -123,10 +123,10 @@ def multi_label_scores(labels, scores, classes, *, groups=None, **bootstrap) -> 
     names = [name for name, ok in zip(classes, usable, strict=True) if ok]
     y, s = labels[:, usable], scores[:, usable]
     known = y >= 0
-    prevalence = (y == 1).sum(0) / known.sum(0) if names else np.zeros(0)
+    positives, rows = (y == 1).sum(0), known.sum(0)
     notes = _notes(classes, usable, groups, len(labels)) | {
         "left_out": int((labels < 0).all(1).sum()),
-        "prevalence": dict(zip(names, prevalence, strict=True)),
+        "prevalence": dict(zip(names, positives / rows, strict=True)),
         "fewest_patients": dict(zip(names, fewest_patients(y, groups), strict=True)),
     }
     if not names:
@@ -139,14 +139,15 @@ def multi_label_scores(labels, scores, classes, *, groups=None, **bootstrap) -> 
 
     found = statistics.bootstrap(statistic, len(y), groups=groups, **bootstrap)
     entries = iter(zip(*found, strict=True))
-    chances = {"auroc": np.full(len(names), 0.5), "auprc": prevalence}
+    random = metrics.expected_average_precision(positives, rows)
+    chances = {"auroc": np.full(len(names), 0.5), "auprc": random}
     numbers, details = {}, {}
     for metric, chance in chances.items():
         total = int(known.any(1).sum())
         numbers[f"macro_{metric}"] = number(*next(entries), n=total, chance=chance.mean())
         for c, name in enumerate(names):
-            n = int(known[:, c].sum())
-            details[f"{metric}/{name}"] = number(*next(entries), n=n, chance=chance[c])
+            entry = number(*next(entries), n=int(rows[c]), chance=chance[c])
+            details[f"{metric}/{name}"] = entry
     return Scored(numbers | details, notes)
 
 
@@ -210,9 +211,11 @@ def single_label_scores(
     released code reports it: recall * precision + (1 - recall) * prevalence.
 
     Averages run over the classes that are present in the data. Chance is a uniform guess over all
-    C classes (for F1 its large-sample value); the prevalence control always answers the most
-    frequent class. Rows without a known class are left out and counted; what cannot be computed,
-    such as AUROC where all rows are of one class, is listed as undefined.
+    C classes (for F1 and `hard_auprc` its large-sample value; of the latter that is the prevalence,
+    which every constant answer has in any sample), and random scores for AUROC and AUPRC; the
+    prevalence control always answers the most frequent class. Rows without a known class are left
+    out and counted; what cannot be computed, such as AUROC where all rows are of one class, is
+    listed as undefined.
 
     Args:
       labels: [N, C] int8, one 1 a row; rows without a 1 are left out.
@@ -298,11 +301,19 @@ def _decisions(truth, scores, classes, share, positive):
         ]
         return np.stack(columns, axis=-1)
 
-    return statistic, _chances(classes, share, one_hot.mean(0)[rankable], focus)
+    random = metrics.expected_average_precision(one_hot.sum(0)[rankable], len(truth))
+    return statistic, _chances(classes, share, random, focus)
 
 
-def _chances(classes, share, rankable_share, focus) -> Mapping[str, float]:
-    """Chance by metric name for a uniform guess over C classes, in the order of the statistic."""
+def _chances(classes, share, random, focus) -> Mapping[str, float]:
+    """Chance by metric name, in the order of the statistic.
+
+    Args:
+      classes: C names.
+      share: of the rows [C].
+      random: AUPRC of random scores, of the classes that can be ranked.
+      focus: [C], the classes that sensitivity and the like are of.
+    """
     guess = 1 / len(classes)
     f1 = 2 * share * guess / (share + guess)
     names = [name for name, s in zip(classes, share, strict=True) if s > 0]
@@ -312,7 +323,7 @@ def _chances(classes, share, rankable_share, focus) -> Mapping[str, float]:
         "macro_f1": f1[share > 0].mean(),
         "weighted_f1": (f1 * share)[share > 0].sum(),
         "macro_auroc": 0.5,
-        "macro_auprc": rankable_share.mean() if len(rankable_share) else np.nan,
+        "macro_auprc": random.mean() if len(random) else np.nan,
         "hard_auprc": share[focus].mean(),
         "mcc": 0.0,
         "sensitivity": guess,

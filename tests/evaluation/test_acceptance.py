@@ -7,6 +7,7 @@ the real label tables run where MEDVLP_LABELS names a folder with them.
 
 import ast
 import pathlib
+from itertools import permutations
 
 import numpy as np
 import pytest
@@ -162,6 +163,10 @@ EQUAL = {
     "average_precision": (
         metrics.average_precision(BINARY, SCORES),
         sk.average_precision_score(BINARY, SCORES),
+    ),
+    "expected_average_precision": (
+        metrics.expected_average_precision(2, 5),
+        np.mean([sk.average_precision_score(np.arange(5) < 2, o) for o in permutations(range(5))]),
     ),
     "confusion": (TABLE, sk.confusion_matrix(TRUTH, GUESS)),
     "accuracy": (metrics.accuracy(TABLE), sk.accuracy_score(TRUTH, GUESS)),

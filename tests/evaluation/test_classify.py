@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from sklearn import metrics as reference
 
-from medvlp_jax.evaluation import classify, results
+from medvlp_jax.evaluation import classify, metrics, results
 
 CLASSES = ("a", "b", "c")
 
@@ -57,6 +57,13 @@ def test_weighted_f1_and_the_auprc_of_decisions_are_scikit_learns(positive):
     assert found["hard_auprc"]["chance"] == pytest.approx(
         np.mean([(truth == c).mean() for c in focus])
     )
+
+
+def test_chance_of_a_macro_auprc_is_that_of_random_scores_and_not_the_prevalence():
+    found = run([0, 0, 0, 1, 2, 2])["classify/d/macro_auprc"]
+    each = [metrics.expected_average_precision(positives, 6) for positives in (3, 1, 2)]
+    assert found["chance"] == pytest.approx(np.mean(each), rel=1e-12)
+    assert found["chance"] > 1 / 3 + 0.1
 
 
 def test_f1_of_each_class_is_scikit_learns_and_its_chance_that_of_a_uniform_guess():

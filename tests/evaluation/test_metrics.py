@@ -110,6 +110,33 @@ def test_constant_scores_are_chance():
     assert metrics.average_precision(Y, np.zeros(12)) == pytest.approx(Y.mean())
 
 
+@pytest.mark.parametrize("rows", [1, 2, 3, 5])
+def test_chance_of_average_precision_is_the_mean_over_all_orders(rows):
+    for positives in range(1, rows + 1):
+        labels, total = np.arange(rows) < positives, []
+        for order in itertools.permutations(range(rows)):
+            total.append(sk.average_precision_score(labels, order))
+        found = metrics.expected_average_precision(positives, rows)
+        assert found == pytest.approx(np.mean(total), rel=1e-12), positives
+
+
+def test_chance_of_average_precision_is_what_random_scores_have():
+    rng = np.random.default_rng(0)
+    rows, found = np.array([43, 43, 300]), []
+    for positives, n in zip((1, 9, 30), rows, strict=True):
+        each = [
+            loop_average_precision(np.arange(n) < positives, rng.random(n), np.ones(n))
+            for _ in range(300)
+        ]
+        expected = metrics.expected_average_precision(positives, n)
+        assert abs(np.mean(each) - expected) < 4 * np.std(each) / np.sqrt(300)
+        found.append(expected)
+    np.testing.assert_allclose(
+        metrics.expected_average_precision(np.array([1, 9, 30]), rows), found, rtol=1e-15
+    )
+    assert found[0] == pytest.approx(np.sum(1 / np.arange(1, 44)) / 43, rel=1e-12)  # 0.101
+
+
 def test_one_label_is_nan_for_auroc():
     assert np.isnan(metrics.auroc(np.ones(3), np.arange(3)))
     assert np.isnan(metrics.auroc(Y, A, Y * 1.0))
