@@ -222,8 +222,8 @@ def single_label_scores(
       scores: [N, C], comparable between classes.
       classes: C names.
       groups: [N] patient of each row.
-      positive: class whose sensitivity, specificity and G-mean are reported (binary tasks); empty =
-        macro averages of one-vs-rest values.
+      positive: class whose sensitivity, specificity, G-mean and `hard_auprc` are reported (binary
+        tasks; its AUPRC is `auprc/<class>`); empty = macro averages of one-vs-rest values.
       **bootstrap: resamples, seed, level.
 
     Raises:
@@ -265,7 +265,7 @@ def _decisions(truth, scores, classes, share, positive):
     # Worth many points and transductive (it looks at the whole test set): a row of its own.
     standard = answers(scoring.standardised(scores))
     one_hot = (truth[:, None] == np.arange(num_classes)).astype(np.int8)[:, present]
-    rankable = _has_both(one_hot)
+    ranked = one_hot[:, _has_both(one_hot)]  # none where all rows are of one class, else all
     focus = np.array([name == positive for name in classes]) if positive else present
 
     def statistic(weights):
@@ -274,9 +274,9 @@ def _decisions(truth, scores, classes, share, positive):
         recall = metrics.recall(table)
         sensitivity = recall[:, focus].mean(-1)
         specificity = metrics.specificity(table)[:, focus].mean(-1)
-        order = np.full((2, len(weights)), np.nan)  # where all rows are of one class
-        if rankable.any():
-            per_class = ranking(one_hot[:, rankable], scores[:, present][:, rankable], weights)
+        order, per_class = np.full((2, len(weights)), np.nan), np.empty((len(weights), 2, 0))
+        if ranked.size:
+            per_class = ranking(ranked, scores[:, present], weights)
             order = per_class.mean(-1).T
         f1 = metrics.f1(table)
         rows, called = table.sum(-1), table.sum(-2)  # [R, C]
@@ -298,10 +298,12 @@ def _decisions(truth, scores, classes, share, positive):
             metrics.accuracy(z_table),
             *recall[:, present].T,
             *f1[:, present].T,
+            *per_class[:, 0].T,
+            *per_class[:, 1].T,
         ]
         return np.stack(columns, axis=-1)
 
-    random = metrics.expected_average_precision(one_hot.sum(0)[rankable], len(truth))
+    random = metrics.expected_average_precision(ranked.sum(0), len(truth))
     return statistic, _chances(classes, share, random, focus)
 
 
@@ -311,7 +313,7 @@ def _chances(classes, share, random, focus) -> Mapping[str, float]:
     Args:
       classes: C names.
       share: of the rows [C].
-      random: AUPRC of random scores, of the classes that can be ranked.
+      random: AUPRC of random scores, of the classes that are present; none if it is one alone.
       focus: [C], the classes that sensitivity and the like are of.
     """
     guess = 1 / len(classes)
@@ -332,6 +334,8 @@ def _chances(classes, share, random, focus) -> Mapping[str, float]:
         "accuracy_zscore": guess,
         **{f"recall/{name}": guess for name in names},
         **{f"f1/{name}": value for name, value in zip(names, f1[share > 0], strict=True)},
+        **{f"auroc/{name}": 0.5 for name in names[: len(random)]},
+        **{f"auprc/{name}": value for name, value in zip(names, random, strict=False)},
     }
 
 

@@ -26,7 +26,7 @@ def test_a_class_without_a_case_is_named_and_takes_no_part():
     assert found["classify/d/protocol"]["skipped"] == ["c"]
     assert "undefined" not in found["classify/d/protocol"]
     assert 0 <= found["classify/d/macro_auroc"]["value"] <= 1
-    assert not {"classify/d/recall/c", "classify/d/f1/c"} & {*found}
+    assert not {f"classify/d/{name}/c" for name in ("recall", "f1", "auroc", "auprc")} & {*found}
 
 
 def test_where_all_are_of_one_class_what_needs_two_is_listed_and_the_rest_stands():
@@ -64,6 +64,24 @@ def test_chance_of_a_macro_auprc_is_that_of_random_scores_and_not_the_prevalence
     each = [metrics.expected_average_precision(positives, 6) for positives in (3, 1, 2)]
     assert found["chance"] == pytest.approx(np.mean(each), rel=1e-12)
     assert found["chance"] > 1 / 3 + 0.1
+
+
+def test_ranking_is_told_class_by_class_with_the_macro_as_its_mean():
+    rng = np.random.default_rng(6)
+    truth = rng.choice(3, 80, p=(0.7, 0.3, 0.0))
+    found = run(truth, rng.normal(size=(80, 3)) + np.eye(3)[truth])
+    for metric, reference_of in (
+        ("auroc", lambda share, n: 0.5),
+        ("auprc", metrics.expected_average_precision),
+    ):
+        entries = [found[f"classify/d/{metric}/{name}"] for name in "ab"]
+        macro = found[f"classify/d/macro_{metric}"]
+        assert macro["value"] == pytest.approx(np.mean([entry["value"] for entry in entries]))
+        for c, entry in enumerate(entries):
+            chance = reference_of((truth == c).sum(), 80)
+            assert entry["chance"] == pytest.approx(chance, rel=1e-12)
+            assert entry["low"] <= entry["value"] <= entry["high"]
+    assert not [key for key in run([1, 1, 1]) if "/auroc/" in key]
 
 
 def test_f1_of_each_class_is_scikit_learns_and_its_chance_that_of_a_uniform_guess():

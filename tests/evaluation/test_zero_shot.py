@@ -151,6 +151,8 @@ def test_single_label_numbers_equal_scikit_learn(views):
         "mcc": sk.matthews_corrcoef(truth, guess),
         "recall/lateral": (guess[truth == 1] == 1).mean(),
         "f1/lateral": sk.f1_score(truth, guess, average=None)[1],
+        "auroc/AP": sk.roc_auc_score(truth == 2, scores[:, 2]),
+        "auprc/AP": sk.average_precision_score(truth == 2, scores[:, 2]),
         "prevalence_control_accuracy": np.bincount(truth).max() / 54,
         "prevalence_control_balanced_accuracy": 1 / 3,
     }
@@ -220,6 +222,7 @@ def test_binary_task_reports_the_positive_class():
         resamples=50,
     )
     expected = {"sensitivity": 0.8, "specificity": 0.857143, "g_mean": 0.828079, "mcc": 0.657143}
+    expected |= {"auprc/MEL": 0.885, "auroc/MEL": 0.9, "hard_auprc": 0.723333}
     for name, value in expected.items():
         assert found[f"classify/diagnosis/{name}"]["value"] == pytest.approx(value, abs=1e-6)
 
