@@ -199,7 +199,7 @@ class Evaluator(Embedder):
             yield task, image, columns, zero_shot.embed_prompts(texts, self.embed_texts(variables))
 
     def prompt_scores(self, variables: Mapping, found: Mapping) -> dict[str, PromptScores]:
-        """Return labels and zero-shot scores (clean) of every task that has prompts.
+        """Return labels and what images are ranked by (clean) of every task that has prompts.
 
         Args:
           variables: of the recipe.
@@ -209,6 +209,8 @@ class Evaluator(Embedder):
         for task, image, columns, embeddings in self._prompted(variables):
             labels, classes = found[f"label/{task}"][:, columns], embeddings.prompts.classes
             scores = zero_shot.scores(found[image], embeddings)
+            multi_label = embeddings.prompts.multi_label
+            scores = zero_shot.ranked(scores, flavour=flavours.CLEAN, multi_label=multi_label)
             scored[task] = PromptScores(labels, scores, classes)
         return scored
 

@@ -201,7 +201,7 @@ def answers(scores) -> np.ndarray:
 
 
 def single_label_scores(
-    labels, scores, classes, *, groups=None, positive="", **bootstrap
+    labels, scores, classes, *, ranked=None, groups=None, positive="", **bootstrap
 ) -> Scored:
     """Argmax decisions (accuracy, balanced accuracy, F1, MCC, ...) and one-vs-rest ranking.
 
@@ -221,6 +221,7 @@ def single_label_scores(
       labels: [N, C] int8, one 1 a row; rows without a 1 are left out.
       scores: [N, C], comparable between classes.
       classes: C names.
+      ranked: [N, C], comparable between rows: what AUROC and AUPRC rank; None takes the scores.
       groups: [N] patient of each row.
       positive: class whose sensitivity, specificity, G-mean and `hard_auprc` are reported (binary
         tasks; its AUPRC is `auprc/<class>`); empty = macro averages of one-vs-rest values.
@@ -230,11 +231,12 @@ def single_label_scores(
       UserError: for a row with several classes, or an unknown `positive`.
     """
     labels, scores = _check(labels, scores, classes)
+    _, ranked = _check(labels, scores if ranked is None else ranked, classes)
     if positive and positive not in classes:
         raise UserError(f"No class '{positive}'. {nearest(positive, list(classes))}")
     truth = class_index(labels)
     known = truth >= 0
-    truth, scores = truth[known], scores[known]
+    truth, scores, ranked = truth[known], scores[known], ranked[known]
     groups = None if groups is None else np.asarray(groups)[known]
     share = np.bincount(truth, minlength=len(classes)) / max(len(truth), 1)  # [C]
     one_hot = np.arange(len(classes)) == truth[:, None]
@@ -245,7 +247,7 @@ def single_label_scores(
     }
     if not len(truth):
         return Scored({}, notes)
-    statistic, chances = _decisions(truth, scores, classes, share, positive)
+    statistic, chances = _decisions(truth, scores, ranked, classes, share, positive)
     found = statistics.bootstrap(statistic, len(truth), groups=groups, **bootstrap)
     numbers = {
         name: number(*entry, n=len(truth), chance=chance)
@@ -258,14 +260,14 @@ def single_label_scores(
     return Scored(numbers | _prevalence_control(share, len(truth)), notes)
 
 
-def _decisions(truth, scores, classes, share, positive):
+def _decisions(truth, scores, ranked, classes, share, positive):
     """Return the statistic behind single-label numbers, and chance by metric in the same order."""
     num_classes, present = len(classes), share > 0
     predictions = answers(scores)
     # Worth many points and transductive (it looks at the whole test set): a row of its own.
     standard = answers(scoring.standardised(scores))
     one_hot = (truth[:, None] == np.arange(num_classes)).astype(np.int8)[:, present]
-    ranked = one_hot[:, _has_both(one_hot)]  # none where all rows are of one class, else all
+    one_hot = one_hot[:, _has_both(one_hot)]  # none where all rows are of one class, else all
     focus = np.array([name == positive for name in classes]) if positive else present
 
     def statistic(weights):
@@ -275,8 +277,8 @@ def _decisions(truth, scores, classes, share, positive):
         sensitivity = recall[:, focus].mean(-1)
         specificity = metrics.specificity(table)[:, focus].mean(-1)
         order, per_class = np.full((2, len(weights)), np.nan), np.empty((len(weights), 2, 0))
-        if ranked.size:
-            per_class = ranking(ranked, scores[:, present], weights)
+        if one_hot.size:
+            per_class = ranking(one_hot, ranked[:, present], weights)
             order = per_class.mean(-1).T
         f1 = metrics.f1(table)
         rows, called = table.sum(-1), table.sum(-2)  # [R, C]
@@ -303,7 +305,7 @@ def _decisions(truth, scores, classes, share, positive):
         ]
         return np.stack(columns, axis=-1)
 
-    random = metrics.expected_average_precision(ranked.sum(0), len(truth))
+    random = metrics.expected_average_precision(one_hot.sum(0), len(truth))
     return statistic, _chances(classes, share, random, focus)
 
 

@@ -33,6 +33,11 @@ def normalise(given: Sequence[str], protocols: Sequence[str]) -> tuple[str, ...]
     return tuple(plain)
 
 
+def task_name(task: str, flavour: str) -> str:
+    """Return the middle part of the keys: "view", or "view (gloria)" of a published flavour."""
+    return task if flavour == CLEAN else f"{task} ({flavour})"
+
+
 def split(name: str) -> tuple[str, str]:
     """Return protocol and flavour."""
     protocol, _, flavour = name.partition("@")

@@ -7,7 +7,7 @@ A class has P prompts, cosines c_1 ... c_P with an image. The flavours differ in
                 e^a / (e^a + e^b) without a temperature
   standardise   each class column to mean 0 and population deviation 1, over all images or a batch
 
-  clean         ensemble, a - b
+  clean         ensemble, a - b; `zero_shot.ranked` is what images of one class each are ranked by
   gloria        max, over all images. Huang et al. 2021 pools 1/2 (local + global); no recipe here
                 returns word embeddings beside regions, so the global cosine alone is scored. Its
                 word-range bug, characters counted for words, is in the local term: not copied.

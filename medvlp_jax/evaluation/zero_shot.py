@@ -1,10 +1,11 @@
 """Zero-shot classification from text prompts.
 
 Clean flavour: every prompt embedding has unit norm; a class is the re-normalised mean of its
-prompts' embeddings. Single-label: the class with the highest cosine. Multi-label: cos(image,
-positive) - cos(image, negative); the softmax over the two is a monotone map of it and leaves AUROC
-and AUPRC unchanged. Nothing looks at the test set as a whole; the z-scored accuracy is a row of its
-own, `accuracy_zscore`. The other flavours are in `scoring`, the prompt files in `prompts`.
+prompts' embeddings. Single-label: the class with the highest cosine; AUROC and AUPRC rank images
+by the probability of a class, see `ranked`. Multi-label: cos(image, positive) - cos(image,
+negative); the softmax over the two is a monotone map of it and leaves AUROC and AUPRC unchanged.
+Nothing looks at the test set as a whole; the z-scored accuracy is a row of its own,
+`accuracy_zscore`. The other flavours are in `scoring`, the prompt files in `prompts`.
 
 Axis letters: N images, C classes, P prompts of a class, E joint width.
 """
@@ -13,11 +14,15 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import scipy.special
 
 from medvlp_jax.config import UserError, nearest
 from medvlp_jax.evaluation import classify, scoring, thresholds
 from medvlp_jax.evaluation.features import check_finite
+from medvlp_jax.evaluation.flavours import CLEAN, task_name
 from medvlp_jax.evaluation.results import Results, assemble, number
+
+TEMPERATURE = 0.07  # of the probabilities that images of one class are ranked by, see `ranked`
 
 
 class Prompts(NamedTuple):
@@ -111,7 +116,7 @@ def embed_prompts(
 
 
 def scores(
-    image, embeddings: ClassEmbeddings, *, flavour: str = "clean", batch_size: int = 0
+    image, embeddings: ClassEmbeddings, *, flavour: str = CLEAN, batch_size: int = 0
 ) -> np.ndarray:
     """Return the score of every image and class [N, C] for unit-norm images [N, E].
 
@@ -125,12 +130,31 @@ def scores(
     return scoring.scores(flavour, image, *sides, batch_size=batch_size)
 
 
+def ranked(values, *, flavour: str, multi_label: bool) -> np.ndarray:
+    """Return what images are ranked by for each class [N, C], as AUROC and AUPRC need it.
+
+    One class an image, clean: log softmax(cosine / 0.07) over the classes. Cosines of two images
+    have no common zero: an image near to all texts has high ones, which changes no answer and
+    would put it first for every class. 0.07 is CLIP's first temperature; it is our choice, and not
+    the scale a model has learned, so that numbers of all models compare. All else is ranked by the
+    scores, as published.
+
+    Args:
+      values: [N, C] from `scores`.
+      flavour: that they are of.
+      multi_label: one yes/no question a class, or one class an image.
+    """
+    if multi_label or flavour != CLEAN:
+        return values
+    return scipy.special.log_softmax(np.asarray(values, np.float64) / TEMPERATURE, axis=1)
+
+
 class PromptScores(NamedTuple):
     """Labels and scores of the images, class by class.
 
     Attributes:
       labels: [N, C], 1 present, 0 absent, -1 unknown.
-      scores: [N, C], higher is more likely present.
+      scores: [N, C], higher is more likely present; comparable between images, see `ranked`.
       classes: C names.
     """
 
@@ -153,7 +177,7 @@ def run(
     *,
     task: str,
     groups=None,
-    flavour: str = "clean",
+    flavour: str = CLEAN,
     batch_size: int = 0,
     threshold: str = "",
     validation: Validation | None = None,
@@ -202,13 +226,20 @@ def run(
             )
             scored = classify.Scored(scored.numbers | decided.numbers, scored.notes | decided.notes)
     else:
-        scored = classify.single_label_scores(labels, values, prompts.classes, **options)
+        ranks = ranked(values, flavour=flavour, multi_label=False)
+        scored = classify.single_label_scores(
+            labels, values, prompts.classes, ranked=ranks, **options
+        )
     if flavour == "benchx":
         settings["batch_size"] = batch_size
         if not prompts.multi_label:
             scored.numbers["accuracy_by_batch"] = _by_batch(labels, values, batch_size)
-    name = task if flavour == "clean" else f"{task} ({flavour})"
-    protocol = f"zero_shot@{flavour}-v1"
+    name = task_name(task, flavour)
+    version = "v1"
+    if flavour == CLEAN and not prompts.multi_label:
+        version = "v2"  # v1 ranked images by cosines
+        settings["temperature"] = TEMPERATURE
+    protocol = f"zero_shot@{flavour}-{version}"
     return assemble(protocol, name, scored.numbers, settings=settings, notes=scored.notes)
 
 

@@ -1,10 +1,12 @@
 """Prompt handling and zero-shot numbers on features whose answer is known."""
 
 import json
+import math
 import zlib
 
 import numpy as np
 import pytest
+import scipy.special
 from sklearn import metrics as sk
 
 from medvlp_jax.config import UserError
@@ -142,17 +144,17 @@ def test_single_label_numbers_equal_scikit_learn(views):
     labels[:6] = -1
     found = zero_shot.run(image, labels, views, task="view")
     truth, scores = truth[6:], zero_shot.scores(image, views)[6:]
-    guess = scores.argmax(1)
+    guess, chances = scores.argmax(1), scipy.special.softmax(scores / 0.07, axis=1)
     expected = {
         "accuracy": sk.accuracy_score(truth, guess),
         "balanced_accuracy": sk.balanced_accuracy_score(truth, guess),
         "macro_f1": sk.f1_score(truth, guess, average="macro"),
-        "macro_auroc": np.mean([sk.roc_auc_score(truth == c, scores[:, c]) for c in range(3)]),
+        "macro_auroc": np.mean([sk.roc_auc_score(truth == c, chances[:, c]) for c in range(3)]),
         "mcc": sk.matthews_corrcoef(truth, guess),
         "recall/lateral": (guess[truth == 1] == 1).mean(),
         "f1/lateral": sk.f1_score(truth, guess, average=None)[1],
-        "auroc/AP": sk.roc_auc_score(truth == 2, scores[:, 2]),
-        "auprc/AP": sk.average_precision_score(truth == 2, scores[:, 2]),
+        "auroc/AP": sk.roc_auc_score(truth == 2, chances[:, 2]),
+        "auprc/AP": sk.average_precision_score(truth == 2, chances[:, 2]),
         "prevalence_control_accuracy": np.bincount(truth).max() / 54,
         "prevalence_control_balanced_accuracy": 1 / 3,
     }
@@ -160,6 +162,59 @@ def test_single_label_numbers_equal_scikit_learn(views):
         assert found[f"zero_shot/view/{name}"]["value"] == pytest.approx(value), name
     assert found["zero_shot/view/accuracy"]["chance"] == pytest.approx(1 / 3)
     assert found["zero_shot/view/protocol"]["left_out"] == 6
+
+
+def near_to_all_texts(flavour, **options):
+    """Five classes; some images are near to all texts, which is no answer."""
+    rng = np.random.default_rng(5)
+    truth, texts = rng.integers(0, 5, 200), unit(np.eye(5, 6) + np.eye(6)[5])
+    image = 0.3 * np.eye(5, 6)[truth] + 0.1 * rng.normal(size=(200, 6))
+    image[:, 5] = rng.uniform(0, 1, 200)
+    image /= 2 * np.linalg.norm(image, axis=1).max()  # cosines with what else such vectors have
+    names = tuple("abcde")
+    prompts = zero_shot.Prompts("toy-v1", "", False, names, tuple((n,) for n in names), ())
+    embeddings = zero_shot.ClassEmbeddings(prompts, tuple(texts[:, None]), ())
+    labels = np.eye(5, dtype=np.int8)[truth]
+    options = {"task": "t", "flavour": flavour, "resamples": 0, **options}
+    return truth, image @ texts.T, zero_shot.run(image, labels, embeddings, **options)
+
+
+def test_an_image_near_to_all_texts_is_not_ranked_first_for_every_class():
+    truth, cosines, found = near_to_all_texts("clean")
+    per_class = []
+    for c in range(5):
+        chances = []
+        for row in cosines:
+            each = [math.exp(cosine / 0.07) for cosine in row]
+            chances.append(each[c] / sum(each))
+        per_class.append(sk.roc_auc_score(truth == c, chances))
+        entry = found[f"zero_shot/t/auroc/{'abcde'[c]}"]
+        assert entry["value"] == pytest.approx(per_class[c], rel=1e-12)
+    raw = np.mean([sk.roc_auc_score(truth == c, cosines[:, c]) for c in range(5)])
+    macro = found["zero_shot/t/macro_auroc"]
+    assert macro["value"] == pytest.approx(np.mean(per_class), rel=1e-12)
+    assert macro["value"] > raw + 0.1
+    assert macro["protocol"] == "zero_shot@clean-v2"
+    assert found["zero_shot/t/protocol"]["settings"]["temperature"] == 0.07
+    # Answers are those of the cosines, and so is what a transductive z-score makes of them.
+    expected = classify.single_label_scores(
+        np.eye(5, dtype=np.int8)[truth], cosines, "abcde", resamples=0
+    ).numbers
+    for name in ("accuracy", "macro_f1", "accuracy_zscore", "recall/c"):
+        assert found[f"zero_shot/t/{name}"]["value"] == expected[name]["value"], name
+
+
+def test_published_flavours_rank_by_their_scores_and_findings_keep_their_protocol(findings):
+    truth, cosines, found = near_to_all_texts("cxrclip")
+    raw = np.mean([sk.roc_auc_score(truth == c, cosines[:, c]) for c in range(5)])
+    entry = found["zero_shot/t (cxrclip)/macro_auroc"]
+    assert entry["value"] == pytest.approx(raw, rel=1e-12)
+    assert entry["protocol"] == "zero_shot@cxrclip-v1"
+    labels = np.array([[0, 1], [1, 0], [1, 1]], np.int8)
+    found = zero_shot.run(np.eye(3, 6), labels, findings, task="finding", resamples=0)
+    entry = found["zero_shot/finding/protocol"]
+    assert entry["protocol"] == "zero_shot@clean-v1"
+    assert "temperature" not in entry["settings"]
 
 
 def test_prevalence_control_equals_the_majority_predictor():
