@@ -52,9 +52,12 @@ def table(results: dict) -> str:
         cells = []
         for metric in METRICS:
             values = [r[metric]["value"] for r in runs]
-            low, high = (np.mean([r[metric][side] for r in runs]) for side in ("low", "high"))
             spread = np.std(values, ddof=1) if len(values) > 1 else 0.0
-            cells.append(f"{np.mean(values):.3f} ± {spread:.3f} [{low:.3f}, {high:.3f}]")
+            cell, bounds = f"{np.mean(values):.3f} ± {spread:.3f}", ("low", "high")
+            if all(r[metric][side] is not None for r in runs for side in bounds):
+                low, high = (np.mean([r[metric][side] for r in runs]) for side in bounds)
+                cell += f" [{low:.3f}, {high:.3f}]"
+            cells.append(cell)
         lines.append(f"| {arm} | {' | '.join(cells)} |")
     chance = [next(iter(results.values()))[0][m]["chance"] for m in METRICS]
     lines.append(f"| chance | {' | '.join(f'{c:.3f}' for c in chance)} |")

@@ -140,15 +140,15 @@ def table(rows: Mapping, compared: Mapping, task: str) -> str:
             if not entries:  # every fold has one class alone
                 cells.append("-")
                 continue
-            # Fewer than two patients have no interval.
+            # Fewer than two patients have no interval, nor what is the same in all resamples.
             value, low, high = (
                 np.mean([np.nan if e[k] is None else e[k] for e in entries])
                 for k in ("value", "low", "high")
             )
             spread = np.std([e["value"] for e in entries], ddof=1) if len(entries) > 1 else 0
             cells.append(
-                f"{value:.3f}{f' ± {spread:.3f}' if len(entries) > 1 else ''} "
-                f"[{low:.3f}, {high:.3f}]"
+                f"{value:.3f}{f' ± {spread:.3f}' if len(entries) > 1 else ''}"
+                f"{'' if np.isnan(low + high) else f' [{low:.3f}, {high:.3f}]'}"
             )
         if name in compared:
             d = compared[name]

@@ -76,3 +76,6 @@ def test_the_table_has_a_line_a_row_and_the_difference():
     assert lines[2].startswith("| late concatenation | 0.500 [0.400, 0.600] |")
     assert lines[2].endswith("| +0.100 [-0.050, +0.200] | 2.0 |")
     assert lines[3].startswith("| CFCML | ")
+    entry |= {"low": None, "high": None}  # the same in all resamples
+    lines = bench.table(rows, compared, "d").splitlines()
+    assert lines[2].startswith("| late concatenation | 0.500 | 0.500 |")

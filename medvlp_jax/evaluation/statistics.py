@@ -93,6 +93,11 @@ def _defined(draws: np.ndarray, resamples: int) -> np.ndarray | None:
     return finite if len(finite) == resamples else None
 
 
+def _varies(sample: np.ndarray, value: float) -> bool:
+    """Say whether a draw differs from the value by more than rounding."""
+    return bool(np.abs(sample - value).max() > 1e-12 * max(1.0, abs(value)))
+
+
 def _draw(statistic: Statistic, value, index, num_groups: int, *, resamples: int, seed: int):
     """Draw until each defined statistic has `resamples` finite draws or the limit is met."""
     wanted = np.isfinite(value)
@@ -160,7 +165,8 @@ def bootstrap(
 
     Each of the K statistics uses its first `resamples` draws in which it is defined: a resample in
     which a class has lost all its positives is drawn again for that class only. A statistic that is
-    defined in less than 1 / REDRAW_LIMIT of the draws gets no interval.
+    defined in less than 1 / REDRAW_LIMIT of the draws gets no interval. Nor does one that is the
+    same in all draws: an AUROC of 1 of ten patients is not known to be 1, as [1, 1] would say.
 
     Args:
       statistic: row weights [R, N] -> [R, K]; NaN where undefined.
@@ -172,7 +178,7 @@ def bootstrap(
       method: "bca", or "percentile", which most published intervals are.
 
     Returns:
-      Interval with arrays [K]; no bounds from fewer than 2 groups.
+      Interval with arrays [K]; no bounds, NaN, from fewer than 2 groups.
     """
     index, num_groups = group_index(groups, n)
     value = statistic(np.ones((1, n)))[0]
@@ -181,7 +187,8 @@ def bootstrap(
         draws = _draw(statistic, value, index, num_groups, resamples=resamples, seed=seed)
         a = acceleration(statistic, index, num_groups, seed=seed) if method == "bca" else None
         for k in range(len(value)):
-            if (sample := _defined(draws[:, k], resamples)) is not None:
+            sample = _defined(draws[:, k], resamples)
+            if sample is not None and _varies(sample, value[k]):
                 levels = np.array([(1 - level) / 2, (1 + level) / 2])
                 if method == "bca":
                     levels = corrected_levels(sample, value[k], a[k], levels)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from sklearn import metrics as reference
 
-from medvlp_jax.evaluation import classify, metrics, results
+from medvlp_jax.evaluation import classify, comparison, metrics, page, results
 
 CLASSES = ("a", "b", "c")
 
@@ -132,6 +132,22 @@ def test_rows_that_tie_score_the_mean_over_all_ways_to_break_the_ties():
     labels = np.eye(3, dtype=np.int8)[truth]
     found = classify.single_label_scores(labels, scores, CLASSES, resamples=0).numbers
     assert found["accuracy"]["value"] == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_perfect_score_of_few_patients_has_no_interval_wherever_it_is_written(tmp_path):
+    truth = np.array([0, 0, 0, 1, 1, 1, 2, 2, 2, 2])
+    results.write_results(run(truth, 4 * np.eye(3)[truth]), tmp_path, {})
+    numbers = results.read(tmp_path).numbers
+    entry = numbers["classify/d/macro_auroc"]
+    assert (entry["value"], entry["low"], entry["high"]) == (1, None, None)
+    found = comparison.compare({"run": results.Written(numbers, {})})
+    (column,) = found.columns
+    assert comparison.cell(column.metric, found.cells[("run", ""), column]) == "1.000"
+    (task,) = page.tasks(numbers)
+    for text, bound in ((results.results_table(numbers), "["), (page.table(task), "range")):
+        assert "1.000" in text
+        assert bound not in text
+        assert "nan" not in text.lower()
 
 
 def test_views_are_part_of_what_makes_numbers_comparable():

@@ -137,7 +137,7 @@ def test_clusters_widen_the_interval():
 
 
 def test_resamples_without_a_positive_are_drawn_again():
-    labels = np.r_[1, np.zeros(9)]
+    labels = np.arange(10) == 5
     found = statistics.bootstrap(auroc_of(labels, np.arange(10)), 10, resamples=200)
     assert np.isfinite(found.low[0])
 
@@ -148,6 +148,17 @@ def test_no_interval_from_one_patient_or_no_resamples():
     for found in (one, none):
         assert found.value[0] == pytest.approx(A.mean())
         assert np.isnan([found.low[0], found.high[0]]).all()
+
+
+def test_no_interval_of_what_is_the_same_in_all_resamples():
+    perfect = statistics.bootstrap(auroc_of(np.arange(10) > 6, np.arange(10)), 10, resamples=200)
+    never = statistics.bootstrap(mean_of(np.zeros(43)), 43, resamples=200)
+    third = statistics.bootstrap(mean_of(np.full(43, 1 / 3)), 43, resamples=200)  # but for rounding
+    for found, value in ((perfect, 1), (never, 0), (third, 1 / 3)):
+        assert found.value[0] == pytest.approx(value)
+        assert np.isnan([found.low[0], found.high[0]]).all()
+    once = statistics.bootstrap(mean_of(np.arange(43) == 0), 43, resamples=200)
+    assert once.low[0] < once.value[0] < once.high[0]
 
 
 def test_an_undefined_statistic_neither_stops_nor_loops():
