@@ -4,8 +4,9 @@ predictions.csv has one row a case: ids, the true class (empty where unknown), a
 of each class. Two runs on the same split are compared case by case with it. classifier.png has the
 confusion matrix, ROC curves and calibration; attention.png, for CFCML with a table, where in the
 image the table's attention goes. grounding.png, where that protocol ran, has maps of phrases.
-zero_shot.csv and zero_shot.png, likewise, have a score for each image and class, with the truth (1,
-0, empty where unknown), and the ROC curves of these scores. Grounding alone leaves its picture and
+zero_shot.csv and zero_shot.png, likewise, have what images are ranked by for each class, with the
+truth (1, 0, empty where unknown), and the ROC curves of it: of the first flavour that ran, whose
+name, if it is not clean, stands behind that of the task. Grounding alone leaves its picture and
 no other: it encodes what has boxes, not the split. Both tables read back as the very numbers that
 were scored, which rounding could make equal.
 """

@@ -199,19 +199,25 @@ class Evaluator(Embedder):
             yield task, image, columns, zero_shot.embed_prompts(texts, self.embed_texts(variables))
 
     def prompt_scores(self, variables: Mapping, found: Mapping) -> dict[str, PromptScores]:
-        """Return labels and what images are ranked by (clean) of every task that has prompts.
+        """Return labels and what images are ranked by of every task that has prompts.
+
+        Of the first zero-shot flavour of the settings; tasks are named as in its results.
 
         Args:
           variables: of the recipe.
           found: features of all images.
         """
+        named = map(flavours.split, self.settings["protocols"])
+        flavour = next(flavour for protocol, flavour in named if protocol == "zero_shot")
         variables, scored = assemble.place(variables, self.parts), {}
+        how = {"flavour": flavour, "batch_size": self.settings["batch_size"]}
         for task, image, columns, embeddings in self._prompted(variables):
             labels, classes = found[f"label/{task}"][:, columns], embeddings.prompts.classes
-            scores = zero_shot.scores(found[image], embeddings)
+            scores = zero_shot.scores(found[image], embeddings, **how)
             multi_label = embeddings.prompts.multi_label
-            scores = zero_shot.ranked(scores, flavour=flavours.CLEAN, multi_label=multi_label)
-            scored[task] = PromptScores(labels, scores, classes)
+            scores = zero_shot.ranked(scores, flavour=flavour, multi_label=multi_label)
+            name = flavours.task_name(task, flavour)
+            scored[name] = PromptScores(labels, scores, classes)
         return scored
 
     def _retrieval(self, variables, found, *, mask, flavour="clean", **options):

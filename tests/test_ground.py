@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 from tiny_config import get_config
 
-from medvlp_jax import assemble, controls, examples, ground
+from medvlp_jax import assemble, cases, controls, examples, ground
 from medvlp_jax.config import UserError
-from medvlp_jax.evaluation import grounding, scoring
+from medvlp_jax.evaluation import grounding, metrics, scoring, zero_shot
 from medvlp_jax.evaluator import Evaluator
 
 
@@ -211,6 +211,49 @@ def test_cases_are_shown_by_the_features_that_were_scored(evaluator, monkeypatch
     assert len(embedded) == 1  # no second time
     other.found(dict(variables))  # those of other variables are not kept
     assert len(embedded) == 2
+
+
+@pytest.mark.parametrize(
+    ("protocols", "task"),
+    [
+        (("retrieval", "zero_shot@gloria", "zero_shot"), "view (gloria)"),
+        (("zero_shot@benchx",), "view (benchx)"),
+        (("zero_shot", "zero_shot@gloria"), "view"),
+    ],
+)
+def test_the_scores_that_are_kept_are_those_the_first_flavour_was_scored_by(
+    evaluator, monkeypatch, protocols, task
+):
+    """One class an image, some near to all texts, which the clean flavour does not rank by."""
+    one, variables = evaluator
+    here = Evaluator(one.parts, one.settings)
+    here.settings = {**one.settings, "protocols": protocols, "batch_size": 7}
+    rng = np.random.default_rng(0)
+    texts = tuple(scoring.unit(rng.normal(size=(2, 6)) + np.eye(6)[5]) for _ in "abc")
+    prompts = zero_shot.Prompts("toy-v1", "", False, tuple("abc"), (("1", "2"),) * 3, ())
+    embeddings = zero_shot.ClassEmbeddings(prompts, texts, ())
+    monkeypatch.setattr(here, "_prompted", lambda _: [("view", "image", [0, 1, 2], embeddings)])
+    found = {"image": rng.normal(size=(40, 6)), "patient_id": np.arange(40)}
+    found["label/view"] = np.eye(3, dtype=np.int8)[rng.integers(0, 3, 40)]
+    results = {}
+    for name in (name for name in protocols if name != "retrieval"):
+        results |= here._one(name)(variables, found, mask=None, resamples=0)
+    ((written, kept),) = here.prompt_scores(variables, found).items()
+    assert written == task
+    for c, name in enumerate("abc"):
+        area = metrics.auroc(kept.labels[:, c] == 1, kept.scores[:, c])
+        assert area == pytest.approx(results[f"zero_shot/{task}/auroc/{name}"]["value"], rel=1e-12)
+
+
+def test_a_published_flavour_is_named_in_the_table_of_scores(evaluator, tmp_path):
+    one, variables = evaluator
+    settings = {**one.settings, "protocols": ("zero_shot@cxrclip",), "controls": ()}
+    here = Evaluator(one.parts, {**settings, "limit": 16, "resamples": 0})
+    results = here.run(variables, keep=True)
+    cases.show(here, variables, tmp_path)
+    (task,) = cases.read_scores(tmp_path / cases.SCORES)
+    assert f"zero_shot/{task}/protocol" in results
+    assert task == "finding (cxrclip)"
 
 
 def test_a_corpus_without_labels_has_pairs_to_retrieve(evaluator, monkeypatch):
