@@ -14,26 +14,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from medvlp_jax.config import UserError
-from medvlp_jax.data import files, sections
+from medvlp_jax.data import files, headings, sections
+from medvlp_jax.data.headings import tidy
 from medvlp_jax.reading import parse_json
 
-# Headings of American chest reports and the section each opens; what an image cannot show is
-# "other".
-HEADINGS = {
-    "findings": "findings|finding|report|observations",
-    "impression": "impression|impressions|conclusion|conclusions|assessment|summary|opinion",
-    "other": (
-        "indication|history|clinical history|clinical information|clinical indication|"
-        "reason for exam|reason for examination|technique|comparison|comparisons|procedure|"
-        "examination|exam|recommendation|recommendations|notification|wet read|study|views|"
-        "addendum"
-    ),
-}
-_SECTION = {word: name for name, words in HEADINGS.items() for word in words.split("|")}
-_HEADING = re.compile(
-    rf"(?:^|\n|(?<=[.:]))[ \t]*({'|'.join(sorted(_SECTION, key=len, reverse=True))})[ \t]*:",
-    re.IGNORECASE,
-)
 _MIMIC_STUDY = re.compile(r"s\d{8}")
 SUFFIXES = (".xml", ".txt")
 
@@ -51,23 +35,6 @@ class Report(NamedTuple):
     def text(self) -> str:
         """Both sections as one text."""
         return "\n".join(filter(None, (self.findings, self.impression)))
-
-
-def split_sections(text: str) -> tuple[str, str]:
-    """Return (findings, impression) of a whole report.
-
-    Text before the first heading counts as findings only where the report has no heading at all:
-    otherwise it is a title, names or dates. History, technique, comparison and recommendations
-    are left out.
-    """
-    marks = list(_HEADING.finditer(text))
-    if not marks:
-        return _tidy(text), ""
-    parts = {"findings": [], "impression": [], "other": []}
-    for mark, following in zip(marks, [*marks[1:], None], strict=True):
-        body = text[mark.end() : following.start() if following else len(text)]
-        parts[_SECTION[mark.group(1).lower()]].append(_tidy(body))
-    return tuple(" ".join(filter(None, parts[name])) for name in ("findings", "impression"))
 
 
 def read_reports(path: str | Path) -> Iterator[Report]:
@@ -160,8 +127,8 @@ def _document(name: str, content: bytes) -> Report:
     study = Path(stem).name
     if _MIMIC_STUDY.fullmatch(study):
         found = sections.of_study(text, study)
-        return Report(stem, _tidy(found.findings), _tidy(found.impression))
-    return Report(stem, *split_sections(text))
+        return Report(stem, tidy(found.findings), tidy(found.impression))
+    return Report(stem, *headings.split_sections(text))
 
 
 def _openi(name: str, stem: str, content: bytes) -> Report:
@@ -170,7 +137,7 @@ def _openi(name: str, stem: str, content: bytes) -> Report:
         root = ElementTree.fromstring(content)
     except ElementTree.ParseError as error:
         raise UserError(f"{name} is not XML: {error}.") from None
-    parts = {part.get("Label"): _tidy(part.text or "") for part in root.iter("AbstractText")}
+    parts = {part.get("Label"): tidy(part.text or "") for part in root.iter("AbstractText")}
     uid = root.find("uId")
     return Report(
         uid.get("id") if uid is not None else stem,
@@ -220,9 +187,9 @@ def _row(where: str, row: Any) -> Report:
         raise UserError(f"{where}: 'id' holds {_kind(row['id'])}; a text or a number is needed.")
     name = str(row["id"])
     if "text" in row:
-        return Report(name, *split_sections(_text(where, row, "text")))
+        return Report(name, *headings.split_sections(_text(where, row, "text")))
     if "findings" in row or "impression" in row:
-        return Report(name, *(_tidy(_text(where, row, key)) for key in ("findings", "impression")))
+        return Report(name, *(tidy(_text(where, row, key)) for key in ("findings", "impression")))
     raise UserError(f"{where} has neither 'text' nor 'findings' and 'impression', only {has}.")
 
 
@@ -246,8 +213,3 @@ def _is_unicode(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def _tidy(text: str) -> str:
-    """Join lines and runs of white space."""
-    return " ".join(text.split())

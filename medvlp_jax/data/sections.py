@@ -1,7 +1,7 @@
 """Sections of MIMIC-CXR reports by the rules its own sectioned table was made with.
 
 The names, phrases and exceptions are those of https://github.com/MIT-LCP/mimic-cxr (MIT licence),
-kept in vocab/mimic_sections.json; `reports.split_sections` is for reports of any other kind.
+kept in vocab/mimic_sections.json; `headings.split_sections` is for reports of any other kind.
 
 1. A heading is a line break, a space, capitals (or space ( ) / , -), a colon and white space. The
    search for the next one starts at the end of the heading's line, so that "PA AND LATERAL:" on
@@ -53,7 +53,7 @@ def parse(text: str) -> list[tuple[str, str]]:
         start = mark.end()
         following = _HEADING.search(text, max(start, text.find("\n", start)))
         body = text[start : following.start() if following else len(text)]
-        found.append((_canonical(mark.group(1)), body))
+        found.append((canonical(mark.group(1)), body))
         mark = following
     found = [(n, body) for n, body in found if body.strip() or n not in ("impression", "findings")]
     if not {"impression", "findings"} & {name for name, _ in found}:
@@ -104,16 +104,22 @@ def of_study(text: str, study: str, *, legacy: bool = False) -> Sections:
     return Sections() if legacy else Sections(impression=conclusion(text, study))
 
 
-def _canonical(heading: str) -> str:
+def canonical(heading: str) -> str:
     """Return the name of a heading: rule 3."""
     name = heading.lower().strip()
     rules = _rules()
     if name in rules["synonym"]:
         return rules["synonym"][name]
     main = next((word for word in _MAIN if word in name), "")
-    if main:
-        return main
-    return "findings" if any(phrase in name for phrase in rules["view_phrases"]) else name
+    return main or ("findings" if is_view(name) else name)
+
+
+def is_view(heading: str) -> bool:
+    """Say whether a heading speaks of a view and of nothing else that rule 3 looks for."""
+    name = heading.lower()
+    if any(word in name for word in _MAIN):
+        return False
+    return any(phrase in name for phrase in _rules()["view_phrases"])
 
 
 @functools.cache

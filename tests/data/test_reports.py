@@ -8,7 +8,8 @@ import pytest
 
 from medvlp_jax.config import UserError
 from medvlp_jax.data import files, sections
-from medvlp_jax.data.reports import Report, read_reports, split_sections
+from medvlp_jax.data.headings import split_sections
+from medvlp_jax.data.reports import Report, read_reports
 
 WHOLE = """                                 FINAL REPORT
  EXAMINATION:  CHEST (PA AND LAT)
@@ -29,7 +30,7 @@ WHOLE = """                                 FINAL REPORT
 
 
 def test_only_what_the_image_shows_is_kept():
-    assert split_sections(WHOLE.replace("(S)", "S")) == (
+    assert split_sections(WHOLE) == (
         "The lungs are clear. There is no effusion: none at all.",
         "No acute process.",
     )
@@ -44,6 +45,89 @@ def test_headings_on_one_line_are_found():
         "Clear.",
         "Normal.",
     )
+
+
+COUGH = "INDICATION: Cough.\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("FINDINGS/IMPRESSION: Clear.", ("", "Clear.")),
+        ("FINDINGS AND IMPRESSION: Clear.", ("", "Clear.")),
+        ("Findings and Impression:\nClear.", ("", "Clear.")),
+        ("IMPRESSION(S): Clear.", ("", "Clear.")),
+        ("IMPRESSION / PLAN: Clear.", ("", "Clear.")),
+        ("FINDINGS OF THE CHEST: Clear.\nIMPRESSION: Fine.", ("Clear.", "Fine.")),
+        ("PA AND LATERAL CHEST: Clear.", ("Clear.", "")),
+        ("**FINDINGS:** Clear.\n**IMPRESSION**: Fine.", ("Clear.", "Fine.")),
+        ("## Findings\nClear.\n\n## Impression\nFine.", ("Clear.", "Fine.")),
+        ("FINDINGS\nClear.\nIMPRESSION\nFine.", ("Clear.", "Fine.")),
+        ("FINDINGS: Clear.\nRECOMMENDATION(S): CT.", ("Clear.", "")),
+        ("FINDINGS: Clear.\n\nRECOMMENDATION\nCT.", ("Clear.", "")),
+        ("FINDINGS: Clear.\nCLINICAL IMPRESSION: Pneumonia?", ("Clear.", "")),
+    ],
+)
+def test_headings_are_known_in_every_spelling(text, expected):
+    assert split_sections(COUGH + text) == expected
+
+
+def test_headings_inside_the_first_line_of_a_section_do_not_end_it():
+    views = "FINDINGS: Views: PA and lateral. Large right effusion."
+    told = views.removeprefix("FINDINGS: ")
+    assert split_sections(f"{views}\nIMPRESSION: Effusion.") == (told, "Effusion.")
+    assert split_sections(f"{views} IMPRESSION: Effusion.") == (told, "Effusion.")
+    text = "FINDINGS: Clear. Comparison: none. No effusion.\nIMPRESSION: Fine."
+    assert split_sections(text) == ("Clear. Comparison: none. No effusion.", "Fine.")
+    # All on one line, as tables often have it.
+    assert split_sections("FINDINGS: Clear. IMPRESSION: Fine. COMPARISON: None.") == (
+        "Clear.",
+        "Fine.",
+    )
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n", "\r"])
+def test_every_line_break_is_one(newline):
+    text = newline.join(("HISTORY: Cough", "FINDINGS: Clear", "IMPRESSION: Fine"))
+    assert split_sections(text) == ("Clear", "Fine")
+
+
+@pytest.mark.parametrize(
+    "signature",
+    [
+        "\nELECTRONICALLY SIGNED BY: DR JOHN SMITH",
+        " Electronically signed by John Smith, 1 May",
+        "\nDictated by: John Smith",
+        "\nReported by Dr Smith",
+    ],
+)
+def test_a_signature_ends_the_report(signature):
+    assert split_sections(f"IMPRESSION: Effusion.{signature}") == ("", "Effusion.")
+    assert split_sections(f"Effusion.{signature}") == ("Effusion.", "")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "LUNGS: Clear.\nHEART: Normal.\nCHEST WALL: Normal.",
+        "COMPARED WITH PRIOR\nEXAMINATION\nTHERE IS NO CHANGE.",
+        "Effusion as\nreported by CT.\nNO ACUTE FINDINGS",
+    ],
+)
+def test_what_is_no_heading_stays_in_its_section(text):
+    whole = " ".join(text.split())
+    assert split_sections(text) == (whole, "")
+    assert split_sections(f"{COUGH}FINDINGS:\n{text}\nIMPRESSION: Fine.") == (whole, "Fine.")
+
+
+@pytest.mark.parametrize("text", ["LUNGS: Clear.\nOTHER FINDINGS: None.", "DATE: 1 May\nClear."])
+def test_a_layout_that_is_not_understood_is_read_whole(text):
+    assert split_sections(text) == (" ".join(text.split()), "")
+
+
+def test_a_title_is_no_section():
+    text = "REPORT\nName: A. B.\nXR CHEST, TWO VIEWS: 1 May\nFINDINGS: Clear."
+    assert split_sections(text) == ("Clear.", "")
 
 
 XML = """<eCitation><uId id="CXR7"/><MedlineCitation><Article><Abstract>

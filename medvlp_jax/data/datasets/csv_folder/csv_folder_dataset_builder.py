@@ -44,7 +44,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from medvlp_jax.config import UserError
-from medvlp_jax.data import building, files, records, reports, tabular
+from medvlp_jax.data import building, files, headings, records, tabular
 from medvlp_jax.data.datasets.csv_folder import description
 from medvlp_jax.data.datasets.csv_folder.description import NEEDED, TASK
 
@@ -141,7 +141,7 @@ class Builder(building.Builder):
             image_id=cell("id") or cell("image"),
             patient_id=cell("group"),
             study_id=cell("study") or cell("group"),
-            sections=reports.split_sections(cell("report")) if "report" in columns else texts,
+            sections=headings.split_sections(cell("report")) if "report" in columns else texts,
             labels=labels,
             images={
                 name: files.inside(folder, row, column)
