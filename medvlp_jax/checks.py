@@ -131,6 +131,23 @@ def sources(config: Mapping, opened: Sequence) -> None:
             )
 
 
+def evidence(config: Mapping, recipe, opened: Sequence) -> None:
+    """Refuse an extraction that lacks reports of the corpora, where the recipe reads one.
+
+    Args:
+      config: resolved.
+      recipe: whose `inputs` name what it reads.
+      opened: splits that are trained on.
+
+    Raises:
+      UserError: naming the corpus.
+    """
+    folder = config["data"]["evidence"]["folder"]
+    if folder and "evidence" in recipe.inputs:
+        for source in opened:
+            phrases.check(folder, f"{source.name} ({source.split})", source.texts())
+
+
 def resumed(config: Mapping, step: int) -> None:
     """Refuse to call a run that was trained for longer one of `train.steps` steps.
 

@@ -110,6 +110,7 @@ def _prepare(config, workdir, stop) -> _Job:
     if settings["export"]:
         export.check(parts)
     checks.batch(config, parts)
+    checks.evidence(config, parts.recipe, sources)
     examples.check_view(config["data"], sources[0].images, parts.recipe.inputs)
     pools = unpaired.pools(parts, sources)
     evaluator = validator = Evaluator(parts, config["evals"], stop)

@@ -70,11 +70,7 @@ def reader(
             lambda text: shown(json.loads(extract.write_rules(text))["evidence"], negated=negated)
         )
         return lambda record: by_rules(_text(record))
-    file = Path(folder).expanduser() / "evidence.jsonl"
-    if not file.is_file():
-        raise UserError(f"data.evidence.folder={folder} has no evidence.jsonl.")
-    with file.open(encoding="utf-8") as lines:
-        rows = list(map(json.loads, lines))
+    file, rows = _extraction(folder)
     known = {row["key"]: shown(row["evidence"], negated=negated) for row in rows}
     _say_failed(file, sum(row["status"] == answers.FAILED for row in rows), len(rows))
 
@@ -89,6 +85,38 @@ def reader(
         return known.get(key, ())
 
     return phrases
+
+
+def check(folder: str, corpus: str, texts: Iterable[tuple[str, str]]) -> None:
+    """Refuse a corpus of which an extraction lacks reports, before a run stops in its middle.
+
+    Args:
+      folder: of `medvlp evidence extract`.
+      corpus: its name, for the error.
+      texts: (findings, impression) of every record.
+
+    Raises:
+      UserError: with how many reports are not there.
+    """
+    file, rows = _extraction(folder)
+    known = {row["key"] for row in rows}
+    reports = list(filter(None, (Report("", *pair).text for pair in texts)))
+    lacking = sum(extract.text_key(text) not in known for text in reports)
+    if lacking:
+        raise UserError(
+            f"{lacking:,} of {len(reports):,} reports of {corpus} are not in {file}: run `medvlp "
+            f"evidence extract --reports PATH --out {folder}`, PATH with all reports of the corpus "
+            "as it was prepared."
+        )
+
+
+def _extraction(folder: str) -> tuple[Path, list[dict]]:
+    """Return the file of an extraction and what it holds."""
+    file = Path(folder).expanduser() / "evidence.jsonl"
+    if not file.is_file():
+        raise UserError(f"data.evidence.folder={folder} has no evidence.jsonl.")
+    with file.open(encoding="utf-8") as lines:
+        return file, list(map(json.loads, lines))
 
 
 @functools.cache
