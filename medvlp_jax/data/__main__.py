@@ -58,6 +58,8 @@ def _prepare(options: argparse.Namespace) -> None:
     print(f"{options.name} is in {folder}: {', '.join(counts)} records.")
     for reason, count in corpus.info.metadata.get("left_out", {}).items():
         print(f"left out: {count:,} rows: {reason}")
+    for line in building.kept_lines(corpus.info.metadata.get("noted", {})):
+        print(line)
     if torn := corpus.info.metadata.get("torn_patients", 0):
         print(building.torn_line(torn))
 

@@ -107,10 +107,15 @@ class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         """Return the class names of every label task of this variant."""
         return {}
 
+    def texts(self) -> Sequence[str]:
+        """Return which of "findings" and "impressions" a check counts even where there are none."""
+        return ()
+
     def samples(self, folder: Path) -> Iterable[Sample]:
         """Read the tables of a source folder; no image is opened.
 
-        Rows that the variant leaves out are counted by `left_out`.
+        Rows that the variant leaves out are counted by `left_out`, those that lack something by
+        `noted`.
 
         Raises:
           UserError: for the first defect of a table.
@@ -121,6 +126,11 @@ class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         """Count rows that are not in this variant; the counts are stored with the records."""
         counts = self.info.metadata.setdefault("left_out", {})
         counts[reason] = counts.get(reason, 0) + count
+
+    def noted(self, what: str) -> None:
+        """Count a row that is kept and lacks something, such as "without a text"; stored, too."""
+        counts = self.info.metadata.setdefault("noted", {})
+        counts[what] = counts.get(what, 0) + 1
 
     def skip_lists(self) -> Mapping[str, Sequence[str]]:
         """Return image ids known to be unusable, by the name of the list."""
@@ -135,7 +145,7 @@ class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
           UserError: as `samples`, for an image id that stands twice in a split, or a skip list that
             names unknown images.
         """
-        self.info.metadata["left_out"] = {}
+        self.info.metadata["left_out"], self.info.metadata["noted"] = {}, {}
         lists = dict(self.skip_lists()) | read_skip_list(folder)
         skipped = {name: {*ids} for name, ids in lists.items()}
         kept, seen = [], {}
@@ -227,6 +237,11 @@ def count_torn(samples: Iterable[Sample]) -> int:
     for sample in samples:
         splits[sample.patient_id].add(sample.split)
     return sum(len(found) > 1 for found in splits.values())
+
+
+def kept_lines(noted: Mapping[str, int]) -> Iterator[str]:
+    """Yield a line on each lack that `Builder.noted` counted."""
+    yield from (f"kept: {count:,} rows {what}" for what, count in noted.items())
 
 
 def torn_line(count: int) -> str:

@@ -37,6 +37,7 @@ class Findings(NamedTuple):
       tables: SHA-256 by file, and whether the source's own list says the same (None: no list).
       splits: counts by split; `hash` names the set of image ids, see `layouts.id_hash`.
       left_out: rows that are not in this variant, by reason.
+      noted: rows that are in it and lack something.
       published: the numbers the source states.
       torn: patients in more than one split.
       problems: images that cannot be used.
@@ -45,6 +46,7 @@ class Findings(NamedTuple):
     tables: dict[str, tuple[str, bool | None]]
     splits: dict[str, dict[str, Any]]
     left_out: dict[str, int]
+    noted: dict[str, int]
     published: dict[str, int]
     torn: int
     problems: list[Problem]
@@ -61,6 +63,7 @@ class Findings(NamedTuple):
             )
         for reason, count in self.left_out.items():
             yield f"left out: {count:,} rows: {reason}"
+        yield from building.kept_lines(self.noted)
         if self.published:
             yield "published: " + ", ".join(f"{n:,} {what}" for what, n in self.published.items())
         if self.torn:
@@ -89,11 +92,12 @@ def inspect(corpus: building.Builder, folder: Path, *, decode: bool = False) -> 
     return Findings(
         tables={name: _digest(folder, name) for name in _tables(folder)},
         splits={
-            split: _count(found[split]) | _verdict(corpus, split, found[split])
+            split: _count(corpus, found[split]) | _verdict(corpus, split, found[split])
             for split in building.SPLITS
             if found[split]
         },
         left_out=dict(corpus.info.metadata["left_out"]),
+        noted=dict(corpus.info.metadata["noted"]),
         published=dict(corpus.PUBLISHED),
         torn=corpus.info.metadata["torn_patients"],
         problems=list(_problems(corpus, samples, decode)),
@@ -132,7 +136,7 @@ def _row(sample: building.Sample) -> str:
     return f"{sample.row.path.name} row {sample.row.number}"
 
 
-def _count(samples: Sequence[building.Sample]) -> dict[str, Any]:
+def _count(corpus: building.Builder, samples: Sequence[building.Sample]) -> dict[str, Any]:
     texts = [s.sections() if callable(s.sections) else s.sections for s in samples]
     counts = {
         "images": sum(s.path is not None for s in samples),
@@ -142,7 +146,7 @@ def _count(samples: Sequence[building.Sample]) -> dict[str, Any]:
         "impressions": sum(bool(impression) for _, impression in texts),
         "boxes": sum(len(s.boxes) for s in samples),
     }
-    return {name: count for name, count in counts.items() if count}
+    return {name: count for name, count in counts.items() if count or name in corpus.texts()}
 
 
 def _verdict(

@@ -19,6 +19,8 @@ from medvlp_jax.data.headings import tidy
 from medvlp_jax.reading import parse_json
 
 _MIMIC_STUDY = re.compile(r"s\d{8}")
+# What spreadsheets and databases write into a cell without a text.
+PLACEHOLDERS = ("nan", "null", "none", "n/a", "na", ".", "-")
 SUFFIXES = (".xml", ".txt")
 
 
@@ -148,6 +150,11 @@ def _openi(name: str, stem: str, content: bytes) -> Report:
     )
 
 
+def told(cell: str) -> str:
+    """Return the text of a cell, "" for one of PLACEHOLDERS."""
+    return "" if cell.strip().lower() in PLACEHOLDERS else cell
+
+
 def _json_lines(path: Path) -> Iterator[Report]:
     with path.open(encoding="utf-8-sig") as lines:
         try:
@@ -199,7 +206,7 @@ def _text(where: str, row: Mapping[str, Any], key: str) -> str:
         # Its kind alone: what a report says does not belong into a log.
         what = "half a character (a lone surrogate)" if isinstance(text, str) else _kind(text)
         raise UserError(f"{where}: '{key}' holds {what}; a text is needed.")
-    return text
+    return told(text)
 
 
 def _kind(value: Any) -> str:

@@ -8,7 +8,9 @@ from PIL import Image
 
 from medvlp_jax import cli
 from medvlp_jax.config import UserError
-from medvlp_jax.data import corpora
+from medvlp_jax.data import corpora, reports
+from medvlp_jax.evidence import extract, phrases
+from medvlp_jax.evidence.backends import writer
 
 CORPUS = {
     "columns": {"image": "file", "group": "who", "label": "dx", "findings": "seen"},
@@ -202,6 +204,68 @@ def test_long_cells_and_spaces_around_names_are_read(folder):
     )
     counts = corpora.check("csv_folder", manual_dir=folder)
     assert sum(split["findings"] for split in counts.values()) == 12
+
+
+def with_texts(folder, name, texts):
+    """Describe one column of texts in place of "seen", one a row."""
+    description = with_(columns={**CORPUS["columns"], name: "seen"})
+    if name != "findings":
+        del description["columns"]["findings"]
+    (folder / "corpus.json").write_text(json.dumps(description))
+    path = folder / "table.csv"
+    table = path.read_text()
+    for i, cell in enumerate(texts):
+        table = table.replace(f",Seen {i}.,", f',"{cell}",')
+    path.write_text(table)
+
+
+def test_rows_without_a_text_are_counted_and_so_are_texts_of_which_there_is_none(
+    folder, prepare, capsys
+):
+    other = ["INDICATION: Cough.\nThe lungs are clear.", "N/A"]
+    with_texts(folder, "report", [other[i % 2] for i in range(12)])
+    assert cli.main(["data", "check", "csv_folder", "--manual-dir", str(folder)]) == 0
+    said = capsys.readouterr().out
+    assert "kept: 12 rows without a text" in said
+    assert "0 findings, 0 impressions" in said
+    assert prepare(folder, "empty") == 0
+    assert "kept: 12 rows without a text" in capsys.readouterr().out
+
+
+def test_a_corpus_without_text_columns_lacks_no_text(folder, capsys):
+    description = with_(columns={k: v for k, v in CORPUS["columns"].items() if k != "findings"})
+    (folder / "corpus.json").write_text(json.dumps(description))
+    assert cli.main(["data", "check", "csv_folder", "--manual-dir", str(folder)]) == 0
+    said = capsys.readouterr().out
+    assert "without a text" not in said
+    assert "findings" not in said
+
+
+EMPTY = ("nan", "NaN", "NULL", "None", "N/A", "NA", " . ", "-")
+
+
+@pytest.mark.parametrize("name", ["findings", "report"])
+def test_placeholders_are_no_texts(folder, capsys, name):
+    with_texts(folder, name, EMPTY)
+    assert cli.main(["data", "check", "csv_folder", "--manual-dir", str(folder)]) == 0
+    assert "kept: 8 rows without a text" in capsys.readouterr().out
+    counts = corpora.check("csv_folder", manual_dir=folder)
+    assert sum(split["findings"] for split in counts.values()) == 4
+    assert sum(split["impression"] for split in counts.values()) == 0
+
+
+def test_an_extraction_of_the_table_has_every_report_of_the_corpus(folder, prepare, tmp_path):
+    with_texts(folder, "findings", ["Large\n  effusion.", "NaN", "No  change."])
+    path = folder / "table.csv"
+    path.write_text(path.read_text().replace("file,near,who,dx,seen", "id,near,who,dx,findings"))
+    description = json.loads((folder / "corpus.json").read_text())
+    description["columns"] |= {"image": "id", "findings": "findings"}
+    (folder / "corpus.json").write_text(json.dumps(description))
+    assert prepare(folder, "spaced") == 0
+    extract.run(reports.read_reports(path), writer("rules", extract.write_rules), tmp_path / "out")
+    where = {"data_dir": tmp_path / "data", "builder_config": "spaced"}
+    for source in corpora.open_all("csv_folder", **where):
+        phrases.check(str(tmp_path / "out"), source.name, source.texts())
 
 
 def test_leakage_names_the_folders_of_ones_own(folder, prepare, tmp_path, capsys):

@@ -212,6 +212,11 @@ def test_a_study_of_mimic_is_read_as_its_corpus_reads_it(tmp_path, heading):
     assert "Cough" not in report.text
 
 
+def test_placeholders_are_no_texts(tmp_path):
+    (tmp_path / "r.csv").write_text("id,findings,impression\n1,NaN,-\n2,Nan of,n/a\n")
+    assert [report.text for report in read_reports(tmp_path / "r.csv")] == ["", "Nan of"]
+
+
 @pytest.mark.parametrize("name", ["r.csv", "r.jsonl"])
 def test_an_encoding_that_is_not_utf_8_is_named(tmp_path, name):
     (tmp_path / name).write_bytes(b'id,findings\n1,"\xe9dema"\n')

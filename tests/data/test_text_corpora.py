@@ -187,6 +187,13 @@ def test_the_csv_repack_of_openi_gives_the_ids_of_the_xml_files(repacked_folder,
     }
 
 
+def test_texts_of_the_csv_repack_have_no_runs_of_white_space(repacked_folder, tmp_path):
+    path = repacked_folder / openi.TABLE.names[0]
+    path.write_text(path.read_text().replace("Effusion.", '"Large\n  effusion."'))
+    found = {r["study_id"]: r for r in records_of("openi", "train", repacked_folder, tmp_path)}
+    assert found["CXR2"]["impression"] == "Large effusion."
+
+
 def test_the_csv_repack_tells_frontal_images_and_the_xml_files_do_not(
     repacked_folder, openi_folder, tmp_path
 ):

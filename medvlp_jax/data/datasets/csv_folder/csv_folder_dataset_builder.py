@@ -22,9 +22,9 @@ Source folder:
 
 Columns: `image` and `group` are needed. `group` is what must not be torn apart by a split (patient,
 lesion). `findings`, `impression`: parts of a report, or `report`, a whole one, which is split at
-its headings. `label`: one of `classes`. `study`: images taken together, the group without it. `id`:
-of the image, its path without it. `split`: train, validation or test; without it 80/10/10 by a hash
-of the group.
+its headings; a placeholder such as "nan" or "N/A" is no text. `label`: one of `classes`. `study`:
+images taken together, the group without it. `id`: of the image, its path without it. `split`:
+train, validation or test; without it 80/10/10 by a hash of the group.
 
 `labels`: per task the columns that hold 1 (present), 0 (absent), -1 or nothing (unknown); they are
 the names of its classes. `images`: further images of a case and their columns. `channels`: 3
@@ -44,7 +44,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from medvlp_jax.config import UserError
-from medvlp_jax.data import building, files, headings, records, tabular
+from medvlp_jax.data import building, files, headings, records, reports, tabular
 from medvlp_jax.data.datasets.csv_folder import description
 from medvlp_jax.data.datasets.csv_folder.description import NEEDED, TASK
 
@@ -91,6 +91,12 @@ class Builder(building.Builder):
             tasks[TASK] = tuple(self.described["classes"])
         return tasks
 
+    def texts(self) -> tuple[str, ...]:
+        """Return the sections that columns are named for."""
+        columns = self.described["columns"]
+        names = {"findings": "findings", "impression": "impressions"}
+        return tuple(n for key, n in names.items() if key in columns or "report" in columns)
+
     def _info(self) -> tfds.core.DatasetInfo:
         tasks, images = self.tasks(), {name: {} for name in self.described["images"]}
         metadata = records.metadata(tasks=tasks, table=self.schema, images=images)
@@ -122,7 +128,10 @@ class Builder(building.Builder):
             split, accepted = columns["split"], building.SPLITS
             files.check_groups(rows, group=columns["group"], split=split, accepted=accepted)
         for row in rows:
-            yield self._sample(folder, row)
+            sample = self._sample(folder, row)
+            if self.texts() and not any(sample.sections):
+                self.noted("without a text")
+            yield sample
 
     def _sample(self, folder: Path, row: files.Row) -> building.Sample:
         columns, classes = self.described["columns"], self.described["classes"]
@@ -133,7 +142,8 @@ class Builder(building.Builder):
         }
         if classes:
             labels[TASK] = records.one_hot(row.choice(columns[TASK], classes), classes)
-        texts = cell("findings"), cell("impression")
+        text = lambda key: reports.told(cell(key))
+        texts = headings.tidy(text("findings")), headings.tidy(text("impression"))
         return building.Sample(
             row=row,
             path=files.inside(folder, row, columns["image"]),
@@ -141,7 +151,7 @@ class Builder(building.Builder):
             image_id=cell("id") or cell("image"),
             patient_id=cell("group"),
             study_id=cell("study") or cell("group"),
-            sections=headings.split_sections(cell("report")) if "report" in columns else texts,
+            sections=headings.split_sections(text("report")) if "report" in columns else texts,
             labels=labels,
             images={
                 name: files.inside(folder, row, column)

@@ -133,7 +133,7 @@ def _repacked(folder: Path) -> Iterator[tuple[reports.Report, list[Image]]]:
         images[uid].append(Image(row, image_id, f"{REPACKED}/{name}", view))
     for row in rows:
         headings = tuple(filter(None, map(str.strip, row["MeSH"].split(";"))))
-        texts = row["findings"], row["impression"]
+        texts = reports.tidy(row["findings"]), reports.tidy(row["impression"])
         yield reports.Report(f"CXR{row['uid']}", *texts, headings), images[row["uid"]]
 
 
