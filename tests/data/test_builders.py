@@ -14,6 +14,7 @@ from PIL import Image
 
 from medvlp_jax.config import UserError
 from medvlp_jax.data import building, corpora, files
+from medvlp_jax.data.datasets.mimic_cxr import mimic_cxr_dataset_builder
 
 
 @pytest.fixture
@@ -59,6 +60,17 @@ def test_mimic_cxr_pairs_frontal_views_with_their_sections(records_of, tmp_path,
     assert left_out(tmp_path, "mimic_cxr", "frontal") == {"not frontal (PA, AP)": 2}
 
 
+def replace_report(folder, name, text, compression):
+    """Write another text for one report of MIMIC-CXR's archive, as its last member."""
+    path = folder / "mimic-cxr/mimic-cxr-reports.zip"
+    with zipfile.ZipFile(path) as archive:
+        others = {n: archive.read(n) for n in archive.namelist() if not n.endswith(name)}
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for other, content in others.items():
+            archive.writestr(other, content)
+        archive.writestr(f"mimic-cxr-reports/{name}", text)
+
+
 @pytest.mark.parametrize(
     ("compression", "size", "message"),
     [
@@ -70,8 +82,7 @@ def test_mimic_cxr_pairs_frontal_views_with_their_sections(records_of, tmp_path,
 def test_no_report_of_mimic_cxr_is_unpacked_to_any_length(tmp_path, compression, size, message):
     layouts.mimic_cxr(tmp_path, zipped=True)
     name = "files/p10/p10000032/s50414267.txt"
-    with zipfile.ZipFile(tmp_path / "mimic-cxr/mimic-cxr-reports.zip", "w", compression) as archive:
-        archive.writestr(f"mimic-cxr-reports/{name}", "." * size)
+    replace_report(tmp_path, name, "." * size, compression)
     with pytest.raises(UserError, match=f"row 2: {name} in .* {message}"):
         corpora.builder("mimic_cxr", data_dir=tmp_path / "none").kept(tmp_path)
 
@@ -80,8 +91,7 @@ def test_a_report_of_mimic_cxr_that_understates_its_length_is_not_unpacked_whole
     layouts.mimic_cxr(tmp_path, zipped=True)
     path = tmp_path / "mimic-cxr/mimic-cxr-reports.zip"
     name = "files/p10/p10000032/s50414267.txt"
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr(f"mimic-cxr-reports/{name}", "." * (1 << 26))
+    replace_report(tmp_path, name, "." * (1 << 26), zipfile.ZIP_DEFLATED)
     content = bytearray(path.read_bytes())
     at = content.rindex(b"PK\1\2") + 24  # the size that the directory of the archive tells
     content[at : at + 4] = (9).to_bytes(4, "little")
@@ -100,6 +110,53 @@ def test_mimic_cxr_variants_keep_what_they_say(records_of, tmp_path):
     assert sum(map(len, records_of("mimic_cxr", "pairs").values())) == 4
     reason = {"neither findings nor impression": 1}
     assert left_out(tmp_path, "mimic_cxr", "pairs") == reason
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_reports_of_mimic_cxr_that_are_elsewhere_are_refused(tmp_path, zipped):
+    layouts.mimic_cxr(tmp_path, zipped=zipped)
+    reports, there = tmp_path / "mimic-cxr", "files/10000032/s50414267.txt"
+    if zipped:
+        there = f"reports/{there}"
+        with zipfile.ZipFile(reports / "mimic-cxr-reports.zip", "w") as archive:
+            archive.writestr("reports/", "")
+            archive.writestr(there, "IMPRESSION: Fine.")
+    else:
+        shutil.rmtree(reports / "files")
+        layouts.table(reports / there, "IMPRESSION: Fine.")
+    for variant in ("frontal", "images"):
+        builder = corpora.builder("mimic_cxr", data_dir=tmp_path / "none", builder_config=variant)
+        said = r"no report for 4 of 4 studies: there is no files/p10/p10000032/s50414267\.txt, but"
+        with pytest.raises(UserError, match=f"{said} such as {there}; get"):
+            builder.kept(tmp_path)
+    (reports / "mimic-cxr-reports.zip").write_bytes(b"PK\5\6" + bytes(18))  # holds nothing
+    with pytest.raises(UserError, match="no report for 4 of 4 studies"):
+        builder.kept(tmp_path)
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_a_study_of_mimic_cxr_without_a_report_file_is_counted_as_such(
+    tmp_path, monkeypatch, zipped
+):
+    layouts.mimic_cxr(tmp_path, zipped=zipped)
+    name = "files/p10/p10000764/s57375967.txt"
+    if zipped:
+        path = tmp_path / "mimic-cxr/mimic-cxr-reports.zip"
+        path.write_bytes(path.read_bytes().replace(b"s57375967", b"s00000000"))
+    else:
+        (tmp_path / "mimic-cxr" / name).unlink()
+    open_ = lambda variant: corpora.builder(
+        "mimic_cxr", data_dir=tmp_path / "none", builder_config=variant
+    )
+    with pytest.raises(UserError, match=f"no report for 1 of 4 studies: there is no {name}"):
+        open_("pairs").kept(tmp_path)
+    monkeypatch.setattr(mimic_cxr_dataset_builder, "MAX_MISSING", 0.25)
+    pairs, whole = open_("pairs"), open_("images")
+    assert len(pairs.kept(tmp_path)) == 3
+    counts = {"no report file": 1, "neither findings nor impression": 1}
+    assert pairs.info.metadata["left_out"] == counts
+    assert len(whole.kept(tmp_path)) == 5
+    assert whole.info.metadata["noted"] == {"with no report file": 1}
 
 
 def test_chexpert_strips_the_release_and_keeps_blank_apart_from_zero(records_of, tmp_path):
@@ -124,6 +181,24 @@ def test_chexpert_plus_reads_reports_labels_and_png(records_of, tmp_path):
     assert (finding["Edema"], finding["Fracture"], finding["Pneumonia"]) == (1, -1, 0)
     assert [r["impression"] for r in records["validation"].values()] == ["Edema."]
     assert left_out(tmp_path, "chexpert_plus", "frontal") == {"neither findings nor impression": 1}
+
+
+def test_labels_of_chexpert_plus_are_found_by_any_suffix_and_must_be_of_its_images(tmp_path):
+    layouts.chexpert_plus(tmp_path)
+    path = tmp_path / "chexbert_labels/report_fixed.json"
+    path.write_text(path.read_text().replace(".jpg", ".png"))
+    corpus = corpora.builder("chexpert_plus", data_dir=tmp_path / "none")
+    first, second = corpus.kept(tmp_path)
+    assert first.labels["mentioned"].sum() == 3
+    assert second.labels["mentioned"].sum() == -14
+    lack = "without labels in chexbert_labels/report_fixed.json"
+    assert corpus.info.metadata["noted"] == {lack: 1}
+    path.write_text(path.read_text().replace("patient", "CheXpert/patient"))
+    with pytest.raises(UserError, match=r"labels no image of df_chexpert.*paths like train/CheXp"):
+        corpus.kept(tmp_path)
+    path.unlink()
+    assert len(corpus.kept(tmp_path)) == 2
+    assert corpus.info.metadata["noted"] == {}
 
 
 def test_padchest_labels_are_lists_and_known_broken_files_are_counted(records_of, tmp_path):

@@ -2,17 +2,21 @@
 
 Source folder: `df_chexpert_plus_240401.csv`; the images either as the JPEG files of CheXpert
 (`train/patient42142/study5/view1_frontal.jpg`) or as PNG under `PNG/`, same names; labels in
-`chexbert_labels/report_fixed.json` (JSON lines by path) where they are there, else all unknown.
+`chexbert_labels/report_fixed.json` (JSON lines by path, with any suffix) where they are there, else
+all unknown.
 
 These are CheXpert's images and patients: never train on one and test on the other's training part.
 """
 
 import json
-from collections.abc import Iterator
+import posixpath
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 
+from medvlp_jax.config import UserError
 from medvlp_jax.data import building, cxr_labels, files, layouts, records
 
 WHERE = "https://stanfordaimi.azurewebsites.net (CheXpert Plus, research use agreement)"
@@ -51,6 +55,7 @@ class Builder(building.Builder):
         needed = ("path_to_image", "frontal_lateral", "split")
         rows = TABLE.rows(folder, filled=needed, unique="path_to_image")
         labels = read_labels(folder)
+        _check_labels(folder, rows, labels)
         for row in rows:
             frontal = row.choice("frontal_lateral", VIEWS) == "Frontal"
             sections = tuple(
@@ -61,11 +66,13 @@ class Builder(building.Builder):
             elif self.variant != "images" and not any(sections):
                 self.left_out("neither findings nor impression")
             else:
+                if labels and _key(row["path_to_image"]) not in labels:
+                    self.noted(f"without labels in {LABELS}")
                 yield _sample(folder, row, sections, labels)
 
 
 def read_labels(folder: Path) -> dict[str, dict[str, np.ndarray]]:
-    """Return the labels by path; empty where the folder has none.
+    """Return the labels by path without its suffix; empty where the folder has none.
 
     Raises:
       UserError: for a line that is no JSON object with the path and the 14 findings.
@@ -83,8 +90,27 @@ def read_labels(folder: Path) -> dict[str, dict[str, np.ndarray]]:
                 f"no label of an image ({type(error).__name__}: {str(error)[:80]}); a JSON object "
                 "with path_to_image and the 14 findings is needed."
             ) from error
-        found[path] = cxr_labels.four_valued(files.Row(row.path, row.number, values))
+        found[_key(path)] = cxr_labels.four_valued(files.Row(row.path, row.number, values))
     return found
+
+
+def _check_labels(folder: Path, rows: Sequence[files.Row], labels: Mapping[str, Any]) -> None:
+    """Refuse a label file of other images.
+
+    Raises:
+      UserError: naming a path of each table.
+    """
+    if labels and rows and not any(_key(row["path_to_image"]) in labels for row in rows):
+        raise UserError(
+            f"{folder / LABELS} labels no image of {rows[0].path.name}: it has paths like "
+            f"{min(labels)[:80]}, the table has {rows[0]['path_to_image'][:80]}; take both from "
+            f"one release ({WHERE}), or remove the labels."
+        )
+
+
+def _key(path: str) -> str:
+    """Return a path without its suffix: images are JPEG or PNG, and labels name either."""
+    return posixpath.splitext(path)[0]
 
 
 def _cell(value) -> str:
@@ -111,5 +137,5 @@ def _sample(folder: Path, row: files.Row, sections, labels) -> building.Sample:
         patient_id=parts[1],
         study_id="/".join(parts[1:3]),
         sections=sections,
-        labels=labels.get(path, unknown),
+        labels=labels.get(_key(path), unknown),
     )

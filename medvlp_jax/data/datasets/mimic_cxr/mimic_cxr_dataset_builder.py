@@ -12,7 +12,7 @@ split is the official one; patients are apart.
 """
 
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from medvlp_jax.config import UserError
@@ -42,6 +42,8 @@ SPLITS = {"train": "train", "validate": "validation", "test": "test"}
 FRONTAL = ("PA", "AP")
 # Others are unpacked in one go, to any length, whatever the archive says of it.
 COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+NO_REPORT = "no report file"
+MAX_MISSING = 0.01  # of the studies; the releases lack none, so that more is another folder
 
 
 class Builder(building.Builder):
@@ -63,12 +65,18 @@ class Builder(building.Builder):
         split = {row["dicom_id"]: row for row in SPLIT.rows(folder, filled=(*IDS, "split"))}
         labels = {row["study_id"]: row for row in CHEXPERT.rows(folder, unique="study_id")}
         reports = Reports(folder)
+        reports.check(rows)
         for row in rows:
+            has_report = reports.holds(row)
             if self.variant == "frontal" and row["ViewPosition"] not in FRONTAL:
                 self.left_out("not frontal (PA, AP)")
+            elif self.variant != "images" and not has_report:
+                self.left_out(NO_REPORT)
             elif self.variant != "images" and not any(reports.sections(row)):
                 self.left_out("neither findings nor impression")
             else:
+                if not has_report:
+                    self.noted(f"with {NO_REPORT}")
                 yield _sample(folder, row, split, labels, reports)
 
 
@@ -89,6 +97,42 @@ class Reports:
                 f"{REPORTS_WHERE}."
             )
         self.found: dict[str, tuple[str, str]] = {}
+        self.missing: set[str] = set()
+
+    def check(self, rows: Sequence[files.Row]) -> None:
+        """Look for the report of every study.
+
+        Raises:
+          UserError: where more than MAX_MISSING of them have none.
+        """
+        studies = {row["study_id"]: row for row in rows}
+        lacking = [row for row in studies.values() if not self._is_there(row)]
+        self.missing = {row["study_id"] for row in lacking}
+        if len(lacking) > MAX_MISSING * len(studies):
+            raise UserError(
+                f"{self.path if self.path.is_file() else self.folder} has no report for "
+                f"{len(lacking):,} of {len(studies):,} studies: there is no {_name(lacking[0])}, "
+                f"but such as {self._shown()}; get the reports from {REPORTS_WHERE}."
+            )
+
+    def holds(self, row: files.Row) -> bool:
+        """Say whether the study of a row has a report, once `check` has looked for all."""
+        return row["study_id"] not in self.missing
+
+    def _is_there(self, row: files.Row) -> bool:
+        if self.members:
+            return _name(row) in self.members
+        return layouts.member(self.folder, row, _name(row)).is_file()
+
+    def _shown(self) -> str:
+        """Return the first name of what is there."""
+        if self.members:
+            named = (m.filename for m in self.members.values() if not m.is_dir())
+            return min(named, default="empty folders")
+        path = self.folder / "files"
+        while path.is_dir() and (inside := sorted(path.iterdir())):
+            path = inside[0]
+        return path.relative_to(self.folder).as_posix()
 
     def sections(self, row: files.Row) -> tuple[str, str]:
         """Return (findings, impression) of the study of a row; empty where it has no report.
@@ -98,7 +142,7 @@ class Reports:
         """
         study = f"s{row['study_id']}"
         if study not in self.found:
-            text = self._read(row, f"{_patient_folder(row)}/{study}.txt")
+            text = self._read(row, _name(row))
             parts = sections.of_study(text, study)
             self.found[study] = " ".join(parts.findings.split()), " ".join(parts.impression.split())
         return self.found[study]
@@ -137,6 +181,11 @@ def _open(path: Path) -> zipfile.ZipFile:
 def _patient_folder(row: files.Row) -> str:
     subject = row["subject_id"]
     return f"files/p{subject[:2]}/p{subject}"
+
+
+def _name(row: files.Row) -> str:
+    """Return where the report of a row lies."""
+    return f"{_patient_folder(row)}/s{row['study_id']}.txt"
 
 
 def _sample(folder: Path, row: files.Row, split, labels, reports: Reports) -> building.Sample:
