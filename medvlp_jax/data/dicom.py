@@ -14,13 +14,25 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 
 from medvlp_jax.config import UserError
 
 MONOCHROME = ("MONOCHROME1", "MONOCHROME2")
 SUFFIXES = (".dcm", ".dicom")
 FORMATS = ("JPEG", "PNG")  # Pillow's names of what else is read
+# How the EXIF orientation of a file turns its picture in viewers; phones write it.
+_UPSIDE = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+}
+_SIDEWAYS = {
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 # Further than any radiograph: a header that asks for more is damaged, and memory is not its to ask.
 MAX_PIXELS = 1 << 28
 
@@ -62,6 +74,32 @@ def opened(source: Path | IO[bytes]) -> Image.Image:
     return image
 
 
+def upright(image: Image.Image) -> Image.Image:
+    """Decode a picture and turn it as its EXIF orientation says; without one return it itself.
+
+    The pixels of `ImageOps.exif_transpose`, which writes all tags anew and fails where those of a
+    phone are odd.
+    """
+    image.load()
+    turn = (_UPSIDE | _SIDEWAYS).get(_orientation(image))
+    return image if turn is None else image.transpose(turn)
+
+
+def shown_shape(image: Image.Image) -> tuple[int, int]:
+    """Return [H, W] of a picture as `upright` has it."""
+    shape = image.height, image.width
+    return shape[::-1] if _orientation(image) in _SIDEWAYS else shape
+
+
+def _orientation(image: Image.Image) -> int | None:
+    if image.format != "JPEG":
+        image.load()  # tags may follow the pixels; a JPEG is decoded later, maybe at reduced scale
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # damaged tags raise many types, and viewers show the picture as it is
+        return None
+
+
 def grey(image: Image.Image) -> np.ndarray:
     """Return a Pillow image as uint8 [H, W]; more than 8 bits are stretched to their range."""
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
@@ -72,8 +110,7 @@ def grey(image: Image.Image) -> np.ndarray:
 
 def _picture(path: Path) -> np.ndarray:
     with opened(path) as image:
-        image.load()
-        return grey(image)
+        return grey(upright(image))
 
 
 def _dicom(path: Path) -> np.ndarray:

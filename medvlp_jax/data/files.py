@@ -5,6 +5,7 @@ Rows are counted as a spreadsheet shows them: the header is row 1.
 
 import csv
 import hashlib
+import io
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from medvlp_jax.data import dicom
 # than this, a cell or a line, is damaged, and memory is not its to ask.
 LONGEST = 1 << 24
 csv.field_size_limit(LONGEST)
+QUALITY = 95  # of a JPEG that is encoded anew
 # The longest report has some 10,000 characters; more bytes are no report.
 MAX_REPORT = 1 << 20
 _NAME = re.compile(r"\w[\w .()/-]{0,39}")
@@ -107,6 +109,8 @@ def read_rows(
 def read_image(path: Path, row: Row, *, format: str = "JPEG") -> bytes:
     """Return the bytes of an image file after decoding it once, so that a damaged one is refused.
 
+    A picture that its EXIF orientation turns is encoded anew as viewers show it.
+
     Args:
       path: the image file.
       row: the table row that names it, for the error.
@@ -120,7 +124,7 @@ def read_image(path: Path, row: Row, *, format: str = "JPEG") -> bytes:
         raise row.error(f"image {path} is missing; a {format} file is needed there.")
     try:
         with dicom.opened(path) as image:
-            image.load()
+            shown = dicom.upright(image)
             found, mode = image.format, image.mode
     except Exception as error:
         # Decoders of damaged files raise many types; all of them mean this.
@@ -131,7 +135,11 @@ def read_image(path: Path, row: Row, *, format: str = "JPEG") -> bytes:
         raise row.error(f"image {path} is {found}; a {format} file is needed.")
     if is_deep(mode):
         raise row.error(f"image {path} has more than 8 bits a channel; one of 8 bits is needed.")
-    return path.read_bytes()
+    if shown is image:
+        return path.read_bytes()
+    buffer = io.BytesIO()
+    shown.save(buffer, format, quality=QUALITY)
+    return buffer.getvalue()
 
 
 def is_deep(mode: str) -> bool:

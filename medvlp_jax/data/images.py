@@ -1,8 +1,8 @@
 """Images of a source folder as what records store: encoded bytes, at full size or pre-resized.
 
-A JPEG or an 8-bit PNG at full size goes in as the bytes it is. Everything else, DICOM, deeper PNG
-and what is resized, becomes a JPEG of quality 95, grey unless colours are asked for, so that the
-pipeline can decode it at reduced scale.
+A JPEG or an 8-bit PNG at full size goes in as the bytes it is. Everything else, DICOM, deeper PNG,
+what is resized and what its EXIF orientation turns, becomes a JPEG of quality 95, grey unless
+colours are asked for, so that the pipeline can decode it at reduced scale.
 """
 
 import io
@@ -15,12 +15,14 @@ from PIL import Image
 from medvlp_jax.config import UserError
 from medvlp_jax.data import dicom, files
 
-QUALITY = 95
 AS_THEY_ARE = {"JPEG": ("L", "RGB"), "PNG": ("L", "RGB")}
 
 
 class Encoded(NamedTuple):
-    """An image as a record holds it, and the size [H, W] of the source, which boxes refer to."""
+    """An image as a record holds it, and the size [H, W] of the source as viewers show it.
+
+    Boxes and masks refer to that.
+    """
 
     content: bytes
     shape: tuple[int, int]
@@ -43,17 +45,17 @@ def load(path: Path, *, side: int = 0, channels: int = 1) -> Encoded:
     try:
         content = path.read_bytes()
         with dicom.opened(io.BytesIO(content)) as image:
-            shape = image.height, image.width
+            shape = dicom.shown_shape(image)
             kept = not 0 < side < min(shape)
             if not kept and image.format == "JPEG":
                 # Decoded at 1/2, 1/4 or 1/8 where that is enough.
                 image.draft("L" if channels == 1 else "RGB", (side, side))
-            image.load()
-            if kept and image.mode in AS_THEY_ARE.get(image.format, ()):
+            shown = dicom.upright(image)
+            if kept and shown is image and image.mode in AS_THEY_ARE.get(image.format, ()):
                 return Encoded(content, shape)
             if channels == 3 and not files.is_deep(image.mode):
-                return Encoded(_jpeg(image.convert("RGB"), side), shape)
-            return Encoded(_jpeg(Image.fromarray(dicom.grey(image)), side), shape)
+                return Encoded(_jpeg(shown.convert("RGB"), side), shape)
+            return Encoded(_jpeg(Image.fromarray(dicom.grey(shown)), side), shape)
     except FileNotFoundError:
         raise UserError(f"image {path} is missing.") from None
     except Exception as error:
@@ -104,7 +106,7 @@ def _jpeg(image: Image.Image, side: int) -> bytes:
     if 0 < side < min(image.size):
         image = image.resize(_size(*image.size, side), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=QUALITY)
+    image.save(buffer, "JPEG", quality=files.QUALITY)
     return buffer.getvalue()
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
 from medvlp_jax.config import UserError
+from medvlp_jax.data import dicom
 
 FITS = ("squash", "pad")
 _MODES = {1: "L", 3: "RGB"}
@@ -345,7 +346,7 @@ def _opened(encoded: bytes, size: int, channels: int) -> Image.Image:
     image = Image.open(io.BytesIO(encoded))
     # Pillow decodes at 1/2, 1/4 or 1/8 where that is still at least this large.
     image.draft(_MODES[channels], (size, size))
-    return image.convert(_MODES[channels])
+    return dicom.upright(image).convert(_MODES[channels])
 
 
 def _to_pil(image: np.ndarray) -> Image.Image:

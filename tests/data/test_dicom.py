@@ -4,10 +4,10 @@ import io
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from medvlp_jax.config import UserError
-from medvlp_jax.data import dicom, images
+from medvlp_jax.data import dicom, files, images
 
 pydicom = pytest.importorskip("pydicom")
 
@@ -156,6 +156,52 @@ def test_an_image_of_too_many_pixels_is_one_sentence(tmp_path, monkeypatch):
     for read in (dicom.read, images.load):
         with pytest.raises(UserError, match=r"a\.png .*6 x 4 pixels; accepted are 1 to 23"):
             read(tmp_path / "a.png")
+
+
+def pictures(folder, suffix, mode):
+    """Write a picture with every orientation tag, 0 without and 9 unknown; yield what is shown."""
+    grey = np.add.outer(6 * np.arange(24), 2 * np.arange(40)).astype(np.uint8)
+    pixels = grey if mode == "L" else np.stack([grey, grey // 2, 255 - grey], -1)
+    for tag in range(10):
+        tags = Image.Exif()
+        if tag:
+            tags[0x0112] = tag
+        path = folder / f"{tag}{suffix}"
+        Image.fromarray(pixels).save(path, exif=tags)
+        with Image.open(path) as image:
+            yield tag, path, ImageOps.exif_transpose(image)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+@pytest.mark.parametrize("suffix", [".jpg", ".png"])
+def test_a_photograph_is_stored_as_viewers_show_it(tmp_path, suffix, mode):
+    channels = len(mode)
+    row = files.Row(tmp_path, 2, {})
+    format = {".jpg": "JPEG", ".png": "PNG"}[suffix]
+    for tag, path, shown in pictures(tmp_path, suffix, mode):
+        found = images.load(path, channels=channels)
+        read = files.read_image(path, row, format=format)
+        assert found.shape == (shown.height, shown.width)
+        if tag in (0, 1, 9):
+            assert found.content == read == path.read_bytes()
+            continue
+        for content in (found.content, read):
+            with Image.open(io.BytesIO(content)) as image:
+                assert image.getexif().get(0x0112) is None
+                assert (image.mode, image.size) == (mode, shown.size)
+                assert np.abs(np.asarray(image, int) - np.asarray(shown)).max() < 16
+        expected = np.asarray(shown.convert("L"))
+        np.testing.assert_array_equal(dicom.read(path), expected)
+        small = images.load(path, side=12, channels=channels)
+        assert small.shape == (shown.height, shown.width)
+        with Image.open(io.BytesIO(small.content)) as image:
+            assert image.size == ((12, 20) if tag > 4 else (20, 12))
+
+
+def test_damaged_tags_turn_nothing(tmp_path):
+    path = tmp_path / "a.jpg"
+    Image.new("L", (40, 24)).save(path, exif=b"Exif\0\0nonsense")
+    assert images.load(path) == (path.read_bytes(), (24, 40))
 
 
 def test_a_missing_or_broken_file_is_refused_by_name(tmp_path):

@@ -22,6 +22,18 @@ def encode(pixels, format="PNG", **options):
     return buffer.getvalue()
 
 
+def test_a_picture_is_decoded_as_viewers_show_it():
+    turned, tags = encode(smooth(40, 60), "JPEG"), Image.Exif()
+    tags[0x0112] = 6  # on its left side
+    lying = np.rot90(smooth(40, 60))
+    tagged = encode(lying, "JPEG", exif=tags)
+    differ = lambda a, b: np.abs(a.astype(int) - b).max()
+    assert differ(*(transforms.decode(e, size=32) for e in (turned, tagged))) < 12
+    boxes = np.array([[0.0, 0.0, 0.5, 0.5]])
+    placed = [transforms.placed(boxes, e, size=32, fit="pad") for e in (turned, tagged)]
+    np.testing.assert_allclose(*placed)
+
+
 def smooth(height, width, seed=0):
     """A random image without detail that resampling would lose."""
     coarse = np.random.default_rng(seed).integers(0, 256, (6, 6), dtype=np.uint8)

@@ -4,6 +4,7 @@ Source folder: `slices.csv`, `patients.csv`, `images/` (JPEG whose channels are 
 and post-contrast) and `masks/` (PNG). The LGG Segmentation Dataset; split by patient.
 """
 
+import io
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -91,7 +92,7 @@ def to_record(folder: Path, row: files.Row, patients: Mapping[str, files.Row]) -
     table = tabular.parse_row(patient, SCHEMA)
     path = files.inside(folder, row, "file")
     image = files.read_image(path, row)
-    with Image.open(path) as opened:
+    with Image.open(io.BytesIO(image)) as opened:
         width, height = opened.size
     boxes = ()
     if row["x0"]:
