@@ -112,7 +112,7 @@ def _opens(name: str, is_bare: bool) -> tuple[str, str]:
     if all(parts) and plain != "plan":
         section = next((told for told in TOLD if told in parts), "other")
         if is_bare:
-            # Below a capital: a last word of a sentence may stand on a line of its own.
+            # In small letters it is the last word of a sentence, on a line of its own.
             is_heading = name.isupper() or (section in TOLD and name[0].isupper())
             return (section, "bare") if is_heading else ("", "")
         return section, "known" if plain in _SECTION else "joined"
