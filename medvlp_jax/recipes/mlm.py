@@ -35,6 +35,7 @@ class MaskedLanguageModel(nn.Module):
     rate: float
 
     inputs = ("report",)
+    draws_by_row = True
 
     @property
     def spaces(self) -> dict[str, tuple[str, str]]:

@@ -178,7 +178,8 @@ def encode_in_chunks(
 
     Part c is every chunks-th example from c on, so that each device finds its share of every part
     among its own rows. The dropout key is folded with c, since parts must not share masks: for
-    dropout, `chunks` is part of the seed. Draws made once for a batch stay the same in all parts.
+    dropout, `chunks` is part of the seed. Draws made once for a batch stay the same in all parts;
+    those a recipe makes for each row (`draws_by_row`) are folded as dropout is.
 
     Args:
       recipe: the method.
@@ -211,9 +212,11 @@ def encode_in_chunks(
     def join(x):
         return jnp.moveaxis(x, 0, 1).reshape(size, *x.shape[2:])
 
+    apart = RNGS if getattr(recipe, "draws_by_row", False) else ("dropout",)
+
     def one(part):
         index, rows = part
-        keys = {**rngs, "dropout": jax.random.fold_in(rngs["dropout"], index)}
+        keys = {**rngs, **{name: jax.random.fold_in(rngs[name], index) for name in apart}}
         return recipe.apply(variables, rows, train=True, rngs=keys, method="encode")
 
     parts = jnp.arange(chunks), jax.tree.map(split, batch)

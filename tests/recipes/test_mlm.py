@@ -147,6 +147,18 @@ def test_only_the_factors_move_and_all_of_them_do(injected):
     assert np.mean(losses[-5:]) < np.mean(losses[:5])
 
 
+def test_the_parts_of_a_batch_are_masked_apart(injected):
+    """With train.chunks; the second row, the fourth, ... are the second part."""
+    recipe, variables, _ = injected
+    row = batch_of(np.random.default_rng(0), size=1)
+    batch = {"report": Tokens(*(np.repeat(x, 8, axis=0) for x in row["report"]))}
+    rngs = dict.fromkeys(training.RNGS, jax.random.key(3))
+    encode = lambda variables: training.encode_in_chunks(recipe, variables, batch, rngs, 2)
+    chosen = np.asarray(jax.jit(encode)(variables)["chosen"])
+    assert chosen[0::2].any()
+    assert not np.array_equal(chosen[0::2], chosen[1::2])
+
+
 def test_without_factors_everything_trains():
     assert mlm.make(text=TEXT, weights={"mlm": 1.0}, **FIELDS).frozen == ()
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import linen as nn
 
 from medvlp_jax import schedules, sharding
 from medvlp_jax.config import UserError
@@ -194,6 +195,25 @@ def test_both_trained_towers_take_their_own_dropout_masks_in_each_chunk():
     state = initial(recipe, batch)
     found = gradients(recipe, batch, state, chunks=2)
     assert_same(found, one_graph_over_all_chunks(recipe, batch, state, 2))
+
+
+class Draws(nn.Module):
+    """Returns the one number it draws for all rows it sees."""
+
+    draws_by_row: bool
+
+    def encode(self, batch, *, train=False):
+        return {"drawn": jnp.full(len(batch["x"]), jax.random.uniform(self.make_rng("draws")))}
+
+
+@pytest.mark.parametrize("by_row", [False, True])
+def test_what_is_drawn_for_a_batch_is_the_same_in_all_its_parts(by_row):
+    """As IMITATE's channels are; what is drawn for rows, as masked words are, is not."""
+    rngs = dict.fromkeys(training.RNGS, jax.random.key(0))
+    found = training.encode_in_chunks(Draws(by_row), {}, {"x": jnp.zeros(6)}, rngs, 3)["drawn"]
+    assert np.unique(found).size == (3 if by_row else 1)
+    whole = Draws(by_row).apply({}, {"x": jnp.zeros(6)}, rngs=rngs, method="encode")["drawn"]
+    assert by_row or np.array_equal(found, whole)
 
 
 def test_chunks_save_the_memory_of_the_encoders():
