@@ -95,6 +95,7 @@ class Embedder:
             limit=limit,
             process_index=self.parts.part.index,
             process_count=self.parts.part.count,
+            **examples.loading(data),
         )
 
     def embed_texts(self, variables) -> Callable[[list[str], str], np.ndarray]:

@@ -51,11 +51,15 @@ def train_batches(parts: Parts, sources, features=None, *, shares=None):
             balance=data["balance"],
             process_index=parts.part.index,
             process_count=parts.part.count,
-            threads=data["threads"],
-            prefetch=data["prefetch"],
+            **loading(data),
             pack=packing_of(parts),
         )
     )
+
+
+def loading(data: Mapping[str, Any]) -> dict[str, int]:
+    """Return how many batches are made at the same time, and how many are kept ready."""
+    return {name: data[name] for name in ("threads", "prefetch")}
 
 
 def packing_of(parts: Parts) -> packing.Packing | None:

@@ -108,6 +108,7 @@ class Grounder:
             batch_size=self.evaluator.multiple_of_devices(self.evaluator.settings["batch_size"]),
             process_index=self.parts.part.index,
             process_count=self.parts.part.count,
+            **examples.loading(self.parts.config["data"]),
         )
         see = lambda batch: self.localise(variables, {"image": batch["image"]})
         patches = features.extract(see, batches, part=self.parts.part)

@@ -161,7 +161,7 @@ def encoder(parts: assemble.Parts, source, stop: Signals | None = None) -> Calla
             batch_size=sharding.whole_batch(parts.mesh, parts.config["evals"]["batch_size"]),
             process_index=parts.part.index,
             process_count=parts.part.count,
-            threads=parts.config["data"]["threads"],
+            **examples.loading(parts.config["data"]),
         )
 
         def read(batch):

@@ -5,7 +5,8 @@ import pytest
 
 from medvlp_jax import assemble, train
 from medvlp_jax.config import UserError
-from medvlp_jax.data import text
+from medvlp_jax.data import pipeline, text
+from medvlp_jax.embedder import Embedder
 from medvlp_jax.evaluator import Evaluator
 
 PROTOCOLS = ("zero_shot", "retrieval")
@@ -59,6 +60,16 @@ def test_reports_that_were_not_extracted_are_refused_before_anything_runs(evalua
     with pytest.raises(UserError, match=r"is not in .*: extract .*Grounding alone reads no report"):
         Evaluator(parts, here.settings)
     Evaluator(parts, {**here.settings, "protocols": ("grounding",)})
+
+
+def test_evaluation_reads_with_as_many_threads_as_training(evaluator, monkeypatch):
+    here = evaluator[0]
+    config = {**here.parts.config, "data": {**here.parts.config["data"], "threads": 3}}
+    config["data"]["prefetch"] = 5
+    asked = Embedder(here.parts._replace(config=config), here.settings["batch_size"])
+    monkeypatch.setattr(pipeline, "eval_batches", lambda *_, **how: how)
+    how = asked._batches(here.source, ("image",), 0, None)
+    assert (how["threads"], how["prefetch"]) == (3, 5)
 
 
 def test_images_are_met_where_the_recipe_says(evaluator):
