@@ -331,8 +331,7 @@ def _placed(tree, where):
     """Say of every shape where it will lie."""
     if isinstance(where, jax.sharding.Sharding):
         where = jax.tree.map(lambda _: where, tree)
-    struct = lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at)
-    return jax.tree.map(struct, tree, where)
+    return sharding.abstract(tree, where)
 
 
 def _loss_memory(blueprint) -> int:

@@ -134,6 +134,12 @@ def shardings(tree, mesh: Mesh, rules: Rules = ()):
     return jax.tree_util.tree_map_with_path(one, tree)
 
 
+def abstract(tree, shardings):
+    """Return the shape and dtype of every leaf, with the sharding it is to have."""
+    struct = lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at)
+    return jax.tree.map(struct, tree, shardings)
+
+
 def place(tree, shardings):
     """Put a tree where it belongs; each process holds it whole, or it is on the mesh already."""
 

@@ -116,9 +116,9 @@ def _prepare(config, workdir, stop) -> _Job:
     evaluator = validator = Evaluator(parts, config["evals"], stop)
     if settings["select"]:
         validator = Evaluator(parts, {**config["evals"], "split": checks.VALIDATION}, stop)
-    variables = assemble.initial_variables(parts)
+    # On the host, whence each device takes its part; as they are, they are the control.
+    variables = untrained = jax.device_get(assemble.initial_variables(parts))
     checks.several(config, parts.recipe, variables)
-    untrained = jax.device_get(variables)  # the control; the step donates the originals
     frozen = assemble.frozen_patterns(parts)
     paths.check_patterns(variables["params"], frozen, "optim.freeze")
     fields = {k: v for k, v in config["optim"].items() if k != "freeze"}
@@ -131,15 +131,17 @@ def _prepare(config, workdir, stop) -> _Job:
         rows, shares = unpaired.streams(parts, sources[0], pools, related)
         if len(rows) > 1 and base.relates(parts.recipe):  # else no row has a relation
             refresh = unpaired.refresher(parts, sources[0], pools, related, stop)
-    state = assemble.place(training.make_state(variables, tx, frozen), parts)
     features = examples.cached_text(parts, variables, sources)
     batches = examples.train_batches(parts, rows, features, shares=shares)
 
     checkpointer = Checkpointer(
         workdir / "checkpoints", keep=settings["keep"], keep_every=settings["keep_every"]
     )
-    restored = checkpointer.resume(state)
-    if restored is not None:
+    planned = training.plan_state(variables, tx, frozen, parts.mesh, config["mesh"]["rules"])
+    restored = checkpointer.resume(planned)
+    if restored is None:
+        state = training.begin_state(variables, tx, frozen, planned)
+    else:
         state = restored.state
         checks.resumed(config, int(state.step))
         if pools is not None:

@@ -92,7 +92,8 @@ def begin(parts: assemble.Parts, variables: dict, source, found: pairing.Pools) 
     empty = parts.recipe.no_relations(len(found.images))
     if not parts.config["init"]["params"]:
         rows = found.reports[:FIRST_PASS]
-        raw = encoder(parts, source)(variables, rows, TOLD, ("phrases_raw",))["phrases_raw"]
+        placed = assemble.place(variables, parts)
+        raw = encoder(parts, source)(placed, rows, TOLD, ("phrases_raw",))["phrases_raw"]
         params = parts.recipe.start(variables["params"], raw, parts.config["seed"])
         variables = {**variables, "params": params}
     return {**variables, RELATIONS: empty}

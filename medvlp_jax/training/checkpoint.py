@@ -99,7 +99,8 @@ class Checkpointer:
 
         Args:
           step: an existing step.
-          template: state with the wanted shapes, dtypes and shardings; its values are not read.
+          template: state with the wanted shapes, dtypes and shardings, or these alone
+            (`step.plan_state`): where there is memory for one state.
 
         Raises:
           DamagedError: when the checkpoint cannot be read.
@@ -159,16 +160,15 @@ class Checkpointer:
         return name
 
     def read(self, step: int) -> Mapping[str, Any]:
-        """Read the state of one checkpoint as nested dicts on one device, whatever wrote it.
+        """Read the state of one checkpoint as nested dicts on the host, whatever wrote it.
 
         Raises:
           DamagedError: when it cannot be read.
         """
-        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        one = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)
+        host = lambda _: ocp.RestoreArgs(restore_type=np.ndarray)
         try:
-            abstract = jax.tree.map(one, self._saved(step))
-            items = ocp.args.Composite(state=_onto(abstract))
+            each = jax.tree.map(host, self._saved(step))
+            items = ocp.args.Composite(state=ocp.args.PyTreeRestore(restore_args=each))
             return self.manager.restore(step, args=items)["state"]
         except Exception as error:
             raise DamagedError(self._damaged(step, error)) from error

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax.core import DenyList
 from jax.sharding import Mesh, NamedSharding
@@ -84,6 +85,33 @@ def make_state(variables: Mapping, tx, frozen: Sequence[str]) -> TrainState:
     collections = {k: v for k, v in variables.items() if k != "params"}
     trainable, fixed = paths.split(variables["params"], frozen)
     return TrainState(jnp.int32(0), trainable, fixed, collections, tx.init(trainable))
+
+
+def plan_state(
+    variables: Mapping, tx, frozen: Sequence[str], mesh: Mesh, rules: sharding.Rules = ()
+) -> TrainState:
+    """Return shapes, dtypes and shardings of the state at step 0; nothing is put on a device."""
+    shapes = jax.eval_shape(lambda v: make_state(v, tx, frozen), variables)
+    return sharding.abstract(shapes, sharding.shardings(shapes, mesh, rules))
+
+
+def begin_state(variables: Mapping, tx, frozen: Sequence[str], planned: TrainState) -> TrainState:
+    """Assemble the state at step 0, of which each device is given its parts alone.
+
+    Args:
+      variables: of Linen, on the host.
+      tx: optimiser.
+      frozen: patterns of fixed parameters.
+      planned: from `plan_state`, of the same.
+    """
+    collections = {k: v for k, v in variables.items() if k != "params"}
+    trainable, fixed = paths.split(variables["params"], frozen)
+    where = jax.tree.map(lambda leaf: leaf.sharding, planned)
+    held = (np.int32(0), trainable, fixed, collections)
+    step, params, fixed, collections = sharding.place(held, tuple(where[:4]))
+    # Compiled, moments are made where they are to lie, instead of whole on one device.
+    optimizer = jax.jit(tx.init, out_shardings=where.optimizer)(params)
+    return TrainState(step, params, fixed, collections, optimizer)
 
 
 def make_train_step(
