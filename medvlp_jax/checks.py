@@ -1,5 +1,6 @@
 """What a run is refused for before anything is trained, compiled or written."""
 
+import contextlib
 import importlib.util
 import inspect
 import pathlib
@@ -11,6 +12,7 @@ from medvlp_jax import assemble, distributed, ranges, schedules, sharding
 from medvlp_jax import config as configs
 from medvlp_jax.config import UserError
 from medvlp_jax.data import packing, pairing, transforms
+from medvlp_jax.evaluation import results
 from medvlp_jax.evidence import phrases
 from medvlp_jax.training import optim
 
@@ -87,6 +89,30 @@ def _selection(train, evals):
             f"train.select={train['select']} chooses a step on the validation split, which is the "
             "one that evals.split reports: it would look better than it is. Accepted: "
             "evals.split=test."
+        )
+
+
+def selected(name: str, validator, variables: Mapping) -> None:
+    """Refuse a train.select that the evaluations in training will not find among their numbers.
+
+    Args:
+      name: train.select.
+      validator: what evaluates in training, see evaluator.Evaluator.
+      variables: of the recipe; any will do.
+
+    Raises:
+      UserError: naming the nearest.
+    """
+    # A batch has most numbers; all rows are asked where it has not, as R@10 of fewer than ten, or
+    # cannot be evaluated, as one without a text.
+    with contextlib.suppress(UserError):
+        if name in results.headlines(validator.quick(variables, limit=validator.batch_size)):
+            return
+    known = results.headlines(validator.quick(variables, limit=0))
+    if name not in known:
+        raise UserError(
+            f"train.select={name} is not among the validation results. "
+            f"{configs.nearest(name, known)}"
         )
 
 

@@ -131,6 +131,8 @@ def _prepare(config, workdir, stop) -> _Job:
         rows, shares = unpaired.streams(parts, sources[0], pools, related)
         if len(rows) > 1 and base.relates(parts.recipe):  # else no row has a relation
             refresh = unpaired.refresher(parts, sources[0], pools, related, stop)
+    if settings["select"]:
+        checks.selected(settings["select"], validator, assemble.place(variables, parts))
     features = examples.cached_text(parts, variables, sources)
     batches = examples.train_batches(parts, rows, features, shares=shares)
 
@@ -148,8 +150,7 @@ def _prepare(config, workdir, stop) -> _Job:
             unpaired.recall(state, related)
         batches.set_state(restored.position)
         distributed.say(f"Resuming {workdir} at step {int(state.step)}")
-    select = settings["select"]
-    selection = Selection(workdir, select, state) if select else None
+    selection = Selection(workdir, config) if settings["select"] else None
     _write_config(config, workdir)
     pairs = sum(map(len, sources)) if pools is None else len(pools.pairs)
     distributed.say(

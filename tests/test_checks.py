@@ -1,5 +1,6 @@
 """What a run is refused for once its recipe and its corpora are there; settings: test_train.py."""
 
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -48,3 +49,45 @@ def test_an_extraction_that_lacks_reports_is_refused_before_training(tmp_path):
     checks.evidence({"data": {"evidence": {"folder": ""}}}, reads, [source])
     texts[1:] = texts[:1]
     checks.evidence(config, reads, [source])
+
+
+def validator_of(few, whole):
+    """Stands for an evaluator whose first rows have other numbers than all of them."""
+
+    def quick(variables, *, limit):
+        asked.append(limit)
+        if few is None and limit:
+            raise UserError("No row has a text.")
+        names = few if limit else whole
+        entries = {name: {"value": None} for name in names}
+        return {
+            **entries,
+            "retrieval/report/protocol": {},
+            "classify/label/f1/mass": {"value": 1.0},
+        }
+
+    asked = []
+    return SimpleNamespace(batch_size=8, quick=quick), asked
+
+
+R1, R10 = "retrieval/text_to_image/R@1", "retrieval/text_to_image/R@10"
+
+
+@pytest.mark.parametrize(
+    ("few", "name", "asked"), [((R1,), R1, [8]), ((R1,), R10, [8, 0]), (None, R10, [8, 0])]
+)
+def test_a_selection_is_known_by_a_batch_or_by_all_rows(few, name, asked):
+    validator, limits = validator_of(few, (R1, R10))
+    checks.selected(name, validator, {})
+    assert limits == asked
+
+
+@pytest.mark.parametrize(
+    "name", ["retrieval/text_to_image/R@20", "retrieval/report/protocol", "classify/label/f1/mass"]
+)
+def test_a_selection_that_no_evaluation_has_is_answered_with_its_neighbours(name):
+    validator, _ = validator_of((R1,), (R1, R10))
+    with pytest.raises(
+        UserError, match=re.escape(f"train.select={name} is not among the") + r".* \S+/R@10"
+    ):
+        checks.selected(name, validator, {})

@@ -6,6 +6,7 @@ import pytest
 import tiny_config
 
 from medvlp_jax import sharding, train
+from medvlp_jax.config import UserError
 from medvlp_jax.training import params as paths
 from medvlp_jax.training import step as training
 from medvlp_jax.training.checkpoint import Checkpointer
@@ -90,3 +91,11 @@ def test_a_resumed_run_makes_no_state_beside_the_one_it_reads(config, started, m
     for a, b in zip(jax.tree.leaves(job.state), jax.tree.leaves(again.state), strict=True):
         np.testing.assert_array_equal(a, b)
         assert a.sharding.is_equivalent_to(b.sharding, a.ndim)
+
+
+def test_a_mistyped_selection_is_refused_before_anything_is_written(config, tmp_path):
+    train_settings = {**config["train"], "select": "zero_shot/finding/macro_auroq"}
+    mistyped = {**config, "train": train_settings, "optim": {**config["optim"], "average": 0.0}}
+    with pytest.raises(UserError, match="Did you mean zero_shot/finding/macro_auroc"):
+        train.run(mistyped, tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -284,8 +284,10 @@ def test_a_fold_of_ones_own_folder_reports_the_step_that_was_best_in_validation(
     hashes, quick = [], Evaluator.quick
 
     def first_is_best(self, variables, *, limit):
-        hashes.append(provenance.weights_hash(jax.device_get(variables)))
         found = quick(self, variables, limit=limit)
+        if limit:  # before the first step, for the names of its numbers
+            return found
+        hashes.append(provenance.weights_hash(jax.device_get(variables)))
         found["classify/label/accuracy"]["value"] = 0.9 / len(hashes)
         return found
 

@@ -212,10 +212,12 @@ def _is_number(value: Any) -> bool:
     return value is None or (isinstance(value, int | float) and math.isfinite(value))
 
 
+def headlines(results: Results) -> list[str]:
+    """Return the names of all numbers but those of a class."""
+    return [key for key, entry in results.items() if "value" in entry and key.count("/") == 2]
+
+
 def scalars(results: Results) -> dict[str, float]:
     """Return the numbers worth a line in metrics.jsonl: no per-class rows, no intervals."""
-    return {
-        key: entry["value"]
-        for key, entry in results.items()
-        if entry.get("value") is not None and key.count("/") == 2
-    }
+    values = {key: results[key]["value"] for key in headlines(results)}
+    return {key: value for key, value in values.items() if value is not None}

@@ -173,6 +173,19 @@ class Checkpointer:
         except Exception as error:
             raise DamagedError(self._damaged(step, error)) from error
 
+    def beside(self, step: int) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+        """Read what lies beside the state of one checkpoint: the position and the config.
+
+        Raises:
+          DamagedError: when it cannot be read.
+        """
+        items = ocp.args.Composite(position=ocp.args.JsonRestore(), config=ocp.args.JsonRestore())
+        try:
+            found = self.manager.restore(step, args=items)
+        except Exception as error:
+            raise DamagedError(self._damaged(step, error)) from error
+        return found["position"], found["config"]
+
     def close(self) -> None:
         """Wait for what is in flight and release the threads."""
         self.manager.close()

@@ -3,52 +3,95 @@
 Choosing the step on the split that is reported, as some releases do, makes the report too good.
 """
 
+import math
 import pathlib
 from collections.abc import Mapping
 
-from medvlp_jax.config import UserError, nearest
+from medvlp_jax import config as configs
+from medvlp_jax import distributed
+from medvlp_jax.config import UserError
 from medvlp_jax.training.checkpoint import Checkpointer
 from medvlp_jax.training.step import TrainState
 
 FOLDER = "selected"
+# Settings, or sections of them, without which two scores cannot be compared.
+DECIDING = (
+    "train.select",
+    "evals.prompts",
+    "evals.class_task",
+    "evals.positive",
+    "evals.zero_shot.",
+    "data.folds.",
+    "data.texts",
+    "data.mask_lower_edge",
+)
 
 
 class Selection:
-    """Keeps the state with the highest value of one metric in <run>/selected."""
+    """Keeps the state with the highest value of train.select in <run>/selected."""
 
-    def __init__(self, workdir: pathlib.Path, metric: str, template: TrainState):
-        """Open the folder and read the best value so far.
+    def __init__(self, workdir: pathlib.Path, config: Mapping):
+        """Open the folder and read the best value so far, if it was a value of the same thing.
 
         Args:
           workdir: run folder.
-          metric: key of the validation results; higher is better.
-          template: state with the shapes and shardings of the run.
+          config: resolved; of train.select higher is better.
         """
-        self.metric = metric
+        self.metric, self.best = config["train"]["select"], -math.inf
         self.checkpointer = Checkpointer(workdir / FOLDER / "checkpoints", keep=1)
-        kept = self.checkpointer.resume(template)
-        self.best = kept.position["value"] if kept else float("-inf")
+        step = self.checkpointer.latest()
+        if step is None:
+            return
+        position, before = self.checkpointer.beside(step)
+        changed = _changed(before, config)
+        if changed:
+            distributed.say(
+                f"train.select begins anew, for step {step} was selected by something else: "
+                f"{'; '.join(changed)}"
+            )
+        else:
+            self.best = position["value"]
 
     def offer(
         self, step: int, state: TrainState, values: Mapping[str, float], config: Mapping
     ) -> None:
         """Keep a state that is better than all before it; of equals the first stays.
 
-        Raises:
-          UserError: if the metric is not among the values.
+        One without a value, such as an AUROC where all rows are of one class, is none of these.
         """
-        if self.metric not in values:
-            raise UserError(
-                f"train.select={self.metric} is not among the validation results. "
-                f"{nearest(self.metric, list(values))}"
-            )
-        if values[self.metric] > self.best:
-            self.best = values[self.metric]
+        value = values.get(self.metric, math.nan)
+        if math.isnan(value):
+            distributed.say(f"train.select={self.metric} is not defined at step {step}.")
+        # Saving is a matter of all processes, whose numbers may differ by a rounding.
+        if distributed.writer_decides(value > self.best):
+            self.best = value
             # From before the run went back to an older checkpoint; Orbax would keep those.
             self.checkpointer.drop(step)
             self.checkpointer.save(step, state, {"value": self.best, "step": step}, config)
             self.checkpointer.wait()
 
     def close(self) -> None:
-        """Release the folder."""
+        """Release the folder.
+
+        Raises:
+          UserError: where no state that was offered had a value.
+        """
         self.checkpointer.close()
+        if self.best == -math.inf:
+            raise UserError(
+                f"train.select={self.metric} was defined at no evaluation, so there is no best "
+                "step; accepted is another number, or train.select= (empty) for the last step."
+            )
+
+
+def _changed(before: Mapping, now: Mapping) -> list[str]:
+    """List what decides a score and differs between two configs, as "key: old -> new"."""
+    old, new = _deciding(before), _deciding(now)
+    # A setting that only one of them knows had its default in the other.
+    both = old.keys() & new.keys()
+    return configs.differences({k: old[k] for k in both}, {k: new[k] for k in both})
+
+
+def _deciding(config: Mapping) -> dict:
+    flat = {k: v for k, v in configs.flatten(config) if k.startswith(DECIDING)}
+    return {**flat, "evals.corpus": config["evals"]["corpus"] or config["data"]["corpora"][0]}

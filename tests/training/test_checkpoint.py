@@ -1,5 +1,6 @@
 """Checkpoints: what is saved comes back, on any mesh; damage and full disks end in one sentence."""
 
+import math
 import os
 import resource
 import subprocess
@@ -12,7 +13,7 @@ import numpy as np
 import optax
 import pytest
 
-from medvlp_jax import sharding
+from medvlp_jax import distributed, sharding
 from medvlp_jax.config import UserError
 from medvlp_jax.training.checkpoint import Checkpointer
 from medvlp_jax.training.selection import Selection
@@ -20,6 +21,17 @@ from medvlp_jax.training.step import TrainState
 
 POSITION = {"next_index": 7}
 CONFIG = {"recipe": {"name": "imitate", "keep": (0.5, 0.25)}}
+
+
+SELECTING = {
+    "train": {"select": "auroc"},
+    "evals": {"corpus": "", "split": "test"},
+    "data": {"corpora": ("cxr_phantom",), "folds": {"count": 0}},
+}
+
+
+def offer(chosen, step, value):
+    chosen.offer(step, state_of(step), {"auroc": value}, SELECTING)
 
 
 def state_of(step=1, width=64, frozen=True):
@@ -109,11 +121,10 @@ def test_the_newest_are_kept_and_every_nth_for_good(tmp_path):
 
 def test_a_selection_that_is_ahead_of_the_run_gives_way_to_a_better_state(tmp_path):
     """A run that went back to an older checkpoint may find a better state at an earlier step."""
-    offer = lambda chosen, step, value: chosen.offer(step, state_of(step), {"auroc": value}, CONFIG)
-    chosen = Selection(tmp_path, "auroc", state_of())
+    chosen = Selection(tmp_path, SELECTING)
     offer(chosen, 60, 0.7)
     chosen.close()
-    again = Selection(tmp_path, "auroc", state_of())
+    again = Selection(tmp_path, SELECTING)
     assert again.best == 0.7
     offer(again, 50, 0.6)
     offer(again, 50, 0.8)
@@ -121,6 +132,64 @@ def test_a_selection_that_is_ahead_of_the_run_gives_way_to_a_better_state(tmp_pa
     kept = Checkpointer(tmp_path / "selected" / "checkpoints").resume(state_of())
     assert kept.position == {"value": 0.8, "step": 50}
     assert_same(kept.state, state_of(50))
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "said"),
+    [
+        ("train.select", "r10", "train.select: 'auroc' -> 'r10'"),
+        ("evals.corpus", "openi", "evals.corpus: 'cxr_phantom' -> 'openi'"),
+        ("data.corpora", ("openi",), "evals.corpus: 'cxr_phantom' -> 'openi'"),
+        ("data.folds", {"count": 5}, "data.folds.count: 0 -> 5"),
+        ("evals.split", "train", ""),  # of the numbers at the end
+        ("data.size", 64, ""),  # a setting the run before did not know
+    ],
+)
+def test_a_selection_of_something_else_begins_anew(tmp_path, capsys, setting, value, said):
+    chosen = Selection(tmp_path, SELECTING)
+    offer(chosen, 60, 0.7)
+    chosen.close()
+    section, name = setting.split(".")
+    again = Selection(tmp_path, {**SELECTING, section: {**SELECTING[section], name: value}})
+    assert again.best == (-math.inf if said else 0.7)
+    line = f"begins anew, for step 60 was selected by something else: {said}\n"
+    assert (line in capsys.readouterr().out) == bool(said)
+
+
+def test_a_resumed_selection_reads_no_state(tmp_path, monkeypatch):
+    chosen = Selection(tmp_path, SELECTING)
+    offer(chosen, 60, 0.7)
+    chosen.close()
+    truncate(tmp_path / "selected" / "checkpoints" / "60" / "state")
+    assert Selection(tmp_path, SELECTING).best == 0.7
+
+
+def test_a_number_that_is_never_defined_selects_no_step_and_says_so(tmp_path, capsys):
+    chosen = Selection(tmp_path, SELECTING)
+    offer(chosen, 20, math.nan)
+    chosen.offer(40, state_of(40), {}, SELECTING)
+    assert chosen.checkpointer.latest() is None
+    assert "train.select=auroc is not defined at step 40.\n" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"train.select=auroc was defined at no evaluation"):
+        chosen.close()
+    again = Selection(tmp_path, SELECTING)
+    for step, value in ((20, math.nan), (40, 0.6), (60, math.nan)):
+        offer(again, step, value)
+    again.close()
+    assert again.best == 0.6
+
+
+def test_process_0_decides_for_all_whether_a_state_is_kept(tmp_path, monkeypatch):
+    """Saving waits for every process, and their numbers may differ by a rounding."""
+    chosen, asked = Selection(tmp_path, SELECTING), []
+    monkeypatch.setattr(
+        distributed, "writer_decides", lambda own: asked.append(own) or len(asked) == 2
+    )
+    offer(chosen, 20, 0.7)
+    assert chosen.checkpointer.latest() is None
+    offer(chosen, 40, -math.inf)
+    assert chosen.checkpointer.latest() == 40
+    assert asked == [True, False]
 
 
 def test_another_architecture_is_refused_by_name_and_nothing_changes(tmp_path):
