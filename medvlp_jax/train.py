@@ -6,10 +6,10 @@
 --plan prints memory on each device and FLOPs by part, from shapes: needs no data, weights or
 accelerator, and starts nothing. --devices=N plans for N devices, emulated on the CPU.
 
-The run folder holds config.json, metrics.jsonl, results.json, curves.png, examples.png,
-checkpoints/ and export/; after zero-shot zero_shot.png and zero_shot.csv; that of a classifier
-predictions.csv, classifier.png and attention.png too. The same command again resumes an interrupted
-run bit by bit.
+The run folder holds config.json, starts.jsonl, metrics.jsonl, results.json, curves.png,
+examples.png, checkpoints/ and export/; after zero-shot zero_shot.png and zero_shot.csv; that of a
+classifier predictions.csv, classifier.png and attention.png too. The same command again resumes an
+interrupted run bit by bit.
 """
 
 import datetime
@@ -44,7 +44,7 @@ from medvlp_jax.evaluation import plots
 from medvlp_jax.evaluation.results import results_table, scalars, write_results
 from medvlp_jax.evaluator import Evaluator
 from medvlp_jax.recipes import base
-from medvlp_jax.training import lock, loop, optim
+from medvlp_jax.training import lock, loop, optim, starts
 from medvlp_jax.training import params as paths
 from medvlp_jax.training import step as training
 from medvlp_jax.training.checkpoint import Checkpointer
@@ -152,6 +152,7 @@ def _prepare(config, workdir, stop) -> _Job:
         distributed.say(f"Resuming {workdir} at step {int(state.step)}")
     selection = Selection(workdir, config) if settings["select"] else None
     _write_config(config, workdir)
+    starts.record(workdir, int(state.step))
     pairs = sum(map(len, sources)) if pools is None else len(pools.pairs)
     distributed.say(
         f"{config['recipe']['name']}: {paths.count(trainable) / 1e6:.2f} M trainable and "

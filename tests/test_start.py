@@ -1,5 +1,7 @@
 """Where the state of a run lies from its first moment on, and what a start leaves and refuses."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -7,7 +9,9 @@ import tiny_config
 
 from medvlp_jax import sharding, train
 from medvlp_jax.config import UserError
+from medvlp_jax.evaluation import provenance
 from medvlp_jax.training import params as paths
+from medvlp_jax.training import starts
 from medvlp_jax.training import step as training
 from medvlp_jax.training.checkpoint import Checkpointer
 from medvlp_jax.training.stopping import Signals
@@ -91,6 +95,31 @@ def test_a_resumed_run_makes_no_state_beside_the_one_it_reads(config, started, m
     for a, b in zip(jax.tree.leaves(job.state), jax.tree.leaves(again.state), strict=True):
         np.testing.assert_array_equal(a, b)
         assert a.sharding.is_equivalent_to(b.sharding, a.ndim)
+
+
+def test_a_start_writes_down_its_code_and_a_later_one_says_what_has_changed(
+    tmp_path, monkeypatch, capsys
+):
+    starts.record(tmp_path, 0)
+    starts.record(tmp_path, 40)
+    assert capsys.readouterr().out == ""
+    known = provenance.code()
+    monkeypatch.setattr(provenance, "code", lambda: {**known, "version": "9 (abc)"})
+    starts.record(tmp_path, 60)
+    line = f"Code changed since step 60: version: {known['version']!r} -> '9 (abc)'\n"
+    assert capsys.readouterr().out == line
+    written = [json.loads(line) for line in (tmp_path / starts.FILE).read_text().splitlines()]
+    assert [entry["step"] for entry in written] == [0, 40, 60]
+    assert all(entry["jax"] == jax.__version__ and "commit" in entry for entry in written)
+    assert [entry["version"] for entry in written] == [known["version"]] * 2 + ["9 (abc)"]
+    (tmp_path / starts.FILE).write_text("broken\n")  # never a reason to refuse
+    starts.record(tmp_path, 80)
+    assert capsys.readouterr().out == ""
+
+
+def test_every_start_of_a_run_is_written_down(started):
+    lines = (started[1] / starts.FILE).read_text().splitlines()
+    assert json.loads(lines[0])["step"] == 0
 
 
 def test_a_mistyped_selection_is_refused_before_anything_is_written(config, tmp_path):
