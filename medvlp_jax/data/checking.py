@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import tqdm
 
 from medvlp_jax.config import UserError
-from medvlp_jax.data import building, images, layouts, splits
+from medvlp_jax.data import building, dicom, images, layouts, splits
 
 TABLES = (".csv", ".gz", ".txt", ".json")
 SUMS = "SHA256SUMS.txt"
@@ -119,7 +119,10 @@ def _problems(
 
 def _looked_at(sample: building.Sample) -> Problem | None:
     for path in filter(None, (sample.path, *sample.images.values())):
-        if what := images.looks_whole(path):
+        what = images.looks_whole(path)
+        if not what and path.suffix.lower() in dicom.SUFFIXES:
+            what = dicom.looks_whole(path)
+        if what:
             return Problem(sample.image_id, _row(sample), f"{what} ({path})")
     return None
 

@@ -7,7 +7,8 @@ The one place where MONOCHROME1, the modality and VOI tables and the bit depth a
 (DICOM PS3.3 C.11.1 and C.11.2, in this order; pydicom does both steps.) What the file says decides
 the ends of the grey scale: those of the window or table where it has one; 8-bit values stay as they
 are; anything deeper without a window is stretched from its smallest to its largest value, padding
-left out.
+left out. An element without a value is one that is not there, and so is a window that the standard
+does not allow.
 """
 
 from pathlib import Path
@@ -35,6 +36,13 @@ _SIDEWAYS = {
 }
 # Further than any radiograph: a header that asks for more is damaged, and memory is not its to ask.
 MAX_PIXELS = 1 << 28
+# Elements that say how pixels are shown; headers have them without a value, too.
+OPTIONAL = ("ModalityLUTSequence", "RescaleSlope", "RescaleIntercept", "VOILUTSequence")
+OPTIONAL += ("WindowCenter", "WindowWidth", "VOILUTFunction", "PixelPaddingValue")
+# Transfer syntaxes by which a header says how many bytes of pixels follow: implicit and explicit
+# little endian, big endian; and the bytes between the end of the header and the first pixel.
+UNCOMPRESSED = {"1.2.840.10008.1.2": 8, "1.2.840.10008.1.2.1": 12, "1.2.840.10008.1.2.2": 12}
+SIZE = ("Rows", "Columns", "SamplesPerPixel", "BitsAllocated", "NumberOfFrames")
 
 
 def read(path: Path) -> np.ndarray:
@@ -45,7 +53,8 @@ def read(path: Path) -> np.ndarray:
 
     Raises:
       UserError: with the file's name, for a file that is missing, damaged, no image, in colour or
-        of several frames (DICOM), or compressed as pydicom cannot read it here.
+        of several frames (DICOM), compressed as pydicom cannot read it here, or of pixels that
+        differ while all of them would be shown as one grey.
     """
     if not path.is_file():
         raise UserError(f"image {path} is missing.")
@@ -115,7 +124,7 @@ def _picture(path: Path) -> np.ndarray:
 
 def _dicom(path: Path) -> np.ndarray:
     import pydicom
-    from pydicom import filereader, pixels, uid
+    from pydicom import filereader, uid
 
     syntax = filereader.read_file_meta_info(path).get("TransferSyntaxUID")
     if syntax == uid.DeflatedExplicitVRLittleEndian:
@@ -143,19 +152,68 @@ def _dicom(path: Path) -> np.ndarray:
             f"image {path} cannot be decoded ({name}: {_short(error)}); where a decoder is missing,"
             " `pip install pylibjpeg pylibjpeg-libjpeg` or `python-gdcm` adds it."
         ) from error
+    _drop_empty(data)
+    result = _to_uint8(*_shown(stored, data))
+    if result.min() == result.max() and stored.min() != stored.max():
+        raise UserError(
+            f"image {path} has pixels that differ, and its header (rescale, window or table) shows "
+            "all of them as one grey; a header that goes with the pixels is needed."
+        )
+    return 255 - result if kind == "MONOCHROME1" else result
+
+
+def looks_whole(path: Path) -> str:
+    """Return what is wrong with a DICOM file by its header and its length; "" for nothing.
+
+    How many bytes compressed pixels have no header says: of them nothing is found.
+    """
+    import pydicom
+    from pydicom import filereader
+
+    try:
+        # Before anything else is read: pydicom inflates a deflated file, to any length.
+        syntax = filereader.read_file_meta_info(path).get("TransferSyntaxUID")
+        if syntax not in UNCOMPRESSED:
+            return ""
+        with path.open("rb") as file:
+            data = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=[*SIZE])
+            there = path.stat().st_size - file.tell() - UNCOMPRESSED[syntax]
+        frames = int(data.get("NumberOfFrames") or 1)
+        samples = data.Rows * data.Columns * data.SamplesPerPixel * frames
+        is_whole = there >= samples * data.BitsAllocated / 8
+        return "" if is_whole else "cut off: a DICOM, in its pixels"
+    except Exception:  # parsers of damaged files raise nearly every type there is
+        return "cut off or damaged: a DICOM without a whole header"
+
+
+def _drop_empty(data) -> None:
+    """Take out elements without a value, and a window narrower than the standard allows."""
+    for name in OPTIONAL:
+        value = data.get(name)
+        if name in data and (value is None or (hasattr(value, "__len__") and not len(value))):
+            del data[name]
+    if "WindowWidth" in data:
+        width = float(np.ravel(data.WindowWidth)[0])
+        is_linear = str(data.get("VOILUTFunction", "LINEAR")).upper() == "LINEAR"
+        if width < 1 if is_linear else width <= 0:  # PS3.3 C.11.2.1.2.1 and C.11.2.1.3
+            del data.WindowWidth
+
+
+def _shown(stored: np.ndarray, data) -> tuple[np.ndarray, float, float]:
+    """Return the values that are shown [H, W], and which of them are black and white."""
+    from pydicom import pixels
+
     values = np.asarray(pixels.apply_modality_lut(stored, data), np.float64)
     if "VOILUTSequence" in data:
         shown = pixels.apply_voi(np.asarray(values, np.int64), data).astype(np.float64)
-        low, high = 0.0, 2.0 ** data.VOILUTSequence[0].LUTDescriptor[2] - 1
-    elif "WindowCenter" in data and "WindowWidth" in data:
-        # The ends of the window are what it makes of values far outside.
-        shown = pixels.apply_windowing(values, data)
-        low, high = pixels.apply_windowing(np.array([-1e12, 1e12]), data)
-    else:
-        shown = values
-        low, high = _range(stored, values, data)
-    result = _to_uint8(shown, low, high)
-    return 255 - result if kind == "MONOCHROME1" else result
+        return shown, 0.0, 2.0 ** data.VOILUTSequence[0].LUTDescriptor[2] - 1
+    if not ("WindowCenter" in data and "WindowWidth" in data):
+        return values, *_range(stored, values, data)
+    # The ends of the window are what it makes of values far outside.
+    shown = pixels.apply_windowing(values, data)
+    low, high = pixels.apply_windowing(np.array([-1e12, 1e12]), data)
+    # pydicom takes them from the range of the stored values: turned round where the rescale falls.
+    return (-shown, -low, -high) if low > high else (shown, low, high)
 
 
 def _range(stored: np.ndarray, values: np.ndarray, data) -> tuple[float, float]:

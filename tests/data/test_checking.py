@@ -64,6 +64,15 @@ def test_unusable_images_are_named_all_at_once(folder, capsys, tmp_path, damage,
     assert json.loads(report.read_text())["problems"] == []
 
 
+def test_a_dicom_cut_in_half_is_found_by_its_length(tmp_path):
+    layouts.rsna_pneumonia(tmp_path)
+    path = tmp_path / "stage_2_train_images/id01.dcm"
+    assert inspect(tmp_path, "rsna_pneumonia").problems == []
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    (problem,) = inspect(tmp_path, "rsna_pneumonia").problems
+    assert "cut off: a DICOM, in its pixels" in problem.what
+
+
 def test_damage_inside_an_image_is_found_by_decoding(folder):
     path = folder / "train/00001.jpg"
     content = bytearray(path.read_bytes())

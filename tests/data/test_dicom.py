@@ -79,6 +79,72 @@ def test_a_window_follows_the_standard(tmp_path):
     np.testing.assert_array_equal(dicom.read(tmp_path / "a.dcm"), expected)
 
 
+@pytest.mark.parametrize("kind", dicom.MONOCHROME)
+def test_a_window_after_a_falling_rescale_is_no_black_image(tmp_path, kind):
+    pixels = ramp(4095)
+    window = {"WindowCenter": 2048, "WindowWidth": 4096}
+    falling = {**window, "RescaleSlope": -1, "RescaleIntercept": 4095}
+    write_dicom(tmp_path / "a.dcm", pixels, bits=12, kind=kind, **falling)
+    expected = np.rint((4095 - pixels.astype(float)) / 4095 * 255)
+    expected = expected if kind == "MONOCHROME2" else 255 - expected
+    np.testing.assert_array_equal(dicom.read(tmp_path / "a.dcm"), expected)
+
+
+@pytest.mark.parametrize(
+    "tags",
+    [
+        {"WindowCenter": None, "WindowWidth": None},
+        {"WindowCenter": [], "WindowWidth": 800},
+        {"WindowCenter": 1000, "WindowWidth": 0},
+        {"WindowCenter": 1000, "WindowWidth": [0.5, 400]},
+        {"WindowCenter": 1000, "WindowWidth": 0, "VOILUTFunction": "SIGMOID"},
+        {"RescaleSlope": None, "RescaleIntercept": 7},
+        {"RescaleSlope": None, "RescaleIntercept": None},
+        {"VOILUTSequence": []},
+        {"ModalityLUTSequence": []},
+        {"PixelPaddingValue": None},
+    ],
+)
+def test_an_element_without_a_value_is_not_there(tmp_path, tags):
+    pixels = ramp(3000)
+    write_dicom(tmp_path / "a.dcm", pixels, bits=12, **tags)
+    write_dicom(tmp_path / "b.dcm", pixels, bits=12)
+    np.testing.assert_array_equal(
+        dicom.read(tmp_path / "a.dcm"), dicom.read(tmp_path / "b.dcm"), strict=True
+    )
+
+
+def test_a_narrow_window_counts_where_the_standard_allows_it(tmp_path):
+    pixels = ramp(4)
+    window = {"WindowCenter": 2, "WindowWidth": 0.5, "VOILUTFunction": "LINEAR_EXACT"}
+    write_dicom(tmp_path / "a.dcm", pixels, bits=12, **window)
+    expected = np.array([0, 0, 128, 255, 255], np.uint8)[pixels]
+    np.testing.assert_array_equal(dicom.read(tmp_path / "a.dcm"), expected)
+
+
+def test_a_flat_image_stays_flat(tmp_path):
+    write_dicom(tmp_path / "a.dcm", np.full((4, 6), 90), bits=12, WindowCenter=5, WindowWidth=9)
+    assert (dicom.read(tmp_path / "a.dcm") == 255).all()
+
+
+@pytest.mark.parametrize("syntax", ["1.2.840.10008.1.2", "1.2.840.10008.1.2.1"])
+@pytest.mark.parametrize("bits", [8, 12])
+def test_a_dicom_that_ends_in_its_pixels_or_its_header_is_cut_off(tmp_path, syntax, bits):
+    path = tmp_path / "a.dcm"
+    write_dicom(path, ramp(200), bits=bits)
+    data = pydicom.dcmread(path)
+    data.file_meta.TransferSyntaxUID = syntax
+    data.save_as(path, implicit_vr=syntax.endswith("1.2"), little_endian=True)
+    whole = path.read_bytes()
+    assert dicom.looks_whole(path) == ""
+    for length, where in ((len(whole) - 1, "in its pixels"), (300, "a whole header")):
+        path.write_bytes(whole[:length])
+        assert where in dicom.looks_whole(path)
+    write_dicom(path, ramp(200).astype(np.uint8), bits=8, jpeg=True)
+    path.write_bytes(path.read_bytes()[:-40])
+    assert dicom.looks_whole(path) == ""  # no header says how long it should be
+
+
 def test_a_voi_table_is_looked_up(tmp_path):
     from pydicom.dataset import Dataset
 
@@ -117,7 +183,9 @@ def test_jpeg_inside_dicom_is_decoded(tmp_path):
         ({"PhotometricInterpretation": "RGB"}, "PhotometricInterpretation RGB; accepted is one"),
         ({"NumberOfFrames": 3}, "has 3 frames"),
         ({"Rows": 60000, "Columns": 60000}, "60000 x 60000 pixels; accepted are 1 to"),
-        ({"WindowCenter": 5, "WindowWidth": 0}, "cannot be decoded"),
+        ({"WindowCenter": 5000, "WindowWidth": 9}, "has pixels that differ, and its header"),
+        ({"RescaleSlope": 0, "RescaleIntercept": 9}, "shows all of them as one grey"),
+        ({"WindowCenter": 5, "WindowWidth": 0.5, "VOILUTFunction": "CURVE"}, "cannot be decoded"),
         ({"Rows": 400}, "cannot be decoded"),
     ],
 )
