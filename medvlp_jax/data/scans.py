@@ -26,7 +26,8 @@ def siblings(sources: Sequence[Source], key: str, decode: Callable[[bytes], np.n
       decode: encoded bytes -> image.
 
     Raises:
-      UserError: for another key.
+      UserError: for another key, or one by which records of several sources are equal: "1" may be
+        another patient in each.
     """
     if key not in KEYS:
         raise UserError(f"data.siblings is '{key}'. {nearest(key, KEYS[1:])}")
@@ -36,6 +37,7 @@ def siblings(sources: Sequence[Source], key: str, decode: Callable[[bytes], np.n
             for row in range(len(source)):
                 record = source[row]
                 places.setdefault(record[key], []).append((k, row, record["image_id"]))
+        _check_apart(places, sources, key)
 
     def pair(record, rng):
         image = decode(record["image"])
@@ -47,6 +49,19 @@ def siblings(sources: Sequence[Source], key: str, decode: Callable[[bytes], np.n
         return image, decode(sources[k][row]["image"])
 
     return pair
+
+
+def _check_apart(places: Mapping[str, list[tuple]], sources: Sequence[Source], key: str) -> None:
+    """Refuse a key by which scans of one source would pair with those of another."""
+    of = [{k for k, *_ in there} for there in places.values()]
+    both = [found for found in of if len(found) > 1]
+    if both:
+        names = " and ".join(f"{sources[k].name} ({k + 1})" for k in sorted(both[0]))
+        raise UserError(
+            f"data.siblings={key}: corpora {names} of data.corpora have {len(both)} values of "
+            f"{key} in common, which may be different people; accepted are corpora that have none "
+            "in common, or data.siblings= (empty)."
+        )
 
 
 def image_of(

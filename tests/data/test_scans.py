@@ -1,5 +1,6 @@
 """Two scans of a patient: another of the same lesion where there is one, another modality."""
 
+import dataclasses
 import types
 
 import numpy as np
@@ -34,6 +35,19 @@ def test_the_second_view_is_another_scan_of_the_lesion_or_the_same_one(source):
     assert pair(source[6], np.random.default_rng(0)) == (6, 6)
     alone = scans.siblings([source], "", decode=lambda encoded: encoded)
     assert alone(source[1], np.random.default_rng(0)) == (1, 1)
+
+
+def test_equal_ids_of_two_corpora_pair_no_scans(source):
+    """Patient "p" of one is not patient "p" of the other."""
+    for key, count in (("study_id", 3), ("patient_id", 1)):
+        message = rf"data.siblings={key}: corpora made \(1\) and made \(2\) .* have {count} values"
+        with pytest.raises(UserError, match=message):
+            scans.siblings([source, source], key, decode=None)
+    rows = [{**row, "patient_id": "q"} for row in source.serialised]
+    other = dataclasses.replace(source, serialised=rows)
+    pair = scans.siblings([source, other], "patient_id", decode=lambda encoded: encoded)
+    assert pair(other[1], np.random.default_rng(0))[0] == 1
+    scans.siblings([source, source], "", decode=None)
 
 
 def test_of_several_modalities_two_different_ones_are_drawn():
