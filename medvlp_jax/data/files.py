@@ -8,7 +8,7 @@ import hashlib
 import io
 import re
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from medvlp_jax.config import UserError
@@ -150,15 +150,22 @@ def is_deep(mode: str) -> bool:
 def inside(folder: Path, row: Row, column: str, *, suffix: str = "") -> Path:
     """Return the path in a cell, plus a suffix, which must not lead out of the source folder.
 
+    Links are followed: whoever owns the folder may keep the images elsewhere. A name may not.
+
     Raises:
-      UserError: if it does.
+      UserError: for an absolute path, one with "..", or one that no file can have.
     """
     if "\0" in row[column]:
         raise row.error(f"{column} {row[column][:80]!r} holds a zero byte, which no path can.")
-    path = (folder / f"{row[column]}{suffix}").resolve()
-    if not path.is_relative_to(folder.resolve()):
+    if leads_out(row[column]):
         raise row.error(f"{column} '{row[column][:80]}' is outside {folder}.")
-    return path
+    return folder / f"{row[column]}{suffix}"
+
+
+def leads_out(name: str) -> bool:
+    """Return whether a path by its name alone may lie outside the folder it is relative to."""
+    parts = PurePosixPath(name).parts
+    return name.startswith("/") or ".." in parts or "\\" in name
 
 
 def check_groups(rows: Sequence[Row], *, group: str, split: str, accepted: Sequence[str]) -> None:

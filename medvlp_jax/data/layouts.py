@@ -131,7 +131,7 @@ def member(folder: Path, row: files.Row, name: str) -> Path:
       UserError: for an absolute path, one with "..", or one that no file can have.
     """
     parts = PurePosixPath(name).parts
-    if not parts or parts[0] == "/" or ".." in parts or "\\" in name or "\0" in name:
+    if not parts or files.leads_out(name) or "\0" in name:
         raise row.error(f"'{name[:80]}' is no path inside {folder}.")
     try:
         longest = max(len(part.encode()) for part in parts)

@@ -1,6 +1,7 @@
 """A folder of one's own: its name, what it was prepared from, and defects of its description."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -103,6 +104,24 @@ def test_the_command_line_says_what_is_missing(folder, tmp_path, capsys):
         command = ["data", "prepare", "cxr_phantom", "--builder-config", "tiny", "--data-dir"]
         assert cli.main([*command, where]) == 2
         assert f"Cannot write to {where}" in capsys.readouterr().err
+
+
+def test_images_may_lie_elsewhere_behind_a_link_and_no_cell_leads_there(
+    folder, prepare, tmp_path, capsys
+):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for path in folder.glob("*.png"):
+        path.rename(elsewhere / path.name)
+    (folder / "images").symlink_to(elsewhere)
+    table = folder / "table.csv"
+    linked = re.sub(r"(\d+\.png)", r"images/\1", table.read_text())
+    table.write_text(linked)
+    assert prepare(folder, "linked") == 0
+    for cell in ("../elsewhere/0.png", "images/../images/0.png", str(elsewhere / "0.png")):
+        table.write_text(linked.replace("images/0.png", cell, 1))
+        assert prepare(folder, "other") == 2
+        assert f"row 2: file '{cell[:80]}' is outside {folder}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("format", ["TIFF", "WEBP", "GIF"])
