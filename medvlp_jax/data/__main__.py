@@ -138,7 +138,14 @@ def _leakage(options: argparse.Namespace) -> None:
     print(said or f"{options.trained} and {options.tested} have no known origin in common.")
     first, second = (_prepared(name, options) for name in (options.trained, options.tested))
     lines = leakage.table(first, second, look=options.images)
-    print("\n".join(lines) or "Their records share nothing.")
+    compared = leakage.comparable(options.trained, options.tested)
+    what = "records" if compared else "texts and pictures" if options.images else "texts"
+    print("\n".join(lines) or f"Their {what} share nothing.")
+    if not compared:
+        print(
+            "Patients and names of images were not compared: equal ones of unrelated corpora are "
+            "chance." + " --images compares the pictures." * (not options.images)
+        )
 
 
 def _prepared(name: str, options: argparse.Namespace) -> list[corpora.Source]:

@@ -28,6 +28,8 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from medvlp_jax.config import UserError, nearest
 from medvlp_jax.data import beam, building, datasets, records
 
+OWN_VARIANT = "default"  # of a folder of the user's own that has no other name
+
 
 @dataclasses.dataclass(frozen=True)
 class Source:
@@ -99,6 +101,17 @@ def names() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(datasets.__path__) if module.ispkg)
 
 
+def default_variant(name: str) -> str:
+    """Return the variant that the name of a corpus alone means; "" where there are no variants."""
+    if name not in names():
+        return ""
+    module = _module(name)
+    if getattr(module.Builder, "SELF_DESCRIBED", False):
+        return OWN_VARIANT
+    configs = module.Builder.BUILDER_CONFIGS
+    return configs[0].name if configs else ""
+
+
 def default_data_dir() -> Path:
     """Return `$MEDVLP_DATA_DIR`, or a folder in the user's cache."""
     return Path(os.environ.get("MEDVLP_DATA_DIR") or "~/.cache/medvlp_jax/data").expanduser()
@@ -133,11 +146,11 @@ def builder(
     """
     if name not in names():
         raise UserError(f"No corpus '{name}'. {nearest(name, names())}")
-    module = importlib.import_module(f"{datasets.__name__}.{name}.{name}_dataset_builder")
+    module = _module(name)
     root = Path(data_dir or default_data_dir()).expanduser()
     if getattr(module.Builder, "SELF_DESCRIBED", False):
-        building.check_own_name(builder_config or "default")
-        variant = tfds.core.BuilderConfig(name=builder_config or "default")
+        building.check_own_name(builder_config or OWN_VARIANT)
+        variant = tfds.core.BuilderConfig(name=builder_config or OWN_VARIANT)
         with _quiet():
             return module.Builder(
                 data_dir=root, config=variant, file_format="array_record", source=source
@@ -160,6 +173,10 @@ def builder(
             config=config,
             file_format="array_record",
         )
+
+
+def _module(name: str):
+    return importlib.import_module(f"{datasets.__name__}.{name}.{name}_dataset_builder")
 
 
 def _resizable(builder_class, root: Path, name: str):

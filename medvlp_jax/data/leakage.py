@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from medvlp_jax.data import building
+from medvlp_jax.data import building, corpora
 from medvlp_jax.data.corpora import Source
 
 # Where the images of a corpus come from; one that is not here is its own origin.
@@ -41,6 +41,7 @@ SIDE, BANDS = 16, 8
 # Of 256 bits; a radiograph and its copy in another size and compression differ in fewer.
 MOST_DIFFERENT = 12
 OWN = "csv_folder"
+DOUBT = " (by name: in two folders of your own the same ones, or chance)"
 
 
 class Shared(NamedTuple):
@@ -83,9 +84,22 @@ def warning(trained: Iterable[str], tested: str) -> str:
 
 
 def unsized(name: str) -> str:
-    """Return the name of a corpus without the size of its images, which moves nothing."""
+    """Return corpus and variant, without the size of the images, which moves nothing."""
     corpus, _, variant = name.partition(":")
-    return name if corpus == OWN else f"{corpus}:{building.split_size(variant)[0]}"
+    kept = variant if corpus == OWN else building.split_size(variant)[0]
+    return f"{corpus}:{kept or corpora.default_variant(corpus)}"
+
+
+def comparable(first: str, second: str) -> bool:
+    """Say whether equal ids of two corpora mean anything: "1" is a patient in many of them.
+
+    They do where the images have an origin in common, and may in two folders of the user's own.
+    """
+    return _both_own(first, second) or bool(origins(first) & origins(second))
+
+
+def _both_own(first: str, second: str) -> bool:
+    return all(name.partition(":")[0] == OWN for name in (first, second))
 
 
 def _named(source: Source) -> str:
@@ -97,15 +111,14 @@ def _named(source: Source) -> str:
 def measure(first: Source, second: Source, *, look: bool = False) -> Shared:
     """Count the records of `second` that share something with `first`.
 
-    Patients and ids are compared only where both corpora have an origin in common: "1" is a patient
-    in many of them.
+    Patients and ids are compared only where they are `comparable`.
 
     Args:
       first: what is trained on.
       second: what is tested on.
       look: compare the pictures, too.
     """
-    related = bool(origins(_named(first)) & origins(_named(second)))
+    related = comparable(_named(first), _named(second))
     keys = ("image_id", "patient_id", "text_id")
     known = {key: {entry[key] for entry in _entries(first)} for key in keys}
     count = collections.Counter()
@@ -165,8 +178,9 @@ def table(first: Sequence[Source], second: Sequence[Source], *, look: bool = Fal
             shared = measure(a, b, look=look)
             counts = ", ".join(f"{n:,} {what}" for what, n in shared._asdict().items() if n)
             if counts:
+                doubt = _both_own(_named(a), _named(b)) and a.folder != b.folder
                 lines.append(
                     f"{_named(b)} {b.split} ({len(b):,} records) shares with {_named(a)} {a.split}:"
-                    f" {counts}"
+                    f" {counts}" + DOUBT * (doubt and bool(shared.images or shared.patients))
                 )
     return lines

@@ -1,5 +1,7 @@
 """What two corpora share: by origin, by id and by picture."""
 
+import json
+
 import layout_writers as layouts
 import numpy as np
 import pytest
@@ -34,6 +36,9 @@ def test_unrelated_corpora_and_the_own_splits_are_no_leak():
     assert leakage.warning(["nih_cxr14:official"], "nih_cxr14:official-512") == ""
     assert leakage.warning(["chexpert:train_without_5x200-256"], "chexpert:5x200") == ""
     assert leakage.warning(["csv_folder:ours"], "csv_folder:theirs") == ""
+    assert leakage.warning(["padchest"], "padchest:frontal") == ""  # the variant of the bare name
+    assert leakage.warning(["padchest:frontal-512"], "padchest") == ""
+    assert leakage.warning(["cxr_phantom"], "cxr_phantom:tiny") != ""
 
 
 @pytest.fixture
@@ -63,6 +68,50 @@ def test_a_renamed_copy_is_found_by_its_picture(prepared, capsys):
     out = capsys.readouterr().out
     assert out.count("shares with") == 1
     assert "1 alike" in out
+
+
+def own_folder(folder, patients, text):
+    folder.mkdir()
+    columns = {"image": "file", "group": "who", "findings": "seen", "split": "part"}
+    (folder / "corpus.json").write_text(json.dumps({"columns": columns}))
+    lines = ["file,who,seen,part"]
+    for k, who in enumerate(patients):
+        lines.append(f"{who}.png,{who},{text} {k}.,{'train' if k else 'test'}")
+        layouts.image(folder / f"{who}.png")
+    (folder / "table.csv").write_text("\n".join(lines))
+
+
+def test_two_folders_of_one_s_own_may_hold_the_same_people(tmp_path, capsys):
+    patients = {"mine": ["1", "2"], "yours": ["1", "3"], "others": ["8", "9"]}
+    for name, people in patients.items():
+        own_folder(tmp_path / name, people, f"Seen by {name}")
+        where = {"data_dir": tmp_path / "data", "manual_dir": tmp_path / name}
+        corpora.prepare("csv_folder", builder_config=name, **where)
+
+    def said(tested):
+        command = ["data", "leakage", "csv_folder:mine", f"csv_folder:{tested}"]
+        assert cli.main([*command, "--data-dir", str(tmp_path / "data")]) == 0
+        return capsys.readouterr().out
+
+    assert (
+        "csv_folder:yours test (1 records) shares with csv_folder:mine test: 1 images, 1 patients "
+        "(by name: in two folders of your own the same ones, or chance)" in said("yours")
+    )
+    assert "Their records share nothing." in said("others")
+    assert "chance" not in said("mine")
+
+
+def test_where_patients_are_not_compared_that_is_said(prepared, tmp_path, capsys):
+    own_folder(tmp_path / "own", ["1", "2"], "Seen")
+    where = {"data_dir": prepared, "manual_dir": tmp_path / "own"}
+    corpora.prepare("csv_folder", builder_config="own", **where)
+    command = ["data", "leakage", "nih_cxr14", "csv_folder:own", "--data-dir", str(prepared)]
+    assert cli.main(command) == 0
+    out = capsys.readouterr().out
+    assert "share nothing" in out
+    assert "Their texts share nothing." in out
+    assert "Patients and names of images were not compared" in out
+    assert "--images compares the pictures." in out
 
 
 def test_the_same_corpus_shares_its_patients_with_itself(prepared, capsys):
