@@ -104,14 +104,10 @@ def open_corpora(data: Mapping[str, Any], split: str) -> list[corpora.Source]:
 
 
 def open_corpus(name: str, data: Mapping[str, Any], split: str) -> corpora.Source:
-    """Open one corpus, "name" or "name:variant"; with data.folds, a split of a fold of it.
-
-    Folds are dealt of what a run is trained on; another corpus has its own splits.
-    """
+    """Open one corpus, "name" or "name:variant"; with data.folds, a split of a fold of it."""
     if name == knowledge.NAME:
         return knowledge.open_texts(split=split, **data["knowledge"])
-    is_trained_on = leakage.unsized(name) in map(leakage.unsized, data["corpora"])
-    fold = folds.settings(data) if is_trained_on else None
+    fold = fold_of(name, data)
     name, _, variant = name.partition(":")
     where = {"data_dir": data["data_dir"], "manual_dir": data["manual_dir"]}
     where["builder_config"] = variant
@@ -120,6 +116,25 @@ def open_corpus(name: str, data: Mapping[str, Any], split: str) -> corpora.Sourc
             return retold.retold(corpora.open_source(name, split, **where), data["texts"])
         sources = corpora.open_all(name, **where)
     return retold.retold(folds.open_fold(sources, split, **fold), data["texts"])
+
+
+def fold_of(name: str, data: Mapping[str, Any]) -> dict | None:
+    """Return the arguments of `folds.open_fold` for a corpus; empty or None where it is not dealt.
+
+    Folds are dealt of what a run is trained on; another corpus has its own splits.
+    """
+    is_trained_on = leakage.unsized(name) in map(leakage.unsized, data["corpora"])
+    return folds.settings(data) if is_trained_on else None
+
+
+def trained_tasks(data: Mapping[str, Any]) -> Mapping[str, Sequence[str]]:
+    """Return the label tasks of the first corpus as it describes itself, no record read.
+
+    A folder of the user's own that is not prepared here says nothing: {}.
+    """
+    name, _, variant = data["corpora"][0].partition(":")
+    built = corpora.builder(name, data_dir=data["data_dir"], builder_config=variant)
+    return built.info.metadata["tasks"]
 
 
 def mesh_of(config: Mapping[str, Any]) -> Mesh:

@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import inspect
+import itertools
 import pathlib
 from collections.abc import Mapping, Sequence
 
@@ -25,6 +26,7 @@ CHOICES = {
     "recipe.image.dtype": DTYPES,
     "recipe.text.dtype": DTYPES,
 }
+TASKS = ("task", "label")  # settings of recipes that name the label task they read
 LOWER_IS_BETTER = ("mean_rank", "median_rank", "loss")
 
 
@@ -141,7 +143,8 @@ def sources(config: Mapping, opened: Sequence) -> None:
       opened: their splits that are trained on.
 
     Raises:
-      UserError: for a share too many or too few, or a task that is none of theirs.
+      UserError: for a share too many or too few, a task that is none of theirs, or one whose
+        classes are not those of the first corpus: label vectors know them by their place alone.
     """
     data = config["data"]
     if data["shares"] and len(data["shares"]) != len(opened):
@@ -155,6 +158,31 @@ def sources(config: Mapping, opened: Sequence) -> None:
                 f"data.balance: {source.name} has no task '{data['balance']}'. "
                 f"{configs.nearest(data['balance'], [*source.tasks])}"
             )
+    for task in filter(None, map(config["recipe"].get, TASKS)):
+        names = data["corpora"]
+        for name, source in zip(names, opened, strict=True):
+            classes = opened[0].tasks.get(task, ()), source.tasks.get(task, ())
+            if differs := difference(*classes, names[0], name):
+                raise UserError(
+                    f"data.corpora: the classes of task '{task}' differ: {differs}; accepted are "
+                    "corpora with the same classes in the same order."
+                )
+
+
+def difference(first: Sequence[str], second: Sequence[str], here: str, there: str) -> str:
+    """Say which class is the first that differs in two corpora; "" where all are the same.
+
+    Args:
+      first: class names in the order of the label vector.
+      second: those of the other corpus.
+      here: name of the one corpus.
+      there: name of the other.
+    """
+    said = lambda name: "none" if name is None else f"'{name}'"
+    for k, (a, b) in enumerate(itertools.zip_longest(first, second)):
+        if a != b:
+            return f"class {k} is {said(a)} in {here} and {said(b)} in {there}"
+    return ""
 
 
 def evidence(config: Mapping, recipe, opened: Sequence) -> None:

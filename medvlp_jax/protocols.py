@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from medvlp_jax import assemble, controls, examples, ranges
+from medvlp_jax import assemble, checks, controls, distributed, examples, ranges
 from medvlp_jax.config import UserError, nearest
 from medvlp_jax.data import datasets, pipeline
 from medvlp_jax.evaluation import flavours, probe, prompts, scoring, thresholds
@@ -15,6 +15,7 @@ from medvlp_jax.recipes.base import classifies
 
 CLASSIFY = controls.CLASSIFY
 NAMES = ("zero_shot", "retrieval", "grounding", "probe", *CLASSIFY, "masked_tokens")
+LEARN = ("probe", "regression", "missing_mask")  # protocols and controls, from the split train
 VIEWS = (1, 4, 8)
 LOOKED_AT = 2_000  # records, in search of a text: seconds, where all of a large corpus take minutes
 
@@ -159,6 +160,7 @@ def check(evaluator: Any) -> None:
             "Protocol probe learns from the split train and cannot be scored on it: set another "
             "evals.split, or leave it out."
         )
+    _check_train(evaluator)
     if classifies(recipe):
         _check_classes(evaluator)
     elif "regression" in settings["controls"] or settings["views"] > 1:
@@ -169,8 +171,27 @@ def check(evaluator: Any) -> None:
     _check_evidence(evaluator)
 
 
+def _check_train(evaluator: Any) -> None:
+    """Refuse what learns from the split train on a corpus that has none."""
+    settings, data = evaluator.settings, evaluator.parts.config["data"]
+    asked = (*settings["protocols"], *settings["controls"])
+    learns = [name for name in LEARN if name in asked]
+    if not learns or assemble.fold_of(evaluator.corpus, data):  # dealt anew, with all three splits
+        return
+    try:
+        # Which texts are read is another matter, and would read all of them.
+        assemble.open_corpus(evaluator.corpus, {**data, "texts": ""}, "train")
+    except UserError as error:
+        raise UserError(
+            f"{', '.join(learns)} of config.evals learns from the split train of "
+            f"{evaluator.corpus}, which cannot be opened ({str(error).rstrip('.')}): leave "
+            f"{'them' if len(learns) > 1 else 'it'} out of evals.protocols and evals.controls, or "
+            "name another evals.corpus."
+        ) from error
+
+
 def _check_classes(evaluator: Any) -> None:
-    """Refuse a corpus that has other classes than the classifier."""
+    """Refuse a corpus that has other classes than the classifier, or the same in another order."""
     settings, recipe, tasks = evaluator.settings, evaluator.parts.recipe, evaluator.source.tasks
     asked = {*settings["protocols"], *settings["controls"]}
     if not {*CLASSIFY, "regression", "missing_mask"} & asked:
@@ -189,6 +210,19 @@ def _check_classes(evaluator: Any) -> None:
         raise UserError(
             f"recipe.num_classes={recipe.num_classes}, but task {recipe.task} of "
             f"{evaluator.corpus} has {len(classes)} classes."
+        )
+    data = evaluator.parts.config["data"]
+    trained = data["corpora"][0]
+    known = assemble.trained_tasks(data).get(recipe.task)
+    if known is None:
+        distributed.say(
+            f"medvlp: {trained} is not prepared here, so that only the number of classes could be "
+            f"compared with {evaluator.corpus}: their order has to be the same."
+        )
+    elif differs := checks.difference(known, classes, trained, evaluator.corpus):
+        raise UserError(
+            f"evals.corpus: the classes of task '{recipe.task}' are not those that were trained "
+            f"on: {differs}; accepted is a corpus with the same classes in the same order."
         )
 
 

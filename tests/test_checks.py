@@ -91,3 +91,31 @@ def test_a_selection_that_no_evaluation_has_is_answered_with_its_neighbours(name
         UserError, match=re.escape(f"train.select={name} is not among the") + r".* \S+/R@10"
     ):
         checks.selected(name, validator, {})
+
+
+def corpora(*classes):
+    """Return a config of several corpora that are trained on by their classes, and those."""
+    names = tuple(f"csv_folder:{k}" for k in range(len(classes)))
+    data = {"corpora": names, "shares": (), "balance": ""}
+    opened = [SimpleNamespace(tasks={"dx": c} if c else {}, name="csv_folder") for c in classes]
+    return {"recipe": {}, "data": data}, opened
+
+
+@pytest.mark.parametrize("setting", ["task", "label"])
+@pytest.mark.parametrize(
+    ("second", "differs"),
+    [
+        (["malignant", "benign"], "class 0 is 'benign' in csv_folder:0 and 'malignant' in"),
+        (["benign", "malignant", "other"], "class 2 is none in csv_folder:0 and 'other' in"),
+        (["benign"], "class 1 is 'malignant' in csv_folder:0 and none in"),
+        ([], "class 0 is 'benign' in csv_folder:0 and none in"),
+    ],
+)
+def test_label_vectors_of_other_classes_are_not_mixed(setting, second, differs):
+    reads, first = {"recipe": {setting: "dx"}}, ["benign", "malignant"]
+    config, opened = corpora(first, first)
+    checks.sources(config | reads, opened)
+    config, opened = corpora(first, second)
+    checks.sources(config, opened)  # of a recipe that reads no labels
+    with pytest.raises(UserError, match=f"task 'dx' differ: {differs} csv_folder:1; accepted"):
+        checks.sources(config | reads, opened)

@@ -1,10 +1,16 @@
 """Protocols that cannot be are known before anything is embedded."""
 
+import json
 import types
 
+import numpy as np
 import pytest
+from PIL import Image
 
+from configs import common
 from medvlp_jax import assemble, evaluate, protocols
+from medvlp_jax.config import UserError
+from medvlp_jax.data import corpora
 
 
 class Records(list):
@@ -69,3 +75,72 @@ def test_retrieval_that_nobody_asked_for_is_left_out_with_its_control(monkeypatc
     for unchanged in (("--protocol=retrieval",), ()):
         alone = {"protocols": ("retrieval",)} if not unchanged else {}
         assert found(*unchanged, **alone)[0] == alone.get("protocols", settings["protocols"])
+
+
+@pytest.fixture
+def own(tmp_path):
+    """Return a function that prepares a folder of one's own: its classes, its splits."""
+
+    def prepared(name, classes, splits=("train", "test")):
+        folder = tmp_path / name
+        folder.mkdir()
+        columns = {"image": "file", "group": "who", "label": "dx", "split": "part"}
+        (folder / "corpus.json").write_text(json.dumps({"columns": columns, "classes": classes}))
+        lines = ["file,who,dx,part"]
+        for k, part in enumerate(splits):
+            Image.fromarray(np.full((8, 8, 3), 9 * k, np.uint8)).save(folder / f"{k}.png")
+            lines.append(f"{k}.png,{k},{classes[0]},{part}")
+        (folder / "table.csv").write_text("\n".join(lines))
+        where = {"data_dir": tmp_path / "data", "manual_dir": folder}
+        corpora.prepare("csv_folder", builder_config=name, **where)
+        return f"csv_folder:{name}"
+
+    return prepared
+
+
+def classifier(data_dir, trained, tested, **evals):
+    """Return what is checked of an evaluator: a classifier of two classes, on another corpus."""
+    data = common.data(corpora=(trained,), data_dir=str(data_dir)).to_dict()
+    recipe = types.SimpleNamespace(spaces={}, task="label", num_classes=2)
+    config = {"recipe": {"name": "cfcml"}, "data": data}
+    return types.SimpleNamespace(
+        settings=common.evals(**{"protocols": ("classify",), "controls": (), **evals}).to_dict(),
+        parts=types.SimpleNamespace(config=config, recipe=recipe),
+        corpus=tested,
+        source=assemble.open_corpus(tested, data, "test"),
+        prompts={"tasks": {}},
+        images=lambda: ("image",),
+    )
+
+
+def test_classes_in_another_order_are_not_scored(own, tmp_path, capsys):
+    trained = own("ours", ["benign", "malignant"])
+    turned, same = own("turned", ["malignant", "benign"]), own("same", ["benign", "malignant"])
+    protocols.check(classifier(tmp_path / "data", trained, same))
+    with pytest.raises(
+        UserError, match=f"class 0 is 'benign' in {trained} and 'malignant' in {turned}"
+    ):
+        protocols.check(classifier(tmp_path / "data", trained, turned))
+    assert "not prepared here" not in capsys.readouterr().out
+    protocols.check(classifier(tmp_path / "data", "csv_folder:gone", turned))
+    assert (
+        "csv_folder:gone is not prepared here, so that only the number" in capsys.readouterr().out
+    )
+
+
+@pytest.mark.parametrize(
+    ("evals", "learns"),
+    [
+        ({"protocols": ("probe",)}, "probe"),
+        ({"protocols": ("classify", "probe"), "controls": ("regression",)}, "probe, regression"),
+        ({"controls": ("missing_mask",)}, "missing_mask"),
+    ],
+)
+def test_what_learns_from_a_split_that_is_not_there_is_refused(own, tmp_path, evals, learns):
+    classes = ["benign", "malignant"]
+    trained, tested = own("ours", classes), own("theirs", classes, ("test",))
+    message = rf"{learns} of config.evals learns from the split train of {tested}, .* no split"
+    with pytest.raises(UserError, match=message):
+        protocols.check(classifier(tmp_path / "data", trained, tested, **evals))
+    protocols.check(classifier(tmp_path / "data", trained, trained, **evals))
+    protocols.check(classifier(tmp_path / "data", trained, tested))
