@@ -27,6 +27,9 @@ CHOICES = {
     "recipe.text.dtype": DTYPES,
 }
 TASKS = ("task", "label")  # settings of recipes that name the label task they read
+# Settings by which other records come, or in another order.
+ORDER = ("seed:", "data.corpora:", "data.split:", "data.shares:", "data.balance:", "data.texts:")
+ORDER += ("data.folds.", "data.pairing.", "data.knowledge.")
 LOWER_IS_BETTER = ("mean_rank", "median_rank", "loss")
 
 
@@ -214,6 +217,38 @@ def resumed(config: Mapping, step: int) -> None:
             f"train.steps={steps}, but this run was trained to step {step} already; accepted is "
             f"{step} or more, or another --workdir."
         )
+
+
+def position(config: Mapping, restored) -> dict:
+    """Return where a resumed run goes on in the data: at the same record, also in other batches.
+
+    Says how many records are seen twice, and that the place means nothing where others come.
+
+    Args:
+      config: resolved.
+      restored: checkpoint.Restored, whose position counts batches of its own config's size.
+    """
+    before = assemble.completed(restored.config)
+    changed = [c for c in configs.differences(before, config) if c.startswith(ORDER)]
+    old, new = before["train"], config["train"]
+    sizes = [stage["batch_size"] for stage in (old, new)]
+    rows = [stage["steps"] * stage["batch_size"] for stage in (old, new)]
+    if config["data"]["pairing"]["passes"] and rows[0] != rows[1]:
+        changed.append(f"train.steps x train.batch_size, for data.pairing.passes: {rows}")
+    if changed:
+        distributed.say(
+            f"Other records come, or in another order, than before ({'; '.join(changed)}): the "
+            "place in the data means nothing now, and some are seen again or later than others."
+        )
+    if sizes[0] == sizes[1]:
+        return dict(restored.position)
+    seen = restored.position["next_index"] * sizes[0]
+    index, again = divmod(seen, sizes[1])
+    distributed.say(
+        f"train.batch_size {sizes[0]} -> {sizes[1]}: the data go on after {seen} records with the "
+        f"batch that holds the next one, {again} of whose {sizes[1]} were seen before."
+    )
+    return {**restored.position, "next_index": index}
 
 
 def several(config: Mapping, recipe, variables: Mapping) -> None:

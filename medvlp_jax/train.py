@@ -148,8 +148,8 @@ def _prepare(config, workdir, stop) -> _Job:
         checks.resumed(config, int(state.step))
         if pools is not None:
             unpaired.recall(state, related)
-        batches.set_state(restored.position)
         distributed.say(f"Resuming {workdir} at step {int(state.step)}")
+        batches.set_state(checks.position(config, restored))
     selection = Selection(workdir, config) if settings["select"] else None
     _write_config(config, workdir)
     starts.record(workdir, int(state.step))

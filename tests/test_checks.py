@@ -1,12 +1,17 @@
 """What a run is refused for once its recipe and its corpora are there; settings: test_train.py."""
 
+import itertools
+import json
 import re
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
+from configs import common
 from medvlp_jax import checks
 from medvlp_jax.config import UserError
+from medvlp_jax.data import pipeline
 from medvlp_jax.data.reports import Report
 from medvlp_jax.evidence import extract
 from medvlp_jax.evidence.backends import writer
@@ -119,3 +124,72 @@ def test_label_vectors_of_other_classes_are_not_mixed(setting, second, differs):
     checks.sources(config, opened)  # of a recipe that reads no labels
     with pytest.raises(UserError, match=f"task 'dx' differ: {differs} csv_folder:1; accepted"):
         checks.sources(config | reads, opened)
+
+
+def saved(batch_size, batches, **data):
+    """Return a checkpoint's position and config, as JSON gives them back."""
+    config = {"recipe": {"name": "clip"}, "seed": 0, "data": common.data(**data).to_dict()}
+    config["train"] = common.train(batch_size=batch_size).to_dict()
+    position = {"next_index": batches}
+    return SimpleNamespace(position=position, config=json.loads(json.dumps(config)))
+
+
+def resumed(batch_size, restored, **data):
+    return checks.position(saved(batch_size, 0, **data).config, restored)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "batches", "starts", "again"),
+    [((4, 8), 3, 8, 4), ((4, 8), 4, 16, 0), ((8, 4), 3, 24, 0), ((6, 4), 3, 16, 2)],
+)
+@pytest.mark.parametrize("processes", [1, 2])
+def test_other_batches_go_on_at_the_same_record(sizes, batches, starts, again, processes, capsys):
+    number = lambda record, rng: {"record": np.asarray(record), "noise": np.asarray(rng.random())}
+    sources = [range(50), range(100, 120)]
+
+    def stream(size, state):
+        parts = []
+        for index in range(processes):
+            of = {"process_index": index, "process_count": processes, "transform": number}
+            parts.append(iter(pipeline.train_dataset(sources, batch_size=size, seed=0, **of)))
+            parts[-1].set_state(state)
+        while True:
+            rows = [next(part) for part in parts]
+            yield from np.concatenate([[r["record"], r["noise"]] for r in rows], axis=1).T
+
+    old, new = sizes
+    whole = list(itertools.islice(stream(old, {"next_index": 0}), 48))
+    assert batches * old - starts == again < new
+    rest = stream(new, resumed(new, saved(old, batches)))
+    np.testing.assert_array_equal(list(itertools.islice(rest, 48 - starts)), whole[starts:])
+    said = capsys.readouterr().out
+    assert (
+        f"after {batches * old} records with the batch that holds the next one, {again} of" in said
+    )
+    # Once more: the position counts batches of the size that it was saved with.
+    second = saved(new, starts // new + 1)
+    assert resumed(new, second) == second.position
+    assert resumed(old, second)["next_index"] == (starts + new) // old
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"corpora": ("padchest",)}, "data.corpora: "),
+        ({"shares": (1.0,)}, "data.shares: "),
+        ({"texts": "impression"}, "data.texts: "),
+        ({"pairing": {"ratio": 0.1}}, "data.pairing.ratio: 1.0 -> 0.1"),
+        ({"pairing": {"passes": 9}}, "data.pairing.passes: 0 -> 9"),
+        ({"threads": 7}, ""),
+    ],
+)
+def test_a_place_that_means_nothing_is_said(changes, said, capsys):
+    assert resumed(4, saved(4, 3), **changes) == {"next_index": 3}
+    out = capsys.readouterr().out
+    assert said in out
+    assert ("the place in the data means nothing now" in out) == bool(said)
+
+
+def test_pairs_whose_passes_are_counted_come_otherwise_in_other_batches(capsys):
+    resumed(8, saved(4, 3, pairing={"passes": 9}), pairing={"passes": 9})
+    assert "for data.pairing.passes: [4000, 8000]" in capsys.readouterr().out

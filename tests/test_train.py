@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 
 import jax
 import numpy as np
@@ -11,6 +12,7 @@ from medvlp_jax import assemble, cli, evaluate, train, weights
 from medvlp_jax.config import UserError
 from medvlp_jax.convert import __main__ as convert_cli
 from medvlp_jax.evaluation import results as written
+from medvlp_jax.training.stopping import Signals
 
 ROOT = pathlib.Path(__file__).parents[1]
 SMOKE = ("--config=configs/imitate.py:smoke", "--config.evals.resamples=20")
@@ -158,6 +160,17 @@ def test_an_evaluation_of_nothing_leaves_the_results_of_the_run(finished, capsys
 def test_a_finished_run_resumes_to_the_same_results(finished):
     folder, results = finished
     assert train.run(*resolve(workdir=folder)) == results
+
+
+def test_resuming_in_other_batches_goes_on_at_the_same_record(finished, tmp_path, capsys):
+    folder, _ = finished
+    shutil.copytree(folder, tmp_path / "copy")
+    size = assemble.read_config(folder)["train"]["batch_size"]
+    other = (f"--config.train.batch_size={2 * size}", "--config.train.steps=9")
+    job = train._prepare(*resolve(*other, workdir=tmp_path / "copy"), Signals())
+    assert int(job.state.step) == 6
+    assert job.batches.get_state() == {"next_index": 3}
+    assert f"the data go on after {6 * size} records" in capsys.readouterr().out
 
 
 def test_resuming_with_another_architecture_is_refused_and_nothing_is_written_over(finished):

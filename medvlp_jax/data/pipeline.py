@@ -2,7 +2,8 @@
 
 Element g = step * B + i of the training stream (B the global batch) depends on the seed and g
 alone. Process p of P takes rows [p * B / P, (p + 1) * B / P) of every global batch, so the
-concatenated batch is the same for any P, and the position in the stream is one number, the step.
+concatenated batch is the same for any P, and the position in the stream is one number, the batches
+before: the step, but for a run that was resumed with another B (`checks.position`).
 
 Axis letters: B global batch, b = B / P local batch, H, W pixels, C channels or classes, T tokens,
 D feature width.
@@ -71,8 +72,9 @@ def train_dataset(
 ) -> grain.IterDataset:
     """Return the endless stream of this process's training batches.
 
-    `iter()` of it has `get_state()` and `set_state(state)`; the state is {"next_index": step},
-    for any number of processes. Every epoch of a source visits each record once, in a new order.
+    `iter()` of it has `get_state()` and `set_state(state)`; the state is {"next_index": batches
+    before}, for any number of processes. Every epoch of a source visits each record once, in a new
+    order.
 
     Args:
       sources: one or several corpora (anything with `len` and random access).
