@@ -16,7 +16,7 @@
 #   --jobset=NAME --image=IMAGE --nodes=N --gpus=K --claim=PVC     a GKE JobSet: shows the manifest and applies it
 #       [--selector=KEY=VALUE ...] node labels; MEDVLP_ACCELERATOR=tpu asks for TPU chips instead of GPUs
 #
-# Exit codes: 0 finished, 2 bad input, 75 stopped by SIGTERM or Ctrl-C with everything saved: start the same command again.
+# Exit codes: 0 finished, 2 bad input, 74 disk full or file system failing, 75 stopped by SIGTERM or Ctrl-C with everything saved: start the same command again.
 # Environment: MEDVLP_ACCELERATOR=cuda13|tpu, MEDVLP_DATA_DIR (prepared datasets), MEDVLP_PORT (of process 0), PYTHON,
 # MEDVLP_VENV (another folder than .venv; none: the python on PATH, nothing is installed).
 # shellcheck disable=SC2034  # the parts sourced below read these variables

@@ -31,7 +31,8 @@ VERBS = {
 def run(main: Callable, argv: list[str] | None = None) -> int:
     """Call a command and return its exit code.
 
-    0 finished; 2 bad input, one sentence on stderr; 75 asked to stop and saved, see
+    0 finished; 2 bad input, one sentence on stderr; 74 the same for a disk that is full or a file
+    system that fails, another start may mend it; 75 asked to stop and saved, see
     training/stopping.py; 130 Ctrl-C twice; 141 who reads the output has left, as `| head` does; 1 a
     defect, with its traceback.
     """
@@ -40,7 +41,7 @@ def run(main: Callable, argv: list[str] | None = None) -> int:
         sys.stdout.flush()
     except UserError as error:
         print(f"medvlp: {error}", file=sys.stderr)
-        return 2
+        return error.code
     except stopping.Stopped:
         print("medvlp: stopped; start the same command again to go on.", file=sys.stderr)
         return stopping.EXIT_CODE

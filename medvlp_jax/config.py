@@ -14,6 +14,14 @@ from ml_collections import ConfigDict
 class UserError(Exception):
     """Bad input from the user: printed as one sentence, exit code 2, no traceback."""
 
+    code = 2
+
+
+class StorageError(UserError):
+    """A full disk or a file system that fails, which another start may mend: code 74 (EX_IOERR)."""
+
+    code = 74
+
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield ("a.b.c", value) for every leaf of a nested mapping."""

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all, and what a file system that fails is answered with."""
 
 import contextlib
 import errno
@@ -6,6 +6,11 @@ import os
 import pathlib
 import secrets
 from collections.abc import Iterator
+
+from medvlp_jax.config import StorageError, UserError
+
+# A disk may be emptied and a server come back; a name that cannot be stays one.
+PASSING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOSPC, errno.EDQUOT)
 
 
 @contextlib.contextmanager
@@ -34,3 +39,8 @@ def replaced(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
         os.replace(scratch, path)
     finally:
         scratch.unlink(missing_ok=True)
+
+
+def refusal(sentence: str, error: OSError) -> UserError:
+    """Return what to raise for an error of the file system: StorageError if it may pass."""
+    return (StorageError if error.errno in PASSING else UserError)(sentence)

@@ -15,8 +15,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from medvlp_jax import distributed
-from medvlp_jax.config import UserError
+from medvlp_jax import distributed, writing
+from medvlp_jax.config import StorageError, UserError
 from medvlp_jax.training.step import TrainState
 
 # From here on the devices that hold an array share the work of saving it. Orbax has them share all
@@ -57,7 +57,8 @@ class Checkpointer:
                 self.folder, options=options, item_handlers=handlers
             )
         except OSError as error:
-            raise UserError(f"Cannot keep checkpoints in {self.folder}: {error}.") from None
+            sentence = f"Cannot keep checkpoints in {self.folder}: {error}."
+            raise writing.refusal(sentence, error) from None
 
     def latest(self) -> int | None:
         """Step of the newest whole checkpoint, or None."""
@@ -67,7 +68,7 @@ class Checkpointer:
         """Start writing in the background; the state may be donated as soon as this returns.
 
         Raises:
-          UserError: when this or the checkpoint before could not be written.
+          StorageError: when this or the checkpoint before could not be written.
         """
         items = ocp.args.Composite(
             state=ocp.args.PyTreeSave(state),
@@ -88,7 +89,7 @@ class Checkpointer:
         """Block until what was started is on disk.
 
         Raises:
-          UserError: when it could not be written.
+          StorageError: when it could not be written.
         """
         with self._failure("A checkpoint"):
             self.manager.wait_until_finished()
@@ -237,7 +238,7 @@ class Checkpointer:
         except Exception as error:
             steps = [int(p.name) for p in self.folder.iterdir() if p.name.isdigit()]
             kept = f"the last good one is step {max(steps)}" if steps else "there is none yet"
-            raise UserError(
+            raise StorageError(
                 f"{name} could not be written to {self.folder} ({_first_line(error)}); {kept}. "
                 "Is the disk full?"
             ) from error

@@ -1,5 +1,6 @@
 """Checkpoints: what is saved comes back, on any mesh; damage and full disks end in one sentence."""
 
+import errno
 import math
 import os
 import resource
@@ -11,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 
 from medvlp_jax import distributed, sharding
@@ -282,6 +284,17 @@ def test_what_eight_devices_wrote_is_read_by_a_process_with_one(tmp_path):
     subprocess.run([sys.executable, "-c", program], env=environment, check=True)
 
 
+@pytest.mark.parametrize(("number", "code"), [(errno.EDQUOT, 74), (errno.EACCES, 2)])
+def test_a_file_system_that_may_come_back_is_no_bad_input(tmp_path, monkeypatch, number, code):
+    def refuse(*_, **__):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(ocp, "CheckpointManager", refuse)
+    with pytest.raises(UserError, match="Cannot keep checkpoints in") as refused:
+        Checkpointer(tmp_path / "c")
+    assert refused.value.code == code
+
+
 def test_a_half_written_folder_is_not_taken_for_a_checkpoint(tmp_path):
     save(tmp_path / "c", 3).close()
     (tmp_path / "c" / "9.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
@@ -295,18 +308,17 @@ def test_a_full_disk_is_one_sentence_and_the_last_good_checkpoint_stays(tmp_path
         sys.path.insert(0, {str(__file__.rsplit("/", 1)[0])!r})
         import jax.numpy as jnp
         from test_checkpoint import CONFIG, POSITION, state_of
-        from medvlp_jax.config import UserError
+        from medvlp_jax import cli
         from medvlp_jax.training.checkpoint import Checkpointer
         checkpointer = Checkpointer({str(tmp_path / "c")!r})
         checkpointer.save(1, state_of(1), POSITION, CONFIG)
         checkpointer.wait()
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (256, 256))
-        try:
+        def main(_):
             checkpointer.save(2, state_of(2), POSITION, CONFIG)
             checkpointer.wait()
-        except UserError as error:
-            print("REFUSED", error)
+        sys.exit(cli.run(main))
     """
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(program)],
@@ -314,8 +326,9 @@ def test_a_full_disk_is_one_sentence_and_the_last_good_checkpoint_stays(tmp_path
         text=True,
         check=False,
     )
-    assert "could not be written" in done.stdout, done.stderr[-2000:]
-    assert "the last good one is step 1. Is the disk full?" in done.stdout
+    assert done.returncode == 74, done.stderr[-2000:]  # not 2, which no launcher starts again
+    assert "could not be written" in done.stderr
+    assert "the last good one is step 1. Is the disk full?" in done.stderr
     checkpointer = Checkpointer(tmp_path / "c")
     assert checkpointer.latest() == 1
     assert_same(checkpointer.restore(1, state_of(0)).state, state_of(1))
