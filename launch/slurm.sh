@@ -9,7 +9,8 @@
 accelerator="${MEDVLP_ACCELERATOR:-cuda13}"
 quoted="$(printf ' %q' "${command[@]}")"
 text="$(< launch/slurm.sbatch)"
-extra=""
+extra="#SBATCH --cpus-per-task=8"$'\n' # one of --sbatch comes after it and holds
+if [[ "$sbatch" == *--cpus-per-gpu* ]]; then extra=""; fi # SLURM takes only one of them
 read -ra options <<< "$sbatch" # as words alone, * stays *
 for option in ${options[@]+"${options[@]}"}; do extra+="#SBATCH $option"$'\n'; done
 text="${text//@SBATCH@$'\n'/"$extra"}"

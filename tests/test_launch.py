@@ -285,11 +285,23 @@ def test_a_crash_is_restarted_and_bad_input_is_not(tmp_path, ranks, code, restar
 def slurm(ranks, tmp_path, script, **settings):
     """Run --slurm where the scheduler is three small scripts; return what sbatch said."""
     settings |= ranks(script)
-    ranks('env SLURM_JOB_ID=7 SLURM_JOB_NODELIST=n[1-2] SLURM_NTASKS=4 bash "$1"', "sbatch")
-    ranks('[[ $1 == show ]] && printf "n1\\nn2\\n" || echo "$*" >> scontrol', "scontrol")
+    job = "SLURM_JOB_ID=7 SLURM_JOB_NODELIST=n[1-2] SLURM_NTASKS=4 SLURM_RESTART_COUNT=$count"
+    ranks(
+        f"""
+        for ((count = 0; ; count++)); do
+          {job} bash "$1" && code=0 || code=$?
+          echo "$code" >> starts
+          if [[ ! -e requeued ]]; then exit "$code"; fi
+          rm requeued
+        done
+        """,
+        "sbatch",
+    )
+    ranks('[[ $1 == show ]] && printf "n1\\nn2\\n" || touch requeued', "scontrol")
     ranks(
         """
-        for last; do true; done; logs="${2#--output=}"; shift 2; code=0
+        echo "$*" > flags; code=0
+        while [[ $1 == --* ]]; do [[ $1 == --output=* ]] && logs="${1#--output=}"; shift; done
         for ((task = 0; task < 4; task++)); do
           SLURM_PROCID=$task SLURM_LOCALID=$((task % 2)) "$@" > "${logs/\\%t/$task}" 2>&1 || code=$?
         done
@@ -346,18 +358,44 @@ def test_slurm_runs_one_task_a_gpu_with_the_first_node_as_coordinator(tmp_path, 
             "JAX_NUM_PROCESSES=4",
             f"JAX_PROCESS_ID={task}",
         ]
-    assert not (tmp_path / "scontrol").exists()
+    assert (tmp_path / "starts").read_text() == "0\n"
+    assert "--cpus-per-task" not in (tmp_path / "flags").read_text()
+
+
+def test_slurm_gives_a_task_the_cpus_that_the_job_was_given(tmp_path, ranks):
+    assert slurm(ranks, tmp_path, "true", SLURM_CPUS_PER_TASK=6)[0] == 0
+    assert " --cpus-per-task=6 " in (tmp_path / "flags").read_text()
 
 
 @pytest.mark.parametrize(
-    ("code", "count", "requeued"), [(75, 9, True), (1, 0, True), (1, 3, False), (2, 0, False)]
+    ("given", "lines"),
+    [
+        ("", ["--cpus-per-task=8"]),
+        ("--cpus-per-task=4", ["--cpus-per-task=8", "--cpus-per-task=4"]),
+        ("--cpus-per-gpu=4", ["--cpus-per-gpu=4"]),
+    ],
 )
-def test_slurm_requeues_what_was_stopped_or_crashed(tmp_path, ranks, code, count, requeued):
-    script = f'echo "medvlp: process $JAX_PROCESS_ID of 4 leaves with code {code}"; exit {code}'
-    got, out, _ = slurm(ranks, tmp_path, script, SLURM_RESTART_COUNT=count)
-    assert got == code
-    assert (tmp_path / "scontrol").exists() == requeued
-    assert (f"process 0 of 4 leaves with code {code}" in out) == (code != 75)
+def test_what_the_user_says_of_cpus_comes_last_and_holds(given, lines):
+    code, out, _ = finish(launch("--slurm", f"--sbatch={given}", "--dry-run"))
+    assert code == 0
+    assert re.findall(r"^#SBATCH (--cpus.*)$", out, re.MULTILINE) == lines
+
+
+@pytest.mark.parametrize(
+    "codes", [[2], [0], [1, 0], [1, 137, 74, 1], [75, 75, 75, 75, 1, 1, 75, 1, 1, 1, 1]]
+)
+def test_slurm_requeues_what_was_stopped_and_three_crashes_in_a_row(tmp_path, ranks, codes):
+    script = f"""
+        codes=({" ".join(map(str, codes))}); code=${{codes[SLURM_RESTART_COUNT]}}
+        echo "medvlp: process $JAX_PROCESS_ID of 4 leaves with code $code"; exit $code
+    """
+    for _ in range(2):  # a job that is submitted again counts anew
+        (tmp_path / "starts").unlink(missing_ok=True)
+        got, out, _ = slurm(ranks, tmp_path, script)
+        assert got == codes[-1]
+        assert [*map(int, (tmp_path / "starts").read_text().split())] == codes
+        shown = [code for code in codes if code not in (0, 75)]
+        assert re.findall(r"process 0 of 4 leaves with code (\d+)", out) == [*map(str, shown)]
 
 
 if __name__ == "__main__":
