@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Sourced by launch/run.sh: fill in launch/jobset.yaml, show it, apply it.
-# Reads: command, workdir, jobset, image, claim, selector, nodes, gpus, restarts, dry_run.
+# Reads: command, workdir, jobset, image, claim, selector, nodes, gpus, restarts, sent, unsent, dry_run.
 # shellcheck disable=SC2154  # set by launch/run.sh
 
 [[ -n "$image" ]] || refuse "--jobset needs --image=IMAGE, a container with this checkout as its working directory."
@@ -14,6 +14,7 @@ accelerator="${MEDVLP_ACCELERATOR:-cuda13}"
 resource=nvidia.com/gpu
 if [[ "$accelerator" == tpu ]]; then resource=google.com/tpu; fi
 data="${MEDVLP_DATA_DIR:-/shared/data}"
+case "$data/" in /shared/*) ;; *) refuse "--jobset needs MEDVLP_DATA_DIR in /shared, the volume of --claim, got '$data'." ;; esac
 # Sets `string` to $1 as YAML in double quotes, where both signs that mean something are escaped; Kubernetes reads $$ as $, $(NAME) as
 # the variable.
 quote() {
@@ -26,6 +27,12 @@ words=""
 for word in bash launch/run.sh "${command[@]:3}"; do
   quote "$word"
   words+="$string, "
+done
+settings="" shown=""
+for name in ${sent[@]+"${sent[@]}"}; do
+  quote "${!name}"
+  settings+="                    - {name: $name, value: $string}"$'\n'
+  shown+=" $name=$(printf '%q' "${!name}")"
 done
 quote "$data"
 text="$(< launch/jobset.yaml)"
@@ -44,13 +51,15 @@ text="${text//@ACCELERATOR@/"$accelerator"}"
 text="${text//@DATA@/"$string"}"
 text="${text//@RESTARTS@/"${restarts:-3}"}"
 text="${text//@COMMAND@/"[${words%, }]"}"
+text="${text//                    @SETTINGS@$'\n'/"$settings"}"
 
 echo "$text"
+if [[ -n "$unsent" ]]; then echo "# Not sent: $unsent. Pods get them by kubectl create secret generic medvlp --from-literal=NAME=VALUE ..."; fi
 if $dry_run; then
   for ((rank = 0; rank < nodes; rank++)); do
     echo "# rank $rank, pod $jobset-rank-0-$rank"
     echo "# MEDVLP_ACCELERATOR=$accelerator MEDVLP_DATA_DIR=$data JAX_COORDINATOR_ADDRESS=$jobset-rank-0-0.$jobset:8476" \
-      "JAX_NUM_PROCESSES=$nodes JAX_PROCESS_ID=$rank bash launch/run.sh$(printf ' %q' "${command[@]:3}")"
+      "JAX_NUM_PROCESSES=$nodes JAX_PROCESS_ID=$rank$shown bash launch/run.sh$(printf ' %q' "${command[@]:3}")"
   done
   exit 0
 fi

@@ -49,9 +49,12 @@ DRY_RUNS = {
 }
 ACCELERATORS = {"processes-gpu": "cuda13", "jobset-tpu": "tpu"}
 
+NEEDS_GIT = pytest.mark.skipif(not (ROOT / ".git").exists(), reason="git lists what is packed")
+
 
 def launch(*arguments, stderr=subprocess.PIPE, **settings):
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("MEDVLP_", "JAX_"))}
+    own = ("MEDVLP_", "JAX_", "XLA_", "LIBTPU_", "HF_", "WANDB_")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(own)}
     return subprocess.Popen(
         ["bash", "launch/run.sh", *arguments],
         cwd=ROOT,
@@ -74,7 +77,8 @@ def finish(process, timeout=120):
 
 
 def dry_run(name):
-    settings = {"MEDVLP_DATA_DIR": "/data", "MEDVLP_ACCELERATOR": ACCELERATORS.get(name, "")}
+    data = "/shared/data" if name.startswith("jobset") else "/data"
+    settings = {"MEDVLP_DATA_DIR": data, "MEDVLP_ACCELERATOR": ACCELERATORS.get(name, "")}
     code, out, err = finish(launch("--dry-run", *DRY_RUNS[name], **settings))
     assert (code, err) == (0, "")
     return out.replace(str(ROOT), "CHECKOUT")
@@ -117,6 +121,34 @@ def test_the_jobset_passes_every_setting_on_as_it_was_given():
     values = {entry["name"]: entry.get("value") for entry in container["env"]}
     assert values["MEDVLP_DATA_DIR"] == data.replace("$", "$$")
     assert len(values) == 5
+
+
+SETTINGS = {
+    "JAX_COMPILATION_CACHE_DIR": '/shared/a "b\\c" $(HOME)',
+    "JAX_ENABLE_X64": "1",
+    "XLA_FLAGS": "--xla_a='b' --xla_c=$5",
+    "LIBTPU_INIT_ARGS": "--x=y",
+    "HF_HOME": "/shared/hf",
+}
+# What says which process and machine this is, and what nobody else is to read.
+KEPT = {"JAX_PROCESS_ID": "7", "JAX_PLATFORMS": "cpu", "WANDB_API_KEY": "geheim", "HF_TOKEN": "x9y"}
+
+
+def test_the_jobset_gets_settings_of_libraries_and_no_secrets():
+    yaml = pytest.importorskip("yaml")
+    code, out, _ = finish(launch("--dry-run", *DRY_RUNS["jobset"], **SETTINGS, **KEPT))
+    assert code == 0
+    (spec,) = yaml.safe_load(out)["spec"]["replicatedJobs"]
+    (container,) = spec["template"]["spec"]["template"]["spec"]["containers"]
+    values = {entry["name"]: entry.get("value") for entry in container["env"]}
+    assert len(values) == 5 + len(SETTINGS)
+    assert values.items() >= {k: v.replace("$", "$$") for k, v in SETTINGS.items()}.items()
+    assert container["envFrom"] == [{"secretRef": {"name": "medvlp", "optional": True}}]
+    assert (
+        "# Not sent: HF_TOKEN, WANDB_API_KEY. Pods get them by kubectl create secret generic medvlp"
+        in out
+    )
+    assert not re.search("geheim|x9y", out)
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.name)
@@ -174,6 +206,14 @@ def test_bad_flags_are_one_sentence(arguments, message):
     assert (code, out) == (2, "")
     assert len(err.splitlines()) == 1
     assert re.search(message, err)
+
+
+@pytest.mark.parametrize("data", ["/data", "/shared-not", "gs://bucket/data"])
+def test_data_that_no_pod_can_see_is_refused(data):
+    run = launch("--dry-run", *DRY_RUNS["jobset"], MEDVLP_DATA_DIR=data)
+    code, out, err = finish(run)
+    assert (code, out) == (2, "")
+    assert f"needs MEDVLP_DATA_DIR in /shared, the volume of --claim, got '{data}'" in err
 
 
 @pytest.mark.parametrize("name", DRY_RUNS)
