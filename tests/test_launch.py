@@ -1,5 +1,6 @@
 """The launch scripts: what they would run, word by word, and what they do when a rank dies."""
 
+import itertools
 import os
 import pathlib
 import re
@@ -184,6 +185,10 @@ def test_help_names_every_flag():
             ["--tpu=pod", "--zone=z", "--workdir=/s/x", "--restarts=2"],
             "--restarts does not go with --tpu",
         ),
+        (
+            ["--tpu=pod", "--zone=z", "--workdir=/home/me/medvlp_jax_checkout/runs/x"],
+            "empties medvlp_jax_checkout .* '/home/me/medvlp_jax_checkout/runs/x' must not",
+        ),
         (["--jobset=x"], "--jobset needs --image=IMAGE"),
         (["--jobset=x", "--image=i", "--claim=c", "--workdir=runs/x"], "got 'runs/x'"),
         (["--jobset=X_", "--image=i", "--claim=c"], "--jobset=X_ must be lower-case"),
@@ -363,7 +368,7 @@ def test_a_job_script_that_cannot_be_written_leaves_the_old_one(tmp_path, ranks)
     assert script.read_text() == "old"
 
 
-@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="what is packed is what git tracks")
+@NEEDS_GIT
 @pytest.mark.parametrize("code", [0, 1])
 def test_a_tpu_gets_the_checkout_from_a_folder_that_nobody_else_can_write(tmp_path, ranks, code):
     """`gcloud` notes who may enter the folder of what it copies, and what is in the bundle."""
@@ -384,6 +389,67 @@ def test_a_tpu_gets_the_checkout_from_a_folder_that_nobody_else_can_write(tmp_pa
     assert (tmp_path / "names").read_text() == "launch/run.sh\n"
     assert (tmp_path / "verbs").read_text().split() == (["scp"] if code else ["scp", "ssh"])
     assert not [*folder.iterdir()]
+
+
+@pytest.fixture
+def tpu(tmp_path, ranks):
+    """Return a function that starts --tpu where this host is worker 3, with a home of its own."""
+    home = tmp_path / "home"
+    home.mkdir()
+
+    def start(script, **settings):
+        settings |= ranks(script)
+        ranks("echo t1v-n-0-w-3", "hostname")
+        command = f'env -i HOME={home} PATH="$PATH" MEDVLP_VENV=none bash -c "${{last#*=}}"'
+        ranks(
+            f"""
+            for last; do true; done; cd {home}
+            if [[ $4 == scp ]]; then cp "${{@: -2:1}}" medvlp-checkout.tgz; else {command}; fi
+            """,
+            "gcloud",
+        )
+        return launch("--tpu=pod", "--zone=z", f"--workdir={tmp_path}/run", **settings)
+
+    return start
+
+
+@NEEDS_GIT
+def test_who_watches_a_tpu_to_the_end_sees_its_log_and_gets_its_code(tmp_path, tpu):
+    """Its environment has the settings of libraries as they were given here, and no secrets."""
+    code, out, err = finish(tpu("env -0 > environment; echo said; exit 7", **SETTINGS, **KEPT))
+    assert (code, err) == (7, "")
+    assert out.endswith("said\n")
+    assert (tmp_path / "run/logs/rank-3.log").read_text() == "said\n"
+    environment = (tmp_path / "environment").read_text().split("\0")
+    assert {f"{name}={value}" for name, value in SETTINGS.items()} <= {*environment}
+    assert not [line for line in environment if line.startswith(tuple(KEPT))]
+    assert "# Not sent: HF_TOKEN, WANDB_API_KEY. Log in there" in out
+    assert not re.search("geheim|x9y", out)
+
+
+@NEEDS_GIT
+def test_a_tpu_goes_on_when_who_watches_leaves_and_stops_when_it_is_told_to(tmp_path, tpu):
+    """A second start meanwhile is refused, before it takes the files of the first away."""
+    wait = "for ((k = 0; k < 1200; k++)); do sleep 0.1; done"
+    script = f'trap "echo saved; exit 75" TERM; echo up; {wait}'
+    watched = tpu(script)
+    said = [*itertools.takewhile(lambda line: line != "up\n", watched.stdout)]
+    os.killpg(watched.pid, signal.SIGKILL)
+    watched.communicate()
+    code, _, err = finish(tpu(script))
+    assert code == 2
+    assert "medvlp: a run is going on on t1v-n-0-w-3: stop it first." in err
+    log = tmp_path / "run/logs/rank-3.log"
+    assert log.read_text() == "up\n"
+    look, stop = (line for line in said if line.startswith("gcloud") and "--command" in line)
+    assert "/run/logs/rank-0.log" in look
+    path = f"{tmp_path}/bin:{os.environ['PATH']}"
+    subprocess.run(["bash", "-c", stop], env={**os.environ, "PATH": path}, check=True)
+    for _ in range(600):
+        if log.read_text() != "up\n":
+            break
+        time.sleep(0.1)
+    assert log.read_text() == "up\nsaved\n"
 
 
 def test_slurm_runs_one_task_a_gpu_with_the_first_node_as_coordinator(tmp_path, ranks):
