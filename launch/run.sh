@@ -18,8 +18,8 @@
 #
 # Exit codes: 0 finished, 2 bad input, 74 disk full or file system failing, 75 stopped by SIGTERM or Ctrl-C with everything saved: start the same command again.
 # Environment: MEDVLP_ACCELERATOR=cuda13|tpu, MEDVLP_DATA_DIR (prepared datasets), MEDVLP_PORT (of process 0), PYTHON,
-# MEDVLP_VENV (another folder than .venv; none: the python on PATH, nothing is installed). --tpu and --jobset send JAX_*, XLA_FLAGS,
-# LIBTPU_INIT_ARGS and HF_HOME along, never WANDB_API_KEY nor HF_TOKEN.
+# MEDVLP_VENV (another folder than .venv; none: the python on PATH, nothing is installed). --tpu and --jobset send JAX_*, XLA_FLAGS
+# and LIBTPU_INIT_ARGS along, never WANDB_API_KEY nor HF_TOKEN.
 # shellcheck disable=SC2034  # the parts sourced below read these variables
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -76,8 +76,8 @@ export MEDVLP_ACCELERATOR="${MEDVLP_ACCELERATOR:-}" MEDVLP_DATA_DIR="${MEDVLP_DA
 sent=() unsent=""
 for name in $(compgen -e | sort); do
   case "$name" in
-    JAX_COORDINATOR_ADDRESS | JAX_NUM_PROCESSES | JAX_PROCESS_ID | JAX_LOCAL_DEVICE_IDS | JAX_PLATFORM*) ;;
-    JAX_* | XLA_FLAGS | LIBTPU_INIT_ARGS | HF_HOME) sent+=("$name") ;;
+    JAX_COORDINATOR_* | JAX_NUM_* | JAX_PROCESS_ID | JAX_LOCAL_DEVICE_IDS | JAX_PLATFORM* | JAX_*VISIBLE_DEVICES) ;;
+    JAX_* | XLA_FLAGS | LIBTPU_INIT_ARGS) sent+=("$name") ;;
     WANDB_API_KEY | HF_TOKEN) unsent+="${unsent:+, }$name" ;;
   esac
 done

@@ -118,23 +118,13 @@ def open_corpus(name: str, data: Mapping[str, Any], split: str) -> corpora.Sourc
     return retold.retold(folds.open_fold(sources, split, **fold), data["texts"])
 
 
-def fold_of(name: str, data: Mapping[str, Any]) -> dict | None:
-    """Return the arguments of `folds.open_fold` for a corpus; empty or None where it is not dealt.
+def fold_of(name: str, data: Mapping[str, Any]) -> dict:
+    """Return the arguments of `folds.open_fold` for a corpus; {} where it is not dealt.
 
     Folds are dealt of what a run is trained on; another corpus has its own splits.
     """
     is_trained_on = leakage.unsized(name) in map(leakage.unsized, data["corpora"])
-    return folds.settings(data) if is_trained_on else None
-
-
-def trained_tasks(data: Mapping[str, Any]) -> Mapping[str, Sequence[str]]:
-    """Return the label tasks of the first corpus as it describes itself, no record read.
-
-    A folder of the user's own that is not prepared here says nothing: {}.
-    """
-    name, _, variant = data["corpora"][0].partition(":")
-    built = corpora.builder(name, data_dir=data["data_dir"], builder_config=variant)
-    return built.info.metadata["tasks"]
+    return folds.settings(data) if is_trained_on else {}
 
 
 def mesh_of(config: Mapping[str, Any]) -> Mesh:

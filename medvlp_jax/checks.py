@@ -188,13 +188,14 @@ def difference(first: Sequence[str], second: Sequence[str], here: str, there: st
     return ""
 
 
-def evidence(config: Mapping, recipe, opened: Sequence) -> None:
-    """Refuse an extraction that lacks reports of the corpora, where the recipe reads one.
+def evidence(config: Mapping, recipe, opened: Sequence, pools: pairing.Pools | None) -> None:
+    """Refuse an extraction that lacks reports that are trained on, where the recipe reads one.
 
     Args:
       config: resolved.
       recipe: whose `inputs` name what it reads.
       opened: splits that are trained on.
+      pools: of limited pairing, where some studies are images alone.
 
     Raises:
       UserError: naming the corpus.
@@ -202,7 +203,9 @@ def evidence(config: Mapping, recipe, opened: Sequence) -> None:
     folder = config["data"]["evidence"]["folder"]
     if folder and "evidence" in recipe.inputs:
         for source in opened:
-            phrases.check(folder, f"{source.name} ({source.split})", source.texts())
+            texts = list(source.texts())
+            texts = texts if pools is None else [texts[i] for i in pools.reports]
+            phrases.check(folder, f"{source.name} ({source.split})", texts)
 
 
 def resumed(config: Mapping, step: int) -> None:

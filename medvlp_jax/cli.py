@@ -11,7 +11,8 @@ from typing import NoReturn
 
 import jax
 
-from medvlp_jax.config import UserError, nearest
+from medvlp_jax import writing
+from medvlp_jax.config import StorageError, UserError, nearest
 from medvlp_jax.training import stopping
 
 VERBS = {
@@ -61,6 +62,9 @@ def run(main: Callable, argv: list[str] | None = None) -> int:
             folder = error.filename2 or error.filename
             print(f"medvlp: {folder} is a folder; name a file.", file=sys.stderr)
             return 2
+        if isinstance(error, OSError) and error.errno in writing.PASSING:
+            print(f"medvlp: {error}.", file=sys.stderr)
+            return StorageError.code
         traceback.print_exc()
         return 1
     return 0

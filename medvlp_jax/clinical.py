@@ -82,12 +82,20 @@ def prompt_of(data: Mapping[str, Any], spec: Mapping[str, Any], tokenizer) -> pr
     Raises:
       UserError: for a label task the corpus does not have.
     """
-    tasks = _builder(data).info.metadata["tasks"]
+    tasks = tasks_of(data)
     if spec["label"] not in tasks:
         raise UserError(
             f"{data['corpora'][0]} has no task '{spec['label']}'; accepted: {', '.join(tasks)}."
         )
     return prompts.tokenise(tokenizer, spec["prompt"], tasks[spec["label"]])
+
+
+def tasks_of(data: Mapping[str, Any]) -> Mapping[str, Sequence[str]]:
+    """Return the label tasks of the first corpus as it describes itself, no record read.
+
+    A folder of the user's own that is not prepared here says nothing: {}.
+    """
+    return _builder(data).info.metadata["tasks"]
 
 
 def pair_of(

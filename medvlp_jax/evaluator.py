@@ -97,7 +97,11 @@ class Evaluator(Embedder):
         if keep:
             self._kept = given, found
         if found is not None and source is None:
-            labels = {key[6:]: of for key, of in found.items() if key.startswith("label/")}
+            labels = {
+                key.removeprefix("label/"): of
+                for key, of in found.items()
+                if key.startswith("label/")
+            }
             self._seen = provenance.rows(found["image_id"], found["patient_id"], labels)
         results: Results = {}
         for name in names:
@@ -216,7 +220,7 @@ class Evaluator(Embedder):
             scores = zero_shot.scores(found[image], embeddings, **how)
             multi_label = embeddings.prompts.multi_label
             scores = zero_shot.ranked(scores, flavour=flavour, multi_label=multi_label)
-            name = flavours.task_name(task, flavour)
+            name = flavours.named(task, flavour)
             scored[name] = PromptScores(labels, scores, classes)
         return scored
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from medvlp_jax import assemble, checks, controls, distributed, examples, ranges
+from medvlp_jax import assemble, checks, clinical, controls, distributed, examples, ranges
 from medvlp_jax.config import UserError, nearest
 from medvlp_jax.data import datasets, pipeline
 from medvlp_jax.evaluation import flavours, probe, prompts, scoring, thresholds
@@ -213,7 +213,7 @@ def _check_classes(evaluator: Any) -> None:
         )
     data = evaluator.parts.config["data"]
     trained = data["corpora"][0]
-    known = assemble.trained_tasks(data).get(recipe.task)
+    known = clinical.tasks_of(data).get(recipe.task)
     if known is None:
         distributed.say(
             f"medvlp: {trained} is not prepared here, so that only the number of classes could be "

@@ -110,9 +110,9 @@ def _prepare(config, workdir, stop) -> _Job:
     if settings["export"]:
         export.check(parts)
     checks.batch(config, parts)
-    checks.evidence(config, parts.recipe, sources)
     examples.check_view(config["data"], sources[0].images, parts.recipe.inputs)
     pools = unpaired.pools(parts, sources)
+    checks.evidence(config, parts.recipe, sources, pools)
     evaluator = validator = Evaluator(parts, config["evals"], stop)
     if settings["select"]:
         validator = Evaluator(parts, {**config["evals"], "split": checks.VALIDATION}, stop)
@@ -201,10 +201,10 @@ def _fit(job, workdir, stop):
     limit = 0 if select else settings["evaluate_limit"]
 
     def validate(step, state):
-        values = scalars(job.validator.quick(state.evaluated, limit=limit))
+        found = job.validator.quick(state.evaluated, limit=limit)
         if job.selection:
-            job.selection.offer(step, state, values, config)
-        return values
+            job.selection.offer(step, state, found, config)
+        return scalars(found)
 
     state = loop.fit(
         job.state,

@@ -11,7 +11,7 @@ import pytest
 from configs import common
 from medvlp_jax import checks
 from medvlp_jax.config import UserError
-from medvlp_jax.data import pipeline
+from medvlp_jax.data import pairing, pipeline
 from medvlp_jax.data.reports import Report
 from medvlp_jax.evidence import extract
 from medvlp_jax.evidence.backends import writer
@@ -48,12 +48,15 @@ def test_an_extraction_that_lacks_reports_is_refused_before_training(tmp_path):
     config = {"data": {"evidence": {"folder": str(tmp_path)}}}
     said = r"2 of 3 reports of csv_folder:mine \(train\) are not in .*medvlp evidence extract"
     with pytest.raises(UserError, match=said) as refused:
-        checks.evidence(config, reads, [source])
+        checks.evidence(config, reads, [source], None)
     assert "Secret" not in str(refused.value)
-    checks.evidence(config, SimpleNamespace(inputs=("image", "report")), [source])
-    checks.evidence({"data": {"evidence": {"folder": ""}}}, reads, [source])
+    checks.evidence(config, SimpleNamespace(inputs=("image", "report")), [source], None)
+    checks.evidence({"data": {"evidence": {"folder": ""}}}, reads, [source], None)
+    # Of a study that is an image alone no report is read.
+    pools = pairing.Pools(np.array([0]), np.array([0, 1, 3]), np.array([0, 2]))
+    checks.evidence(config, reads, [source], pools)
     texts[1:] = texts[:1]
-    checks.evidence(config, reads, [source])
+    checks.evidence(config, reads, [source], None)
 
 
 def validator_of(few, whole):

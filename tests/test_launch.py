@@ -129,10 +129,11 @@ SETTINGS = {
     "JAX_ENABLE_X64": "1",
     "XLA_FLAGS": "--xla_a='b' --xla_c=$5",
     "LIBTPU_INIT_ARGS": "--x=y",
-    "HF_HOME": "/shared/hf",
 }
 # What says which process and machine this is, and what nobody else is to read.
 KEPT = {"JAX_PROCESS_ID": "7", "JAX_PLATFORMS": "cpu", "WANDB_API_KEY": "geheim", "HF_TOKEN": "x9y"}
+KEPT |= {"JAX_CUDA_VISIBLE_DEVICES": "0", "JAX_NUM_CPU_DEVICES": "2", "HF_HOME": "/home/me"}
+KEPT |= {"JAX_COORDINATOR_BIND_ADDRESS": "10.0.0.1:1"}
 
 
 def test_the_jobset_gets_settings_of_libraries_and_no_secrets():
@@ -502,6 +503,14 @@ def test_slurm_requeues_what_was_stopped_and_three_crashes_in_a_row(tmp_path, ra
         assert [*map(int, (tmp_path / "starts").read_text().split())] == codes
         shown = [code for code in codes if code not in (0, 75)]
         assert re.findall(r"process 0 of 4 leaves with code (\d+)", out) == [*map(str, shown)]
+
+
+def test_slurm_requeues_a_crash_that_it_cannot_count(tmp_path, ranks):
+    """On a full disk, whose code is one that another start may mend."""
+    (tmp_path / "run/logs/crashes").mkdir(parents=True)  # where the count would be written
+    got, _, _ = slurm(ranks, tmp_path, "codes=(74 0); exit ${codes[SLURM_RESTART_COUNT]}")
+    assert got == 0
+    assert (tmp_path / "starts").read_text().split() == ["74", "0"]
 
 
 if __name__ == "__main__":

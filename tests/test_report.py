@@ -1,8 +1,10 @@
 """The page of a run: whole in itself, nothing unescaped, no patient's text unless asked for."""
 
 import base64
+import errno
 import html.parser
 import json
+import os
 import re
 import shutil
 import types
@@ -318,6 +320,16 @@ def test_a_folder_where_a_file_belongs_is_one_sentence(run, tmp_path, capsys):
     for main in (replace, lambda _: folder.write_text("")):
         assert cli.run(main) == 2
         assert f"medvlp: {folder} is a folder; name a file." in capsys.readouterr().err
+
+
+def test_a_full_disk_is_one_sentence_and_a_code_that_is_tried_again(capsys):
+    def write(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "metrics.jsonl")
+
+    assert cli.run(write) == 74
+    assert capsys.readouterr().err == (
+        "medvlp: [Errno 28] No space left on device: 'metrics.jsonl'.\n"
+    )
 
 
 def test_the_page_lies_in_the_run_folder(run, capsys):

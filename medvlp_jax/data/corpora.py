@@ -25,6 +25,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
+from medvlp_jax import writing
 from medvlp_jax.config import UserError, nearest
 from medvlp_jax.data import beam, building, datasets, records
 
@@ -398,7 +399,7 @@ def _locked(folder: Path):
         folder.parent.mkdir(parents=True, exist_ok=True)
         file = (folder.parent / f".{folder.name}.lock").open("w")
     except OSError as error:
-        raise UserError(f"Cannot write to {folder.parent}: {error}.") from None
+        raise writing.refusal(f"Cannot write to {folder.parent}: {error}.", error) from None
     with file as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from medvlp_jax.data import building, corpora
+from medvlp_jax.data import building, corpora, dicom
 from medvlp_jax.data.corpora import Source
 
 # Where the images of a corpus come from; one that is not here is its own origin.
@@ -155,7 +155,7 @@ def fingerprint(encoded: bytes) -> np.ndarray:
     """Return 256 bits as uint8 [32]: whether each of 16 x 16 places is brighter than the next."""
     with Image.open(io.BytesIO(encoded)) as image:
         image.draft("L", (4 * SIDE, 4 * SIDE))
-        small = image.convert("L").resize((SIDE + 1, SIDE), Image.Resampling.BOX)
+        small = dicom.upright(image).convert("L").resize((SIDE + 1, SIDE), Image.Resampling.BOX)
     pixels = np.asarray(small, np.int16)
     return np.packbits(pixels[:, 1:] > pixels[:, :-1])
 

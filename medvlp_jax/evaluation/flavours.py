@@ -33,7 +33,7 @@ def normalise(given: Sequence[str], protocols: Sequence[str]) -> tuple[str, ...]
     return tuple(plain)
 
 
-def task_name(task: str, flavour: str) -> str:
+def named(task: str, flavour: str) -> str:
     """Return the middle part of the keys: "view", or "view (gloria)" of a published flavour."""
     return task if flavour == CLEAN else f"{task} ({flavour})"
 

@@ -19,7 +19,7 @@ import scipy.special
 from medvlp_jax.config import UserError, nearest
 from medvlp_jax.evaluation import classify, scoring, thresholds
 from medvlp_jax.evaluation.features import check_finite
-from medvlp_jax.evaluation.flavours import CLEAN, task_name
+from medvlp_jax.evaluation.flavours import CLEAN, named
 from medvlp_jax.evaluation.results import Results, assemble, number
 
 TEMPERATURE = 0.07  # of the probabilities that images of one class are ranked by, see `ranked`
@@ -234,7 +234,7 @@ def run(
         settings["batch_size"] = batch_size
         if not prompts.multi_label:
             scored.numbers["accuracy_by_batch"] = _by_batch(labels, values, batch_size)
-    name = task_name(task, flavour)
+    name = named(task, flavour)
     version = "v1"
     if flavour == CLEAN and not prompts.multi_label:
         version = "v2"  # v1 ranked images by cosines

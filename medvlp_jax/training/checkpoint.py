@@ -100,8 +100,8 @@ class Checkpointer:
 
         Args:
           step: an existing step.
-          template: state with the wanted shapes, dtypes and shardings, or these alone
-            (`step.plan_state`): where there is memory for one state.
+          template: shapes, dtypes and shardings of the state (`step.plan_state`), or a state, of
+            which nothing else is read.
 
         Raises:
           DamagedError: when the checkpoint cannot be read.

@@ -127,7 +127,9 @@ def _sees(path, mark, sleep):
 def _holder(path) -> Mapping:
     """Return what the holder of the lock wrote; nothing if it has not yet."""
     with contextlib.suppress(OSError, ValueError):
-        return json.loads(path.read_text())
+        found = json.loads(path.read_text())
+        if isinstance(found, dict) and {"process", "host", "since"} <= found.keys():
+            return found
     return {}
 
 

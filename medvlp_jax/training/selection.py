@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from medvlp_jax import config as configs
 from medvlp_jax import distributed
 from medvlp_jax.config import UserError
+from medvlp_jax.evaluation.results import Results
 from medvlp_jax.training.checkpoint import Checkpointer
 from medvlp_jax.training.step import TrainState
 
@@ -37,7 +38,7 @@ class Selection:
           workdir: run folder.
           config: resolved; of train.select higher is better.
         """
-        self.metric, self.best = config["train"]["select"], -math.inf
+        self.metric, self.best, self.protocol = config["train"]["select"], -math.inf, ""
         self.checkpointer = Checkpointer(workdir / FOLDER / "checkpoints", keep=1)
         step = self.checkpointer.latest()
         if step is None:
@@ -50,24 +51,28 @@ class Selection:
                 f"{'; '.join(changed)}"
             )
         else:
-            self.best = position["value"]
+            self.best, self.protocol = position["value"], position.get("protocol", "")
 
-    def offer(
-        self, step: int, state: TrainState, values: Mapping[str, float], config: Mapping
-    ) -> None:
+    def offer(self, step: int, state: TrainState, found: Results, config: Mapping) -> None:
         """Keep a state that is better than all before it; of equals the first stays.
 
         One without a value, such as an AUROC where all rows are of one class, is none of these.
         """
-        value = values.get(self.metric, math.nan)
+        entry = found.get(self.metric, {})
+        value = math.nan if entry.get("value") is None else entry["value"]
         if math.isnan(value):
             distributed.say(f"train.select={self.metric} is not defined at step {step}.")
+        elif entry["hash"] != self.protocol:
+            if self.best > -math.inf:
+                distributed.say("train.select begins anew: its protocol was another one.")
+            self.best, self.protocol = -math.inf, entry["hash"]
         # Saving is a matter of all processes, whose numbers may differ by a rounding.
         if distributed.writer_decides(value > self.best):
             self.best = value
             # From before the run went back to an older checkpoint; Orbax would keep those.
             self.checkpointer.drop(step)
-            self.checkpointer.save(step, state, {"value": self.best, "step": step}, config)
+            position = {"value": self.best, "step": step, "protocol": self.protocol}
+            self.checkpointer.save(step, state, position, config)
             self.checkpointer.wait()
 
     def close(self) -> None:

@@ -32,8 +32,9 @@ SELECTING = {
 }
 
 
-def offer(chosen, step, value):
-    chosen.offer(step, state_of(step), {"auroc": value}, SELECTING)
+def offer(chosen, step, value, protocol="5f0c"):
+    found = {"auroc": {"value": value, "hash": protocol}}
+    chosen.offer(step, state_of(step), found, SELECTING)
 
 
 def state_of(step=1, width=64, frozen=True):
@@ -132,8 +133,22 @@ def test_a_selection_that_is_ahead_of_the_run_gives_way_to_a_better_state(tmp_pa
     offer(again, 50, 0.8)
     again.close()
     kept = Checkpointer(tmp_path / "selected" / "checkpoints").resume(state_of())
-    assert kept.position == {"value": 0.8, "step": 50}
+    assert kept.position == {"value": 0.8, "step": 50, "protocol": "5f0c"}
     assert_same(kept.state, state_of(50))
+
+
+def test_a_selection_by_another_protocol_begins_anew(tmp_path, capsys):
+    """The same name may be of another question since: its protocol's hash says so."""
+    chosen = Selection(tmp_path, SELECTING)
+    offer(chosen, 60, 0.9)
+    chosen.close()
+    again = Selection(tmp_path, SELECTING)
+    offer(again, 80, 0.6, protocol="07fe")
+    assert "begins anew: its protocol was another one.\n" in capsys.readouterr().out
+    offer(again, 90, 0.5, protocol="07fe")
+    again.close()
+    kept = Checkpointer(tmp_path / "selected" / "checkpoints").resume(state_of())
+    assert kept.position == {"value": 0.6, "step": 80, "protocol": "07fe"}
 
 
 @pytest.mark.parametrize(

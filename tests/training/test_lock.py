@@ -109,6 +109,18 @@ def test_a_lock_that_stays_is_refused_after_two_minutes(tmp_path):
     assert sum(waits) == 120
 
 
+@pytest.mark.parametrize("said", ["12", '{"mark": "x"}', "", "{"])
+def test_a_holder_that_says_nothing_of_itself_is_another_process(tmp_path, said):
+    (tmp_path / lock.NAME).write_text(said)
+    with (tmp_path / lock.NAME).open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with (
+            pytest.raises(UserError, match="is in use by another process"),
+            lock.held(tmp_path, lambda _: None),
+        ):
+            raise AssertionError("two jobs in one folder")
+
+
 def test_a_process_with_the_number_of_the_holder_is_not_taken_for_it(tmp_path, lost):
     """As in a container that was started again: the same host, the same numbers."""
     holder = {"process": os.getpid(), "host": os.uname().nodename, "since": "2030", "started": "1"}
