@@ -125,7 +125,10 @@ def _document(name: str, content: bytes) -> Report:
     stem = name[: -len(".txt")]  # .TXT and .xml are as long
     if name.lower().endswith(".xml"):
         return _openi(name, stem, content)
-    text = content.decode("utf-8", errors="replace")
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name} is not UTF-8 text ({error}); save it as UTF-8.") from None
     study = Path(stem).name
     if _MIMIC_STUDY.fullmatch(study):
         found = sections.of_study(text, study)

@@ -224,6 +224,16 @@ def test_an_encoding_that_is_not_utf_8_is_named(tmp_path, name):
         list(read_reports(tmp_path / name))
 
 
+def test_a_document_that_is_not_utf_8_is_named_and_a_mark_at_its_start_is_none_of_its_text(
+    tmp_path,
+):
+    (tmp_path / "a.txt").write_text("FINDINGS: Clear.", encoding="utf-8-sig")
+    assert [report.findings for report in read_reports(tmp_path)] == ["Clear."]
+    (tmp_path / "a.txt").write_bytes(b"FINDINGS: \xd6dem.")
+    with pytest.raises(UserError, match=r"a\.txt is not UTF-8 text .*; save it as UTF-8"):
+        list(read_reports(tmp_path))
+
+
 def test_an_archive_that_is_cut_off_is_named(tmp_path):
     *_, path = [path for path, _ in layouts(tmp_path) if path.suffix == ".tgz"]
     for content in (path.read_bytes()[:60], b"no archive"):
