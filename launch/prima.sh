@@ -14,6 +14,7 @@
 # The corpus (medvlp evidence corpus --help says more):
 #       [--risk=NAME|FILE]         factors and diseases (default cxr_phantom)
 #       [--articles=PATH] [--retriever=bm25|FOLDER] [--backend=template|endpoint|transformers|qwen3] [--model=NAME] [--url=URL]
+#       [--max-tokens=N] [--extra-body=JSON]
 #       [--allow-remote]           send passages of articles to another machine
 #       [--corpus=DIR]             take this one, write none
 #       [--allow-unvetted]         train on texts that no physician has approved; without it the run stops before inject, but for
@@ -39,7 +40,7 @@ for argument in "$@"; do
     --risk=*) risk="$value" ;;
     --backend=*) backend="$value" ;;
     --corpus=*) corpus="$value" ;;
-    --articles=* | --model=* | --url=* | --retriever=*) writing+=("${argument%%=*}" "$value") ;;
+    --articles=* | --model=* | --url=* | --retriever=* | --max-tokens=* | --extra-body=*) writing+=("${argument%%=*}" "$value") ;;
     --allow-remote) writing+=("$argument") ;;
     --allow-unvetted) unvetted=true ;;
     --inject.*=*) inject+=("--config.${argument#--inject.}") ;;

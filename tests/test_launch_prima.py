@@ -54,11 +54,12 @@ def test_every_config_a_dry_run_names_exists():
 def test_flags_of_the_corpus_and_of_one_stage_reach_that_stage_alone():
     done = launch(
         "--dry-run", "--workdir=w", "--folds=0", "--risk=my.json", "--backend=endpoint",
-        "--model=m", "--articles=a b", "--allow-remote", "--align.train.steps=7",
+        "--model=m", "--articles=a b", "--extra-body={}", "--allow-remote", "--align.train.steps=7",
     )  # fmt: skip
     corpus, inject, *others, table = done.stdout.splitlines()
     assert corpus.endswith(
-        r"--risk my.json --backend endpoint --out w/corpus --model m --articles a\ b --allow-remote"
+        r"--risk my.json --backend endpoint --out w/corpus --model m --articles a\ b "
+        r"--extra-body \{\} --allow-remote"
     )
     assert "allow_unvetted" not in inject
     assert ["--config.train.steps=7" in line for line in others] == [True, False, False]
@@ -91,7 +92,8 @@ def test_help_names_every_flag():
     said = launch("--help").stdout
     for flag in (
         "config", "workdir", "folds", "risk", "articles", "backend", "model", "url", "retriever",
-        "allow-remote", "allow-unvetted", "corpus", "inject.", "processes", "restarts", "dry-run",
+        "max-tokens", "extra-body", "allow-remote", "allow-unvetted", "corpus", "inject.",
+        "processes", "restarts", "dry-run",
     ):  # fmt: skip
         assert f"--{flag}" in said, flag
 

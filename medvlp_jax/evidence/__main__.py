@@ -16,9 +16,11 @@ from medvlp_jax.config import UserError
 from medvlp_jax.data import reports
 from medvlp_jax.evidence import backends, corpus, extract, retrieval, review, risk, template
 from medvlp_jax.evidence.answers import Estimate
+from medvlp_jax.reading import parse_json
 
 # Keys come from environment variables alone, see `endpoint.KEYS`.
-SETTINGS = ("url", "model", "allow_remote", "in_flight", "timeout")
+SETTINGS = ("url", "model", "allow_remote", "in_flight", "timeout", "max_tokens", "extra_body")
+EXTRA = '{"chat_template_kwargs": {"enable_thinking": false}}'
 NOTHING_DONE = "Nothing was sent and nothing written."
 
 
@@ -151,6 +153,16 @@ def _number(accepted: ranges.Range) -> Callable[[str], float]:
     return number
 
 
+def _object(text: str) -> dict:
+    try:
+        value = parse_json(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"'{text}' is no JSON object, such as {EXTRA}")
+    return value
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="medvlp evidence",
@@ -205,6 +217,16 @@ def _add_backend(command: argparse.ArgumentParser, writer: str, remote: str) -> 
     )
     command.add_argument(
         "--timeout", type=_number(ranges.POSITIVE), default=120.0, help="seconds, of a request"
+    )
+    command.add_argument(
+        "--max-tokens", type=_count(1), default=1024, help="of an answer, thoughts included"
+    )
+    command.add_argument(
+        "--extra-body",
+        type=_object,
+        default={},
+        metavar="JSON",
+        help=f"more fields of an endpoint's requests, such as {EXTRA}; null takes one out",
     )
     command.add_argument("--dry-run", action="store_true", help="count and estimate; send nothing")
     price = {"type": _number(ranges.ANY), "default": 0.0}

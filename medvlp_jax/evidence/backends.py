@@ -76,16 +76,26 @@ def transformers(folder: str, *, batch: int = 4, max_tokens: int = 1024) -> Back
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True).eval()
+    if torch.cuda.is_available():
+        model = model.to("cuda")
+    has_template = bool(tokenizer.chat_template)
 
     def asked(prompt):
-        if not tokenizer.chat_template:
+        if not has_template:
             return prompt
         turns = [{"role": "user", "content": prompt}]
-        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        return tokenizer.apply_chat_template(
+            turns, tokenize=False, add_generation_prompt=True, enable_thinking=False
+        )
 
     def answer(prompts):
-        rows = tokenizer([asked(p) for p in prompts], return_tensors="pt", padding=True)
-        rows = {name: rows[name] for name in ("input_ids", "attention_mask")}
+        rows = tokenizer(
+            [asked(p) for p in prompts],
+            return_tensors="pt",
+            padding=True,
+            add_special_tokens=not has_template,  # a template writes them itself
+        )
+        rows = {name: rows[name].to(model.device) for name in ("input_ids", "attention_mask")}
         with torch.inference_mode():
             out = model.generate(
                 **rows,
@@ -97,7 +107,7 @@ def transformers(folder: str, *, batch: int = 4, max_tokens: int = 1024) -> Back
             out[:, rows["input_ids"].shape[1] :], skip_special_tokens=True
         )
 
-    return _batched(f"transformers:{folder}", answer, batch)
+    return _batched(f"transformers:{folder}", answer, batch, max_tokens)
 
 
 def qwen3(folder: str, *, batch: int = 8, max_tokens: int = 1024, dtype: Any = None) -> Backend:
@@ -151,7 +161,7 @@ def qwen3(folder: str, *, batch: int = 8, max_tokens: int = 1024, dtype: Any = N
         ids, mask = jax.device_get(generate(variables, Tokens(ids, mask)))
         return [tokenizer.decode(r[m].tolist()) for r, m in zip(ids, mask, strict=True)]
 
-    return _batched(f"qwen3:{folder}", answer, batch)
+    return _batched(f"qwen3:{folder}", answer, batch, max_tokens)
 
 
 def chat(prompt: str) -> str:
@@ -160,7 +170,9 @@ def chat(prompt: str) -> str:
     return f"<|im_start|>user\n{prompt}<|im_end|>\n{opened}"
 
 
-def _batched(name: str, answer: Callable[[list[str]], list[str]], size: int) -> Backend:
+def _batched(
+    name: str, answer: Callable[[list[str]], list[str]], size: int, max_tokens: int
+) -> Backend:
     def complete(requests, check):
         requests = iter(requests)
         while group := list(islice(requests, size)):
@@ -168,7 +180,7 @@ def _batched(name: str, answer: Callable[[list[str]], list[str]], size: int) -> 
             for request, words in zip(group, answers, strict=False):
                 yield Reply(request.key, words, _problem(words, check))
 
-    return Backend(name, complete)
+    return Backend(name, complete, settings={"max_tokens": max_tokens})
 
 
 def _problem(answer: str, check: Callable[[str], Any]) -> str:
@@ -186,7 +198,8 @@ def make(name: str, *, writers: Mapping[str, Callable[[str], str]], sent: str, *
       name: one of `writers` or of MODELS.
       writers: {name: what it answers to a text}, such as `rules`.
       sent: what goes to an endpoint, see `check_remote`.
-      **options: url, model, allow_remote, in_flight, timeout for "endpoint"; model for the others.
+      **options: model and max_tokens; for "endpoint" also url, allow_remote, in_flight, timeout and
+        extra_body.
 
     Raises:
       UserError: for an unknown name, or options that are missing.
@@ -200,6 +213,10 @@ def make(name: str, *, writers: Mapping[str, Callable[[str], str]], sent: str, *
         raise UserError(f"--backend {name} needs --model: a name at the endpoint, or a folder.")
     if name == "endpoint":
         check_remote(options["url"], allow_remote=options["allow_remote"], sent=sent)
-        settings = {key: options[key] for key in ("in_flight", "timeout")}
+        names = ("in_flight", "timeout", "max_tokens", "extra_body")
+        settings = {key: options[key] for key in names}
         return endpoint.endpoint(options["url"], options["model"], **settings)
-    return {"transformers": transformers, "qwen3": qwen3}[name](options["model"])
+    if options["extra_body"]:
+        raise UserError(f"--extra-body goes with --backend endpoint, not with {name}.")
+    local = {"transformers": transformers, "qwen3": qwen3}[name]
+    return local(options["model"], max_tokens=options["max_tokens"])

@@ -3,19 +3,21 @@
 What may pass is tried again with growing pauses: refused connections, time-outs, 429 and 5xx,
 bodies that are not JSON, answers in another form than asked for. What cannot pass stops the run:
 an unknown key or model, a redirection. An endpoint that dies stops it too, with everything answered
-kept.
+kept. Another attempt is no use where the model refuses or its tokens are used up.
 """
 
+import contextlib
 import http.client
 import ipaddress
 import json
 import os
 import random
-import time
+import re
+import threading
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from itertools import islice
 from typing import Any
@@ -28,6 +30,8 @@ KEYS = ("MEDVLP_API_KEY", "OPENAI_API_KEY")  # environment variables, first one 
 PASSING = (408, 409, 425, 429, 500, 502, 503, 504, 529)
 FATAL = (401, 403, 404)
 LONGEST_PAUSE = 60.0
+OURS = ("model", "messages", "stream")  # fields of a request that no user sets
+_NAME = re.compile(r"[\w.\[\]-]{1,60}")
 
 
 class Passing(Exception):
@@ -38,8 +42,8 @@ class Passing(Exception):
         self.after = after
 
 
-class Refused(Exception):
-    """The model or its filter will not answer this prompt."""
+class Final(Exception):
+    """This prompt gets no answer, however often it is asked."""
 
 
 class _StaysHere(urllib.request.HTTPRedirectHandler):
@@ -58,8 +62,9 @@ def endpoint(
     attempts: int = 6,
     first_pause: float = 1.0,
     max_tokens: int = 1024,
+    extra_body: Mapping[str, Any] | None = None,
     patience: int = 8,
-    sleep: Callable[[float], None] = time.sleep,
+    sleep: Callable[[float], Any] | None = None,
 ) -> Backend:
     """Return a backend that asks an endpoint.
 
@@ -72,35 +77,56 @@ def endpoint(
       first_pause: seconds, doubled with every attempt, at most LONGEST_PAUSE, drawn from the
         upper half at random so that requests do not come back together.
       max_tokens: of an answer.
+      extra_body: fields of a request beside ours, or instead of them; None takes one out.
       patience: prompts in a row that never got through after which the endpoint counts as dead.
-      sleep: pauses.
-    """
+      sleep: pauses; None for pauses that end with the run.
 
-    def ask(request: Request, check: Callable[[str], Any]) -> Reply:
+    Raises:
+      UserError: where `extra_body` sets one of OURS.
+    """
+    extra_body = dict(extra_body or {})
+    if taken := [name for name in OURS if name in extra_body]:
+        raise UserError(f"--extra-body sets '{taken[0]}', which is not its to set.")
+
+    def body(prompt: str) -> dict:
+        fields = {"messages": [{"role": "user", "content": prompt}], "temperature": 0}
+        fields |= {"model": model, "max_tokens": max_tokens, **extra_body}
+        return {name: value for name, value in fields.items() if value is not None}
+
+    limits = (f"{name}={value}" for name, value in body("").items() if name.startswith("max_"))
+    cut_off = f"cut off: no answer within {', '.join(limits)}"
+
+    def ask(request: Request, check: Callable[[str], Any], stopped: threading.Event) -> Reply:
         error, malformed = "", 0
         for attempt in range(attempts):
+            if stopped.is_set():
+                break
+            is_cut = False
             try:
-                answer = _post(url, model, request.prompt, timeout, max_tokens)
+                answer, is_cut = _post(url, body(request.prompt), timeout)
                 check(answer)
                 return Reply(request.key, answer)
-            except Refused as refusal:
-                return Reply(request.key, error=f"refused: {refusal}")
+            except Final as problem:
+                return Reply(request.key, error=f"{problem}")
             except Passing as problem:
                 error, after = f"{problem}", problem.after
             except ValueError:
+                if is_cut:
+                    return Reply(request.key, error=cut_off)
                 error, after, malformed = "malformed answer", 0.0, malformed + 1
             if malformed == 2:
                 break
             if attempt + 1 < attempts:
                 pause = min(first_pause * 2**attempt, LONGEST_PAUSE)
-                sleep(max(after, pause * random.uniform(0.5, 1.0)))
+                (sleep or stopped.wait)(max(after, pause * random.uniform(0.5, 1.0)))
         return Reply(request.key, error=error)
 
     def complete(requests, check):
-        requests, lost = iter(requests), 0
+        requests, lost, stopped = iter(requests), 0, threading.Event()
         pool = ThreadPoolExecutor(in_flight, thread_name_prefix="endpoint")
+        submit = lambda request: pool.submit(ask, request, check, stopped)
         try:
-            pending = {pool.submit(ask, r, check) for r in islice(requests, in_flight)}
+            pending = set(map(submit, islice(requests, in_flight)))
             while pending:
                 done, pending = wait(pending, return_when=FIRST_COMPLETED)
                 for future in done:
@@ -112,11 +138,13 @@ def endpoint(
                         f"{url} does not answer any more ({reply.error}). What it answered "
                         "is kept; start the same command again to go on."
                     )
-                pending |= {pool.submit(ask, r, check) for r in islice(requests, len(done))}
+                pending |= set(map(submit, islice(requests, len(done))))
         finally:
+            stopped.set()
             pool.shutdown(wait=False, cancel_futures=True)
 
-    return Backend(f"endpoint:{model}", complete)
+    extra = {"extra_body": extra_body} if extra_body else {}
+    return Backend(f"endpoint:{model}", complete, settings={"max_tokens": max_tokens, **extra})
 
 
 def is_this_machine(host: str) -> bool:
@@ -133,19 +161,13 @@ def _never_got_through(reply: Reply) -> bool:
     return reply.error.startswith(("no answer", "HTTP 5", "HTTP 429"))
 
 
-def _post(url: str, model: str, prompt: str, timeout: float, max_tokens: int) -> str:
-    """Ask once.
+def _post(url: str, body: Mapping[str, Any], timeout: float) -> tuple[str, bool]:
+    """Ask once; return the answer, and whether it was cut off for want of tokens.
 
     Raises:
-      Passing, Refused: see there.
+      Passing, Final: see there.
       UserError: where no attempt can succeed.
     """
-    body = {
-        "model": model,
-        "messages": [{"role": "user", "content": prompt}],
-        "temperature": 0,
-        "max_tokens": max_tokens,
-    }
     headers = {"Content-Type": "application/json"}
     key = next((os.environ[name] for name in KEYS if os.environ.get(name)), "")
     if key:
@@ -160,7 +182,7 @@ def _post(url: str, model: str, prompt: str, timeout: float, max_tokens: int) ->
         with opener.open(request, timeout=timeout) as response:
             content = response.read()
     except urllib.error.HTTPError as error:
-        raise _http_error(error, url, model) from None
+        raise _http_error(error, url, body["model"]) from None
     except (OSError, http.client.HTTPException) as error:
         # Neither the prompt nor the key is part of the message.
         reason = getattr(error, "reason", error)
@@ -185,18 +207,32 @@ def _http_error(error: urllib.error.HTTPError, url: str, model: str) -> Exceptio
         after = error.headers.get("Retry-After", "")
         seconds = min(float(after), LONGEST_PAUSE) if after.isdigit() else 0.0
         return Passing(f"HTTP {error.code}", seconds)
-    return Refused(f"HTTP {error.code}")
+    return Final(f"refused: HTTP {error.code}{_reason(error)}")
 
 
-def _content(body: bytes) -> str:
+def _reason(error: urllib.error.HTTPError) -> str:
+    """Return the names a server gives a refusal; never its sentence, which may hold the prompt."""
+    found = {}
+    with contextlib.suppress(OSError, http.client.HTTPException, ValueError):
+        found = parse_json(error.read(1 << 16))
+    found = found if isinstance(found, dict) else {}
+    found = found["error"] if isinstance(found.get("error"), dict) else found
+    pairs = ((name, str(found.get(name) or "")) for name in ("type", "code", "param"))
+    named = [f"{name} {value}" for name, value in pairs if _NAME.fullmatch(value)]
+    return f" ({', '.join(named)})" if named else ""
+
+
+def _content(body: bytes) -> tuple[str, bool]:
     try:
         choice = parse_json(body)["choices"][0]
         message = choice["message"]
-        answer = message["content"]
-    except (ValueError, LookupError, TypeError):
+        answer, end = message.get("content"), choice.get("finish_reason")
+    except (ValueError, LookupError, TypeError, AttributeError):
         raise Passing("a body that is no chat completion") from None
-    if message.get("refusal") or choice.get("finish_reason") == "content_filter":
-        raise Refused("by the model or its filter")
+    if message.get("refusal") or end == "content_filter":
+        raise Final("refused: by the model or its filter")
+    if answer is None and end == "length":  # thoughts that were never finished
+        answer = ""
     if not isinstance(answer, str):
         raise Passing("a body that is no chat completion")
-    return answer
+    return answer, end == "length"

@@ -1,6 +1,7 @@
 """What is asked of a backend and what it answers."""
 
-from collections.abc import Callable, Iterable, Iterator
+import types
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 
@@ -28,8 +29,10 @@ class Backend(NamedTuple):
       complete: (requests, check) -> replies, lazily; `check` raises ValueError for an answer that
         is not in the form asked for.
       counts_tokens: whether its answers are paid or timed by the token.
+      settings: what else its answers follow from: they are cached under that, too.
     """
 
     name: str
     complete: Callable[[Iterable[Request], Callable[[str], Any]], Iterator[Reply]]
     counts_tokens: bool = True
+    settings: Mapping[str, Any] = types.MappingProxyType({})

@@ -12,7 +12,7 @@ class Chat(ThreadingHTTPServer):
 
     Attributes:
       prompts: what was asked, in order of arrival.
-      headers: of the last request.
+      headers, body: of the last request.
       most: requests that were there at the same time.
     """
 
@@ -22,7 +22,7 @@ class Chat(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.behave, self.prompts, self.guard = behave, [], threading.Lock()
         self.now = self.most = 0
-        self.headers = {}
+        self.headers, self.body = {}, {}
 
     @property
     def url(self):
@@ -39,7 +39,7 @@ class _Handler(BaseHTTPRequestHandler):
         prompt = body["messages"][0]["content"]
         with server.guard:
             server.prompts.append(prompt)
-            server.headers = dict(self.headers)
+            server.headers, server.body = dict(self.headers), body
             number = len(server.prompts)
             server.now += 1
             server.most = max(server.most, server.now)
@@ -54,8 +54,8 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
 
-def completion(text, **message):
-    return {"choices": [{"message": {"content": text, **message}, "finish_reason": "stop"}]}
+def completion(text, end="stop", **message):
+    return {"choices": [{"message": {"content": text, **message}, "finish_reason": end}]}
 
 
 def send(handler, body, status=200, headers=()):

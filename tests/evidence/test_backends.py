@@ -2,6 +2,7 @@
 
 import collections
 import json
+import shutil
 import sys
 import threading
 
@@ -98,6 +99,68 @@ def test_a_refusal_is_recorded_and_not_asked_again(refuse):
     assert not pauses
 
 
+@pytest.mark.parametrize("text", [None, "", "<think>Let me see", '{"evid'])
+def test_an_answer_whose_tokens_are_used_up_is_recorded_and_not_asked_again(text):
+    cut = lambda h: send(h, completion(text, end="length"))
+    with serve(lambda n, prompt: cut) as server:
+        replies, pauses = ask(server.url, ASKED[:1], max_tokens=7)
+    assert replies["0"] == Reply("0", error="cut off: no answer within max_tokens=7")
+    assert len(server.prompts) == 1
+    assert not pauses
+
+
+def test_what_was_cut_off_and_can_be_read_is_an_answer():
+    with serve(lambda n, prompt: lambda h: send(h, completion("1", end="length"))) as server:
+        assert ask(server.url, ASKED[:1])[0] == {"0": Reply("0", "1")}
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        ({"error": {"message": "no 'prompt 0'", "type": "invalid_request_error",
+                    "code": "unknown", "param": "messages[0].role"}},
+         " (type invalid_request_error, code unknown, param messages[0].role)"),
+        ({"object": "error", "message": "no 'prompt 0'", "type": "BadRequestError", "param": None,
+          "code": 400}, " (type BadRequestError, code 400)"),
+        ({"error": {"type": "what 'prompt 0' is", "param": ["prompt 0"]}}, ""),
+        (b"prompt 0", ""),
+        ([], ""),
+    ],
+)  # fmt: skip
+def test_a_refusal_says_the_names_the_server_gives_and_never_its_sentence(body, reason):
+    with serve(lambda n, prompt: lambda h: send(h, body, 400)) as server:
+        replies, _ = ask(server.url, ASKED[:1])
+    assert replies["0"].error == f"refused: HTTP 400{reason}"
+
+
+def test_more_fields_reach_the_endpoint_and_are_part_of_who_answers():
+    extra = {"chat_template_kwargs": {"enable_thinking": False}, "temperature": None}
+    with serve(lambda n, prompt: "1") as server:
+        ask(server.url, ASKED[:1], extra_body=extra, max_tokens=9)
+    messages = [{"role": "user", "content": "prompt 0"}]
+    assert server.body == {
+        "model": "m", "messages": messages, "max_tokens": 9,
+        "chat_template_kwargs": {"enable_thinking": False},
+    }  # fmt: skip
+    settings = endpoint("http://localhost/v1", "m", extra_body=extra, max_tokens=9).settings
+    assert settings == {"max_tokens": 9, "extra_body": extra}
+    with pytest.raises(UserError, match="--extra-body sets 'stream'"):
+        endpoint("http://localhost/v1", "m", extra_body={"stream": True})
+
+
+def test_nobody_is_asked_any_more_once_the_run_has_stopped():
+    behave = lambda n, prompt: "1" if prompt == "prompt 0" else status(503, Retry_After="60")
+    with serve(behave) as server:
+        replies = endpoint(server.url, "m", in_flight=4).complete(ASKED[:4], json.loads)
+        assert next(replies) == Reply("0", "1")
+        replies.close()
+        for thread in threading.enumerate():
+            if thread.name.startswith("endpoint"):
+                thread.join(30)
+                assert not thread.is_alive()
+        assert max(collections.Counter(server.prompts).values()) == 1
+
+
 @pytest.mark.parametrize("code", [401, 404])
 def test_an_unknown_key_or_model_stops_with_a_sentence(code):
     with serve(lambda n, prompt: status(code)) as server, pytest.raises(UserError, match="'m'"):
@@ -188,6 +251,8 @@ def test_an_unknown_backend_or_a_missing_model_is_named():
         backends.make("rule", writers={"rules": str}, sent="")
     with pytest.raises(UserError, match="--model"):
         backends.make("qwen3", writers={"rules": str}, sent="")
+    with pytest.raises(UserError, match="--extra-body goes with --backend endpoint"):
+        backends.make("qwen3", writers={}, sent="", model="m", extra_body={"top_k": 1})
 
 
 @pytest.fixture(scope="module")
@@ -251,6 +316,61 @@ def test_our_qwen3_answers_as_transformers_does_whatever_the_batch(tiny):
     assert answers["torch"] == answers["ours"] == answers["ours, all at once"]
     assert len(set(answers["ours"])) > 1
     assert all(answers["ours"])
+
+
+@pytest.fixture
+def generated(monkeypatch):
+    """Return what local PyTorch models are asked to go on from: their answer is that."""
+    from transformers import Qwen3ForCausalLM
+
+    asked = []
+
+    def generate(model, input_ids, **_):
+        asked.extend(input_ids.tolist())
+        return input_ids
+
+    monkeypatch.setattr(Qwen3ForCausalLM, "generate", generate)
+    return asked
+
+
+@pytest.mark.hf
+def test_a_template_writes_the_special_tokens_itself_and_is_told_not_to_think(
+    tiny, tmp_path, generated
+):
+    from tokenizers.processors import TemplateProcessing
+    from transformers import AutoTokenizer
+
+    folder = shutil.copytree(tiny, tmp_path / "model")
+    fast = AutoTokenizer.from_pretrained(tiny)
+    fast.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
+    )
+    first = fast("lungs").input_ids
+    assert first[0] == 0
+    for template, expected in (
+        ("<|endoftext|>{{ messages[0].content }}{{ enable_thinking }}", "lungsFalse"),
+        (None, "lungs"),
+    ):
+        fast.chat_template = template
+        fast.save_pretrained(folder)
+        if template is None:
+            (folder / "chat_template.jinja").unlink(missing_ok=True)
+        backend = backends.transformers(str(folder), batch=1)
+        list(backend.complete([Request("x", "lungs", "")], lambda answer: None))
+        assert generated.pop() == [0, *fast(expected, add_special_tokens=False).input_ids]
+
+
+@pytest.mark.hf
+def test_a_local_pytorch_model_goes_to_the_gpu_where_there_is_one(tiny, generated, monkeypatch):
+    import torch
+
+    moved = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(
+        torch.nn.Module, "to", lambda self, *where, **_: moved.extend(where) or self
+    )
+    backends.transformers(tiny)
+    assert moved[-1:] == ["cuda"]
 
 
 @pytest.mark.slow
