@@ -2,12 +2,12 @@
 
 A folder holds
 
-    cache.jsonl      one line per different text, by its hash, appended as answers come
+    cache.jsonl      one line per different text, by its hash, appended as answers come, whole
     evidence.jsonl   one line per report, in the order of the reports; written at the end, whole
     summary.json     counts, and the ids of reports that were odd or failed
 
 so that an extraction that was interrupted, however often, ends with the same two files. Failures
-are asked about again by the next start. No file but these holds report text.
+are asked about again by the next start, and answers read anew. No file but these holds report text.
 """
 
 import collections
@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from medvlp_jax.config import UserError
 from medvlp_jax.data.reports import Report
-from medvlp_jax.evidence import answers, rules, schema
+from medvlp_jax.evidence import answers, lexicon, rules, schema
 from medvlp_jax.evidence.protocol import Backend, Request
 
 EMPTY, OK, NOTHING = "empty", "ok", "nothing recognised"
@@ -79,7 +79,7 @@ def run(reports: Iterable[Report], backend: Backend, out: str | Path) -> dict:
     """Extract the evidence of all reports into a folder, or go on where an earlier start stopped.
 
     Args:
-      reports: read once; their texts are kept until they are answered.
+      reports: read once; their texts are kept until the end.
       backend: who answers.
       out: the folder; made if it does not exist.
 
@@ -93,15 +93,17 @@ def run(reports: Iterable[Report], backend: Backend, out: str | Path) -> dict:
     out = Path(out)
     order, texts = _survey(reports)
     out.mkdir(parents=True, exist_ok=True)
+    read = lambda key, answer: _record(answer, texts[key])
     with answers.Cache(out / CACHE, _header(backend)) as cache:
-        texts = {key: text for key, text in texts.items() if key not in cache.records}
+        cache.reread(texts, read)
+        missing = {key: text for key, text in texts.items() if key not in cache.records}
         answers.ask(
-            (Request(key, schema.prompt(text), text) for key, text in texts.items()),
+            (Request(key, schema.prompt(text), text) for key, text in missing.items()),
             backend,
             cache,
             check=schema.load,
-            read=lambda key, answer: _record(answer, texts[key]),
-            total=len(texts),
+            read=read,
+            total=len(missing),
             unit="report",
         )
         summary = _write(out, order, cache.records)
@@ -138,13 +140,20 @@ def _record(answer: str, text: str) -> dict:
 
 
 def _header(backend: Backend) -> dict:
-    return {"backend": backend.name, "prompt": schema.PROMPT_VERSION}
+    header = answers.header_of(backend, schema.PROMPT_VERSION)
+    return header if backend.counts_tokens else {**header, "version": _rules_version()}
+
+
+def _rules_version() -> str:
+    """Return what changes with the rules or their words."""
+    sources = (Path(module.__file__).read_bytes() for module in (rules, lexicon))
+    return hashlib.sha256(b"".join(sources)).hexdigest()[:8]
 
 
 def _write(out: Path, order: list, records: Mapping[str, dict]) -> dict:
     """Write evidence.jsonl and summary.json; return the summary."""
     counts, dropped, listed = collections.Counter(), collections.Counter(), {}
-    items = collections.Counter()
+    items, errors = collections.Counter(), collections.Counter()
 
     def lines() -> Iterator[str]:
         for name, key, odd in order:
@@ -158,6 +167,7 @@ def _write(out: Path, order: list, records: Mapping[str, dict]) -> dict:
                 listed.setdefault(kind, []).append(name)
             row = {"id": name, "key": key, "status": record["status"], "notes": list(odd)}
             row |= {"error": record["error"]} if "error" in record else {}
+            errors.update([record["error"]] if "error" in record else [])
             yield answers.dumps({**row, "evidence": found}) + "\n"
 
     answers.replace(out / "evidence.jsonl", lines())
@@ -166,6 +176,7 @@ def _write(out: Path, order: list, records: Mapping[str, dict]) -> dict:
         "status": dict(sorted(counts.items())),
         "items": dict(sorted(items.items())),
         "dropped": dict(sorted(dropped.items())),
+        "errors": dict(errors.most_common(LISTED)),
         "odd": {kind: {"count": len(n), "ids": n[:LISTED]} for kind, n in sorted(listed.items())},
     }
     answers.replace(out / "summary.json", [json.dumps(summary, indent=2, sort_keys=True) + "\n"])

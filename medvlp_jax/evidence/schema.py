@@ -15,6 +15,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from medvlp_jax.evidence import answers
 from medvlp_jax.evidence.lexicon import LANGUAGE, NORMAL_PHRASE
 from medvlp_jax.reading import parse_json
 
@@ -101,21 +102,21 @@ def check(items: Sequence[Any], text: str) -> Parsed:
 def load(answer: str) -> list:
     """Return the list of items in an answer, which may stand in prose or code fences.
 
-    Repaired are trailing commas, Python's None, curly quotes around keys, and an answer that was
-    cut off: its complete items count.
+    Thoughts do not count. Repaired are trailing commas, Python's None, curly quotes around keys,
+    and an answer that was cut off: its complete items count.
 
     Raises:
       Malformed: if there is none, or brackets stand deeper in one another than json reads.
     """
     try:
-        return _load(answer)
+        return _load(answers.without_thoughts(answer))
     except RecursionError:
         raise Malformed(f"An answer of {len(answer)} characters is nested too deep.") from None
 
 
 def _load(answer: str) -> list:
     for candidate in (answer, _repaired(answer)):
-        found = _first(candidate)
+        found = _last(candidate)
         if found is not None:
             return found
     items = [item for item in _objects(_repaired(answer)) if "phrase" in item]
@@ -184,20 +185,29 @@ def _supported(phrase: str, spoken: frozenset[str]) -> bool:
     return (held > 0 and held >= OVERLAP * len(words)) or " ".join(words) == NORMAL_PHRASE
 
 
-def _first(answer: str) -> list | None:
-    """Return the first evidence list that json reads whole, from any { or [ on."""
-    for match in _OPENING.finditer(answer):
+def _last(answer: str) -> list | None:
+    """Return the last evidence list that holds something, else an empty one, else None.
+
+    Lists are what json reads whole, from any { or [ on.
+    """
+    found, match = None, _OPENING.search(answer)
+    while match:
+        end = match.end()
         try:
-            value, _ = _DECODER.raw_decode(answer, match.start())
+            value, past = _DECODER.raw_decode(answer, match.start())
         except ValueError:
-            continue
-        if isinstance(value, dict) and isinstance(value.get("evidence"), list):
-            return value["evidence"]
-        if isinstance(value, list) and value and all(isinstance(v, dict) for v in value):
-            return value
-        if isinstance(value, dict) and "phrase" in value:
+            value = None
+        if isinstance(value, dict) and "phrase" in value and not found:
             return None  # inside a list that is broken
-    return None
+        items = value.get("evidence") if isinstance(value, dict) else value
+        if isinstance(items, list) and (items is not value or _has_phrases(items)):
+            found, end = items or found or [], past
+        match = _OPENING.search(answer, end)
+    return found
+
+
+def _has_phrases(items: Sequence[Any]) -> bool:
+    return any(isinstance(item, dict) and "phrase" in item for item in items)
 
 
 def _objects(answer: str) -> list[dict]:

@@ -43,6 +43,10 @@ extract.run(reports, backends.writer("rules", write), sys.argv[1])
 """
 
 
+def answering(requests, check):
+    return (Reply(r.key, extract.write_rules(r.text)) for r in requests)
+
+
 def rows(folder):
     return [json.loads(line) for line in (folder / "evidence.jsonl").read_text().splitlines()]
 
@@ -176,14 +180,15 @@ def test_failures_are_listed_and_asked_about_again(tmp_path):
     summary = extract.run(REPORTS[:2], Backend("m", failing), tmp_path)
     assert summary["odd"]["failed"] == {"count": 1, "ids": ["a"]}
     assert rows(tmp_path)[0]["error"] == "refused: x"
+    assert summary["errors"] == {"refused: x": 1}
     again = []
 
-    def answering(requests, check):
+    def noted(requests, check):
         for r in requests:
             again.append(r.text)
-            yield Reply(r.key, extract.write_rules(r.text))
+            yield from answering([r], check)
 
-    summary = extract.run(REPORTS[:2], Backend("m", answering), tmp_path)
+    summary = extract.run(REPORTS[:2], Backend("m", noted), tmp_path)
     assert again == [REPORTS[0].text]
     assert "failed" not in summary["odd"]
 
@@ -209,6 +214,98 @@ def test_answers_of_another_backend_are_not_mixed_in(tmp_path):
     extract.run(REPORTS, RULES, tmp_path)
     with pytest.raises(UserError, match="holds answers of rules"):
         extract.run(REPORTS, Backend("endpoint:m", lambda r, c: iter(())), tmp_path)
+
+
+def test_answers_of_another_limit_or_of_other_rules_are_not_mixed_in(tmp_path, monkeypatch):
+    asked = lambda limit: Backend("m", answering, settings={"max_tokens": limit})
+    extract.run(REPORTS, asked(9), tmp_path / "m")
+    with pytest.raises(
+        UserError, match="prompt 1, max_tokens 9, not of m to prompt 1, max_tokens 8"
+    ):
+        extract.run(REPORTS, asked(8), tmp_path / "m")
+    extract.run(REPORTS, RULES, tmp_path / "rules")
+    changed = tmp_path / "rules.py"
+    changed.write_text("Another rule.")
+    monkeypatch.setattr(extract.rules, "__file__", str(changed))
+    with pytest.raises(UserError, match=r"holds answers of rules .* or move that file away"):
+        extract.run(REPORTS, RULES, tmp_path / "rules")
+
+
+def test_a_cache_without_an_answer_is_anybodys(tmp_path):
+    broken = Backend("m", lambda requests, check: (Reply(r.key, error="x") for r in requests))
+    extract.run(REPORTS, broken, tmp_path)
+    assert "failed" not in extract.run(REPORTS, RULES, tmp_path)["status"]
+    extract.run(REPORTS, RULES, tmp_path)
+    assert _lines(tmp_path) == 1 + 6
+
+
+def test_an_answer_is_kept_as_it_came_and_read_by_todays_code(tmp_path, monkeypatch):
+    asked = []
+
+    def complete(requests, check):
+        for r in requests:
+            asked.append(r.text)
+            yield from answering([r], check)
+
+    extract.run(REPORTS[:2], Backend("m", complete), tmp_path)
+    assert len(asked) == 2
+    parse, odd = schema.parse, REPORTS[1].text
+
+    def better(answer, text):
+        if text == odd:
+            raise schema.Malformed("no longer")
+        parsed = parse(answer, text)
+        return parsed._replace(evidence=[{**i, "location": "x"} for i in parsed.evidence])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(schema, "parse", better)
+        extract.run(REPORTS[:2], Backend("m", complete), tmp_path)
+        assert {item["location"] for item in rows(tmp_path)[0]["evidence"]} == {"x"}
+    assert asked[2:] == [odd]  # which could not be read any more
+
+
+def test_a_cache_from_before_is_read_as_it_is(tmp_path):
+    extract.run(REPORTS, Backend("m", answering, settings={"max_tokens": 1024}), tmp_path)
+    before = (tmp_path / "evidence.jsonl").read_bytes()
+    cache = tmp_path / "cache.jsonl"
+    _, *lines = map(json.loads, cache.read_text().splitlines())
+    for line in lines:
+        del line["answer"]
+    old = [{"backend": "m", "prompt": 1}, *lines]
+    cache.write_text("".join(json.dumps(line) + "\n" for line in old))
+    silent = Backend("m", lambda requests, check: iter(()), settings={"max_tokens": 1024})
+    extract.run(REPORTS, silent, tmp_path)
+    assert (tmp_path / "evidence.jsonl").read_bytes() == before
+
+
+def test_nobody_else_reads_the_answers(tmp_path):
+    extract.run(REPORTS, RULES, tmp_path)
+    assert (tmp_path / "cache.jsonl").stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize(("before", "limit"), [(0, 20), (1, 200), (2100, 210)])
+def test_a_backend_that_answers_uselessly_stops_the_run(tmp_path, before, limit):
+    reports = [Report(str(i), f"Effusion of {i} cm.", "") for i in range(before + limit + 5)]
+    taken, closed = [], []
+
+    def useless(requests, check):
+        try:
+            for r in requests:
+                taken.append(r.key)
+                good = int(r.text.split()[2]) < before
+                yield Reply(r.key, '{"evidence": []}' if good else "", "" if good else "cut off")
+        finally:
+            closed.append(True)
+
+    with pytest.raises(UserError, match=rf"^{limit} requests in a row to m failed, .* 'cut off'"):
+        extract.run(reports, Backend("m", useless), tmp_path)
+    assert len(taken) == before + limit
+    assert closed
+    assert not (tmp_path / "evidence.jsonl").exists()
+    # The next start meets the same failures, and what was answered counts.
+    summary = extract.run(reports[: before + 19], Backend("m", useless), tmp_path)
+    assert summary["errors"] == {"cut off": 19}
+    assert len(taken) == before + limit + 19
 
 
 def test_two_reports_of_one_id_are_refused_before_anything_is_written(tmp_path):
@@ -241,6 +338,14 @@ def test_a_number_nobody_can_mean_is_refused(tmp_path, capsys, flag, value):
         cli.main(["evidence", "extract", "--reports=r.csv", "--out=out", f"{flag}={value}"])
     assert stop.value.code == 2
     assert f"argument {flag}: '{value}' must be a number, " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", ["{", "[]", "3"])
+def test_fields_that_are_no_object_are_refused(capsys, value):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["evidence", "extract", "--reports=r.csv", "--out=o", f"--extra-body={value}"])
+    assert stop.value.code == 2
+    assert f"'{value}' is no JSON object, such as" in capsys.readouterr().err
 
 
 def test_two_extractions_do_not_write_to_one_folder(tmp_path):
@@ -277,6 +382,12 @@ def test_the_command_line(tmp_path, capsys):
     assert cli.main(command) == 0
     assert "8 reports: 1 empty, 1 nothing recognised, 6 ok." in capsys.readouterr().out
     assert len(rows(out)) == 8
+    asked = ["--backend", "endpoint", "--model", "m", "--extra-body", '{"top_k": 1}']
+    with serve(lambda n, prompt: '{"evidence": []}') as server:
+        asked += ["--url", server.url, "--max-tokens", "9", "--out", f"{tmp_path}/asked"]
+        assert cli.main([*command, *asked]) == 0
+    assert (server.body["top_k"], server.body["max_tokens"]) == (1, 9)
+    capsys.readouterr()
     remote = ["--backend", "endpoint", "--model", "m", "--url", "https://vendor.com/v1"]
     assert cli.main([*command, *remote]) == 2
     assert "patients' data" in capsys.readouterr().err

@@ -39,6 +39,28 @@ def test_an_answer_is_read_however_it_is_wrapped(answer):
 
 @pytest.mark.parametrize(
     "answer",
+    [
+        f'<think>The form is {{"evidence": []}}.</think>{WHOLE}',
+        f"<think>First {json.dumps({'evidence': [{**ITEM, 'finding': 'mass'}]})}.</think>{WHOLE}",
+        f"No form given.\n</think>\n{WHOLE}",
+        f'The form is {{"evidence": []}}, so: {WHOLE}',
+        f"{json.dumps({'evidence': [{**ITEM, 'finding': 'mass'}]})} Better: {WHOLE}",
+        f'{WHOLE} Another report would have {{"evidence": []}} [{{"page": 3}}].',
+        f'The form is {{"evidence": []}}. {WHOLE[:-1]}',
+    ],
+    ids=["form", "draft", "opened before", "form aloud", "draft aloud", "empty", "cut off"],
+)
+def test_what_a_model_thinks_first_is_not_its_answer(answer):
+    assert schema.parse(answer, TEXT).evidence == (ITEM,)
+
+
+def test_thoughts_that_are_cut_off_are_no_answer():
+    with pytest.raises(schema.Malformed):
+        schema.parse(f"<think>Perhaps {WHOLE}? Let me see.", TEXT)
+
+
+@pytest.mark.parametrize(
+    "answer",
     ["", "I cannot help with that.", "{", "[]", '{"findings": []}', '{"evidence": "none"}', "null",
      "[" * 100_000, '{"evidence": ' * 100_000, f'{{"phrase": "x", "y": {"[" * 100_000}'],
     ids=lambda answer: answer[:20],
