@@ -67,7 +67,9 @@ def read(path: Path) -> dict[str, Record]:
             f"{path} is missing; `medvlp evidence corpus --out {path.parent}` writes it."
         )
     found = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    with path.open(encoding="utf-8") as file:  # which str.splitlines would cut at others, too
+        lines = [*file]
+    for number, line in enumerate(lines, 1):
         where = f"{path} line {number}"
         try:
             row = parse_json(line)

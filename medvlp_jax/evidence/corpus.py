@@ -99,6 +99,8 @@ def from_articles(
 ) -> tuple[list[Task], list[str]]:
     """Return a task for every pair that passages speak of, and the pairs none does.
 
+    A passage speaks of a pair if it holds a word of the factor's name and one of the disease's.
+
     Args:
       risk: factors and diseases.
       passages: of the articles.
@@ -106,11 +108,13 @@ def from_articles(
       writer: name of the backend.
       count: passages a task.
     """
-    tasks, silent = [], []
+    tasks, silent, naming = [], [], retrieval.naming(passages)
     for factor, disease, kind in _pairs(risk):
         name = risk.factors[factor].name
         about = " ".join(risk.diseases) if disease == ALL else disease
-        found = [passages[row] for row in search(f"{name} {about}", count)]
+        both = naming(name) & naming(about)
+        rows = [row for row in search(f"{name} {about}", len(passages)) if row in both]
+        found = [passages[row] for row in rows[:count]]
         if not found:
             silent.append(f"{factor}/{disease}")
             continue
@@ -173,48 +177,57 @@ def run(
 
     Raises:
       UserError: where another process writes there, review.csv holds verdicts that have not been
-        read yet, or the backend gave up; what it answered is kept.
+        read yet, also at the end, or the backend gave up; what it answered is kept.
     """
     out = Path(out)
     review.check_nothing_unread(out)
     out.mkdir(parents=True, exist_ok=True)
     by_key = {task.request.key: task for task in tasks}
+    read = lambda key, answer: {"text": _text_for(by_key[key], answer)}
     with answers.Cache(_cache_file(out, backend), _header(backend)) as cache:
+        cache.reread(by_key, read)
         missing = [task.request for key, task in by_key.items() if key not in cache.records]
         answers.ask(
             missing,
             backend,
             cache,
             check=read_answer,
-            read=lambda key, answer: {"text": _text_for(by_key[key], answer)},
+            read=read,
             total=len(missing),
             unit="paragraph",
         )
         found = {task: cache.records[task.request.key] for task in tasks}
     written = [task.record(entry["text"]) for task, entry in found.items() if "text" in entry]
-    _keep(out, written, passages)
-    corpus = review.apply(out)
     failures = {
         f"{t.factor}/{t.disease}/{t.source}": e["error"] for t, e in found.items() if "error" in e
     }
-    summary = {
-        "texts": len(corpus),
-        "vetted": sum(record.vetted for record in corpus.values()),
-        "sources": dict(sorted(collections.Counter(r.source for r in corpus.values()).items())),
-        "failed": failures,
-        "without_passages": sorted(silent),
-    }
-    answers.replace(out / "summary.json", [json.dumps(summary, indent=2, sort_keys=True) + "\n"])
+    with answers.locked(out):
+        review.check_nothing_unread(out)  # hours may have passed
+        _keep(out, written, passages)
+        corpus = review.apply(out)
+        sources = collections.Counter(record.source for record in corpus.values())
+        summary = {
+            "texts": len(corpus),
+            "vetted": sum(record.vetted for record in corpus.values()),
+            "sources": dict(sorted(sources.items())),
+            "failed": failures,
+            "without_passages": sorted(silent),
+        }
+        lines = [json.dumps(summary, indent=2, sort_keys=True) + "\n"]
+        answers.replace(out / "summary.json", lines)
     return summary
 
 
 def read_answer(answer: str) -> dict[str, str]:
     """Return {"factor", "disease", "text"} of an answer, which may stand in prose or code fences.
 
+    The last one counts, and none of a model's thoughts.
+
     Raises:
       Malformed: if there is none, or its text is no paragraph.
     """
     decoder = json.JSONDecoder(strict=False)  # models break lines inside strings
+    answer, said = answers.without_thoughts(answer), {}
     for match in re.finditer(r"\{", answer):
         try:
             found, _ = decoder.raw_decode(answer, match.start())
@@ -225,11 +238,13 @@ def read_answer(answer: str) -> dict[str, str]:
         if isinstance(found, dict) and all(
             isinstance(found.get(name), str) for name in ("factor", "disease", "text")
         ):
-            words = len(found["text"].split())
-            if not WORDS[0] <= words <= WORDS[1]:
-                raise Malformed(f"a text of {words} words; {WORDS[0]} to {WORDS[1]} are accepted")
-            return {name: " ".join(found[name].split()) for name in ("factor", "disease", "text")}
-    raise Malformed("an answer without factor, disease and text")
+            said = {name: " ".join(found[name].split()) for name in ("factor", "disease", "text")}
+    if not said:
+        raise Malformed("an answer without factor, disease and text")
+    words = len(said["text"].split())
+    if not WORDS[0] <= words <= WORDS[1]:
+        raise Malformed(f"a text of {words} words; {WORDS[0]} to {WORDS[1]} are accepted")
+    return said
 
 
 def _text_for(task: Task, answer: str) -> str:
@@ -253,15 +268,19 @@ def _keep(out, written, passages) -> None:
     records.sort(key=about)
     answers.replace(out / review.WRITTEN, (knowledge.line(r.id, r) for r in records))
     needed = {name for record in records for name in record.ids}
-    texts = _read_passages(out) | {p.id: p._asdict() for p in passages}
+    titles = (" ".join(p.title.split()) for p in passages)
+    told = {p.id: p._replace(title=t)._asdict() for p, t in zip(passages, titles, strict=True)}
+    texts = _read_passages(out) | told
     rows = (answers.dumps(texts[name]) + "\n" for name in sorted(needed & texts.keys()))
     answers.replace(out / KEPT_PASSAGES, rows)
 
 
 def _read_passages(out: Path) -> dict[str, Mapping]:
     path = out / KEPT_PASSAGES
-    rows = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return {row["id"]: row for row in map(json.loads, rows)}
+    if not path.is_file():
+        return {}
+    with path.open(encoding="utf-8") as lines:  # which str.splitlines would cut at others, too
+        return {row["id"]: row for row in map(json.loads, lines)}
 
 
 def _pairs(risk: Risk):
@@ -277,7 +296,7 @@ def _key(asked: str) -> str:
 
 
 def _header(backend: Backend) -> dict:
-    return {"backend": backend.name, "prompt": PROMPT_VERSION}
+    return answers.header_of(backend, PROMPT_VERSION)
 
 
 def _cache_file(out: Path, backend: Backend) -> Path:

@@ -8,6 +8,7 @@ so that every text written from passages can be traced to the place. Two ways to
 * meaning: cosine of mean token features, by any text encoder `convert.load` reads.
 """
 
+import collections
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -87,20 +88,12 @@ def cut(article: Passage, words: int = WORDS) -> list[Passage]:
 def by_words(passages: Sequence[Passage]) -> Search:
     """Return (query, count) -> rows of the best passages by BM25; none without a common word."""
     import bm25s
-    import Stemmer
-
-    stemmer = Stemmer.Stemmer("english")
-
-    def tokens(texts):
-        return bm25s.tokenize(
-            texts, stopwords="en", stemmer=stemmer, return_ids=False, show_progress=False
-        )
 
     index = bm25s.BM25()
-    index.index(tokens([f"{p.title} {p.text}" for p in passages]), show_progress=False)
+    index.index(_words([f"{p.title} {p.text}" for p in passages]), show_progress=False)
 
     def search(query, count):
-        known = [word for word in tokens([query])[0] if word in index.vocab_dict]
+        known = [word for word in _words([query])[0] if word in index.vocab_dict]
         return _best(index.get_scores(known), count) if known else []
 
     return search
@@ -149,6 +142,26 @@ def by_meaning(passages: Sequence[Passage], folder: str | Path, *, length: int =
 
     index = encode([f"{p.title} {p.text}" for p in passages])
     return lambda query, count: _best(index @ encode([query])[0], count, least=-np.inf)
+
+
+def naming(passages: Sequence[Passage]) -> Callable[[str], set[int]]:
+    """Return name -> rows of the passages that hold one of its words, as BM25 here takes words."""
+    rows = collections.defaultdict(set)
+    for row, words in enumerate(_words([f"{p.title} {p.text}" for p in passages])):
+        for word in words:
+            rows[word].add(row)
+    return lambda name: set().union(*(rows.get(word, ()) for word in _words([name])[0]))
+
+
+def _words(texts: Sequence[str]) -> list[list[str]]:
+    """Return the stems of each text, without stop words."""
+    import bm25s
+    import Stemmer
+
+    stemmer = Stemmer.Stemmer("english")
+    return bm25s.tokenize(
+        texts, stopwords="en", stemmer=stemmer, return_ids=False, show_progress=False
+    )
 
 
 def _best(scores: np.ndarray, count: int, least: float = 0.0) -> list[int]:

@@ -92,18 +92,20 @@ def take(out: Path, path: Path) -> dict[str, knowledge.Record]:
       UserError: see `read`, for a damaged file of earlier verdicts, and where another table is read
         while the folder's own holds verdicts; nothing is changed then.
     """
-    if path.resolve() != (out / REVIEW).resolve():
-        check_nothing_unread(out)
-    kept = _kept(out) | read(path, read_written(out))
-    rows = (answers.dumps({"id": name, **v._asdict()}) + "\n" for name, v in kept.items())
-    answers.replace(out / KEPT, rows)
-    return apply(out)
+    with answers.locked(out):
+        if path.resolve() != (out / REVIEW).resolve():
+            check_nothing_unread(out)
+        kept = _kept(out) | read(path, read_written(out))
+        rows = (answers.dumps({"id": name, **v._asdict()}) + "\n" for name, v in kept.items())
+        answers.replace(out / KEPT, rows)
+        return apply(out)
 
 
 def apply(out: Path) -> dict[str, knowledge.Record]:
     """Write corpus.jsonl and review.csv from the texts and verdicts of a folder; return the former.
 
     A rejected text is left out; the others are unvetted until somebody approved or edited them.
+    The folder has to be locked, see `answers.locked`.
     """
     verdicts = _kept(out)
     corpus, open_ = {}, {}
@@ -132,7 +134,8 @@ def check_nothing_unread(out: Path) -> None:
         if row["verdict"] or row["edited"]:
             raise row.error(
                 "a verdict stands here that was not read yet, and this command writes the file "
-                f"anew: run `medvlp evidence review --corpus {out}` first."
+                f"anew: run `medvlp evidence review --corpus {out}` first, then this again; no "
+                "answer is lost."
             )
 
 

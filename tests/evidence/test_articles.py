@@ -54,6 +54,13 @@ def test_word_forms_count_as_one_and_unknown_words_find_nothing():
     assert len(search("risk of melanoma", 1)) == 1
 
 
+def test_a_name_is_held_by_passages_with_a_form_of_one_of_its_words():
+    naming = retrieval.naming([*ARTICLES, Passage("t", "Melanomas", "A title counts.")])
+    assert naming("Smoked") == {0, 4}
+    assert naming("melanoma diabetes") == {1, 2, 3, 5}
+    assert naming("Of the zebra") == set()
+
+
 def test_a_long_article_is_cut_at_sentences_into_passages_that_name_it():
     sentences = [f"Sentence number {i} has exactly seven words." for i in range(10)]
     parts = retrieval.cut(Passage("PM1", "T", " ".join(sentences)), words=20)

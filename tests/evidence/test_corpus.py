@@ -1,6 +1,7 @@
 """The risk corpus: every paragraph asked for once, traceable, resumable, and vetted before use."""
 
 import csv
+import fcntl
 import json
 import re
 import shutil
@@ -11,7 +12,7 @@ from server import completion, hang, hang_up, send, serve, status
 from medvlp_jax import cli
 from medvlp_jax.config import UserError
 from medvlp_jax.data import knowledge
-from medvlp_jax.evidence import backends, corpus, retrieval, review, risk, template
+from medvlp_jax.evidence import answers, backends, corpus, retrieval, review, risk, template
 from medvlp_jax.evidence.endpoint import endpoint
 from medvlp_jax.evidence.protocol import Backend, Reply
 
@@ -20,6 +21,7 @@ PASSAGES = [
     retrieval.Passage("PM1", "Fever and gout", "Fever is common in gout and in flu."),
     retrieval.Passage("PM2", "", "High urate comes before gout."),
     retrieval.Passage("PM3#2", "", "Flu begins with fever."),
+    retrieval.Passage("PM4", "", "Of the urates in flu nothing is known."),
 ]
 
 
@@ -84,14 +86,45 @@ def test_literature_comes_before_the_instruction_and_the_form_names_the_pair(tmp
 def test_a_pair_no_passage_speaks_of_is_not_asked_about_and_is_listed(tmp_path):
     risks = table(tmp_path, zebra={"name": "Stripes"}, fever={"name": "Fever"})
     risks = risks._replace(diseases=("flu", "kuru"))
-    tasks, silent = corpus.from_articles(
-        risks, PASSAGES, retrieval.by_words(PASSAGES), writer="endpoint:m"
-    )
-    assert silent == ["zebra/kuru"]
+    for search in (
+        retrieval.by_words(PASSAGES),
+        lambda query, count: [*range(len(PASSAGES))][:count],  # by meaning every passage has a rank
+    ):
+        tasks, silent = corpus.from_articles(risks, PASSAGES, search, writer="endpoint:m", count=1)
+        # A passage on flu alone, or on fever alone, speaks of no pair.
+        assert silent == ["zebra/ALL", "zebra/flu", "zebra/kuru", "fever/kuru"]
+        assert [(t.factor, t.disease) for t in tasks] == [("fever", "ALL"), ("fever", "flu")]
+        assert all("ever" in t.request.prompt and "flu" in t.request.prompt for t in tasks)
     backend, asked = local(good)
     summary = corpus.run(tasks, backend, tmp_path / "out", passages=PASSAGES, silent=silent)
-    assert summary["without_passages"] == ["zebra/kuru"]
-    assert len(asked) == len(tasks) == 5
+    assert summary["without_passages"] == sorted(silent)
+    assert len(asked) == 2
+
+
+def test_passages_that_name_one_of_a_pair_alone_are_not_among_its_literature(tmp_path):
+    more = [retrieval.Passage(f"N{i}", "", "Flu, flu and flu again.") for i in range(9)] + PASSAGES
+    search = retrieval.by_words(more)
+    tasks, _ = corpus.from_articles(table(tmp_path), more, search, writer="endpoint:m")
+    for task in tasks:
+        assert not any(name.startswith("N") for name in task.ids)
+        assert task.ids
+
+
+def test_lines_that_only_python_breaks_stay_whole(tmp_path):
+    odd = retrieval.Passage("PM\u20285", "Fever\u2028and\x85flu", "Fever in flu and gout.")
+    tasks, _ = corpus.from_articles(
+        table(tmp_path), [odd], retrieval.by_words([odd]), writer="endpoint:m"
+    )
+    backend, asked = local(good)
+    out = tmp_path / "out"
+    for _ in range(2):
+        assert corpus.run(tasks, backend, out, passages=[odd])["texts"] == 3
+    assert len(asked) == 3
+    (kept,) = map(json.loads, (out / "passages.jsonl").read_bytes().splitlines())
+    assert kept == {"id": odd.id, "title": "Fever and flu", "text": odd.text}
+    kept["title"] = odd.title  # as it was written before
+    (out / "passages.jsonl").write_text(json.dumps(kept, ensure_ascii=False) + "\n")
+    corpus.run(tasks, backend, out)
 
 
 def test_every_record_traces_to_passages_that_lie_beside_it(tmp_path):
@@ -175,6 +208,28 @@ def test_an_answer_about_something_else_is_recorded_and_asked_again(tmp_path, an
 def test_prose_and_fences_around_an_answer_are_read_over():
     said = f'Here it is:\n```json\n{{"factor": "a", "disease": "b", "text": "{WORDS}\nend"}}\n```'
     assert corpus.read_answer(said)["text"] == f"{WORDS} end"
+
+
+def test_what_a_model_thinks_first_is_not_its_answer():
+    form = '{"factor": "a", "disease": "b", "text": "..."}'
+    said = f'{{"factor": "a", "disease": "b", "text": "{WORDS}"}}'
+    for answer in (f"<think>As {form}</think>{said}", f"As in {form}: {said}"):
+        assert corpus.read_answer(answer)["text"] == WORDS
+    with pytest.raises(corpus.Malformed, match="without factor"):
+        corpus.read_answer(f"<think>Perhaps {said}")
+
+
+def test_an_answer_is_kept_as_it_came_and_read_by_todays_code(tmp_path, monkeypatch):
+    tasks, _ = tasks_of(tmp_path)
+    backend, asked = local(lambda p: f"Here you are: {good(p)}")
+    out = tmp_path / "out"
+    corpus.run(tasks, backend, out, passages=PASSAGES)
+    today = corpus.read_answer
+    better = lambda answer: {**today(answer), "text": today(answer)["text"].upper()}
+    monkeypatch.setattr(corpus, "read_answer", better)
+    corpus.run(tasks, backend, out, passages=PASSAGES)
+    assert all(record.text.isupper() for record in standing(out).values())
+    assert len(asked) == 6
 
 
 def trouble(number, prompt):
@@ -379,6 +434,50 @@ def test_a_review_in_progress_is_not_written_over(written, tmp_path):
         corpus.run(tasks, local(good)[0], written)
     review.take(written, written / review.REVIEW)
     corpus.run(tasks, local(good)[0], written)
+
+
+def test_verdicts_filled_in_while_models_write_are_not_written_over(written, tmp_path):
+    more = [*PASSAGES, retrieval.Passage("PM9", "", "Urate and gout: more is known.")]
+    tasks, _ = corpus.from_articles(
+        table(tmp_path), more, retrieval.by_words(more), writer="endpoint:m"
+    )
+
+    def meanwhile(prompt):
+        if (written / review.REVIEW).exists():
+            path, _ = reviewed(written, r0=("approve", ""))
+            path.rename(written / review.REVIEW)
+        return good(prompt)
+
+    files = (review.WRITTEN, knowledge.FILE, "passages.jsonl", "summary.json")
+    before = {name: (written / name).read_bytes() for name in files}
+    with pytest.raises(UserError, match=r"row 2: a verdict stands here .* no answer is lost"):
+        corpus.run(tasks, local(meanwhile)[0], written, passages=more)
+    assert before == {name: (written / name).read_bytes() for name in files}
+    standing_now = review.take(written, written / review.REVIEW)
+    assert sum(record.vetted for record in standing_now.values()) == 1
+    backend, asked = local(good)
+    corpus.run(tasks, backend, written, passages=more)
+    assert not asked
+
+
+@pytest.mark.parametrize("is_ours", [True, False])
+def test_a_folder_is_locked_from_reading_to_writing_back(written, tmp_path, monkeypatch, is_ours):
+    path, _ = reviewed(written, r0=("approve", ""))
+    locked = []
+    monkeypatch.setattr(answers.os, "access", lambda *_: is_ours)
+
+    def apply(out):
+        with (out / answers.LOCK).open("ab") as file, pytest.raises(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        locked.append(out)
+        return {}
+
+    monkeypatch.setattr(review, "apply", apply)
+    review.take(written, path)
+    corpus.run(tasks_of(tmp_path)[0], local(good)[0], written)
+    assert locked == [written, written]
+    with pytest.raises(UserError, match="nowhere is no folder"):
+        review.take(tmp_path / "nowhere", path)
 
 
 @pytest.mark.parametrize(
