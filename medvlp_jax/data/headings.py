@@ -16,18 +16,20 @@ from medvlp_jax.data import sections
 # "other".
 HEADINGS = {
     "findings": "findings|finding|report|observations",
-    "impression": "impression|impressions|conclusion|conclusions|assessment|summary|opinion",
+    "impression": (
+        "impression|impressions|conclusion|conclusions|assessment|summary|opinion|addendum"
+    ),
     "other": (
         "indication|history|clinical history|clinical information|clinical indication|"
         "reason for exam|reason for examination|technique|comparison|comparisons|procedure|"
-        "examination|exam|recommendation|recommendations|notification|wet read|study|views|"
-        "addendum"
+        "examination|exam|recommendation|recommendations|notification|wet read|study|views"
     ),
 }
 TOLD = ("impression", "findings")  # the sections that are kept; of two in one name, the first
 # Names of MIMIC-CXR's rules that open "other"; a "comment" goes on with the section it stands in.
 OTHERS = ("comparison", "indication", "examination", "technique", "history", "notification")
-OTHERS += ("addendum", "date", "recommendations", "wet read")
+OTHERS += ("date", "recommendations", "wet read")
+NO_BODY = ("recommendation", "notification", "wet read")  # of "other", what no body stands below
 
 _SECTION = {word: name for name, words in HEADINGS.items() for word in words.split("|")}
 _JOINABLE = {**_SECTION, "plan": "other"}
@@ -39,6 +41,7 @@ _HEADING = re.compile(
     r"(?:\(s\))?[ \t]*(?:[*_]+[ \t]*)?:[*_]*",
     re.IGNORECASE,
 )
+_BLANK_LINE = re.compile(r"\n[ \t]*\n")
 _SIGNATURE = re.compile(
     r"(?:^|\n|(?<=[.:]))[ \t]*(?:electronically|digitally)[ \t]+(?:signed|approved|verified)\b"
     r"|(?:^|\n)[ \t]*(?:signed|dictated|transcribed|interpreted|reported|approved|verified|read)"
@@ -72,7 +75,8 @@ def split_sections(text: str) -> tuple[str, str]:
 
     Text before the first heading counts as findings only where the report has no heading at all:
     otherwise it is a title, names or dates. History, technique, comparison and recommendations
-    are left out, and what follows a signature.
+    are left out, and what follows a signature. Where no heading opens findings, a blank line ends
+    what stands before the impression, and findings follow. An addendum is impression.
     """
     text = text.replace("\r\n", "\n").replace("\r", "\n").strip()
     signatures = [_Mark(m.start(), m.end(), "other") for m in _SIGNATURE.finditer(text)]
@@ -82,10 +86,29 @@ def split_sections(text: str) -> tuple[str, str]:
         return tidy(unsigned) or tidy(text), ""
     marks = sorted((*headings, *signatures))
     parts = {name: [] for name in HEADINGS}
+    is_headless = not any(map(_tells_findings, marks))
     for mark, following in zip(marks, [*marks[1:], None], strict=True):
         body = text[mark.end : following.start if following else len(text)]
+        is_headless = is_headless and not _tells(mark)
+        if is_headless and mark.section == "other" and not _ends(mark):
+            body, *rest = _BLANK_LINE.split(body.strip(), maxsplit=1)
+            parts["findings"] += map(tidy, rest)
         parts[mark.section].append(tidy(body))
     return tuple(" ".join(filter(None, parts[name])) for name in ("findings", "impression"))
+
+
+def _tells(mark: _Mark) -> bool:
+    """Say whether a heading opens what a radiologist saw; an addendum adds to it."""
+    return mark.section in TOLD and "addendum" not in mark.name.lower()
+
+
+def _tells_findings(mark: _Mark) -> bool:
+    return mark.section == "findings" or "finding" in mark.name.lower()
+
+
+def _ends(mark: _Mark) -> bool:
+    """Say whether no report's body stands below a heading; the name of a signature is ""."""
+    return not mark.name or mark.name.lower().startswith(NO_BODY)
 
 
 def tidy(text: str) -> str:
@@ -119,6 +142,8 @@ def _opens(name: str, is_bare: bool) -> tuple[str, str]:
     if is_bare or not name.isupper():
         return "", ""
     section = sections.canonical(plain)
+    if section == "addendum":
+        return "impression", "like"
     if section in OTHERS or plain.startswith("clinical "):  # a "clinical impression" is a question
         return "other", "like"
     return (section, "view" if sections.is_view(plain) else "like") if section in TOLD else ("", "")
@@ -140,7 +165,7 @@ def _trusted(marks: Sequence[_Mark]) -> list[_Mark]:
     A report of a layout that is not understood is better read whole than not at all.
     """
     sure = [mark for mark in marks if mark.kind in ("known", "joined", "bare")]
-    if any(mark.section in TOLD for mark in sure):
+    if any(map(_tells, sure)):
         marks = [mark for mark in marks if mark.kind != "view"]
         first, *others = marks
         is_title = first.kind == "bare" and first.name.lower() == "report"

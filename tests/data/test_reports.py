@@ -130,6 +130,38 @@ def test_a_title_is_no_section():
     assert split_sections(text) == ("Clear.", "")
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("CLINICAL HISTORY: Cough.\n\nLarge left effusion.", ("Large left effusion.", "")),
+        ("EXAMINATION: CHEST PA\n \nLarge heart.\n\nEffusion.", ("Large heart. Effusion.", "")),
+        (
+            "HISTORY:\n\nCough.\n\nCOMPARISON: None.\n\nEffusion.\n\nConclusion: Heart failure.",
+            ("Effusion.", "Heart failure."),
+        ),
+        ("HISTORY: Cough.\n\nPortable.\n\nFINDINGS AND IMPRESSION: Clear.", ("", "Clear.")),
+        ("HISTORY: Cough.\n\nIMPRESSION: Fine.\n\nSTUDY: CT.\n\nBye.", ("", "Fine.")),
+        ("HISTORY: Cough.\n\nMass.\n\nRECOMMENDATION: CT.\n\nBye.", ("Mass.", "")),
+        ("WET READ: None.\n\nHISTORY: Cough.\n\nMass.", ("Mass.", "")),
+        ("HISTORY: Cough.\n\nMass.\n\nSigned by: Dr Smith\n\nPage 1", ("Mass.", "")),
+    ],
+)
+def test_a_body_without_a_heading_follows_a_blank_line(text, expected):
+    assert split_sections(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("FINDINGS: Clear.\n\nADDENDUM: Rib fracture.", ("Clear.", "Rib fracture.")),
+        ("ADDENDUM BY DR SMITH: Mass.\nHISTORY: Cough.\n\nClear.", ("Clear.", "Mass.")),
+        ("PA AND LATERAL CHEST: Clear.\nADDENDUM: Mass.", ("Clear.", "Mass.")),
+    ],
+)
+def test_an_addendum_is_impression(text, expected):
+    assert split_sections(text) == expected
+
+
 XML = """<eCitation><uId id="CXR7"/><MedlineCitation><Article><Abstract>
 <AbstractText Label="INDICATION">pneumonia?</AbstractText>
 <AbstractText Label="FINDINGS">Clear &amp; dry.</AbstractText>
