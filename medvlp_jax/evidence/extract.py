@@ -24,6 +24,7 @@ from medvlp_jax.evidence.protocol import Backend, Request
 
 EMPTY, OK, NOTHING = "empty", "ok", "nothing recognised"
 CACHE = "cache.jsonl"
+LOST = "items dropped"  # reports of which an answer's items do not all stand
 LISTED = 200  # ids a kind of oddity in the summary
 OUTPUT_TOKENS = 300  # of an answer, for the estimate: five items of sixty tokens
 
@@ -131,12 +132,17 @@ def _survey(reports: Iterable[Report]) -> tuple[list, dict[str, str]]:
 
 def _record(answer: str, text: str) -> dict:
     parsed = schema.parse(answer, text)
-    if not parsed.evidence and set(parsed.dropped) == {"invalid"}:
+    if not parsed.evidence and set(parsed.dropped) - {schema.CUT_OFF} == {"invalid"}:
         raise schema.Malformed("none of its items has the fields asked for.")
     found = list(parsed.evidence)
-    if _only_denies(found):
+    if _only_denies(found) and not _lost(parsed.dropped):
         found.append(schema.normal())  # a model may list denials alone, and say nothing else
     return {"status": OK if found else NOTHING, "evidence": found, "dropped": parsed.dropped}
+
+
+def _lost(dropped: Mapping[str, int]) -> bool:
+    """Say whether an answer named more than was kept of it."""
+    return bool(set(dropped) - {"repeated"})
 
 
 def _header(backend: Backend) -> dict:
@@ -163,6 +169,7 @@ def _write(out: Path, order: list, records: Mapping[str, dict]) -> dict:
             dropped.update(record.get("dropped", {}))
             items.update(item["certainty"] for item in found)
             kinds = {*odd, *([] if record["status"] == OK else [record["status"]])}
+            kinds |= {LOST} if _lost(record.get("dropped", {})) else set()
             for kind in sorted(kinds):
                 listed.setdefault(kind, []).append(name)
             row = {"id": name, "key": key, "status": record["status"], "notes": list(odd)}

@@ -10,6 +10,7 @@ LGDEA (https://arxiv.org/abs/2602.07540) publishes neither prompt nor schema: bo
 """
 
 import collections
+import functools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -32,7 +33,7 @@ PROMPT = (
     '"severity": "mild|moderate|severe|null", "certainty": "present|uncertain|absent", '
     '"change": "new|stable|better|worse|null"}]}\n\nReport:\n'
 )
-CHOICES = {
+CHOICES = {  # where None is among them, any other value is None
     "severity": ("mild", "moderate", "severe", None),
     "certainty": ("present", "uncertain", "absent"),
     "change": ("new", "stable", "better", "worse", None),
@@ -40,6 +41,11 @@ CHOICES = {
 FIELDS = ("phrase", "finding", "location", "attributes", "severity", "certainty", "change")
 OVERLAP = 0.6  # share of a phrase's words that the report has to hold
 LONG = 2000  # words; a longer report is noted, and clipped for language models
+SIDES = {  # of a phrase, and the words of a report that say so
+    "right": frozenset(("right", "rt", "r", "bilateral", "bilaterally", "both")),
+    "left": frozenset(("left", "lt", "l", "bilateral", "bilaterally", "both")),
+}
+CUT_OFF = "cut off"
 MASKED = 0.3  # share of XXXX words from which a report is noted as masked
 _WORD = re.compile(r"[^\W_]+")
 _OPENING = re.compile(r"[{\[]")
@@ -67,6 +73,8 @@ def prompt(text: str) -> str:
 def parse(answer: str, text: str) -> Parsed:
     """Read an answer, repair what is usually wrong with it, keep what the report supports.
 
+    What `check` drops is counted, and as "cut off" the rest of an answer that is not whole.
+
     Args:
       answer: of a model.
       text: the report it was asked about.
@@ -74,16 +82,19 @@ def parse(answer: str, text: str) -> Parsed:
     Raises:
       Malformed: if there is no list of items in it.
     """
-    return check(load(answer), text)
+    items, is_whole = _loaded(answer)
+    parsed = check(items, text)
+    return parsed if is_whole else parsed._replace(dropped={**parsed.dropped, CUT_OFF: 1})
 
 
 def check(items: Sequence[Any], text: str) -> Parsed:
     """Hold items against the schema and the report.
 
-    Dropped are items that are "invalid" (a missing field, a value outside its choices),
-    "not in the report" (fewer than OVERLAP of the phrase's words are) or "repeated".
+    Dropped are items that are "invalid" (a missing field, a certainty outside its choices),
+    "not in the report" (fewer than OVERLAP of the phrase's words are, in singular or plural, or its
+    side is not) or "repeated". A severity or change outside its choices is None.
     """
-    spoken = frozenset(_WORD.findall(text.lower()))
+    spoken = frozenset(map(_singular, _WORD.findall(text.lower())))
     kept, dropped, seen = [], collections.Counter(), set()
     for raw in items:
         item = _valid(raw)
@@ -108,20 +119,25 @@ def load(answer: str) -> list:
     Raises:
       Malformed: if there is none, or brackets stand deeper in one another than json reads.
     """
+    return _loaded(answer)[0]
+
+
+def _loaded(answer: str) -> tuple[list, bool]:
+    """Return what `load` does, and whether the list was whole."""
     try:
         return _load(answers.without_thoughts(answer))
     except RecursionError:
         raise Malformed(f"An answer of {len(answer)} characters is nested too deep.") from None
 
 
-def _load(answer: str) -> list:
+def _load(answer: str) -> tuple[list, bool]:
     for candidate in (answer, _repaired(answer)):
         found = _last(candidate)
         if found is not None:
-            return found
+            return found, True
     items = [item for item in _objects(_repaired(answer)) if "phrase" in item]
     if items:
-        return items
+        return items, False
     raise Malformed(f"An answer of {len(answer)} characters holds no evidence list.")
 
 
@@ -161,11 +177,9 @@ def _valid(raw: Any) -> dict | None:
         return None
     item = {name: raw.get(name) for name in FIELDS}
     for name, choices in CHOICES.items():
-        if item[name] in choices:
-            continue
-        value = item[name].lower() if isinstance(item[name], str) else item[name]
-        item[name] = None if value in ("null", "none", "") and None in choices else value
-        if isinstance(value, (list, dict)) or item[name] not in choices:
+        value = item[name].lower() if isinstance(item[name], str) else None
+        item[name] = value if value in choices else None
+        if item[name] not in choices:
             return None
     item["location"] = item["location"] or ""
     item["attributes"] = item["attributes"] or []
@@ -181,8 +195,22 @@ def _valid(raw: Any) -> dict | None:
 
 def _supported(phrase: str, spoken: frozenset[str]) -> bool:
     words = _WORD.findall(phrase.lower())
-    held = len([word for word in words if word in spoken])
+    if any(word in SIDES and spoken.isdisjoint(SIDES[word]) for word in words):
+        return False
+    held = len([word for word in words if _singular(word) in spoken])
     return (held > 0 and held >= OVERLAP * len(words)) or " ".join(words) == NORMAL_PHRASE
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _singular(word: str) -> str:
+    """Return a form that a word's singular and plural share: "opacity", "mass", "pneumothorax"."""
+    if word.endswith("ies"):
+        return word[:-3] + "y"
+    if word.endswith("thoraces"):
+        return word[:-3] + "x"
+    if word.endswith(("sses", "xes", "ches", "shes")):
+        return word[:-2]
+    return word if word.endswith(("ss", "us", "is")) else word.removesuffix("s")
 
 
 def _last(answer: str) -> list | None:

@@ -172,6 +172,45 @@ def test_a_model_that_lists_denials_alone_has_said_that_nothing_is_wrong(tmp_pat
     assert rows(tmp_path)[0]["evidence"] == [*denied, schema.normal()]
 
 
+NO_AIR = {**dict.fromkeys(schema.FIELDS), "phrase": "pneumothorax", "finding": "pneumothorax"}
+NO_AIR |= {"location": "", "attributes": [], "certainty": "absent"}
+FLUID = {**NO_AIR, "phrase": "Large right pleural effusions", "finding": "effusion"}
+FLUID |= {"certainty": "present"}
+
+
+@pytest.mark.parametrize(
+    ("text", "item"),
+    [
+        ("Large right pleural effusions. No pneumothorax.", {**FLUID, "certainty": "sure"}),
+        ("Large right pleural effusions. No pneumothorax.", {**FLUID, "phrase": "left effusion"}),
+        ("The heart is enlarged. No pneumothorax.", {**FLUID, "phrase": "cardiomegaly"}),
+    ],
+)
+def test_a_report_of_which_a_finding_was_dropped_is_not_a_normal_one(tmp_path, text, item):
+    model = writer("model", lambda text: json.dumps({"evidence": [NO_AIR, item]}))
+    summary = extract.run([Report("a", text, ""), Report("b", "", "")], model, tmp_path)
+    assert rows(tmp_path)[0]["evidence"] == [NO_AIR]
+    assert summary["odd"]["items dropped"] == {"count": 1, "ids": ["a"]}
+
+
+def test_an_answer_that_was_cut_off_has_not_said_that_nothing_is_wrong(tmp_path):
+    whole = json.dumps({"evidence": [NO_AIR, FLUID]})
+    report = Report("a", "Large right pleural effusions. No pneumothorax.", "")
+    summary = extract.run([report], writer("model", lambda text: whole[:-20]), tmp_path)
+    assert rows(tmp_path)[0]["evidence"] == [NO_AIR]
+    assert summary["odd"]["items dropped"]["ids"] == ["a"]
+    assert summary["dropped"] == {"cut off": 1}
+
+
+def test_a_finding_stands_whatever_its_degree_and_number_and_a_repetition_is_no_loss(tmp_path):
+    report = Report("a", "Large right pleural effusions. No pneumothorax.", "")
+    said = {**FLUID, "phrase": "right pleural effusion", "severity": "large"}
+    model = writer("model", lambda text: json.dumps({"evidence": [NO_AIR, said, NO_AIR]}))
+    summary = extract.run([report], model, tmp_path)
+    assert rows(tmp_path)[0]["evidence"] == [NO_AIR, {**said, "severity": None}]
+    assert summary["odd"] == {}
+
+
 def test_failures_are_listed_and_asked_about_again(tmp_path):
     def failing(requests, check):
         for i, r in enumerate(requests):

@@ -78,8 +78,6 @@ def test_an_empty_list_of_evidence_is_an_answer():
     ("field", "value"),
     [
         ("certainty", "certain"),
-        ("severity", "huge"),
-        ("change", ["new"]),
         ("phrase", ""),
         ("phrase", 3),
         ("finding", None),
@@ -92,6 +90,47 @@ def test_an_empty_list_of_evidence_is_an_answer():
 def test_an_item_outside_the_schema_is_dropped_and_counted(field, value):
     parsed = schema.check([{**ITEM, field: value}, ITEM], TEXT)
     assert parsed == schema.Parsed((ITEM,), {"invalid": 1})
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("severity", "huge"), ("change", ["new"]), ("change", 3)]
+)
+def test_a_degree_or_change_of_other_words_is_none(field, value):
+    assert schema.check([{**ITEM, field: value}], TEXT) == schema.Parsed((ITEM,), {})
+
+
+@pytest.mark.parametrize(
+    ("phrase", "text"),
+    [
+        ("pleural effusion", "Small pleural effusions."),
+        ("opacities", "An opacity."),
+        ("masses", "A mass."),
+        ("pneumothorax", "Bilateral pneumothoraces."),
+    ],
+)
+def test_a_phrase_may_have_the_other_number(phrase, text):
+    assert schema.check([{**ITEM, "phrase": phrase}], text).dropped == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "dropped"),
+    [
+        ("Large left pleural effusion.", {"not in the report": 1}),
+        ("Large pleural effusion.", {"not in the report": 1}),
+        ("Large right pleural effusion.", {}),
+        ("Large pleural effusion, RT.", {}),
+        ("Large bilateral pleural effusions.", {}),
+    ],
+)
+def test_a_phrase_of_a_side_the_report_does_not_name_is_dropped(text, dropped):
+    item = {**ITEM, "phrase": "large right pleural effusion"}
+    assert schema.check([item], text).dropped == dropped
+
+
+def test_the_rest_of_an_answer_that_was_cut_off_counts_as_dropped():
+    answer = json.dumps({"evidence": [ITEM, ITEM]})
+    assert schema.parse(answer, TEXT).dropped == {"repeated": 1}
+    assert schema.parse(answer[:-60], TEXT).dropped == {"cut off": 1}
 
 
 def test_a_phrase_the_report_does_not_hold_is_dropped():
