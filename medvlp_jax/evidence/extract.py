@@ -45,7 +45,8 @@ def write_rules(text: str) -> str:
     if not schema.is_english(text.split()):
         return '{"evidence": []}'
     items = rules.extract(text)
-    if _only_denies(items) or (not items and rules.is_normal(text)):
+    says_so = _only_denies(items) or (not items and rules.is_normal(text))
+    if says_so and not rules.others(text):
         items.append(schema.normal())
     return json.dumps({"evidence": items})
 

@@ -1,9 +1,20 @@
 """The words `rules` knows: findings, places, degrees, changes, and cues of negation and doubt.
 
 Plain tables of lower-case words as the tokeniser leaves them (hyphens and slashes are spaces). The
-last word of a finding is also found in its plural. Cues follow NegEx (Chapman et al. 2001,
-doi 10.1006/jbin.2001.1029): a cue opens a scope that runs to the right until a word that closes it.
+last word of a finding is also found in its plural, and every word in its British spelling. Cues
+follow NegEx (Chapman et al. 2001, doi 10.1006/jbin.2001.1029): a cue opens a scope that runs to the
+right until a word that closes it.
 """
+
+# American letters -> British ones, wherever they stand in a word of the tables.
+BRITISH = {
+    "edema": "oedema",
+    "hemo": "haemo",
+    "tumor": "tumour",
+    "favor": "favour",
+    "ized": "ised",
+    "ization": "isation",
+}
 
 FINDINGS = {
     "consolidation": (
@@ -21,7 +32,8 @@ FINDINGS = {
     "opacity": "opacity|opacities|opacification|density|densities|haze|nodular opacities",
     "effusion": "pleural effusion|effusion|pleural fluid|hydropneumothorax",
     "pneumothorax": (
-        "pneumothorax|pneumothoraces|pneumothoraxes|hydropneumothorax|pleural air collection"
+        "pneumothorax|pneumothoraces|pneumothoraxes|hydropneumothorax|hemopneumothorax|"
+        "pleural air collection"
     ),
     "nodule": "nodule|nodular opacity|nodular density|pulmonary nodule|nodularity",
     "mass": "mass|masses|mass lesion",
@@ -117,8 +129,16 @@ FINDINGS = {
     "subcutaneous emphysema": "subcutaneous emphysema|subcutaneous air|subcutaneous gas",
     "pneumoperitoneum": "pneumoperitoneum|free intraperitoneal air|free air",
     "malignancy": (
-        "malignancy|lung cancer|metastasis|metastases|metastatic disease|carcinoma|neoplasm"
+        "malignancy|lung cancer|metastasis|metastases|metastatic disease|carcinoma|neoplasm|tumor"
     ),
+    "lesion": "lesion",
+    "hemothorax": "hemothorax|hemothoraces",
+    "empyema": "empyema",
+    "abscess": "abscess|abscesses|lung abscess|pulmonary abscess",
+    "aneurysm": "aneurysm|aortic aneurysm|aneurysmal",
+    "dissection": "dissection|aortic dissection",
+    "pneumomediastinum": "pneumomediastinum",
+    "bronchitis": "bronchitis",
     "tuberculosis": "tuberculosis",
     "peribronchial cuffing": (
         "peribronchial cuffing|bronchial cuffing|peribronchial thickening|bronchial wall thickening"
@@ -166,6 +186,7 @@ STATES = {
     "low": "low|decreased|diminished|reduced|small|shallow|poor|underexpanded",
     "congested": "engorgement|engorged|congested|cephalized|redistributed",
     "borderline": "borderline",
+    "widened": "widened|widening",
     "normal": (
         "normal|within normal limits|unremarkable|upper limits of normal|normal in size|"
         "upper limits normal|within the upper limits of normal|top normal|top normal limits|"
@@ -192,6 +213,7 @@ SAID = {
     ("hilum", "enlarged"): "prominent hilum",
     ("mediastinum", "enlarged"): "wide mediastinum",
     ("mediastinum", "prominent"): "wide mediastinum",
+    ("mediastinum", "widened"): "wide mediastinum",
 }
 DENIED_BY_NORMAL = {"heart": "cardiomegaly"}  # a normal heart says that this is absent
 HEDGED_STATES = ("borderline",)
@@ -245,13 +267,22 @@ CHANGES = {
         "stable|unchanged|persistent|persists|persisting|again noted|again seen|again|"
         "not changed|no change in|no change|no significant change|no interval change|"
         "no significant interval change|not significantly changed|without change|"
+        "no increase|no increase in|no interval increase|no interval increase in|"
+        "no significant increase in|no significant interval increase in|"
+        "not resolved|not yet resolved|not cleared|not yet cleared|unresolved|"
         "without significant change|redemonstrated|re demonstrated|similar|unchanged from|"
         "grossly unchanged"
     ),
     "better": (
         "improved|improving|improvement|resolving|decreased in size|interval decrease|"
         "interval improvement|interval improvement in|smaller|has decreased|have decreased|"
-        "interval clearing|clearing of|partially resolved|partial resolution"
+        "interval clearing|clearing of|partially resolved|partial resolution|"
+        "partly resolved|incompletely resolved|mostly resolved|largely resolved|"
+        "nearly resolved|nearly completely resolved|almost resolved|almost completely resolved|"
+        "not completely resolved|not fully resolved|not entirely resolved|"
+        "not completely cleared|not fully cleared|not entirely cleared|"
+        "incomplete resolution of|partial resolution of|near resolution of|"
+        "near complete resolution of|nearly complete resolution of|almost complete resolution of"
     ),
     "worse": (
         "worse|worsened|worsening|progressed|progression|interval increase|increasing|"
@@ -264,15 +295,17 @@ DENIES = (
     "no convincing evidence of|no radiographic evidence of|no definite|no definite evidence of|"
     "negative for|free of|clear of|absence of|absent|denies|never|nor|neither|no longer|"
     "no findings of|no typical findings of|no signs of|no sign of|rather than|"
-    "do not see|resolution of|no evidence to suggest|fails to show"
+    "do not see|resolution of|no evidence to suggest|fails to show|not positive for"
 )
 DENIES_BEFORE = (  # what they follow is absent
     "not seen|not identified|not visualized|not present|is absent|are absent|has resolved|"
     "have resolved|has cleared|have cleared|not evident|not appreciated|not demonstrated|"
     "is excluded|was excluded|not observed|no longer seen|no longer visualized|resolved|"
     "not visible|no longer identified|no longer evident|no longer present|"
-    "completely resolved"
+    "completely resolved|is ruled out|are ruled out|was ruled out|were ruled out|"
+    "been ruled out|are excluded|were excluded|been excluded"
 )
+DENIES_LAST = "none|nil|absent|negative"  # what they follow is absent where nothing follows them
 DOUBTS = (
     "possible|possibly|probable|probably|questionable|question|may represent|might represent|"
     "could represent|may be|might be|could be|suspicious for|concerning for|suspected|suspect|"
@@ -280,13 +313,20 @@ DOUBTS = (
     "likely|may reflect|could reflect|presumed|worrisome for|equivocal|perhaps|conceivably|"
     "cannot rule out|may indicate|may relate to|potentially|appears to represent|favor|"
     "favored to represent|difficult to exclude|differential includes|may be related to|"
-    "most likely|concern for|versus|vs|xxxx represents|xxxx represent|is not excluded for"
+    "most likely|concern for|versus|vs|xxxx represents|xxxx represent|is not excluded for|"
+    "unlikely|is unlikely to represent|are unlikely to represent|is unlikely to be|"
+    "are unlikely to be|is unlikely to reflect|are unlikely to reflect"
 )
 DOUBTS_BEFORE = (
     "cannot be excluded|can not be excluded|not excluded|not entirely excluded|is possible|"
     "is suspected|is questioned|cannot be ruled out|is likely|are possible|"
-    "could not be excluded"
+    "could not be excluded|could not be ruled out|not ruled out|not been excluded|"
+    "not been ruled out|not completely excluded|is unlikely|are unlikely|is less likely|"
+    "are less likely|seems unlikely|appears unlikely|felt unlikely|thought unlikely|"
+    "considered unlikely"
 )
+DOUBTS_LAST = "unlikely|less likely"  # what they follow is in doubt where nothing follows them
+AFFIRMS = "is present|are present|is seen|are seen|is noted|are noted"
 ALTERNATIVES = "or|versus|vs|and or"
 IGNORES = (  # the finding is asked about, advised on or history, not seen
     "to exclude|to rule out|rule out|evaluate for|evaluation for|assess for|history of|"
@@ -297,12 +337,19 @@ STOPS = (
     "but|however|although|though|except|except for|aside from|apart from|other than|which|"
     "otherwise|there is|there are|and there|, the|, there|and the|and a|yet|still|while|"
     "whereas|there has been|with|, with|, and there|with otherwise|nevertheless|, a|where|"
-    "seen with|and is|and are|superimposed upon|this|these|it|in addition"
+    "seen with|and is|and are|superimposed upon|this|these|it|in addition|positive for"
 )
 # Words that may not be part of a finding although they look like one.
 NOT_FINDINGS = (
     "bone density|soft tissue density|mass effect|breast density|bony density|"
     "bone mineral density|nipple density|density of the bones"
+)
+NOT_DENIALS = "not only"  # nor these a denial
+# Abnormalities without a name in FINDINGS: a report that speaks of one is not a normal one.
+OTHER_FINDINGS = (
+    "collapse|collapsed|contusion|cyst|cysts|cystic|dislocated|dislocation|embolism|embolus|"
+    "hemorrhage|infarct|infarction|laceration|lytic|malpositioned|perforation|rupture|ruptured|"
+    "sarcoidosis|stenosis|subluxation|thrombosis|thrombus"
 )
 # Between two names of one thing: "an opacity at the left base compatible with atelectasis".
 SAME = (

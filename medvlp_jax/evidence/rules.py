@@ -6,6 +6,7 @@ model, no download: less than half a millisecond a report.
 """
 
 import functools
+import itertools
 import re
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -36,12 +37,17 @@ def extract(text: str) -> list[dict]:
     Returns:
       Items of the schema, see `schema`: present, uncertain and absent ones.
     """
-    return [dict(item) for sentence in _SENTENCE.findall(text) for item in _read(sentence)]
+    return [dict(item) for sentence in _SENTENCE.findall(text) for item in _read(sentence).items]
 
 
 def is_normal(text: str) -> bool:
-    """Say whether a report states anywhere that something is as it should be."""
-    return _NORMAL.search(text.lower()) is not None
+    """Say whether a report states anywhere that something is as it should be, and no `others`."""
+    return _NORMAL.search(text.lower()) is not None and not others(text)
+
+
+def others(text: str) -> bool:
+    """Say whether a report speaks of an abnormality that is none of the lexicon's findings."""
+    return any(_read(sentence).others for sentence in _SENTENCE.findall(text))
 
 
 def _lower(sentence: str) -> str:
@@ -62,7 +68,7 @@ def _table() -> dict[str, tuple[dict[str, list], dict[str, str] | None]]:
     def add(role, value, phrases, plural=False):
         for phrase in phrases.split("|"):
             forms = {phrase, phrase + "s"} if plural and not phrase.endswith("s") else {phrase}
-            for form in forms:
+            for form in forms | set(map(_british, forms)):
                 words = tuple(re.findall(r"[^\s,]+|,", form))
                 entries.setdefault(words, {})[role] = value
 
@@ -89,13 +95,24 @@ def _table() -> dict[str, tuple[dict[str, list], dict[str, str] | None]]:
         ("stop", lexicon.STOPS),
         ("skip", lexicon.NOT_FINDINGS),
         ("same", lexicon.SAME),
+        ("affirm", lexicon.AFFIRMS),
+        ("skip", lexicon.NOT_DENIALS),
+        ("other", lexicon.OTHER_FINDINGS),
     ):
         add(role, role, phrases)
+    add("last", "absent", lexicon.DENIES_LAST)
+    add("last", "uncertain", lexicon.DOUBTS_LAST)
     table = {words[0]: ({}, entries.get(words[:1])) for words in entries}
     for words, roles in sorted(entries.items(), key=lambda entry: -len(entry[0])):
         if len(words) > 1:
             table[words[0]][0].setdefault(words[1], []).append((list(words), roles))
     return table
+
+
+def _british(phrase: str) -> str:
+    for american, british in lexicon.BRITISH.items():
+        phrase = phrase.replace(american, british)
+    return phrase
 
 
 _TABLE = _table()
@@ -136,6 +153,7 @@ class _Clause:
         self.subjects: list[Span] = []
         self.states: list[tuple[Span, str]] = []
         self.spans: list[Span] = []
+        self.others: list[str] = []  # certainties of what is no finding of the lexicon
 
     def speaks(self) -> bool:
         """Say whether there is a finding yet, also one said of a part of the body."""
@@ -151,42 +169,56 @@ class _Clause:
         last = max((finding[1] for finding in self.findings), default=0)
         for finding in findings:
             finding[3] = certainty
+        self.others = [certainty] * len(self.others)
         for i, (state, _) in enumerate(self.states):
             if state.start >= last and state.roles["state"] != "normal":
                 self.states[i] = state, certainty
 
 
+class _Sentence(NamedTuple):
+    """The evidence of a sentence, and whether it speaks of other abnormalities."""
+
+    items: tuple[dict, ...] = ()
+    others: bool = False
+
+
 @functools.lru_cache(maxsize=1 << 15)
-def _read(text: str) -> tuple[dict, ...]:
-    """Return the evidence of one sentence; reports repeat their sentences word by word."""
+def _read(text: str) -> _Sentence:
+    """Read one sentence; reports repeat their sentences word by word."""
     lower = _lower(text)
-    spans = _match(_TOKEN.findall(lower))
+    texts = _TOKEN.findall(lower)
+    spans = _match(texts)
     for span in spans:
-        if "finding" in span.roles or "state" in span.roles:
+        if "finding" in span.roles or "state" in span.roles or "other" in span.roles:
             break
     else:
-        return ()
+        return _Sentence()
     words = list(_TOKEN.finditer(lower))
     at = {i: span for span in spans for i in range(span.start, span.end)}
-    items = []
-    for clause in _clauses(spans):
+    items, others = [], False
+    for clause in _clauses(spans, texts):
+        others |= not {"present", "uncertain"}.isdisjoint(clause.others)
         _join(clause)
         clause.findings.sort(key=lambda finding: finding[1])
         read = [finding for finding in clause.findings if finding[3] != "ignored"]
         items += [_item(finding, clause, words, at, text) for finding in read]
-    return tuple(items)
+    return _Sentence(tuple(items), others)
 
 
 # What changes how a clause is read; the other words only describe.
 _ACTING = {"stop", "finding", "subject", "state", "ignore", "alternative"}
-_ACTING |= {"deny", "deny_before", "doubt", "doubt_before"}
+_ACTING |= {"deny", "deny_before", "doubt", "doubt_before", "last", "affirm", "other"}
+_LISTS = frozenset(("or", "nor"))  # what they join is denied together
 
 
-def _clauses(spans: list[Span]) -> Iterator[_Clause]:
+def _clauses(spans: list[Span], texts: list[str]) -> Iterator[_Clause]:
     """Split a sentence at closing words; give each finding its certainty."""
     clause, certainty = _Clause(), "present"
-    for span in spans:
+    for i, span in enumerate(spans):
         roles = span.roles
+        if certainty == "absent" and _begins_anew(clause, spans, i, texts):
+            yield clause
+            clause, certainty = _Clause(), "present"
         clause.spans.append(span)
         if _ACTING.isdisjoint(roles):
             continue
@@ -195,6 +227,13 @@ def _clauses(spans: list[Span]) -> Iterator[_Clause]:
             clause, certainty = _Clause(), "present"
         elif "finding" in roles:
             clause.findings.append([roles["finding"], span.start, span.end, certainty])
+        elif "other" in roles:
+            clause.others.append(certainty)
+        elif answer := _answer(clause, span, texts):
+            clause.change(answer, _since_colon(clause, span, texts))
+        elif "affirm" in roles:
+            for finding in _affirmed(clause, span, texts) if certainty == "absent" else ():
+                finding[3] = certainty = "present"
         elif "deny" in roles:
             certainty = "absent"
         elif "deny_before" in roles:
@@ -218,6 +257,50 @@ def _clauses(spans: list[Span]) -> Iterator[_Clause]:
         if "state" in roles:
             clause.states.append((span, certainty))
     yield clause
+
+
+def _begins_anew(clause: _Clause, spans: list[Span], i: int, texts: list[str]) -> bool:
+    """Say whether a degree after a comma or "and" ends a denial: "no effusion, mild edema".
+
+    "No consolidation, large effusion, or pneumothorax" denies all three.
+    """
+    span = spans[i]
+    if "severity" not in span.roles or texts[span.start - 1] not in (",", "and"):
+        return False
+    end = next((s.start for s in itertools.islice(spans, i, None) if "stop" in s.roles), None)
+    return clause.speaks() and _LISTS.isdisjoint(texts[span.end : end])
+
+
+def _answer(clause: _Clause, span: Span, texts: list[str]) -> str | None:
+    """Return how sure the last words of a part say that what is before them is, or None.
+
+    "Effusion: no", "effusion absent", "pneumonia unlikely".
+    """
+    if span.end < len(texts) and texts[span.end] not in (",", ")"):
+        return None
+    if "deny" in span.roles and span.start and texts[span.start - 1] == ":":
+        return "absent"
+    # "Effusion, right breast absent" says it of something else.
+    said = max((finding[2] for finding in clause.findings), default=span.start)
+    return None if "," in texts[said : span.start - 1] else span.roles.get("last")
+
+
+def _since_colon(clause: _Clause, span: Span, texts: list[str]) -> list[list]:
+    """Return the findings that an answer is about: "effusion: small, pneumothorax: none"."""
+    colons = (i for i in range(span.start - 1) if texts[i] == ":")
+    start = max(colons, default=0)
+    return [finding for finding in clause.findings if finding[1] >= start]
+
+
+def _affirmed(clause: _Clause, span: Span, texts: list[str]) -> list[list]:
+    """Return the findings after a list of denials: "no effusion or edema, a mass is present"."""
+    comma = max((i for i in range(span.start) if texts[i] == ","), default=0)
+    denied, said = texts[clause.spans[0].start : comma], texts[comma : span.start]
+    if _LISTS.isdisjoint(denied) or not _LISTS.isdisjoint(said):
+        return []
+    if any("deny" in s.roles for s in clause.spans if s.start > comma):
+        return []
+    return [finding for finding in clause.findings if finding[1] > comma]
 
 
 def _join(clause: _Clause) -> None:

@@ -1,11 +1,12 @@
 """The offline extractor, from claims about sentences and from the phantom's true findings."""
 
+import json
 import random
 
 import pytest
 
 from medvlp_jax.data.datasets.cxr_phantom import generate, patients
-from medvlp_jax.evidence import agreement, rules
+from medvlp_jax.evidence import agreement, extract, rules, schema
 
 
 def found(text, *fields):
@@ -57,6 +58,57 @@ CERTAINTY = [
     ("Normal heart size, resolved pleural effusion.",
      {("cardiomegaly", "absent"), ("effusion", "absent")}),
     ("Enlarged heart, not present on the prior.", {("cardiomegaly", "present")}),
+    ("Pneumothorax: none.", {("pneumothorax", "absent")}),
+    ("Pleural effusion: absent.", {("effusion", "absent")}),
+    ("Effusion: No.", {("effusion", "absent")}),
+    ("Pleura: no effusion.", {("effusion", "absent")}),
+    ("Effusion: small left, pneumothorax: none.",
+     {("effusion", "present"), ("pneumothorax", "absent")}),
+    ("Effusion, right breast absent.", {("effusion", "present")}),
+    ("Pneumonia is unlikely.", {("pneumonia", "uncertain")}),
+    ("Pneumonia unlikely.", {("pneumonia", "uncertain")}),
+    ("Unlikely to represent pneumonia.", {("pneumonia", "uncertain")}),
+    ("The mass is unlikely to represent pneumonia.",
+     {("mass", "present"), ("pneumonia", "uncertain")}),
+    ("Pneumothorax is ruled out.", {("pneumothorax", "absent")}),
+    ("Pneumothorax has been excluded.", {("pneumothorax", "absent")}),
+    ("Pneumothorax has not been excluded.", {("pneumothorax", "uncertain")}),
+    ("Effusion has not resolved.", {("effusion", "present")}),
+    ("Incompletely resolved pneumonia.", {("pneumonia", "present")}),
+    ("The effusion has nearly resolved.", {("effusion", "present")}),
+    ("Near-complete resolution of the effusion.", {("effusion", "present")}),
+    ("No pneumothorax, small left effusion.",
+     {("pneumothorax", "absent"), ("effusion", "present")}),
+    ("No pneumothorax and small left pleural effusion.",
+     {("pneumothorax", "absent"), ("effusion", "present")}),
+    ("No consolidation or mass, mild cardiomegaly.",
+     {("consolidation", "absent"), ("mass", "absent"), ("cardiomegaly", "present")}),
+    ("No consolidation, large effusion, or pneumothorax.",
+     {("consolidation", "absent"), ("effusion", "absent"), ("pneumothorax", "absent")}),
+    ("No acute, mild or severe edema.", {("edema", "absent")}),
+    ("Clear lungs without effusion or pneumothorax, cardiomegaly is present.",
+     {("effusion", "absent"), ("pneumothorax", "absent"), ("cardiomegaly", "present")}),
+    ("No consolidation, effusion or pneumothorax is present.",
+     {("consolidation", "absent"), ("effusion", "absent"), ("pneumothorax", "absent")}),
+    ("No consolidation or mass, and no effusion is seen.",
+     {("consolidation", "absent"), ("mass", "absent"), ("effusion", "absent")}),
+    ("Not only effusion but also consolidation.",
+     {("effusion", "present"), ("consolidation", "present")}),
+    ("Negative for pneumothorax, positive for effusion.",
+     {("pneumothorax", "absent"), ("effusion", "present")}),
+    ("Not positive for pneumothorax.", {("pneumothorax", "absent")}),
+    ("No increase in effusion.", {("effusion", "present")}),
+    ("No interval increase in the pleural effusion.", {("effusion", "present")}),
+    ("Pulmonary oedema.", {("edema", "present")}),
+    ("Pneumothorax is not visualised.", {("pneumothorax", "absent")}),
+    ("Left haemothorax.", {("hemothorax", "present")}),
+    ("Hemopneumothorax on the left.", {("pneumothorax", "present")}),
+    ("Large tumour in the right upper lobe.", {("malignancy", "present")}),
+    ("Empyema and a lung abscess.", {("empyema", "present"), ("abscess", "present")}),
+    ("Aortic aneurysm without dissection.",
+     {("aneurysm", "present"), ("dissection", "absent")}),
+    ("Borderline heart size, improved mediastinal widening.",
+     {("cardiomegaly", "uncertain"), ("wide mediastinum", "present")}),
     ("CT to exclude pneumonia.", set()),
     ("Bone density is reduced.", set()),
 ]  # fmt: skip
@@ -89,6 +141,9 @@ def test_a_finding_carries_its_place_degree_and_change():
         ("Worsening left effusion.", "change", "worse"),
         ("Interval improvement in the edema.", "change", "better"),
         ("Increased interstitial markings.", "change", None),
+        ("No increase in effusion.", "change", "stable"),
+        ("Effusion has not resolved.", "change", "stable"),
+        ("The effusion has nearly resolved.", "change", "better"),
     ],
 )
 def test_degree_and_comparison_are_read_beside_the_finding(text, field, value):
@@ -105,6 +160,22 @@ def test_two_findings_of_a_sentence_keep_their_own_place_and_degree():
         "Small right effusion and severe left upper lobe consolidation.", "location", "severity"
     )
     assert items == {("effusion", "right", "mild"), ("consolidation", "left upper lobe", "severe")}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Heart size is normal.", True),
+        ("Heart size is normal. Ruptured diaphragm.", False),
+        ("Heart size is normal. Possible rib cyst.", False),
+        ("Heart size is normal. No rupture, or dislocation.", True),
+        ("Heart size is normal. Dislocation is not seen. CT to exclude pulmonary embolism.", True),
+        ("Heart size is normal. Haemorrhage.", False),
+    ],
+)
+def test_a_report_of_an_abnormality_without_a_name_is_not_a_normal_one(text, expected):
+    assert rules.is_normal(text) is expected
+    assert (schema.normal() in json.loads(extract.write_rules(text))["evidence"]) is expected
 
 
 def plans(seed, count):
