@@ -90,7 +90,8 @@ def load(
     config = config_of_tower(read_config(folder), tower, folder)
     table = table_of_config(config, folder)
     tensors = base_names(table, tensors_of_tower(read_folder(folder), tower))
-    fields = {**fields_of(table, config, folder, ignore), **table.detect(tensors), **overrides}
+    said = {**fields_of(table, config, folder, ignore), **table.beside(folder)}
+    fields = {**said, **table.detect(tensors), **overrides}
     if dtype is not None:
         fields["dtype"] = dtype
     module = construct(table.module, fields)
@@ -131,9 +132,10 @@ def load_into(
         raise UserError(
             f"{folder} holds a {config['model_type']!r}, which is not a {type(module).__name__}."
         )
+    said = {**fields_of(table, config, folder, ignore), **table.beside(folder)}
     different = [
         f"{name} is {value!r} there and {getattr(module, name)!r} here"
-        for name, value in fields_of(table, config, folder, ignore).items()
+        for name, value in said.items()
         if name not in TRAINING_FIELDS and value != getattr(module, name)
     ]
     if different:

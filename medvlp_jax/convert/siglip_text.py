@@ -1,8 +1,11 @@
 """Hugging Face SiglipTextModel <-> medvlp_jax.encoders.siglip_text.SiglipText."""
 
+from pathlib import Path
+
 import jax.numpy as jnp
 
 from medvlp_jax.convert.table import Field, Rule, Table, clip_blocks, linear, norm, one_of
+from medvlp_jax.data import text
 from medvlp_jax.encoders.base import Tokens
 from medvlp_jax.encoders.siglip_text import SiglipText
 
@@ -36,6 +39,16 @@ def flatten(config):
     return {**config, "projection_size": config.get("hidden_size", FIELDS["hidden_size"].default)}
 
 
+def beside(folder: Path) -> dict[str, int]:
+    """Read what fills a row off the tokenizer.
+
+    SigLIP 2 fills it with 0 and leaves the 1 of SigLIP's class in the config.
+    """
+    if not (folder / "tokenizer.json").is_file():
+        return {}
+    return {"pad_id": text.pad_id(text.load_tokenizer(folder))}
+
+
 def rules(module: SiglipText) -> list[Rule]:
     """Pair every tensor of SiglipTextModel with ours."""
     return [
@@ -55,6 +68,7 @@ TABLE = Table(
     fixed={},
     example=lambda module: Tokens(jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), bool)),
     rules=rules,
+    beside=beside,
     left_out=lambda module: LEFT_OUT,
     architecture=lambda module: ("SiglipTextModel", ""),
     flatten=flatten,

@@ -5,6 +5,7 @@ One file an architecture ends in a `TABLE`. Names of tensors are those of the ba
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -53,6 +54,7 @@ class Table(NamedTuple):
       architecture: module -> (class in `transformers` to name, prefix it puts before tensors).
       heads: beginnings of names that never take a prefix.
       detect: names in a file -> fields that say which optional parameters exist.
+      beside: folder -> fields that files beside config.json say better than it does.
       left_out: module -> {name: what it is} of tensors known and not read.
       tied: module -> {name: name} of tensors stored twice, which must be equal.
       untied: the override that reads a file where they are not, such as "mlm_head=False".
@@ -75,6 +77,7 @@ class Table(NamedTuple):
     former: Mapping[str, Any] = {}
     heads: tuple[str, ...] = ()
     detect: Callable[[Iterable[str]], dict[str, Any]] = lambda names: {}
+    beside: Callable[[Path], dict[str, Any]] = lambda folder: {}
     left_out: Callable[[Any], Mapping[str, str]] = lambda module: {}
     tied: Callable[[Any], Mapping[str, str]] = lambda module: {}
     untied: str = ""

@@ -5,8 +5,9 @@ Axis letters: B texts, T tokens.
 
 import re
 import string
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -48,20 +49,39 @@ def load_tokenizer(path: str | Path, *, lowercase: bool | None = None) -> tokeni
     if file.suffix == ".txt":
         return _wordpiece(file.read_text(encoding="utf-8").splitlines(), lowercase)
     tokenizer = tokenizers.Tokenizer.from_file(str(file))
-    tokenizer.no_padding()
+    settings = _settings(file)
+    _set_padding(tokenizer, settings)
     tokenizer.no_truncation()
-    if _is_siglip(file.with_name("tokenizer_config.json")):
+    if "Siglip" in str(settings.get("tokenizer_class")):
         _canonicalise(tokenizer)
     return tokenizer
 
 
-def _is_siglip(file: Path) -> bool:
-    if not file.is_file():
-        return False
-    try:
-        return "Siglip" in str(parse_json(file.read_text()).get("tokenizer_class"))
-    except (ValueError, AttributeError):
-        raise UserError(f"{file} is no JSON object.") from None
+def _settings(tokenizer: Path) -> dict[str, Any]:
+    """Return what the files beside a tokenizer say of it; those of today's releases win."""
+    found = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        file = tokenizer.with_name(name)
+        if file.is_file():
+            try:
+                found |= parse_json(file.read_text())
+            except (ValueError, TypeError):
+                raise UserError(f"{file} is no JSON object.") from None
+    return found
+
+
+def _set_padding(tokenizer: tokenizers.Tokenizer, settings: Mapping[str, Any]) -> None:
+    """Keep the padding token that the files name with the tokenizer, where `pad_id` reads it.
+
+    Only where the vocabulary alone would give another one: SigLIP has <pad> and pads with </s>.
+    """
+    own = tokenizer.padding or {}
+    tokenizer.no_padding()
+    named = settings.get("pad_token") or own.get("pad_token")
+    token = named.get("content") if isinstance(named, Mapping) else named
+    number = tokenizer.token_to_id(token) if isinstance(token, str) else None
+    if number not in (None, _usual_pad_id(tokenizer)):
+        tokenizer.enable_padding(pad_id=number, pad_token=token)
 
 
 def _canonicalise(tokenizer: tokenizers.Tokenizer) -> None:
@@ -97,9 +117,10 @@ def tokenize(tokenizer: tokenizers.Tokenizer, texts: Sequence[str], length: int)
     ids = np.full((len(texts), length), pad_id(tokenizer), np.int32)
     mask = np.zeros((len(texts), length), bool)
     for row, encoding in enumerate(tokenizer.encode_batch_fast(list(texts))):
-        tokens = encoding.ids
+        count = sum(encoding.attention_mask)  # a tokenizer that names its padding pads a batch
+        tokens = encoding.ids[:count]
         if len(tokens) > length:
-            closes = bool(encoding.special_tokens_mask[-1])
+            closes = bool(encoding.special_tokens_mask[count - 1])
             tokens = tokens[: length - closes] + tokens[len(tokens) - closes :]
         ids[row, : len(tokens)] = tokens
         mask[row, : len(tokens)] = True
@@ -107,12 +128,21 @@ def tokenize(tokenizer: tokenizers.Tokenizer, texts: Sequence[str], length: int)
 
 
 def pad_id(tokenizer: tokenizers.Tokenizer) -> int:
-    """Return the id of the padding token."""
-    known = [tokenizer.token_to_id(name) for name in _PAD_NAMES]
-    for token in known:
-        if token is not None:
-            return token
-    raise UserError(f"The tokenizer has no padding token; accepted are {', '.join(_PAD_NAMES)}.")
+    """Return the id of the padding token: of the one its files name, else of a usual one.
+
+    Raises:
+      UserError: if there is neither.
+    """
+    number = tokenizer.padding["pad_id"] if tokenizer.padding else _usual_pad_id(tokenizer)
+    if number is None:
+        names = ", ".join(_PAD_NAMES)
+        raise UserError(f"The tokenizer has no padding token; accepted are {names}.")
+    return number
+
+
+def _usual_pad_id(tokenizer):
+    known = (tokenizer.token_to_id(name) for name in _PAD_NAMES)
+    return next((number for number in known if number is not None), None)
 
 
 def train_wordpiece(

@@ -2,7 +2,8 @@
 
 * The arithmetic of Hugging Face's SiglipTextModel.
 * Every token sees every other, padding too: texts were trained at one length, 64 tokens, padded
-  with the token that ends them, and no mask. What stands in the row beyond a text becomes `pad_id`.
+  with the token that ends them (SigLIP 2: with <pad>), and no mask. What stands in the row beyond a
+  text becomes `pad_id`.
 * Pre-norm blocks, a final norm; `pooled` is the row's last token through a Linear with bias.
 * For that reason texts cannot share a row.
 
@@ -38,7 +39,7 @@ class SiglipText(nn.Module):
 
     Attributes:
       max_length: rows of the position table, the length texts were trained at.
-      pad_id: what stands behind a text.
+      pad_id: what stands behind a text; None leaves there what the row holds.
       activation: of the Mlp, a key of layers.ACTIVATIONS.
       projection_dim: E.
       pooling: what `pooled` is: "head", the last token through a Linear, or that token, "last".
@@ -52,7 +53,7 @@ class SiglipText(nn.Module):
 
     vocab_size: int = 32000
     max_length: int = 64
-    pad_id: int = 1
+    pad_id: int | None = 1
     width: int = 768
     depth: int = 12
     num_heads: int = 12
@@ -84,7 +85,10 @@ class SiglipText(nn.Module):
         fields = {name: getattr(self, name) for name in (*names, "dtype")}
         fields |= {"activation": ACTIVATIONS[self.activation], "kernel_init": xavier_uniform}
         stack = Stack(Block, fields, self.depth, self.layout, self.remat, name="stack")
-        x = stack(self._embed(jnp.where(tokens.mask, tokens.ids, self.pad_id)), train=train)
+        ids = tokens.ids
+        if self.pad_id is not None:
+            ids = jnp.where(tokens.mask, ids, self.pad_id)
+        x = stack(self._embed(ids), train=train)
         x = LayerNorm(self.epsilon, self.dtype, name="norm")(x)  # [B, T, D]
         head = Linear(self.projection_dim, True, self.dtype, xavier_uniform, name="head")
         pooled = {"last": x[:, -1], "head": head(x[:, -1])}

@@ -1,3 +1,4 @@
+import json
 import re
 import shutil
 import string
@@ -124,3 +125,24 @@ def test_siglip_reads_texts_without_case_punctuation_or_double_spaces(folder, tm
         (tmp_path / "tokenizer_config.json").write_text(content)
         with pytest.raises(UserError, match=r"tokenizer_config.json is no JSON object"):
             text.load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "special_tokens_map.json"])
+@pytest.mark.parametrize("named", ["[SEP]", {"content": "[SEP]", "lstrip": False}])
+def test_texts_are_padded_with_the_token_that_the_files_name(folder, tmp_path, file, named):
+    """SigLIP's vocabulary has <pad>, and its texts are padded with </s>."""
+    shutil.copy(folder / "tokenizer.json", tmp_path)
+    plain = text.load_tokenizer(tmp_path)
+    (tmp_path / file).write_text(json.dumps({"pad_token": named}))
+    tokenizer = text.load_tokenizer(tmp_path)
+    assert (text.pad_id(plain), text.pad_id(tokenizer)) == (0, 3)
+    texts = ["No.", "", *CORPUS]
+    for length in (5, 12):
+        before, after = (text.tokenize(t, texts, length) for t in (plain, tokenizer))
+        np.testing.assert_array_equal(before.mask, after.mask)
+        np.testing.assert_array_equal(after.ids, np.where(before.mask, before.ids, 3))
+    tokenizer.save(str(tmp_path / "tokenizer.json"))  # the token goes along
+    (tmp_path / file).unlink()
+    assert text.pad_id(text.load_tokenizer(tmp_path)) == 3
+    (tmp_path / file).write_text(json.dumps({"pad_token": "<nowhere>"}))
+    assert text.pad_id(text.load_tokenizer(tmp_path)) == 0

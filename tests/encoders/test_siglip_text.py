@@ -1,9 +1,12 @@
 """SigLIP's text tower against transformers with random weights, and its published sizes."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, models
 from twins import (
     RNG,
     assert_close,
@@ -77,6 +80,33 @@ def test_outputs_equal_transformers(pair, length):
     assert_close(ours.pooled, pooled)
     assert_close(ours.tokens, hidden)
     np.testing.assert_array_equal(ours.mask, tokens.mask)
+
+
+@pytest.mark.hf
+def test_a_row_is_filled_as_the_tokenizer_of_the_folder_says(pair, tmp_path):
+    """SigLIP 2 fills it with <pad> = 0, and its config has the 1 of SigLIP's class."""
+    theirs, folder = pair
+    vocabulary = {"<pad>": 0, "</s>": 1, "<unk>": 2}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    edit_config(folder, tmp_path).joinpath("tokenizer.json").write_text(tokenizer.to_str())
+    tokens = texts()
+    for named, number in [({}, 0), ({"pad_token": "</s>"}, 1)]:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(named))
+        module, variables = convert.load(tmp_path)
+        assert module.pad_id == number
+        theirs.config.pad_token_id, kept = number, theirs.config.pad_token_id
+        pooled, _ = outputs_of_theirs(theirs, tokens)
+        theirs.config.pad_token_id = kept
+        assert_close(run(module, variables, tokens).pooled, pooled.detach())
+
+
+@pytest.mark.hf
+def test_without_a_padding_token_a_row_stays_as_it_is(pair, tmp_path):
+    theirs, folder = pair
+    module, variables = convert.load(edit_config(folder, tmp_path, pad_token_id=None))
+    tokens = texts(filler=theirs.config.pad_token_id)
+    pooled, _ = outputs_of_theirs(theirs, tokens)
+    assert_close(run(module, variables, tokens).pooled, pooled.detach())
 
 
 @pytest.mark.hf
