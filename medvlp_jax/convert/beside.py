@@ -63,6 +63,7 @@ def image_processor(size: int, *, mean: Iterable[float], std: Iterable[float]) -
     """
     return {
         "image_processor_type": "ViTImageProcessor",
+        "do_convert_rgb": True,  # a grey image has three equal channels
         "do_resize": True,
         "size": {"height": size, "width": size},
         "resample": 2,  # PIL's bilinear
