@@ -141,16 +141,21 @@ def write_text(module: Any, params: Mapping, out: pathlib.Path, tokenizer: Any) 
       out: folder, made if absent.
       tokenizer: of the encoder.
     """
-    variables, out = {"params": params}, pathlib.Path(out)
-    if getattr(module, "lora", None) is not None:
-        variables = lora.merge(variables, module.lora).variables
-        module = module.clone(lora=None, parent=None)
+    out = pathlib.Path(out)
+    module, variables = _merged(module, {"params": params})
     _write_tokenizer(tokenizer, out / "text")
     convert.save(module, variables, out / "text", tokenizer=out / "text")
 
 
+def _merged(module, variables):
+    """Return an encoder and its variables with the low-rank factors folded into the kernels."""
+    if getattr(module, "lora", None) is None:
+        return module, variables
+    return module.clone(lora=None, parent=None), lora.merge(variables, module.lora).variables
+
+
 def write_weights(recipe: Any, variables: Mapping, out: pathlib.Path, tokenizer: Any, *, crop: int):
-    """Write everything but the model card.
+    """Write everything but the model card, low-rank factors folded into the kernels.
 
     Args:
       recipe: two encoders, `image` and `text`, and heads.
@@ -166,16 +171,17 @@ def write_weights(recipe: Any, variables: Mapping, out: pathlib.Path, tokenizer:
     out.mkdir(parents=True, exist_ok=True)
     side = lambda name: {k: tree[name] for k, tree in variables.items() if name in tree}
     processor = convert.image_processor(crop, mean=IMAGENET_MEAN, std=IMAGENET_STD)
-    image, text = side("image"), side("text")
-    text["params"] = _without_heads(recipe.text, text["params"])
-    convert.save(recipe.image, image, out / "image", preprocessor=processor)
+    image_module, image = _merged(recipe.image, side("image"))
+    text_module, text = _merged(recipe.text, side("text"))
+    text = {**text, "params": _without_heads(text_module, text["params"])}
+    convert.save(image_module, image, out / "image", preprocessor=processor)
     _write_tokenizer(tokenizer, out / "text")
-    convert.save(recipe.text, text, out / "text", tokenizer=out / "text")
+    convert.save(text_module, text, out / "text", tokenizer=out / "text")
     if _has_dual(recipe):
         params = variables["params"]
         dual.save_dual(
-            dual.Side(recipe.image, image, params["image_projection"]["kernel"]),
-            dual.Side(recipe.text, text, params["text_projection"]["kernel"]),
+            dual.Side(image_module, image, params["image_projection"]["kernel"]),
+            dual.Side(text_module, text, params["text_projection"]["kernel"]),
             out / "dual",
             log_scale=min(float(params["log_scale"]), np.log(MAX_SCALE)),
             tokenizer=out / "text",

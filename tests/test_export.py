@@ -6,10 +6,12 @@ import jax
 import numpy as np
 import PIL.Image
 import pytest
+from safetensors.numpy import load_file
 
 from medvlp_jax import export
 from medvlp_jax.data.text import load_tokenizer, tokenize
 from medvlp_jax.encoders import bert, resnet, vit
+from medvlp_jax.layers import Lora
 from medvlp_jax.recipes import clip, imitate
 
 RNG = np.random.default_rng(0)
@@ -69,6 +71,14 @@ def similarities(recipe, variables, tokenizer):
     return np.asarray(features["image"] @ features["text"].T)
 
 
+def run_example(recipe, folder, monkeypatch, images=IMAGES):
+    """Return the similarities that the code of the model card computes in a folder."""
+    monkeypatch.chdir(folder)
+    names = {}
+    exec(export.example(recipe, LENGTH), names)
+    return names["similarity"](list(map(PIL.Image.fromarray, images)), REPORTS).numpy()
+
+
 def assert_close(ours, reference):
     assert np.abs(ours - reference).max() <= 1e-5 * np.abs(reference).max()
 
@@ -101,11 +111,35 @@ def exported(request, tmp_path):
 @pytest.mark.hf
 def test_the_example_of_the_model_card_gives_the_same_similarities(exported, monkeypatch):
     recipe, variables, tokenizer, folder = exported
-    monkeypatch.chdir(folder)
-    names = {}
-    exec(export.example(recipe, LENGTH), names)
-    theirs = names["similarity"]([PIL.Image.fromarray(pixels) for pixels in IMAGES], REPORTS)
-    assert_close(similarities(recipe, variables, tokenizer), theirs.numpy())
+    theirs = run_example(recipe, folder, monkeypatch)
+    assert_close(similarities(recipe, variables, tokenizer), theirs)
+
+
+@pytest.mark.hf
+def test_low_rank_factors_are_folded_into_both_encoders(tmp_path, monkeypatch):
+    pytest.importorskip("torch")
+    factors = Lora(2, 4.0, 0.0, "attention/(query|value)")
+    text, tokenizer = text_encoder(pooling="pooler", pooler=True, lora=factors)
+    recipe = clip_recipe(image_encoder("pooler").clone(lora=factors), text)
+    batch = {"image": IMAGES, "impression": tokenize(tokenizer, REPORTS, LENGTH)}
+    variables = random_variables(recipe, batch)
+    export.write_weights(recipe, variables, tmp_path, tokenizer, crop=CROP)
+    theirs = run_example(recipe, tmp_path, monkeypatch)
+    assert_close(similarities(recipe, variables, tokenizer), theirs)
+    names = {name for name in load_file(tmp_path / "projections.safetensors") if "lora" in name}
+    assert (names, (tmp_path / "dual").is_dir()) == (set(), True)
+
+
+@pytest.mark.hf
+def test_the_exported_processor_takes_grey_images(exported):
+    import transformers
+
+    processor = transformers.AutoImageProcessor.from_pretrained(exported[3] / "image")
+    grey = PIL.Image.fromarray(IMAGES[0, ..., 0])
+    found, expected = (
+        processor(image, return_tensors="np").pixel_values for image in (grey, grey.convert("RGB"))
+    )
+    np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.hf
