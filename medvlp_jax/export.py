@@ -18,6 +18,8 @@ from medvlp_jax.config import UserError, to_json
 from medvlp_jax.convert import beside, dual, lora
 from medvlp_jax.convert.files import write_tensors
 from medvlp_jax.data import corpora
+from medvlp_jax.data import text as tokenisation
+from medvlp_jax.encoders import clip_vision, siglip, vit
 from medvlp_jax.encoders.base import IMAGENET_MEAN, IMAGENET_STD
 from medvlp_jax.evaluation.results import Results, results_table
 from medvlp_jax.recipes.clip import MAX_SCALE, Clip
@@ -40,7 +42,7 @@ Not for clinical use.
 | folder | what | load with |
 |---|---|---|
 | `image/` | image encoder, {image_parameters:.2f} M parameters | `AutoModel.from_pretrained` |
-| `text/` | text encoder, {text_parameters:.2f} M parameters | the same, `add_pooling_layer=False` |
+| `text/` | text encoder, {text_parameters:.2f} M parameters | the same{text_options} |
 | `projections.safetensors` | heads and scales, by parameter path | the code below |
 {dual}
 Images: grey, {preparation}, {crop} x {crop} pixels, replicated to three channels, ImageNet mean and
@@ -62,6 +64,8 @@ standard deviation. Reports: at most {length} tokens.
 """
 
 
+NO_POOLER = "add_pooling_layer=False"  # a pooler would be made at random, and transformers says so
+ASKED_TO_INTERPOLATE = (vit.ViT, clip_vision.ClipVision, siglip.Siglip)
 DUAL = "| `dual/` | both, projected | `VisionTextDualEncoderModel.from_pretrained` |\n"
 
 EXAMPLE = """\
@@ -79,7 +83,7 @@ tokenizer = transformers.AutoTokenizer.from_pretrained("text")
 {heads}
 @torch.no_grad()
 def similarity(images, reports):
-    out = image(**processor(images, return_tensors="pt"))
+    out = image(**processor(images, return_tensors="pt"){image_call})
     x = embed({image_pooled}, "image")
     cut = {{"truncation": True, "max_length": {length}}}
     tokens = tokenizer(reports, padding=True, return_tensors="pt", **cut)
@@ -110,10 +114,13 @@ def export(
       UserError: if the recipe has no text encoder, or an encoder cannot be written.
     """
     check(parts)
+    length = parts.config["data"]["text_length"]
     if not hasattr(parts.recipe, "image"):
-        write_text(parts.recipe.text, variables["params"]["text"], out, parts.tokenizer)
+        params = variables["params"]["text"]
+        write_text(parts.recipe.text, params, out, parts.tokenizer, length=length)
         return
-    write_weights(parts.recipe, variables, out, parts.tokenizer, crop=parts.config["data"]["crop"])
+    crop = parts.config["data"]["crop"]
+    write_weights(parts.recipe, variables, out, parts.tokenizer, crop=crop, length=length)
     with replaced(pathlib.Path(out) / "README.md") as scratch:
         scratch.write_text(_card(parts, variables, sources, results or {}))
 
@@ -132,7 +139,9 @@ def check(parts: assemble.Parts) -> None:
         )
 
 
-def write_text(module: Any, params: Mapping, out: pathlib.Path, tokenizer: Any) -> None:
+def write_text(
+    module: Any, params: Mapping, out: pathlib.Path, tokenizer: Any, *, length: int
+) -> None:
     """Write a text encoder as OUT/text, its low-rank factors folded into the kernels.
 
     Args:
@@ -140,10 +149,11 @@ def write_text(module: Any, params: Mapping, out: pathlib.Path, tokenizer: Any) 
       params: its own, on the host.
       out: folder, made if absent.
       tokenizer: of the encoder.
+      length: tokens of a text, at most.
     """
     out = pathlib.Path(out)
     module, variables = _merged(module, {"params": params})
-    _write_tokenizer(tokenizer, out / "text")
+    _write_tokenizer(tokenizer, out / "text", module, length)
     convert.save(module, variables, out / "text", tokenizer=out / "text")
 
 
@@ -154,7 +164,15 @@ def _merged(module, variables):
     return module.clone(lora=None, parent=None), lora.merge(variables, module.lora).variables
 
 
-def write_weights(recipe: Any, variables: Mapping, out: pathlib.Path, tokenizer: Any, *, crop: int):
+def write_weights(
+    recipe: Any,
+    variables: Mapping,
+    out: pathlib.Path,
+    tokenizer: Any,
+    *,
+    crop: int,
+    length: int,
+) -> None:
     """Write everything but the model card, low-rank factors folded into the kernels.
 
     Args:
@@ -163,6 +181,7 @@ def write_weights(recipe: Any, variables: Mapping, out: pathlib.Path, tokenizer:
       out: folder, made if absent.
       tokenizer: of the text encoder.
       crop: pixels a side of an image.
+      length: tokens of a text, at most.
 
     Raises:
       UserError: if an encoder is not one that can be written.
@@ -175,9 +194,9 @@ def write_weights(recipe: Any, variables: Mapping, out: pathlib.Path, tokenizer:
     text_module, text = _merged(recipe.text, side("text"))
     text = {**text, "params": _without_heads(text_module, text["params"])}
     convert.save(image_module, image, out / "image", preprocessor=processor)
-    _write_tokenizer(tokenizer, out / "text")
+    _write_tokenizer(tokenizer, out / "text", text_module, length)
     convert.save(text_module, text, out / "text", tokenizer=out / "text")
-    if _has_dual(recipe):
+    if _has_dual(recipe, crop):
         params = variables["params"]
         dual.save_dual(
             dual.Side(image_module, image, params["image_projection"]["kernel"]),
@@ -196,12 +215,21 @@ def write_weights(recipe: Any, variables: Mapping, out: pathlib.Path, tokenizer:
     write_tensors(out / "projections.safetensors", heads)
 
 
-def _has_dual(recipe):
-    """Say whether a VisionTextDualEncoderModel computes the same: linear heads, pooler outputs."""
-    return isinstance(recipe, Clip) and not dual.refusal(recipe.image, recipe.text)
+def _has_dual(recipe, crop):
+    """Say whether a VisionTextDualEncoderModel computes the same: linear heads, pooler outputs.
+
+    It cannot be told to interpolate positions.
+    """
+    known = isinstance(recipe, Clip) and not dual.refusal(recipe.image, recipe.text)
+    return known and not _is_interpolated(recipe.image, crop)
 
 
-def example(recipe: Any, length: int) -> str:
+def _is_interpolated(image, crop):
+    """Say whether transformers must be told that images are not as large as the position table."""
+    return isinstance(image, ASKED_TO_INTERPOLATE) and image.image_size != crop
+
+
+def example(recipe: Any, length: int, crop: int) -> str:
     """Return PyTorch code that loads an export and defines similarity(images, reports).
 
     "" for a recipe that does not say what its heads are in PyTorch, or whose encoders pool in a way
@@ -211,14 +239,15 @@ def example(recipe: Any, length: int) -> str:
     heads = getattr(recipe, "heads_in_torch", "")
     if not heads or not all(pooled):
         return ""
-    # What transformers would otherwise make at random, and say so.
-    options = lambda module: "" if getattr(module, "pooler", True) else ", add_pooling_layer=False"
+    options = lambda module: "" if getattr(module, "pooler", True) else f", {NO_POOLER}"
+    is_interpolated = _is_interpolated(recipe.image, crop)
     return EXAMPLE.format(
         heads=heads,
         image_pooled=pooled[0],
         text_pooled=pooled[1],
         image_options=options(recipe.image),
         text_options=options(recipe.text),
+        image_call=", interpolate_pos_encoding=True" if is_interpolated else "",
         length=length,
     )
 
@@ -231,20 +260,45 @@ def _without_heads(module, tree):
     )
 
 
-def _write_tokenizer(tokenizer, folder):
+# What special tokens are called: BERT's; CLIP's; T5's and SigLIP's; Gemma's and SigLIP 2's.
+SPECIAL = {
+    "bos": ("<|startoftext|>", "<bos>"),
+    "cls": ("[CLS]",),
+    "eos": ("</s>", "<eos>"),
+    "mask": ("[MASK]",),
+    "sep": ("[SEP]",),
+    "unk": ("[UNK]", "<unk>"),
+}
+
+
+def _write_tokenizer(tokenizer, folder, module, length):
     """Write tokenizer.json and what transformers needs to know beside it."""
     from transformers import PreTrainedTokenizerFast
 
-    names = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
-    known = {f"{k}_token": v for k, v in names.items() if tokenizer.token_to_id(v) is not None}
-    beside.save_tokenizer(PreTrainedTokenizerFast(tokenizer_object=tokenizer, **known), folder)
+    ids = {
+        kind: next(filter(None.__ne__, map(tokenizer.token_to_id, names)), None)
+        for kind, names in SPECIAL.items()
+    }
+    ids["pad"] = tokenisation.pad_id(tokenizer)
+    ids["eos"] = next(iter(_ends(module)), ids["eos"])
+    known = {f"{k}_token": tokenizer.id_to_token(i) for k, i in ids.items() if i is not None}
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, model_max_length=length, **{k: v for k, v in known.items() if v}
+    )
+    beside.save_tokenizer(made, folder)
+
+
+def _ends(module):
+    """Return the ids that end a text, as the encoder has them."""
+    return (module.eos_id,) if hasattr(module, "eos_id") else getattr(module, "eos_ids", ())
 
 
 def _card(parts, variables, sources, results) -> str:
     config = parts.config
     data = config["data"]
     generated = [s.name for s in sources if s.metadata["generated"]]
-    code = example(parts.recipe, data["text_length"])
+    code = example(parts.recipe, data["text_length"], data["crop"])
+    has_pooler = getattr(parts.recipe.text, "pooler", True)
     count = lambda name: paths.count(variables["params"][name]) / 1e6
     return CARD.format(
         title=f"{config['recipe']['name']} on {', '.join(data['corpora'])}",
@@ -257,10 +311,11 @@ def _card(parts, variables, sources, results) -> str:
         else "",
         image_parameters=count("image"),
         text_parameters=count("text"),
+        text_options="" if has_pooler else f", `{NO_POOLER}`",
         preparation=f"{data['fit']} to {data['size']} x {data['size']} and cropped",
         crop=data["crop"],
         length=data["text_length"],
-        dual=DUAL if _has_dual(parts.recipe) else "",
+        dual=DUAL if _has_dual(parts.recipe, data["crop"]) else "",
         example=f"\n```python\n{code}```\n" if code else "",
         data="\n".join(f"* `{s.name}`, {s.split}: {len(s)} records" for s in sources),
         results=results_table(results, markdown=True) if results else "Not evaluated.",

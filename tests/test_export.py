@@ -7,10 +7,20 @@ import numpy as np
 import PIL.Image
 import pytest
 from safetensors.numpy import load_file
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from medvlp_jax import export
 from medvlp_jax.data.text import load_tokenizer, tokenize
-from medvlp_jax.encoders import bert, resnet, vit
+from medvlp_jax.encoders import (
+    bert,
+    clip_text,
+    clip_vision,
+    qwen3,
+    resnet,
+    siglip,
+    siglip_text,
+    vit,
+)
 from medvlp_jax.layers import Lora
 from medvlp_jax.recipes import clip, imitate
 
@@ -64,9 +74,9 @@ def imitate_recipe(image, text, **fields):
     return imitate.make(image=image, text=text, weights=weights, dim=24, **fields)
 
 
-def similarities(recipe, variables, tokenizer):
+def similarities(recipe, variables, tokenizer, images=IMAGES):
     tokens = tokenize(tokenizer, REPORTS, LENGTH)
-    batch = {"image": IMAGES, "impression": tokens}
+    batch = {"image": images, "impression": tokens}
     features = jax.jit(lambda v: recipe.apply(v, batch, method="encode"))(variables)
     return np.asarray(features["image"] @ features["text"].T)
 
@@ -75,7 +85,7 @@ def run_example(recipe, folder, monkeypatch, images=IMAGES):
     """Return the similarities that the code of the model card computes in a folder."""
     monkeypatch.chdir(folder)
     names = {}
-    exec(export.example(recipe, LENGTH), names)
+    exec(export.example(recipe, LENGTH, images.shape[1]), names)
     return names["similarity"](list(map(PIL.Image.fromarray, images)), REPORTS).numpy()
 
 
@@ -104,7 +114,7 @@ def exported(request, tmp_path):
     recipe = make(image, text)
     batch = dict.fromkeys(("findings", "impression"), tokenize(tokenizer, REPORTS, LENGTH))
     variables = random_variables(recipe, {"image": IMAGES, **batch})
-    export.write_weights(recipe, variables, tmp_path, tokenizer, crop=CROP)
+    export.write_weights(recipe, variables, tmp_path, tokenizer, crop=CROP, length=LENGTH)
     return recipe, variables, tokenizer, tmp_path
 
 
@@ -123,11 +133,107 @@ def test_low_rank_factors_are_folded_into_both_encoders(tmp_path, monkeypatch):
     recipe = clip_recipe(image_encoder("pooler").clone(lora=factors), text)
     batch = {"image": IMAGES, "impression": tokenize(tokenizer, REPORTS, LENGTH)}
     variables = random_variables(recipe, batch)
-    export.write_weights(recipe, variables, tmp_path, tokenizer, crop=CROP)
+    export.write_weights(recipe, variables, tmp_path, tokenizer, crop=CROP, length=LENGTH)
     theirs = run_example(recipe, tmp_path, monkeypatch)
     assert_close(similarities(recipe, variables, tokenizer), theirs)
     names = {name for name in load_file(tmp_path / "projections.safetensors") if "lora" in name}
     assert (names, (tmp_path / "dual").is_dir()) == (set(), True)
+
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz.Ġ"
+
+
+def byte_pair(*special, template=""):
+    """Return a tokenizer of letters, and of the special tokens that come first."""
+    vocabulary = {token: i for i, token in enumerate((*special, *LETTERS))}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.add_special_tokens([*special])
+    if template:
+        ids = [(token, vocabulary[token]) for token in special if token in template]
+        tokenizer.post_processor = processors.TemplateProcessing(template, special_tokens=ids)
+    return tokenizer
+
+
+SMALL = {"width": 32, "depth": 2, "num_heads": 2, "mlp_dim": 48}
+OTHERS = {
+    "clip": (
+        byte_pair("<|startoftext|>", "<|endoftext|>", template="<|startoftext|> $A <|endoftext|>"),
+        lambda size: clip_text.make("tiny", vocab_size=size, eos_id=1, max_length=LENGTH, **SMALL),
+        {"pad": "<|endoftext|>", "eos": "<|endoftext|>", "bos": "<|startoftext|>"},
+    ),
+    "qwen3": (
+        byte_pair("<|endoftext|>", "<|im_end|>"),
+        lambda size: qwen3.make(
+            "tiny", vocab_size=size, eos_ids=(1,), head_width=16, num_kv_heads=1, **SMALL
+        ),
+        {"pad": "<|endoftext|>", "eos": "<|im_end|>", "bos": None},
+    ),
+    "siglip": (
+        byte_pair("<pad>", "</s>", "<unk>", template="$A </s>"),
+        lambda size: siglip_text.make("tiny", vocab_size=size, max_length=LENGTH, **SMALL),
+        {"pad": "<pad>", "eos": "</s>", "unk": "<unk>"},
+    ),
+}
+
+
+@pytest.mark.hf
+@pytest.mark.parametrize("kind", OTHERS)
+def test_tokenizers_that_are_not_berts_name_their_special_tokens(kind, tmp_path, monkeypatch):
+    pytest.importorskip("torch")
+    import transformers
+
+    tokenizer, make_text, special = OTHERS[kind]
+    recipe = clip_recipe(image_encoder("cls"), make_text(tokenizer.get_vocab_size()))
+    tokens = tokenize(tokenizer, REPORTS, LENGTH)
+    variables = random_variables(recipe, {"image": IMAGES, "impression": tokens})
+    export.write_weights(recipe, variables, tmp_path, tokenizer, crop=CROP, length=LENGTH)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "text")
+    assert {name: getattr(theirs, f"{name}_token") for name in special} == special
+    assert theirs.model_max_length == LENGTH
+    ids = theirs(REPORTS, padding="max_length", truncation=True, return_tensors="np").input_ids
+    np.testing.assert_array_equal(ids, tokens.ids)
+    if kind != "siglip":  # whose pooled feature is no short expression there
+        ours = similarities(recipe, variables, tokenizer)
+        assert_close(ours, run_example(recipe, tmp_path, monkeypatch))
+
+
+@pytest.mark.parametrize("kind", ["bert", "clip"])
+def test_the_card_names_the_pooler_only_of_encoders_that_have_one(kind):
+    text = text_encoder()[0] if kind == "bert" else clip_text.make("tiny")
+    data = {"corpora": [], "fit": "squash", "size": CROP, "crop": CROP, "text_length": LENGTH}
+    config = {"recipe": {"name": "clip"}, "data": data, "train": {"steps": 1, "batch_size": 1}}
+    recipe = clip_recipe(image_encoder("cls"), text)
+    parts = types.SimpleNamespace(recipe=recipe, config=config)
+    card = export._card(parts, {"params": {"image": {}, "text": {}}}, [], {})
+    row = next(line for line in card.splitlines() if line.startswith("| `text/`"))
+    assert ("add_pooling_layer=False" in row) == (kind == "bert")
+
+
+LARGER = RNG.integers(0, 256, (3, 48, 48, 3), dtype=np.uint8)
+TOWER = {**SMALL, "patch_size": 8, "image_size": CROP}
+
+
+@pytest.mark.hf
+@pytest.mark.parametrize(
+    "image",
+    [image_encoder("pooler"), clip_vision.make("tiny", **TOWER), siglip.make("tiny", **TOWER)],
+    ids=lambda module: type(module).__name__,
+)
+def test_the_example_takes_images_of_another_size_than_the_position_table(
+    image, tmp_path, monkeypatch
+):
+    pytest.importorskip("torch")
+    text, tokenizer = text_encoder(pooling="pooler", pooler=True)
+    recipe = clip_recipe(image, text)
+    batch = {"image": LARGER, "impression": tokenize(tokenizer, REPORTS, LENGTH)}
+    variables = random_variables(recipe, batch)
+    export.write_weights(recipe, variables, tmp_path, tokenizer, crop=48, length=LENGTH)
+    ours = similarities(recipe, variables, tokenizer, LARGER)
+    assert_close(ours, run_example(recipe, tmp_path, monkeypatch, LARGER))
+    assert not (tmp_path / "dual").exists()  # that model cannot be told
+    assert "interpolate" not in export.example(recipe, LENGTH, CROP)
 
 
 @pytest.mark.hf
@@ -174,7 +280,8 @@ def test_a_full_disk_leaves_the_card_of_an_earlier_export(tmp_path, monkeypatch,
     monkeypatch.setattr(export, "_card", lambda *_: "A new card, longer than before.")
     (tmp_path / "README.md").write_text("A card.")
     recipe = types.SimpleNamespace(image="an encoder")
-    parts = types.SimpleNamespace(recipe=recipe, tokenizer="one", config={"data": {"crop": 32}})
+    data = {"crop": 32, "text_length": 16}
+    parts = types.SimpleNamespace(recipe=recipe, tokenizer="one", config={"data": data})
     full_disk("README.md")
     with pytest.raises(OSError, match="No space left"):
         export.export(parts, {}, tmp_path, [])
@@ -187,10 +294,10 @@ def test_a_full_disk_leaves_the_tokenizer_of_an_earlier_export(tmp_path, full_di
     encoder, tokenizer = text_encoder()
     shapes = jax.eval_shape(encoder.init, jax.random.key(0), tokenize(tokenizer, REPORTS, LENGTH))
     params = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), shapes["params"])
-    export.write_text(encoder, params, tmp_path, tokenizer)
+    export.write_text(encoder, params, tmp_path, tokenizer, length=LENGTH)
     kept = {file: file.read_bytes() for file in (tmp_path / "text").iterdir()}
     assert tmp_path / "text/tokenizer.json" in kept
     full_disk("tokenizer.json")
     with pytest.raises(OSError, match="No space left"):
-        export.write_text(encoder, params, tmp_path, tokenizer)
+        export.write_text(encoder, params, tmp_path, tokenizer, length=LENGTH)
     assert kept == {file: file.read_bytes() for file in (tmp_path / "text").iterdir()}
