@@ -5,11 +5,13 @@ or a second folder with a text encoder whose features are as wide, also for zero
 What can be read is what `convert.load` reads.
 
 Images are squashed to the encoder's square, where transformers cuts the middle out of one that is
-not square. Mean, deviation and size are those of preprocessor_config.json.
+not square. Mean, deviation and size are those of preprocessor_config.json, or of
+processor_config.json.
 
 Axis letters: B batch, D width, E joint width.
 """
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,8 +23,9 @@ from flax import linen as nn
 
 from medvlp_jax import assemble, convert, distributed, sharding, weights
 from medvlp_jax.config import UserError
-from medvlp_jax.convert.checkpoint import PREPROCESSOR, TOWERS, read_config
-from medvlp_jax.convert.files import read_json
+from medvlp_jax.convert import beside
+from medvlp_jax.convert.beside import PREPROCESSOR
+from medvlp_jax.convert.checkpoint import TOWERS, read_config
 from medvlp_jax.data import text as tokenisation
 from medvlp_jax.encoders.base import IMAGENET_MEAN, IMAGENET_STD, normalise
 from medvlp_jax.recipes import base
@@ -157,28 +160,51 @@ def preparation(folder: Path, module: nn.Module) -> Preparation:
     the file has neither.
 
     Raises:
-      UserError: for a file whose mean, deviation or size are none.
+      UserError: for a file whose mean, deviation or size are none, or that asks for another
+        arithmetic.
     """
-    file, found = folder / PREPROCESSOR, {}
-    if file.is_file():
-        found = read_json(file)
-    else:
+    file, found = beside.read_preprocessor(folder)
+    if found is None:
         distributed.say(f"medvlp: {folder} has no {PREPROCESSOR}; images get ImageNet's mean.")
-    mean, std = (
-        tuple(found.get(f"image_{name}") or usual)
-        for name, usual in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD))
-    )
+        found = {"image_mean": IMAGENET_MEAN, "image_std": IMAGENET_STD}
+    _check_steps(file, found)
+    mean, std = beside.mean_and_std(found)
     names = ("size",) if found.get("do_center_crop") is False else ("crop_size", "size")
     sides = [found[name] for name in names if found.get(name)]
     side = sides[0] if sides else getattr(module, "image_size", SIZE)
     if isinstance(side, Mapping):
         side = side.get("height") or side.get("shortest_edge")
-    if len(mean) != len(std) or not isinstance(side, int):
+    if not (_are_numbers(mean) and _are_numbers(std)) or len(mean) != len(std):
         raise UserError(
-            f"{file} has image_mean {mean}, image_std {std} and size {sides}; accepted are lists "
-            "of one length and a size of whole pixels."
+            f"{file} has image_mean {mean} and image_std {std}; accepted are lists of numbers, of "
+            f"one length, or none where image_processor_type is one of {', '.join(beside.NUMBERS)}."
         )
-    return Preparation(mean, std, side)
+    if not isinstance(side, int):
+        raise UserError(
+            f"{file} has the size {sides}; accepted is one of whole pixels, for a square."
+        )
+    return Preparation(tuple(mean), tuple(std), side)
+
+
+def _check_steps(file: Path, found: Mapping[str, Any]) -> None:
+    """Refuse a preparation that does not divide by 255 and normalise.
+
+    Raises:
+      UserError: naming the settings.
+    """
+    wrong = [f"{key} False" for key in ("do_normalize", "do_rescale") if found.get(key) is False]
+    scale = found.get("rescale_factor")
+    if scale is not None and not (_are_numbers([scale]) and math.isclose(scale, 1 / 255)):
+        wrong.append(f"rescale_factor {scale!r}")
+    if wrong:
+        raise UserError(
+            f"{file} asks for {', '.join(wrong)}; accepted are pixels that are divided by 255 and "
+            "normalised."
+        )
+
+
+def _are_numbers(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(type(v) in (int, float) for v in value)
 
 
 def _is_dual(folder: Path) -> bool:

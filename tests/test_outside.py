@@ -11,6 +11,7 @@ from tiny_config import BLOCK
 
 from medvlp_jax import evaluate, outside
 from medvlp_jax.config import UserError
+from medvlp_jax.convert import beside
 from medvlp_jax.data import text as tokenisation
 from medvlp_jax.data.datasets.nih_cxr14 import nih_cxr14_dataset_builder as nih_cxr14
 from medvlp_jax.evaluation import results
@@ -180,29 +181,80 @@ def test_two_encoders_that_do_not_meet_are_refused(clip, command, tmp_path, voca
         command("--encoder", clip, "--text", tmp_path)
 
 
+NORMALISED = {"image_mean": [0.5], "image_std": [0.2]}
+
+
 @pytest.mark.parametrize(
     ("said", "size"),
     [
         ({}, 518),  # of the encoder
         ({"crop_size": {"height": 224, "width": 224}, "size": {"shortest_edge": 256}}, 224),
         ({"crop_size": 224, "do_center_crop": False, "size": {"height": 384, "width": 384}}, 384),
-        ({"size": 256}, 256),
-        ({"image_mean": [0.5], "image_std": [0.2], "size": None}, 518),
+        ({"size": 256, "rescale_factor": 0.00392156862745098}, 256),
+        ({"size": None}, 518),
     ],
 )
 def test_a_folder_says_how_images_are_prepared(tmp_path, said, size):
     module = types.SimpleNamespace(image_size=518)
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps(said))
+    (tmp_path / "processor_config.json").write_text('{"image_processor": {"size": 7}}')
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(said | NORMALISED))
     found = outside.preparation(tmp_path, module)
-    assert found.size == size
-    assert found.mean == tuple(said.get("image_mean", outside.IMAGENET_MEAN))
-    assert outside.preparation(tmp_path / "none", types.SimpleNamespace()).size == outside.SIZE
+    assert found == ((0.5,), (0.2,), size)
+    found = outside.preparation(tmp_path / "none", types.SimpleNamespace())
+    assert found == (outside.IMAGENET_MEAN, outside.IMAGENET_STD, outside.SIZE)
 
 
-@pytest.mark.parametrize("said", [{"size": {"depth": 3}}, {"size": "big"}, {"image_mean": [0.5]}])
-def test_a_preparation_that_cannot_be_is_one_sentence(tmp_path, said):
+def test_the_one_file_of_two_processors_says_how_images_are_prepared(tmp_path):
+    """What CLIPProcessor.save_pretrained writes since release 5."""
+    file = tmp_path / "processor_config.json"
+    file.write_text(json.dumps({"image_processor": {"size": 64, **NORMALISED}}))
+    found = outside.preparation(tmp_path, types.SimpleNamespace())
+    assert found == ((0.5,), (0.2,), 64)
+    file.write_text('{"processor_class": "CLIPProcessor"}')  # of earlier releases
+    found = outside.preparation(tmp_path, types.SimpleNamespace())
+    assert found.mean == outside.IMAGENET_MEAN
+
+
+@pytest.mark.hf
+@pytest.mark.parametrize(
+    "name",
+    [name for name in beside.NUMBERS if "DINOv3" not in name],  # whose class needs torchvision
+)
+def test_numbers_that_a_file_leaves_out_are_those_of_its_class(tmp_path, name):
+    pytest.importorskip("torch")
+    import transformers
+
+    theirs = getattr(transformers, name)()
+    for key, suffix in (("image_processor_type", "Fast"), ("image_processor_type", "")):
+        said = {key: name + suffix, "size": 32}
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(said))
+        found = outside.preparation(tmp_path, types.SimpleNamespace())
+        assert found[:2] == (tuple(theirs.image_mean), tuple(theirs.image_std))
+    old = name.replace("ImageProcessor", "FeatureExtractor")
+    said = {"feature_extractor_type": old, "size": 32, "image_std": [0.1, 0.2, 0.3]}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(said))
-    with pytest.raises(UserError, match="accepted are lists of one length and a size"):
+    found = outside.preparation(tmp_path, types.SimpleNamespace())
+    assert found[:2] == (tuple(theirs.image_mean), (0.1, 0.2, 0.3))
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({"size": {"depth": 3}}, "accepted is one of whole pixels"),
+        ({"size": "big"}, "accepted is one of whole pixels"),
+        (
+            {"image_mean": [0.5, 0.5]},
+            r"image_mean \[0.5, 0.5\] and image_std \[0.2\]; accepted are",
+        ),
+        ({"image_mean": 0.5}, "accepted are lists of numbers"),
+        ({"image_mean": None}, "image_mean None and .* or none where image_processor_type is one"),
+        ({"do_normalize": False, "do_rescale": False}, "do_normalize False, do_rescale False; acc"),
+        ({"rescale_factor": 1 / 127.5}, r"rescale_factor 0\.0078.*; accepted are pixels that are"),
+    ],
+)
+def test_a_preparation_that_cannot_be_is_one_sentence(tmp_path, said, message):
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(NORMALISED | said))
+    with pytest.raises(UserError, match=message):
         outside.preparation(tmp_path, types.SimpleNamespace())
 
 

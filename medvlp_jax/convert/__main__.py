@@ -8,7 +8,7 @@ from pathlib import Path
 
 from medvlp_jax.config import UserError
 from medvlp_jax.convert import architectures, beside, checkpoint, hub
-from medvlp_jax.convert.files import check_own, read_json
+from medvlp_jax.convert.files import check_own
 
 DESCRIPTION = """\
 Weights in from Hugging Face, and back out.
@@ -93,10 +93,9 @@ def import_(arguments: argparse.Namespace) -> None:
     """
     _refuse_full(arguments.out)
     folder = hub.fetch(arguments.source)
-    for name in (beside.PREPROCESSOR, *beside.TOKENIZER_FILES):
+    for name in (beside.PREPROCESSOR, beside.PROCESSOR, *beside.TOKENIZER_FILES):
         check_own(folder / name)
-    file = folder / beside.PREPROCESSOR
-    preprocessor = read_json(file) if file.is_file() else None
+    _, preprocessor = beside.read_preprocessor(folder)
     module, variables = checkpoint.load(
         folder, tower=arguments.tower, drop=arguments.drop, ignore=arguments.ignore
     )

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from medvlp_jax.config import UserError
-from medvlp_jax.convert.beside import PREPROCESSOR, TOKENIZER_FILES
+from medvlp_jax.convert.beside import PREPROCESSOR, PROCESSOR, TOKENIZER_FILES
 
 
 def fetch(path: str | Path) -> Path:
@@ -28,11 +28,10 @@ def fetch(path: str | Path) -> Path:
     import huggingface_hub  # here, so that reading a folder needs nothing of the network's
 
     _say_once(f"medvlp: downloading {path} from the Hugging Face hub, unless it was before.")
-    wanted = ["config.json", "*.safetensors", "*.safetensors.index.json", PREPROCESSOR]
+    wanted = ["config.json", "*.safetensors", "*.safetensors.index.json"]
+    wanted += [PREPROCESSOR, PROCESSOR, *TOKENIZER_FILES]
     try:
-        return Path(
-            huggingface_hub.snapshot_download(str(path), allow_patterns=[*wanted, *TOKENIZER_FILES])
-        )
+        return Path(huggingface_hub.snapshot_download(str(path), allow_patterns=wanted))
     except (huggingface_hub.errors.HfHubHTTPError, ValueError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"'{path}' is no folder, and the hub did not give it: {reason}") from error

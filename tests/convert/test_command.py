@@ -1,5 +1,6 @@
 """`medvlp convert`."""
 
+import json
 import logging
 
 import jax
@@ -33,6 +34,16 @@ def test_import_writes_a_folder_that_equals_its_source(source, tmp_path, capsys)
         assert (out / file.name).read_text() == file.read_text()
     before, after = (load_file(folder / "model.safetensors") for folder in (source, out))
     jax.tree.map(np.testing.assert_array_equal, before, after)
+
+
+def test_import_takes_the_image_processor_out_of_the_one_file_of_two(source, tmp_path):
+    """What CLIPProcessor.save_pretrained writes since release 5."""
+    file = source / "preprocessor_config.json"
+    said = json.loads(file.read_text())
+    file.unlink()
+    (source / "processor_config.json").write_text(json.dumps({"image_processor": said}))
+    main(["import", str(source), str(tmp_path / "out")])
+    assert json.loads((tmp_path / "out" / file.name).read_text()) == said
 
 
 def test_import_does_not_write_over_files(source, tmp_path):
