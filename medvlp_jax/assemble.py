@@ -183,6 +183,8 @@ def parts(config: Mapping[str, Any], *, pretrained: bool = True) -> Parts:
             spec[side], variables = weights.load_encoder(folder, spec[side], config["seed"])
             if pretrained:
                 loaded[side] = variables
+                if side == "image":
+                    weights.say_normalisation(folder)
             if side == "text":
                 _check_vocabulary(data["tokenizer"], tokenizer, folder, spec[side])
     recipe = configs.build("medvlp_jax.recipes", name, **spec)

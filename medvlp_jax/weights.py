@@ -13,8 +13,9 @@ import jax
 
 from medvlp_jax import convert, distributed
 from medvlp_jax.config import UserError
-from medvlp_jax.convert import architectures, lora
+from medvlp_jax.convert import architectures, beside, lora
 from medvlp_jax.convert.checkpoint import read_config
+from medvlp_jax.encoders.base import IMAGENET_MEAN, IMAGENET_STD
 from medvlp_jax.recipes import base
 from medvlp_jax.training import optim, selection
 from medvlp_jax.training import params as paths
@@ -52,6 +53,28 @@ def load_encoder(folder: str | pathlib.Path, spec: Mapping[str, Any], seed: int)
     if factors is None:
         return module, variables
     return lora.attach(module, variables, factors, jax.random.key(seed))
+
+
+def say_normalisation(folder: str | pathlib.Path) -> None:
+    """Say where images were normalised by other numbers than a run's in the training of weights.
+
+    Args:
+      folder: or hub id, of an image encoder.
+    """
+    _, said = beside.read_preprocessor(convert.fetch(folder))
+    mean, std = beside.mean_and_std(said or {})
+    is_ours = lambda found, ours: found in (None, ours, [*ours])
+    if is_ours(mean, IMAGENET_MEAN) and is_ours(std, IMAGENET_STD):
+        return
+    distributed.say(
+        f"init.image={folder}: the encoder was trained with mean {_listed(mean)}, std "
+        f"{_listed(std)}; runs normalise by ImageNet's: mean {_listed(IMAGENET_MEAN)}, std "
+        f"{_listed(IMAGENET_STD)}."
+    )
+
+
+def _listed(numbers):
+    return ", ".join(map(str, numbers)) if isinstance(numbers, list | tuple) else str(numbers)
 
 
 def heads_of(folder: pathlib.Path, spec: Mapping[str, Any]) -> dict[str, bool]:

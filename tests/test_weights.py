@@ -1,5 +1,6 @@
 """A stage takes what the run before has, begins what that lacks, and lists all else."""
 
+import json
 import types
 
 import jax
@@ -7,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tiny_config
 
-from medvlp_jax import convert, weights
+from medvlp_jax import assemble, convert, weights
 from medvlp_jax.config import UserError
 from medvlp_jax.encoders import dinov2
 from medvlp_jax.training.checkpoint import Checkpointer
@@ -58,6 +60,32 @@ def test_a_folder_says_what_an_encoder_is_and_the_config_how_it_is_run(tmp_path)
     spec = {"name": "vit", "depth": 99, "drop_path": 0.2, "kept_patches": 0.5}
     loaded, _ = weights.load_encoder(tmp_path, spec, seed=0)
     assert (loaded.drop_path, loaded.kept_patches, loaded.depth) == (0.2, 0.5, module.depth)
+
+
+@pytest.mark.parametrize(
+    ("said", "line"),
+    [
+        (None, ""),
+        ({"size": 224}, ""),
+        ({"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}, ""),
+        ({"image_mean": [0.5] * 3, "image_std": [0.25] * 3}, "mean 0.5, 0.5, 0.5, std 0.25, 0.25"),
+        ({"image_processor_type": "ViTImageProcessor"}, "mean 0.5, 0.5, 0.5, std 0.5, 0.5, 0.5; "),
+    ],
+)
+def test_other_numbers_than_the_runs_are_said_of_the_image_encoder(tmp_path, capsys, said, line):
+    module = dinov2.make("tiny", depth=1, width=16, num_heads=2, image_size=28)
+    shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 28, 28, 3)))
+    convert.save(module, jax.tree.map(lambda leaf: np.zeros(leaf.shape), shapes), tmp_path)
+    if said is not None:
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(said))
+    config = tiny_config.get_config().to_dict()
+    config["init"] |= {"image": str(tmp_path), "text": ""}
+    assemble.parts(config)
+    found = capsys.readouterr().out
+    assert line in found
+    assert found.count("runs normalise by ImageNet's: mean 0.485, 0.456, 0.406") == bool(line)
+    assemble.parts(config, pretrained=False)  # of a run that was trained before
+    assert "ImageNet" not in capsys.readouterr().out
 
 
 def test_what_both_have_is_taken_and_what_is_new_begins(before, capsys):
