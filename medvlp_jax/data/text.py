@@ -30,10 +30,11 @@ def load_tokenizer(path: str | Path, *, lowercase: bool | None = None) -> tokeni
     Args:
       path: a folder with tokenizer.json or vocab.txt, such a file, or the name of a vocabulary
         that ships with the package ("cxr_phantom").
-      lowercase: only for vocab.txt; None lower-cases where the vocabulary has no upper-case token.
+      lowercase: only for vocab.txt; None lower-cases as the tokenizer_config.json beside it says,
+        else where the vocabulary has no upper-case token.
 
     Raises:
-      UserError: if there is no such file.
+      UserError: if there is no such file, or one beside it is broken.
     """
     shipped = _VOCAB / str(path)
     file = shipped if shipped.is_dir() else Path(path).expanduser()
@@ -46,15 +47,35 @@ def load_tokenizer(path: str | Path, *, lowercase: bool | None = None) -> tokeni
             f"No tokenizer at '{path}'; accepted are a tokenizer.json, a vocab.txt, a folder with "
             f"one of them, or a vocabulary that ships with the package ({', '.join(ours)})."
         )
-    if file.suffix == ".txt":
-        return _wordpiece(file.read_text(encoding="utf-8").splitlines(), lowercase)
-    tokenizer = tokenizers.Tokenizer.from_file(str(file))
     settings = _settings(file)
+    if file.suffix == ".txt":
+        tokenizer = _wordpiece(file.read_text(encoding="utf-8").splitlines(), lowercase)
+        _set_case(tokenizer, settings if lowercase is None else {})
+        return tokenizer
+    tokenizer = tokenizers.Tokenizer.from_file(str(file))
     _set_padding(tokenizer, settings)
     tokenizer.no_truncation()
-    if "Siglip" in str(settings.get("tokenizer_class")):
+    kind = str(settings.get("tokenizer_class", "Bert")).removesuffix("Fast")
+    if kind.startswith("Bert"):
+        _set_case(tokenizer, settings)
+    elif kind == "SiglipTokenizer":
         _canonicalise(tokenizer)
+    elif kind == "Siglip2Tokenizer":
+        _prepend(tokenizer, normalizers.Lowercase())
     return tokenizer
+
+
+def _set_case(tokenizer: tokenizers.Tokenizer, settings: Mapping[str, Any]) -> None:
+    """Let BERT's tokenizer do with case and accents what tokenizer_config.json asks for outright.
+
+    In `transformers` that wins over tokenizer.json.
+    """
+    normalizer = tokenizer.normalizer
+    if not isinstance(normalizer, normalizers.BertNormalizer):
+        return
+    for name, key in (("lowercase", "do_lower_case"), ("strip_accents", "strip_accents")):
+        if isinstance(settings.get(key), bool):
+            setattr(normalizer, name, settings[key])
 
 
 def _settings(tokenizer: Path) -> dict[str, Any]:
@@ -95,6 +116,10 @@ def _canonicalise(tokenizer: tokenizers.Tokenizer) -> None:
         normalizers.Replace(tokenizers.Regex(r"\s+"), " "),
         normalizers.Strip(),
     ]
+    _prepend(tokenizer, *steps)
+
+
+def _prepend(tokenizer, *steps):
     own = [tokenizer.normalizer] if tokenizer.normalizer else []
     tokenizer.normalizer = normalizers.Sequence([*steps, *own])
 

@@ -7,6 +7,8 @@ import sys
 
 import numpy as np
 import pytest
+import tokenizers
+from tokenizers import normalizers
 
 from medvlp_jax.config import UserError
 from medvlp_jax.data import text
@@ -146,3 +148,59 @@ def test_texts_are_padded_with_the_token_that_the_files_name(folder, tmp_path, f
     assert text.pad_id(text.load_tokenizer(tmp_path)) == 3
     (tmp_path / file).write_text(json.dumps({"pad_token": "<nowhere>"}))
     assert text.pad_id(text.load_tokenizer(tmp_path)) == 0
+
+
+@pytest.mark.hf
+@pytest.mark.parametrize("file", ["vocab.txt", "tokenizer.json", "tokenizer.json, lower case"])
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"do_lower_case": True},
+        {"do_lower_case": False},
+        {"do_lower_case": True, "strip_accents": False},
+        {"do_lower_case": False, "strip_accents": True},
+    ],
+)
+def test_what_is_said_of_case_outright_wins_as_in_transformers(tmp_path, file, said):
+    transformers = pytest.importorskip("transformers")
+    vocabulary = [*text.SPECIAL, "left", "Left", "naive", "naïve", "Naïve", "Naive"]
+    if file == "vocab.txt":
+        (tmp_path / file).write_text("\n".join(vocabulary))
+    else:
+        made = text._wordpiece(vocabulary, lowercase=file != "tokenizer.json")
+        made.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    settings = tmp_path / "tokenizer_config.json"
+    for kind in (
+        {"tokenizer_class": "BertTokenizer"},
+        {"tokenizer_class": "BertTokenizerFast"},
+        {},
+    ):
+        settings.write_text(json.dumps({**said, **kind}))
+        expected = transformers.AutoTokenizer.from_pretrained(tmp_path)("Left Naïve").input_ids
+        assert text.load_tokenizer(tmp_path).encode("Left Naïve").ids == expected
+    if file == "vocab.txt":
+        assert text.load_tokenizer(tmp_path, lowercase=False).encode("Left").ids == [2, 6, 3]
+
+
+def test_a_setting_of_case_without_meaning_to_a_class_is_passed_over(folder, tmp_path):
+    shutil.copy(folder / "tokenizer.json", tmp_path)
+    said = {"tokenizer_class": "PreTrainedTokenizerFast", "do_lower_case": False}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(said))
+    found, expected = (text.load_tokenizer(f).encode("LEFT").ids for f in (tmp_path, folder))
+    assert found == expected
+
+
+@pytest.mark.hf
+def test_siglip_2_lower_cases_and_keeps_punctuation_as_in_transformers(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    vocabulary = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *"abcdeABCDE.,▁"]
+    vocabulary = {token: i for i, token in enumerate(vocabulary)}
+    theirs = transformers.Siglip2Tokenizer(vocab=vocabulary, merges=[])
+    theirs.save_pretrained(tmp_path)
+    plain = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    plain.normalizer = normalizers.Replace(" ", "▁")  # the file of Gemma, which keeps capitals
+    for _ in range(2):
+        found = text.load_tokenizer(tmp_path).encode("A,b.  C").tokens
+        assert found == theirs.tokenize("A,b.  C") == ["a", ",", "b", ".", "▁", "▁", "c"]
+        plain.save(str(tmp_path / "tokenizer.json"))
