@@ -8,21 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from medvlp_jax.config import UserError
-from medvlp_jax.convert.files import check_own, read_json
+from medvlp_jax.convert.files import (
+    PREPROCESSOR,
+    PROCESSOR,
+    TOKENIZER_FILES,
+    check_own,
+    read_json,
+)
 from medvlp_jax.encoders.base import IMAGENET_MEAN, IMAGENET_STD
 from medvlp_jax.writing import replaced
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.txt",
-    "vocab.json",
-    "merges.txt",
-)
-PREPROCESSOR = "preprocessor_config.json"
-PROCESSOR = "processor_config.json"
 
 _HALVES = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 _OPENAI = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)

@@ -6,6 +6,7 @@ than a host go in and out. Only safetensors files are read: a pickle can run cod
 
 import json
 import re
+import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +24,17 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SHARD = "model-{:05d}-of-{:05d}.safetensors"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+PREPROCESSOR = "preprocessor_config.json"
+PROCESSOR = "processor_config.json"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+)
 MAX_SHARD_SIZE = 5 * 10**9  # bytes, the size hub repositories use
 _COMMIT = re.compile("[0-9a-f]{40}")
 
@@ -95,14 +107,49 @@ def read_folder(folder: Path) -> dict[str, Stored]:
         return read_file(folder / SINGLE)
     if (folder / INDEX).is_file():
         return _read_shards(folder)
-    for pickle in PICKLES:
-        if (folder / pickle).is_file():
-            raise UserError(
-                f"{folder} holds {pickle} but no {SINGLE}, and a pickle is never read; convert it "
-                'once where PyTorch is installed: python -c "import transformers; '
-                f"transformers.AutoModel.from_pretrained('{folder}').save_pretrained('NEW')\"."
-            )
+    there = [name for name in PICKLES if (folder / name).is_file()]
+    hub_id = _hub_id(folder)
+    if there or hub_id:
+        # Of a model on the hub the pickle was not downloaded, so it is not known to be there.
+        held = f"holds {there[0]}" if there else f"is of {hub_id}, perhaps with {PICKLES[0]},"
+        raise UserError(
+            f"{folder} {held} but no {SINGLE}, and a pickle is never read; convert it once where "
+            f"PyTorch is installed: {_conversion(folder, hub_id or str(folder))}"
+        )
     raise UserError(f"{folder} holds neither {SINGLE} nor {INDEX}.")
+
+
+def _conversion(folder, source):
+    """Return a shell command that writes a model, with every head it has, and what lies beside it.
+
+    Files are copied where they can be: `transformers` writes a cased BERT tokenizer that says
+    nothing of case as one that lower-cases.
+    """
+    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    named = config.get("architectures")
+    kind = str(named[0]) if isinstance(named, list) and named else ""
+    # A file may say anything, and this is to be pasted into a shell.
+    kinds = [kind if kind.isidentifier() else "AutoModel"]
+    there = lambda names: [name for name in names if (folder / name).is_file()]
+    copied, tokenizer = there((PREPROCESSOR, PROCESSOR)), there(TOKENIZER_FILES)
+    if {"tokenizer.json", "vocab.txt"} & {*tokenizer}:
+        copied += tokenizer
+    elif tokenizer:
+        kinds.append("AutoTokenizer")
+    source = json.dumps(source)  # in double quotes, for the shell's are single ones
+    steps = (f't.{kind}.from_pretrained({source}).save_pretrained("NEW")' for kind in kinds)
+    command = f"python -c {shlex.quote('; '.join(('import transformers as t', *steps)))}"
+    paths = " ".join(shlex.quote(str(folder / name)) for name in copied)
+    return f"{command} && cp {paths} NEW" if copied else command
+
+
+def _hub_id(folder: Path) -> str:
+    """Return OWNER/NAME of a snapshot in a Hugging Face cache, else ""."""
+    model = folder.parent.parent.name
+    is_snapshot = folder.parent.name == "snapshots" and _COMMIT.fullmatch(folder.name)
+    if not (is_snapshot and model.startswith("models--")):
+        return ""
+    return model.removeprefix("models--").replace("--", "/")
 
 
 def _read_shards(folder):

@@ -2,6 +2,8 @@
 
 import json
 import math
+import shlex
+import subprocess
 
 import huggingface_hub
 import jax
@@ -12,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 from medvlp_jax import convert, sharding
 from medvlp_jax.config import UserError
 from medvlp_jax.convert import architectures, checkpoint
+from medvlp_jax.data import text
 from medvlp_jax.encoders import bert, resnet, swin, vit
 from medvlp_jax.encoders.base import Tokens
 
@@ -286,6 +289,49 @@ def test_a_pickle_is_never_read(folder):
     (folder / "pytorch_model.bin").unlink()
     with pytest.raises(UserError, match="holds neither"):
         convert.load(folder)
+
+
+@pytest.mark.hf
+def test_the_command_that_converts_a_pickle_keeps_heads_and_what_lies_beside(tmp_path, monkeypatch):
+    torch = pytest.importorskip("torch")
+    import transformers
+
+    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.BertConfig(**size, intermediate_size=32, vocab_size=7)
+    model = transformers.BertForMaskedLM(config)
+    model.save_pretrained(tmp_path / "old")
+    (tmp_path / "old/model.safetensors").unlink()
+    torch.save(model.state_dict(), tmp_path / "old/pytorch_model.bin")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "left", "Lung"]
+    (tmp_path / "old/vocab.txt").write_text("\n".join(words))
+    with pytest.raises(UserError) as error:
+        convert.load(tmp_path / "old")
+    monkeypatch.chdir(tmp_path)
+    python, copy = str(error.value).split("python -c ")[1].split(" && ")
+    exec(shlex.split(python)[0], {})
+    subprocess.run(shlex.split(copy), check=True)
+    module, _ = convert.load(tmp_path / "NEW")
+    assert (module.mlm_head, module.pooler) == (True, False)
+    assert text.load_tokenizer(tmp_path / "NEW").encode("Left left").ids == [2, 1, 5, 3]
+
+
+def test_a_model_of_the_hub_without_safetensors_ends_in_the_refusal_of_pickles(tmp_path):
+    snapshot = tmp_path / "models--owner--a-name" / "snapshots" / ("0123456789" * 4)
+    snapshot.mkdir(parents=True)
+    said = {"model_type": "bert", "architectures": ["BertForMaskedLM"]}
+    for name in ("preprocessor_config.json", "merges.txt"):
+        (snapshot / name).write_text("{}")
+    for named, kind in ((["BertForMaskedLM"], "BertForMaskedLM"), (["'); x('"], "AutoModel")):
+        (snapshot / "config.json").write_text(json.dumps(said | {"architectures": named}))
+        with pytest.raises(
+            UserError, match="is of owner/a-name, perhaps with pytorch_model"
+        ) as error:
+            convert.load(snapshot)
+        command = shlex.split(str(error.value).split("installed: ")[1])
+        call = 't.{}.from_pretrained("owner/a-name").save_pretrained("NEW")'.format
+        steps = ["import transformers as t", call(kind), call("AutoTokenizer")]
+        assert command[:3] == ["python", "-c", "; ".join(steps)]
+        assert command[3:] == ["&&", "cp", str(snapshot / "preprocessor_config.json"), "NEW"]
 
 
 def test_shards_that_are_not_all_there_are_named(folder):
