@@ -24,6 +24,7 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SHARD = "model-{:05d}-of-{:05d}.safetensors"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+GENERATION = "generation_config.json"
 PREPROCESSOR = "preprocessor_config.json"
 PROCESSOR = "processor_config.json"
 TOKENIZER_FILES = (

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from medvlp_jax.config import UserError
-from medvlp_jax.convert.beside import PREPROCESSOR, PROCESSOR, TOKENIZER_FILES
+from medvlp_jax.convert.files import GENERATION, PREPROCESSOR, PROCESSOR, TOKENIZER_FILES
 
 
 def fetch(path: str | Path) -> Path:
@@ -29,7 +29,7 @@ def fetch(path: str | Path) -> Path:
 
     _say_once(f"medvlp: downloading {path} from the Hugging Face hub, unless it was before.")
     wanted = ["config.json", "*.safetensors", "*.safetensors.index.json"]
-    wanted += [PREPROCESSOR, PROCESSOR, *TOKENIZER_FILES]
+    wanted += [GENERATION, PREPROCESSOR, PROCESSOR, *TOKENIZER_FILES]
     try:
         return Path(huggingface_hub.snapshot_download(str(path), allow_patterns=wanted))
     except (huggingface_hub.errors.HfHubHTTPError, ValueError, OSError) as error:

@@ -36,6 +36,8 @@ ROOT = "base_model.model."  # what PEFT puts before every name
 FIXED = {
     "peft_type": ("LORA",),
     "bias": ("none",),
+    # Others (pissa, olora, corda, loftq) take something off the kernels that the factors are for.
+    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
     "fan_in_fan_out": (False,),
     "lora_bias": (False,),
     "use_dora": (False,),
@@ -216,7 +218,6 @@ def save_adapter(
         **{key: values[0] for key, values in FIXED.items()},
         "base_model_name_or_path": base or None,
         "inference_mode": True,
-        "init_lora_weights": True,
         "lora_alpha": lora.alpha,
         "lora_dropout": lora.dropout,
         "r": lora.rank,

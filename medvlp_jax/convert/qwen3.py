@@ -1,11 +1,13 @@
 """Hugging Face Qwen3Model, Qwen3ForCausalLM <-> medvlp_jax.encoders.qwen3.Qwen3."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 
 from medvlp_jax.config import UserError
+from medvlp_jax.convert.files import GENERATION, read_json
 from medvlp_jax.convert.table import Field, Rule, Table, linear, norm, rope_base
 from medvlp_jax.encoders.base import Tokens
 from medvlp_jax.encoders.qwen3 import Qwen3
@@ -19,6 +21,17 @@ def _ids(value: int | list[int] | None) -> tuple[int, ...]:
 def _as_written(ids: tuple[int, ...]) -> int | list[int] | None:
     """Inverse of `_ids`."""
     return list(ids) if len(ids) > 1 else ids[0] if ids else None
+
+
+def beside(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Read what ends a text off generation_config.json, which `transformers` generates by.
+
+    Raises:
+      UserError: if that holds no JSON object.
+    """
+    file = folder / GENERATION
+    said = read_json(file).get("eos_token_id") if file.is_file() else None
+    return {} if said is None else {"eos_ids": _ids(said)}
 
 
 # The keys of the hub's files, which every release of `transformers` reads; see `flatten`.
@@ -99,6 +112,7 @@ TABLE = Table(
     fixed=FIXED,
     example=lambda module: Tokens(jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), bool)),
     rules=rules,
+    beside=beside,
     detect=lambda names: {"lm_head": HEAD in names},
     left_out=lambda module: {} if _has_own_head(module) else {HEAD: "the language-model head"},
     tied=lambda module: {HEAD: "embed_tokens.weight"} if module.is_tied else {},

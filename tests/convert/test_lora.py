@@ -299,7 +299,7 @@ def test_a_fixture_in_the_layout_of_peft_is_read(tmp_path):
     variables = draw(module)
     # One of two blocks, behind the prefix of a model with a head.
     tensors = factors("bert.encoder.layer.1.attention.self.query")
-    write_peft(tmp_path, tensors)
+    write_peft(tmp_path, tensors, init_lora_weights="gaussian")
     loaded, back = lora.load_adapter(module, variables, tmp_path)
     flat = flatten_dict(back, sep="/")
     assert [path for path in flat if "lora_" in path] == [f"{QUERY}/lora_a", f"{QUERY}/lora_b"]
@@ -322,6 +322,10 @@ def test_a_fixture_in_the_layout_of_peft_is_read(tmp_path):
         ({}, {"use_dora": True, "bias": "all"}, "not here: bias 'all', use_dora True"),
         ({}, {"use_rslora": True}, "use_rslora True"),
         ({}, {"rank_pattern": {"query": 8}}, "rank_pattern"),
+        *(
+            ({}, {"init_lora_weights": how}, f"not here: init_lora_weights '{how}'")
+            for how in ("pissa", "pissa_niter_16", "olora", "corda", "loftq")
+        ),
         (factors("encoder.layer.7.attention.self.query"), {}, "unused .*layer.7.*query.lora_A"),
         (factors("encoder.layer.0.attention.self.query"), {"r": 4}, r"\[16, 2\] where \[16, 4\]"),
         (

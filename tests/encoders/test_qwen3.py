@@ -312,6 +312,18 @@ def test_several_ends_of_text_survive_the_config(variables_of, tmp_path):
         assert convert.load(tmp_path)[0] == module
 
 
+def test_what_generation_config_says_of_ends_wins_over_the_config(variables_of, tmp_path):
+    """As in `transformers`; Qwen3's instruct models name a second end there alone."""
+    module = small(eos_ids=(3,))
+    convert.save(module, variables_of(module, random_tokens([2], 2, VOCAB)), tmp_path)
+    for said, ends in [([3, 4], (3, 4)), (5, (5,)), (None, (3,))]:
+        (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": said}))
+        found, variables = convert.load(tmp_path)
+        assert found == module.clone(eos_ids=ends)
+    convert.save(found.clone(eos_ids=(3, 4)), variables, tmp_path / "out")  # in the config
+    assert convert.load(tmp_path / "out")[0].eos_ids == (3, 4)
+
+
 @pytest.mark.parametrize("layout", ["unrolled", "scan"])
 def test_texts_packed_into_rows_equal_padded_texts(variables_of, layout):
     module = qwen3.make("tiny", **SMALL, layout=layout)
