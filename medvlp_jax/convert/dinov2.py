@@ -48,6 +48,12 @@ LEFT_OUT = {
 }
 
 
+MODULES = {
+    r"attention\.attention\.(query|key|value)$": lambda match: f"attention.{match[1][0]}_proj",
+    r"attention\.output\.dense$": "attention.o_proj",
+}
+
+
 def rules(module: DinoV2) -> list[Rule]:
     """Pair every tensor of Dinov2Model with ours."""
     patches = "embeddings.patch_embeddings.projection"
@@ -94,6 +100,7 @@ TABLE = Table(
     fixed={"num_channels": 3},
     example=lambda module: jnp.zeros((1, module.patch_size, module.patch_size, 3)),
     rules=rules,
+    modules=MODULES,
     detect=lambda names: {"mask_token": MASK in names},
     left_out=left_out,
     architecture=lambda module: ("Dinov2Model", ""),

@@ -3,8 +3,8 @@
 * `merge` keeps the kernels it replaces, so that `unmerge` gives them back bit for bit: subtracting
   the product again would leave the rounding of both sums.
 * A PEFT adapter is named after modules in PyTorch's memory. Where `transformers` 5 has renamed
-  these since the checkpoint was written (ViT, Swin), adapters are written under the new names and
-  read under either.
+  these since the checkpoint was written (ViT, Swin, DINOv2), adapters are written under the new
+  names and read under either.
 * Where PyTorch has one Linear for several of ours (ModernBERT's Wqkv), PEFT has one pair of
   factors. Read: each of ours gets the same A and its own rows of B. Written: all of ours must still
   have that same A, as with `Lora.fused` they share one, or the module is refused by name.
@@ -24,7 +24,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from medvlp_jax.config import UserError
 from medvlp_jax.convert.architectures import table_of_module
 from medvlp_jax.convert.files import read_file, read_json, write_json, write_tensors
-from medvlp_jax.convert.table import Rule, Table
+from medvlp_jax.convert.table import Rule, Table, in_memory
 from medvlp_jax.convert.tensors import is_scanned, stacked, unstacked
 from medvlp_jax.layers import Lora, torch_uniform
 
@@ -208,8 +208,8 @@ def save_adapter(
             continue
         name = name if name.startswith(table.heads) else f"{prefix}{name}"
         rows = [flat[f"{layer}/lora_b"].T for layer in layers]
-        tensors[f"{ROOT}{_in_memory(table, name)}.lora_A.weight"] = a.T
-        tensors[f"{ROOT}{_in_memory(table, name)}.lora_B.weight"] = np.concatenate(rows)
+        tensors[f"{ROOT}{in_memory(table, name)}.lora_A.weight"] = a.T
+        tensors[f"{ROOT}{in_memory(table, name)}.lora_B.weight"] = np.concatenate(rows)
     refused += sorted(set(flat) - written)
     if refused or not tensors:
         raise UserError(f"PEFT has no module for these factors: {'; '.join(refused) or 'none'}.")
@@ -284,7 +284,7 @@ def _read_factors(table, module, tensors):
     """Return {our path: factor}, blocks unrolled, and the names nothing of ours is called."""
     known = {}
     for name, rules in _modules(table, module).items():
-        known |= {name: rules, _in_memory(table, name): rules}
+        known |= {name: rules, in_memory(table, name): rules}
     factors, unused = {}, []
     for name, tensor in tensors.items():
         match = re.fullmatch(r"(.*)\.lora_([AB])\.weight", name.removeprefix(ROOT))
@@ -310,10 +310,3 @@ def _modules(table: Table, module: Any) -> dict[str, list[Rule]]:
 
 def _layer(rule):
     return rule.path.removesuffix("/kernel")
-
-
-def _in_memory(table, name):
-    """Return what `transformers` calls a module whose tensors a file has under `name`."""
-    for pattern, today in table.modules.items():
-        name = re.sub(pattern, today, name)
-    return name

@@ -35,6 +35,7 @@ LEFT_OUT = {
 
 MODULES = {
     r"attention\.self\.(query|key|value)$": lambda match: f"attention.{match[1][0]}_proj",
+    r"attention\.self$": "attention.relative_position_bias",
     r"attention\.output\.dense$": "attention.o_proj",
     r"intermediate\.dense$": "mlp.fc1",
     r"output\.dense$": "mlp.fc2",

@@ -4,6 +4,7 @@ One file an architecture ends in a `TABLE`. Names of tensors are those of the ba
 `transformers`, without the prefix that a model with a head puts before them.
 """
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -61,7 +62,7 @@ class Table(NamedTuple):
       added: module -> tensors PyTorch has and we do not, to write.
       aliases: endings of old names -> today's.
       modules: regular expressions in names of modules in the file -> what `transformers` calls them
-        in memory, where that differs; PEFT's adapters use these names.
+        in memory, where that differs; PEFT's adapters and files of `save_model` use these names.
       covers: module -> whether this table writes it, where several tables share a class.
       flatten: config.json of any release -> the keys of `fields` and `fixed`.
     """
@@ -86,6 +87,13 @@ class Table(NamedTuple):
     modules: Mapping[str, Any] = {}
     covers: Callable[[Any], bool] = lambda module: True
     flatten: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda config: config
+
+
+def in_memory(table: Table, name: str) -> str:
+    """Return what `transformers` calls a module whose tensors a file has under `name`."""
+    for pattern, today in table.modules.items():
+        name = re.sub(pattern, today, name)
+    return name
 
 
 def linear(tensor: str, path: str, *, bias: bool = True) -> list[Rule]:

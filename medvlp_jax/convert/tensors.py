@@ -19,7 +19,7 @@ from jax.experimental import multihost_utils
 
 from medvlp_jax.config import UserError
 from medvlp_jax.convert.files import Pending, Stored
-from medvlp_jax.convert.table import Rule, Table
+from medvlp_jax.convert.table import Rule, Table, in_memory
 
 # Arrays, or tensors in files: both have a shape and give parts of themselves.
 Tensors = Mapping[str, np.ndarray | Stored]
@@ -79,6 +79,7 @@ def to_variables(
     except ValueError as error:  # of the encoder, such as heads that do not divide its width
         raise UserError(f"{source} describes no {kind} that can be built: {error}") from error
     rules = _rules(table, module, shapes)
+    tensors = _as_saved(table, module, tensors)
     tied = table.tied(module)
     wanted = {r.tensor: _file_shape(r, shapes[r.path]) for r in rules}
     drop, known = [*drop], {*table.left_out(module), *tied}
@@ -115,6 +116,25 @@ def to_variables(
         else:
             arrays[path] = jax.make_array_from_callback(shape, place(path, shape), read)
     return unflatten_dict(arrays, sep="/")
+
+
+def _as_saved(table, module, tensors):
+    """Return tensors by the names that `save_pretrained` gives them.
+
+    `save_model` of safetensors keeps those a model has in memory, and of two tied tensors the one
+    whose name comes first, which may be that of a head this module does not have.
+    """
+    found = dict(tensors)
+    for rule in table.rules(module):
+        layer, dot, leaf = rule.tensor.rpartition(".")
+        name = f"{in_memory(table, layer)}{dot}{leaf}"
+        if rule.tensor not in found and name in found:
+            found[rule.tensor] = found.pop(name)
+    whole = module.clone(mlm_head=True) if hasattr(module, "mlm_head") else module
+    for copy, original in table.tied(whole).items():
+        if original not in found and copy in found:
+            found[original] = found[copy]
+    return found
 
 
 def _is_float(tensor: np.ndarray | Stored) -> bool:

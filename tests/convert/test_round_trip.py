@@ -32,6 +32,7 @@ VIT = {
     "image_size": 32,
     "patch_size": 8,
 }
+SWIN = {"embed_dim": 8, "depths": [1, 2], "num_heads": [1, 2], "window_size": 4, "image_size": 64}
 RESNET = {"embedding_size": 8, "hidden_sizes": [16, 32, 32, 64], "depths": [1, 2, 1, 1]}
 
 IMAGES = RNG.normal(size=(2, 32, 32, 3)).astype(np.float32)
@@ -112,6 +113,38 @@ def test_a_head_on_top_changes_nothing_below(tmp_path, architecture, fields, opt
         else:
             expected = expected[:, 1:]
     assert_close(ours, expected.detach())
+
+
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+SIZES |= {"intermediate_size": 48, "vocab_size": 50}
+
+
+@pytest.mark.hf
+@pytest.mark.parametrize(
+    ("architecture", "fields", "options"),
+    [
+        ("ViTModel", VIT, {}),
+        ("ViTForImageClassification", VIT, {}),
+        ("SwinModel", SWIN, {}),
+        ("Dinov2Model", {k: v for k, v in VIT.items() if k != "intermediate_size"}, {}),
+        ("BertForMaskedLM", BERT, {}),
+        ("BertForMaskedLM", BERT, {"mlm_head": False}),
+        ("ModernBertForMaskedLM", SIZES | {"pad_token_id": 0}, {}),
+        ("ModernBertForMaskedLM", SIZES | {"pad_token_id": 0}, {"mlm_head": False}),
+        ("Qwen3ForCausalLM", SIZES | {"tie_word_embeddings": True, "num_key_value_heads": 1}, {}),
+    ],
+)
+def test_files_of_save_model_are_read_as_those_of_save_pretrained(
+    tmp_path, architecture, fields, options
+):
+    """They have names of memory, and one of two tied tensors, whichever comes first."""
+    from safetensors.torch import save_model
+
+    model = make_theirs(architecture, fields, tmp_path)
+    _, expected = convert.load(tmp_path, **options)
+    save_model(model, str(tmp_path / "model.safetensors"), metadata={"format": "pt"})
+    _, found = convert.load(tmp_path, **options)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
 @pytest.mark.hf
