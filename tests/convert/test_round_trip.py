@@ -1,6 +1,7 @@
 """Weights go out to transformers and come back the same, bit for bit."""
 
 import re
+import shlex
 from pathlib import Path
 
 import jax
@@ -266,7 +267,9 @@ def test_what_a_refused_pickle_is_answered_with_converts_it(tmp_path, monkeypatc
     with pytest.raises(UserError) as refusal:
         convert.load(old)
     monkeypatch.chdir(tmp_path)
-    exec(re.search('python -c "(.*)"', str(refusal.value))[1])
+    command = shlex.split(str(refusal.value).partition("installed: ")[2])
+    assert command[:2] == ["python", "-c"]
+    exec(command[2])
     jax.tree.map(
         np.testing.assert_array_equal, convert.load("NEW")[1], convert.load(tmp_path / "whole")[1]
     )
