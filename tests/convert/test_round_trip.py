@@ -1,6 +1,5 @@
 """Weights go out to transformers and come back the same, bit for bit."""
 
-import re
 import shlex
 from pathlib import Path
 
