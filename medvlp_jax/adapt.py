@@ -184,9 +184,9 @@ class Job:
                     "or label task is needed."
                 )
         self.test, self.test_split = regions.Prepared(test, rows, task.prepare), test.split
-        ids = [(record["image_id"], record["patient_id"]) for record in map(test.__getitem__, rows)]
-        self.seen = provenance.rows(*zip(*ids, strict=True))
-        self.seen |= task.annotations(map(test.__getitem__, rows))
+        names = ("image_id", "patient_id", "labels", "boxes")  # without images, which are large
+        records = [{k: r[k] for k in names if k in r} for r in map(test.__getitem__, rows)]
+        self.seen = task.seen(records)
         self.predict = make_embed(self.recipe, self.mesh, "predict")
         self.encode = make_embed(self.recipe, self.mesh)
         self.is_drawn = False

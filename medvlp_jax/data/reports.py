@@ -153,7 +153,7 @@ def _openi(name: str, stem: str, content: bytes) -> Report:
     )
 
 
-def told(cell: str) -> str:
+def text_of(cell: str) -> str:
     """Return the text of a cell, "" for one of PLACEHOLDERS."""
     return "" if cell.strip().lower() in PLACEHOLDERS else cell
 
@@ -209,7 +209,7 @@ def _text(where: str, row: Mapping[str, Any], key: str) -> str:
         # Its kind alone: what a report says does not belong into a log.
         what = "half a character (a lone surrogate)" if isinstance(text, str) else _kind(text)
         raise UserError(f"{where}: '{key}' holds {what}; a text is needed.")
-    return told(text)
+    return text_of(text)
 
 
 def _kind(value: Any) -> str:

@@ -7,7 +7,7 @@ Axis letters: S side of the image, C classes, K regions, M boxes an image has at
 """
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +47,12 @@ class Task:
         """Say whether a record can be learnt from and scored."""
         raise NotImplementedError
 
-    def annotations(self, records: Iterable[Mapping]) -> dict[str, Any]:
-        """Return what the provenance says of the labels of records beside who they are.
+    def seen(self, records: Sequence[Mapping]) -> dict[str, Any]:
+        """Return who the rows are and hashes of what is said of them, see `provenance.rows`.
 
         Nothing of masks, which would have to be decoded once more.
         """
-        del records
-        return {}
+        return provenance.rows(*_ids(records))
 
     def prepare(self, record: Mapping) -> regions.Example:
         """Return the example of a record: what stays the same each time it is seen."""
@@ -127,11 +126,10 @@ class Finetune(Task):
         """The label vector [C]."""
         return {f"label/{self.task}": np.asarray(record["labels"][self.task], np.int8)}
 
-    def annotations(self, records):
-        """The labels of the task."""
-        rows = [(r["image_id"], r["patient_id"], r["labels"][self.task]) for r in records]
-        images, patients, labels = zip(*rows, strict=True)
-        return {"labels": provenance.rows(images, patients, {self.task: labels})["labels"]}
+    def seen(self, records):
+        """With the labels of the task."""
+        labels = [record["labels"][self.task] for record in records]
+        return provenance.rows(*_ids(records), {self.task: labels})
 
     def value(self, found):
         """Macro AUROC."""
@@ -251,9 +249,9 @@ class Detect(Task):
         boxes = record["boxes"]
         return boxes.get("category") or [self.category(phrase) for phrase in boxes["phrase"]]
 
-    def annotations(self, records):
-        """All boxes, of whatever category."""
-        return {"boxes": provenance.boxes(records)}
+    def seen(self, records):
+        """With all boxes, of whatever category."""
+        return super().seen(records) | {"boxes": provenance.boxes(records)}
 
     def has_target(self, record):
         """It has a box, where only such images count."""
@@ -320,6 +318,10 @@ def shown(examples: Sequence, task: Task, count: int = 8) -> list[int]:
     order = np.random.default_rng(0).permutation(len(examples))
     is_empty = functools.partial(_is_empty, task)
     return sorted(map(int, order), key=lambda i: is_empty(examples[i]))[:count]
+
+
+def _ids(records):
+    return [[record[key] for record in records] for key in ("image_id", "patient_id")]
 
 
 def _is_empty(task, example):

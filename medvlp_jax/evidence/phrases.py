@@ -115,8 +115,15 @@ def _extraction(folder: str) -> tuple[Path, list[dict]]:
     file = Path(folder).expanduser() / "evidence.jsonl"
     if not file.is_file():
         raise UserError(f"data.evidence.folder={folder} has no evidence.jsonl.")
+    return file, _rows(file, file.stat().st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=4)
+def _rows(file: Path, changed: int) -> list[dict]:
+    """Read it once for every pass over a corpus, and again if it has changed."""
+    del changed
     with file.open(encoding="utf-8") as lines:
-        return file, list(map(json.loads, lines))
+        return list(map(json.loads, lines))
 
 
 @functools.cache

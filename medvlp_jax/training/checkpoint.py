@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from medvlp_jax import distributed, writing
+from medvlp_jax import distributed, sharding, writing
 from medvlp_jax.config import StorageError, UserError
 from medvlp_jax.training.step import TrainState
 
@@ -107,9 +107,7 @@ class Checkpointer:
           DamagedError: when the checkpoint cannot be read.
           UserError: when it is of another architecture.
         """
-        abstract = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), template
-        )
+        abstract = sharding.abstract(template, jax.tree.map(lambda x: x.sharding, template))
         self._check_architecture(step, abstract)
         items = ocp.args.Composite(
             state=_onto(abstract),

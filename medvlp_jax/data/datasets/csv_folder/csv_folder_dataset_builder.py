@@ -142,7 +142,7 @@ class Builder(building.Builder):
         }
         if classes:
             labels[TASK] = records.one_hot(row.choice(columns[TASK], classes), classes)
-        text = lambda key: reports.told(cell(key))
+        text = lambda key: reports.text_of(cell(key))
         texts = headings.tidy(text("findings")), headings.tidy(text("impression"))
         return building.Sample(
             row=row,

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from medvlp_jax.config import UserError
-from medvlp_jax.data import building, files, layouts, records, reports
+from medvlp_jax.data import building, files, headings, layouts, records, reports
 
 CLASSES = ("normal", "abnormal")
 SPLITS = {"train": "train", "val": "validation", "validation": "validation", "test": "test"}
@@ -132,9 +132,9 @@ def _repacked(folder: Path) -> Iterator[tuple[reports.Report, list[Image]]]:
         image_id = f"CXR{uid}_{name.removesuffix(SUFFIX)}"
         images[uid].append(Image(row, image_id, f"{REPACKED}/{name}", view))
     for row in rows:
-        headings = tuple(filter(None, map(str.strip, row["MeSH"].split(";"))))
-        texts = reports.tidy(row["findings"]), reports.tidy(row["impression"])
-        yield reports.Report(f"CXR{row['uid']}", *texts, headings), images[row["uid"]]
+        coded = tuple(filter(None, map(str.strip, row["MeSH"].split(";"))))
+        texts = headings.tidy(row["findings"]), headings.tidy(row["impression"])
+        yield reports.Report(f"CXR{row['uid']}", *texts, coded), images[row["uid"]]
 
 
 def source_of(folder: Path) -> Path:
