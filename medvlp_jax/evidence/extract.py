@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from medvlp_jax.config import UserError
 from medvlp_jax.data.reports import Report
-from medvlp_jax.evidence import answers, lexicon, rules, schema
+from medvlp_jax.evidence import answers, lexicon, rules, schema, terms
 from medvlp_jax.evidence.protocol import Backend, Request
 
 EMPTY, OK, NOTHING = "empty", "ok", "nothing recognised"
@@ -153,7 +153,7 @@ def _header(backend: Backend) -> dict:
 
 def _rules_version() -> str:
     """Return what changes with the rules or their words."""
-    sources = (Path(module.__file__).read_bytes() for module in (rules, lexicon))
+    sources = (Path(module.__file__).read_bytes() for module in (rules, terms, lexicon))
     return hashlib.sha256(b"".join(sources)).hexdigest()[:8]
 
 

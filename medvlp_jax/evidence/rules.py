@@ -11,21 +11,14 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from medvlp_jax.evidence import lexicon
+from medvlp_jax.evidence import lexicon, terms
+from medvlp_jax.evidence.terms import Span
 
 MAX_WORDS = 10  # of a phrase, as the prompt of the language models asks
 _SENTENCE = re.compile(r"(?:[^.;?!\n]+|\.(?=[0-9]))+")  # 1.8 is one number
 _TOKEN = re.compile(r"[a-z0-9]+(?:\.[0-9]+)?|[,:()]")
 _NORMAL = re.compile(lexicon.NORMAL)
 _REACH = 6  # words between a part of the body and what is said of it
-
-
-class Span(NamedTuple):
-    """Words [start, end) of a sentence that the lexicon knows, and what they can be."""
-
-    start: int
-    end: int
-    roles: dict[str, str]
 
 
 def extract(text: str) -> list[dict]:
@@ -56,93 +49,6 @@ def _lower(sentence: str) -> str:
     if len(lower) != len(sentence):  # a few letters have a longer small form
         lower = "".join(c.lower() if c.isascii() else c for c in sentence)
     return lower
-
-
-def _table() -> dict[str, tuple[dict[str, list], dict[str, str] | None]]:
-    """Index the lexicon by first word: longer phrases by their second word, and the word alone.
-
-    Longer phrases are [(words, roles)], longest first.
-    """
-    entries: dict[tuple[str, ...], dict[str, str]] = {}
-
-    def add(role, value, phrases, plural=False):
-        for phrase in phrases.split("|"):
-            forms = {phrase, phrase + "s"} if plural and not phrase.endswith("s") else {phrase}
-            for form in forms | set(map(_british, forms)):
-                words = tuple(re.findall(r"[^\s,]+|,", form))
-                entries.setdefault(words, {})[role] = value
-
-    for name, phrases in lexicon.FINDINGS.items():
-        add("finding", name, phrases, plural=True)
-    for name, phrases in lexicon.SUBJECTS.items():
-        add("subject", name, phrases)
-    for name, phrases in lexicon.STATES.items():
-        add("state", name, phrases)
-    for name, phrases in lexicon.SEVERITY.items():
-        add("severity", name, phrases)
-    for name, phrases in lexicon.CHANGES.items():
-        add("change", name, phrases)
-    for role, phrases in (
-        ("place", f"{lexicon.SIDES}|{lexicon.ANATOMY}"),
-        ("attribute", lexicon.ATTRIBUTES),
-        ("link", lexicon.LINKS),
-        ("deny", lexicon.DENIES),
-        ("deny_before", lexicon.DENIES_BEFORE),
-        ("doubt", lexicon.DOUBTS),
-        ("doubt_before", lexicon.DOUBTS_BEFORE),
-        ("alternative", lexicon.ALTERNATIVES),
-        ("ignore", lexicon.IGNORES),
-        ("stop", lexicon.STOPS),
-        ("skip", lexicon.NOT_FINDINGS),
-        ("same", lexicon.SAME),
-        ("affirm", lexicon.AFFIRMS),
-        ("skip", lexicon.NOT_DENIALS),
-        ("other", lexicon.OTHER_FINDINGS),
-    ):
-        add(role, role, phrases)
-    add("last", "absent", lexicon.DENIES_LAST)
-    add("last", "uncertain", lexicon.DOUBTS_LAST)
-    table = {words[0]: ({}, entries.get(words[:1])) for words in entries}
-    for words, roles in sorted(entries.items(), key=lambda entry: -len(entry[0])):
-        if len(words) > 1:
-            table[words[0]][0].setdefault(words[1], []).append((list(words), roles))
-    return table
-
-
-def _british(phrase: str) -> str:
-    for american, british in lexicon.BRITISH.items():
-        phrase = phrase.replace(american, british)
-    return phrase
-
-
-_TABLE = _table()
-_UNKNOWN = ({}, None)
-_NUMBER = re.compile(r"[0-9.]+(?:cm|mm)?")
-
-
-def _match(texts: list[str]) -> list[Span]:
-    """Return the longest phrases of the lexicon from left to right, without overlap."""
-    spans, i, count = [], 0, len(texts)
-    while i < count:
-        text = texts[i]
-        longer, alone = _TABLE.get(text, _UNKNOWN)
-        if longer and i + 1 < count:
-            for phrase, roles in longer.get(texts[i + 1], ()):
-                end = i + len(phrase)
-                if texts[i:end] == phrase:
-                    spans.append(Span(i, end, roles))
-                    break
-            else:
-                end = i
-            if end > i:
-                i = end
-                continue
-        if alone is not None:
-            spans.append(Span(i, i + 1, alone))
-        elif text[0].isdigit() and _NUMBER.fullmatch(text):
-            spans.append(Span(i, i + 1, {"link": "size"}))
-        i += 1
-    return spans
 
 
 class _Clause:
@@ -187,7 +93,7 @@ def _read(text: str) -> _Sentence:
     """Read one sentence; reports repeat their sentences word by word."""
     lower = _lower(text)
     texts = _TOKEN.findall(lower)
-    spans = _match(texts)
+    spans = terms.match(texts)
     for span in spans:
         if "finding" in span.roles or "state" in span.roles or "other" in span.roles:
             break
