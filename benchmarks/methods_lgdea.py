@@ -1,7 +1,7 @@
 """LGDEA with few pairs beside what trains on the pairs alone: the claim of the paper, on phantoms.
 
-  python -m benchmarks.methods_lgdea [--ratios 0.01 0.05 0.1 0.2 1] [--seeds 3] [--steps 1800]
-      [--arms pairs no_unpaired lgdea ...] [--config configs/lgdea.py:study]
+  python -m benchmarks.methods_lgdea [--ratios 0.01 0.05 0.1 0.2 1] [--seeds 3] [--first-seed 0]
+      [--steps 1800] [--arms pairs no_unpaired lgdea ...] [--config configs/lgdea.py:study]
       [--start kept] [--keep] [--out benchmarks/results/lgdea.json] [--config.KEY=VALUE ...]
   python -m benchmarks.methods_lgdea --corpus cxr_phantom:n2400_seed7_256px --split train --out FILE
 
@@ -179,7 +179,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--config", default="configs/lgdea.py:study")
     parser.add_argument("--ratios", nargs="+", type=float, default=[0.01, 0.05, 0.1, 0.2, 1.0])
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=3, help="how many")
+    help_first = "so that two processes, with an --out each, can share a study"
+    parser.add_argument("--first-seed", type=int, default=0, help=help_first)
     parser.add_argument("--steps", type=int, default=0, help="0: as the config says")
     help_start = "of the image encoder: the kept one, views of the images, or none: random weights"
     starts = ("kept", "views", "none")
@@ -213,7 +215,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Seeds outermost: an interrupted study is still one of all arms.
     todo = [
         (seed, ratio, arm)
-        for seed in range(arguments.seeds)
+        for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds)
         for ratio in arguments.ratios
         for arm in arguments.arms
         # With every pair nothing is apart, and LGDEA is what it is on the pairs alone.

@@ -126,6 +126,12 @@ def test_a_finished_cell_is_kept_and_never_run_again(study, monkeypatch):
         begin("--config.recipe.hops=2")
 
 
+def test_two_processes_share_a_study_by_its_seeds(study):
+    begin, calls, _ = study
+    begin("--first-seed", "3", "--ratios", "0.01", "--arms", "lgdea")
+    assert [name.rpartition("-")[0] for name in calls] == ["lgdea-0.01-3", "lgdea-0.01-4"]
+
+
 def test_all_cells_start_from_one_encoder_trained_once(study, monkeypatch, tmp_path):
     begin, calls, _ = study
     cell, starts = bench.train.run, []
