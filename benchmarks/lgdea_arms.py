@@ -51,6 +51,7 @@ ARMS = {
     "sclip": ("S-CLIP: pairs, and images apart", SCLIP),
     "no_rec": ("without L_rec", without("reconstruction")),
     "no_paired": ("without L_evid^p", without("paired")),
+    "pairs_related": ("a pair is a relation of weight 1", {"recipe": {"related_pairs": True}}),
     "taught_both": ("L_evid^p moves reports, too", {"recipe": {"paired_moved": "both"}}),
     "no_pseudo": ("without L_evid^u", without("unpaired")),
     "no_alignment": ("without L_evi-align", without("alignment", "relations")),

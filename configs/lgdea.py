@@ -32,8 +32,7 @@ def get_config(variant: str = "") -> ConfigDict:
             **common.rest(init={"text": "emilyalsentzer/Bio_ClinicalBERT", **IMAGENET}),
         }
     )
-    config.data.view.update(UPRIGHT)
-    config.data.pairing.ratio = 0.1  # our choice; half of a batch are pairs
+    config.data.update({"view": UPRIGHT, "pairing": {"ratio": 0.1}})  # half of a batch are pairs
     if variant:
         small(config)
         globals()[variant](config)
@@ -70,6 +69,7 @@ def recipe() -> ConfigDict:
             "least_confidence": 0.2,
             "moved": "both",
             "paired_moved": "images",
+            "related_pairs": True,
             "by_share": True,
             "meets": "evidence",
             "loss_tile": 512,
@@ -96,7 +96,7 @@ def demo(config):
     config.recipe.image = ConfigDict(STUDY_IMAGE)  # a small ViT learns nothing in this time
     config.recipe.text.update({"width": 96, "depth": 2, "mlp_dim": 192})
     config.recipe.update({"near_reports": 50, "hops": 1, "kept": 100, "related": 100})
-    config.recipe.moved = "images"
+    config.recipe.update({"moved": "images", "related_pairs": False})  # as measured
     config.recipe.weights.global_relations = 1.5
     config.data.update({**STUDY_PIXELS, "text_length": 48})
     # `medvlp bench data`: 1.43 rows a report hold its words; batches of sick patients need more.

@@ -70,6 +70,7 @@ class Lgdea(nn.Module):
     least_confidence: float
     moved: str
     paired_moved: str
+    related_pairs: bool
     by_share: bool
     meets: str
     loss_tile: int
@@ -195,9 +196,11 @@ class Lgdea(nn.Module):
         known = {name: self.get_variable(RELATIONS, name)[row] for name in _shapes(1, 1, 1)}
         confidence = jnp.where(paired, 0, known["confidence"])
         trusted = jnp.where(confidence[:, None] > 0, known["weight"], 0)
-        related = lambda may: Links(
-            known["column"], trusted, jnp.where(may, batch["report_row"], -1)
-        )
+        column = known["column"]
+        if self.related_pairs:  # else a report's own image would be one of its negatives
+            column = jnp.concatenate([column, batch["report_row"][:, None]], 1)
+            trusted = jnp.concatenate([trusted, paired[:, None].astype(trusted.dtype)], 1)
+        related = lambda may: Links(column, trusted, jnp.where(may, batch["report_row"], -1))
         seen, said = features["image_direction"], features["text_direction"]
         fixed = jax.lax.stop_gradient if self.moved == "images" else lambda x: x
         contrast = base.contrastive_loss("info_nce", self.loss_tile)
@@ -398,6 +401,7 @@ def make(
     least_confidence: float = 0.2,
     moved: str = "both",
     paired_moved: str = "images",
+    related_pairs: bool = True,
     by_share: bool = True,
     meets: str = "global",
     loss_tile: int = tiled.TILE,
@@ -431,6 +435,9 @@ def make(
       moved: by the two contrasts of relations: "both", or "images" alone, so that a wrong relation
         does not move what a report says.
       paired_moved: likewise by L_evid^p; "images" is Eq. 9, whose teacher is the report.
+      related_pairs: in the contrasts of relations a pair is a relation of weight 1, as in the
+        specification; else a report that is related to an image apart has its own among its
+        negatives there.
       by_share: multiply the terms of rows apart, means over those that are trusted, by the share of
         rows apart in the batch.
       meets: where texts meet images in evaluation: "global", or "evidence", see the head of this

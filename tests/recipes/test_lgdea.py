@@ -114,6 +114,40 @@ def test_relations_are_contrasted_in_the_global_space_too(model):
     np.testing.assert_allclose(found, total * np.mean(~batch["paired"]), rtol=1e-5)
 
 
+@pytest.mark.parametrize("tile", [0, 4])
+def test_a_pair_is_a_relation_in_their_contrasts(model, tile):
+    """The specification's T holds 1 for a pair: its image is no negative of its own report."""
+    _, batch, variables, none, features, _ = model
+    made, pair = related(none, batch), 2
+    image = batch["image_row"][5]
+    made["column"][image, :2] = batch["report_row"][[pair, 3]]
+    made["weight"][image, :2] = 0.1, 0.9
+    given = {**variables, "relations": made}
+    told = batch["evidence_mask"].any(1)
+    assert told[[pair, 3]].all()
+    a, b = (np.asarray(features[f"{side}_direction"], np.float64) for side in ("image", "text"))
+    for related_pairs in (True, False):
+        target = np.diag(np.where(batch["paired"] & related_pairs, 1.0, 0))
+        target[4, [3, 5]], target[5, [pair, 3]] = (0.75, 0.25), (0.1, 0.9)
+        target *= told
+        trust = np.array([0, 0, 0, 0, 0.9, 0.6])
+        trusted = trust @ target / np.maximum(target.sum(0), 1e-9)
+        logits = np.where(told, a @ b.T / 0.07, -1e30)
+        total = 0.0
+        for x, t, c in ((logits, target, trust), (logits.T, target.T, trusted)):
+            for i in np.flatnonzero(t.sum(1)):
+                log_share = x[i] - np.log(np.exp(x[i]).sum())
+                total -= c[i] * sum(t[i] / t[i].sum() * log_share) / c[t.sum(1) > 0].sum() / 2
+        recipe = make(related_pairs=related_pairs, loss_tile=tile)
+        value = lambda seen, recipe=recipe: recipe.apply(
+            given, features | {"image_direction": seen}, batch, method="objective"
+        )["relations"]
+        found, moves = jax.value_and_grad(value)(features["image_direction"])
+        np.testing.assert_allclose(found, total * np.mean(~batch["paired"]), rtol=1e-5)
+        # Towards its own report, or away from it.
+        assert (np.vdot(moves[pair], b[pair]) < 0) == related_pairs
+
+
 def test_relations_may_move_images_alone(model):
     _, batch, variables, none, features, _ = model
     given = {**variables, "relations": related(none, batch)}
