@@ -99,7 +99,9 @@ def from_articles(
 ) -> tuple[list[Task], list[str]]:
     """Return a task for every pair that passages speak of, and the pairs none does.
 
-    A passage speaks of a pair if it holds a word of the factor's name and one of the disease's.
+    A passage speaks of a pair if it names both, see `retrieval.naming`; a summary needs any of the
+    diseases. Other names of the table count as well, but what the query's words do not find comes
+    after what they do.
 
     Args:
       risk: factors and diseases.
@@ -111,9 +113,10 @@ def from_articles(
     tasks, silent, naming = [], [], retrieval.naming(passages)
     for factor, disease, kind in _pairs(risk):
         name = risk.factors[factor].name
-        about = " ".join(risk.diseases) if disease == ALL else disease
-        both = naming(name) & naming(about)
-        rows = [row for row in search(f"{name} {about}", len(passages)) if row in both]
+        about = risk.diseases if disease == ALL else (disease,)
+        both = naming(risk.names(name)) & naming(other for d in about for other in risk.names(d))
+        ranked = search(" ".join([name, *about]), len(passages))
+        rows = [row for row in dict.fromkeys([*ranked, *sorted(both)]) if row in both]
         found = [passages[row] for row in rows[:count]]
         if not found:
             silent.append(f"{factor}/{disease}")

@@ -11,7 +11,7 @@ so that every text written from passages can be traced to the place. Two ways to
 import collections
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +23,7 @@ from medvlp_jax.reading import parse_json
 WORDS = 250  # of a passage, about one abstract
 SUFFIXES = (".txt", ".md")
 _SENTENCE = re.compile(r"(?<=[.!?])\s+")
+_NON = re.compile(r"\bnon[- \u2010-\u2013](?=\w)", re.IGNORECASE)
 
 Search = Callable[[str, int], list[int]]
 
@@ -144,23 +145,46 @@ def by_meaning(passages: Sequence[Passage], folder: str | Path, *, length: int =
     return lambda query, count: _best(index @ encode([query])[0], count, least=-np.inf)
 
 
-def naming(passages: Sequence[Passage]) -> Callable[[str], set[int]]:
-    """Return name -> rows of the passages that hold one of its words, as BM25 here takes words."""
-    rows = collections.defaultdict(set)
-    for row, words in enumerate(_words([f"{p.title} {p.text}" for p in passages])):
+def naming(passages: Sequence[Passage]) -> Callable[[Iterable[str]], set[int]]:
+    """Return names -> rows of the passages that use one of them.
+
+    A passage uses a name if one sentence of it, or its title, holds all words of the name in any
+    order and form, stop words aside. So what names share ("carcinoma", "access") is never enough,
+    and "squamous cell carcinoma" two sentences after "basal layer" is no basal cell carcinoma.
+    """
+    owner, texts = [], []
+    for row, passage in enumerate(passages):
+        sentences = [passage.title, *_SENTENCE.split(passage.text)]
+        owner += [row] * len(sentences)
+        texts += sentences
+    holding = collections.defaultdict(set)
+    for sentence, words in enumerate(_words(map(_without_hyphen, texts))):
         for word in words:
-            rows[word].add(row)
-    return lambda name: set().union(*(rows.get(word, ()) for word in _words([name])[0]))
+            holding[word].add(sentence)
+
+    def rows(names):
+        found = set()
+        for words in _words(map(_without_hyphen, names)):
+            if words:
+                found |= set.intersection(*(holding.get(word, set()) for word in words))
+        return {owner[sentence] for sentence in found}
+
+    return rows
 
 
-def _words(texts: Sequence[str]) -> list[list[str]]:
+def _without_hyphen(text: str) -> str:
+    """Write "non-melanoma" as one word, since it is no melanoma."""
+    return _NON.sub("non", text)
+
+
+def _words(texts: Iterable[str]) -> list[list[str]]:
     """Return the stems of each text, without stop words."""
     import bm25s
     import Stemmer
 
     stemmer = Stemmer.Stemmer("english")
     return bm25s.tokenize(
-        texts, stopwords="en", stemmer=stemmer, return_ids=False, show_progress=False
+        list(texts), stopwords="en", stemmer=stemmer, return_ids=False, show_progress=False
     )
 
 

@@ -3,7 +3,7 @@
 A JSON file, kept with a data set as `risk.json` or brought by the user:
 
   {"version": "cxr_phantom-v1", "field": "chest radiology", "origin": "where the numbers are from",
-   "diseases": ["consolidation", "effusion"],
+   "diseases": ["consolidation", "effusion"], "aliases": {"Bnp": ["natriuretic peptide"]},
    "factors": {
      "fever": {"name": "Fever", "levels": {"no": {}, "yes": {"consolidation": 1.6}}},
      "age": {"name": "Age", "unit": "years", "range": [20, 90], "reference": 60, "per": 10,
@@ -13,7 +13,8 @@ A JSON file, kept with a data set as `risk.json` or brought by the user:
 
 `levels` gives the log odds of each disease at each value against the first; `log_odds` what every
 `per` adds beyond the `reference` ("scale": "log": every factor `per`). A disease that is not named
-does not change. A factor without either is for language models, which read articles instead.
+does not change. A factor without either is for language models, which read articles instead:
+`aliases` has other names and spellings under which they know a disease or the name of a factor.
 """
 
 import math
@@ -26,7 +27,7 @@ from medvlp_jax.data import datasets
 from medvlp_jax.reading import parse_json
 
 FILE = "risk.json"
-FIELDS = ("version", "field", "origin", "diseases", "factors")
+FIELDS = ("version", "field", "origin", "diseases", "aliases", "factors")
 LEVELS = ("name", "levels")
 NUMBERS = ("name", "unit", "range", "reference", "per", "scale", "log_odds")
 FACTOR_FIELDS = (*LEVELS, *NUMBERS[1:])
@@ -85,6 +86,7 @@ class Risk(NamedTuple):
       origin: where its numbers are from; "" where there are none.
       diseases: names.
       factors: by key.
+      aliases: other names, by disease and by name of a factor; for retrieval alone.
     """
 
     version: str
@@ -92,6 +94,11 @@ class Risk(NamedTuple):
     origin: str
     diseases: tuple[str, ...]
     factors: Mapping[str, Factor]
+    aliases: Mapping[str, Sequence[str]]
+
+    def names(self, name: str) -> tuple[str, ...]:
+        """Return a disease or name of a factor, and the other names it has."""
+        return (name, *self.aliases.get(name, ()))
 
     def narrowed(self, factors: Sequence[str], diseases: Sequence[str]) -> "Risk":
         """Keep the named factors and diseases; () keeps all.
@@ -145,7 +152,10 @@ def read(source: str | Path) -> Risk:
         key: _factor(f"{path}: factor '{key}'", key, entry, diseases)
         for key, entry in found["factors"].items()
     }
-    return Risk(found["version"], found["field"], found.get("origin", ""), tuple(diseases), factors)
+    aliases = found.get("aliases", {})
+    _check_aliases(str(path), aliases, [*diseases, *(f.name for f in factors.values())])
+    origin = found.get("origin", "")
+    return Risk(found["version"], found["field"], origin, tuple(diseases), factors, aliases)
 
 
 def _factor(where: str, key: str, entry: Any, diseases: Sequence[str]) -> Factor:
@@ -193,6 +203,21 @@ def _are_names(found: Any) -> bool:
         and all(isinstance(name, str) and name for name in found)
         and len(set(found)) == len(found)
     )
+
+
+def _check_aliases(where: str, aliases: Any, known: Sequence[str]) -> None:
+    if not isinstance(aliases, dict):
+        raise UserError(f"{where} has aliases {aliases!r}; {{name: [other names]}} is needed.")
+    for name, others in aliases.items():
+        if name not in known:
+            raise UserError(
+                f"{where} has aliases of '{name}', which is no disease and no name of a factor. "
+                f"{nearest(name, known)}"
+            )
+        if not _are_names(others):
+            raise UserError(
+                f"{where}: aliases of '{name}' are {others!r}; a list of different names is needed."
+            )
 
 
 def _check_odds(where: str, odds: Any, diseases: Sequence[str]) -> None:

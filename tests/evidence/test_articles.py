@@ -54,11 +54,29 @@ def test_word_forms_count_as_one_and_unknown_words_find_nothing():
     assert len(search("risk of melanoma", 1)) == 1
 
 
-def test_a_name_is_held_by_passages_with_a_form_of_one_of_its_words():
+def test_a_passage_names_what_it_holds_a_form_of_every_word_of():
     naming = retrieval.naming([*ARTICLES, Passage("t", "Melanomas", "A title counts.")])
-    assert naming("Smoked") == {0, 4}
-    assert naming("melanoma diabetes") == {1, 2, 3, 5}
-    assert naming("Of the zebra") == set()
+    assert naming(["Smoked"]) == {0, 4}
+    assert naming(["melanoma"]) == {1, 2, 5}
+    assert naming(["Exposure to the sun"]) == {2, 4}
+    assert naming(["melanoma diabetes"]) == set()
+    assert naming(["melanoma", "diabetes"]) == {1, 2, 3, 5}  # a name and another one for it
+    assert naming(["Of the zebra"]) == naming(["of the"]) == naming([]) == set()
+
+
+def test_words_that_names_share_name_none_of_them():
+    texts = [
+        "Smoking and basal cell carcinoma of the skin. Access to care was limited.",
+        "The basal layer. A squamous cell carcinoma.",
+        "Basal and squamous cell carcinomas.",
+        "Non-melanoma, non melanoma and non\u2011melanoma skin cancers.",
+    ]
+    naming = retrieval.naming([Passage(str(i), "", text) for i, text in enumerate(texts)])
+    assert naming(["Access to a sewage system"]) == set()
+    assert naming(["basal cell carcinoma"]) == {0, 2}
+    assert naming(["squamous cell carcinoma"]) == {1, 2}
+    assert naming(["melanoma"]) == set()
+    assert naming(["nonmelanoma skin cancer"]) == naming(["Non-melanoma"]) == {3}
 
 
 def test_a_long_article_is_cut_at_sentences_into_passages_that_name_it():

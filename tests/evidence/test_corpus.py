@@ -110,6 +110,54 @@ def test_passages_that_name_one_of_a_pair_alone_are_not_among_its_literature(tmp
         assert task.ids
 
 
+def test_one_abstract_is_asked_about_what_it_names_and_nothing_else():
+    text = (
+        "Smoking raised the risk of basal cell carcinoma of the skin in farmers. An elevated risk "
+        "of non-melanoma cancer of other types appeared after changes. Access to care was limited."
+    )
+    risks = risk.read("pad_ufes_20")
+    pairs = len(risks.factors) * (1 + len(risks.diseases))
+    one = [retrieval.Passage("PM1", "", text)]
+    tasks, silent = corpus.from_articles(risks, one, retrieval.by_words(one), writer="endpoint:m")
+    asked = [(t.factor, t.disease) for t in tasks]
+    assert asked == [("smoke", "ALL"), ("smoke", "basal cell carcinoma")]
+    assert len(silent) == pairs - 2
+
+
+def test_other_names_of_a_table_count_and_passages_with_nothing_else_come_last(tmp_path):
+    table(tmp_path)
+    described = json.loads((tmp_path / "risk.json").read_text())
+    described["aliases"] = {"Fever": ["high temperature"], "flu": ["influenza", "grippe"]}
+    (tmp_path / "risk.json").write_text(json.dumps(described))
+    texts = ["Temperatures were high in the grippe.", "Flu. Temperature. High."]
+    texts += [p.text for p in PASSAGES]
+    found = [retrieval.Passage(str(i), "", text) for i, text in enumerate(texts)]
+    tasks, _ = corpus.from_articles(
+        risk.read(tmp_path / "risk.json"), found, retrieval.by_words(found), writer="endpoint:m"
+    )
+    ids = {(t.factor, t.disease): t.ids for t in tasks}
+    assert ids["fever", "flu"] == ("4", "2", "0")
+    assert ids["fever", "gout"] == ("2",)
+    assert set(ids["fever", "ALL"]) == {"0", "2", "4"}
+
+
+@pytest.mark.parametrize(
+    ("factor", "disease", "text"),
+    [
+        ("pesticide", "actinic keratosis", "Pesticides and actinic keratoses."),
+        ("smoke", "squamous cell carcinoma", "Tobacco use in patients with cSCC."),
+        ("fitspatrick", "melanocytic nevus", "Nevi in Fitzpatrick phototypes I to III."),
+        ("elevation", "seborrheic keratosis", "Seborrhoeic keratoses are raised lesions."),
+    ],
+)
+def test_shipped_names_are_found_as_the_literature_spells_them(factor, disease, text):
+    risks = risk.read("pad_ufes_20").narrowed([factor], [disease])
+    one = [retrieval.Passage("PM1", "", text)]
+    tasks, silent = corpus.from_articles(risks, one, retrieval.by_words(one), writer="endpoint:m")
+    assert not silent
+    assert [t.disease for t in tasks] == ["ALL", disease]
+
+
 def test_lines_that_only_python_breaks_stay_whole(tmp_path):
     odd = retrieval.Passage("PM\u20285", "Fever\u2028and\x85flu", "Fever in flu and gout.")
     tasks, _ = corpus.from_articles(

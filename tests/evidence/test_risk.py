@@ -79,6 +79,10 @@ def test_a_number_acts_by_steps_from_its_reference():
         ({"factors": {"a": {"name": "A", "log_odds": {"flu": 1}, "range": [0, 9], "reference": 1,
                             "per": 2, "scale": "log"}}}, "above 0"),
         ({"factors": {"a": {"levels": {"no": {}, "yes": {}}}}}, "lacks name"),
+        ({"aliases": {"feever": ["pyrexia"]}}, "aliases of 'feever'.* Did you mean Fever"),
+        ({"aliases": {"Fever": "pyrexia"}}, "aliases of 'Fever' are 'pyrexia'; a list"),
+        ({"aliases": {"flu": [""]}}, r"aliases of 'flu' are \[''\]; a list"),
+        ({"aliases": ["flu"]}, r"aliases \['flu'\]; \{name: \[other names\]\} is needed"),
     ],
 )  # fmt: skip
 def test_what_a_table_may_not_say_is_named(tmp_path, changes, message):
@@ -99,7 +103,10 @@ def test_unknown_names_are_refused_with_their_neighbours(tmp_path):
         table.narrowed(["fevr"], [])
     with pytest.raises(UserError, match=r"no disease 'goat'. Did you mean gout"):
         table.narrowed([], ["goat"])
+    table = risk.read(written(tmp_path, aliases={"flu": ["influenza"]}))
     kept = table.narrowed(["fever"], ["gout"])
+    assert kept.names("flu") == ("flu", "influenza")
+    assert kept.names("gout") == ("gout",)
     assert list(kept.factors) == ["fever"]
     assert kept.diseases == ("gout",)
     with pytest.raises(UserError, match="cxr_phantom, ham10000, pad_ufes_20"):
