@@ -94,6 +94,11 @@ def _corpus(options: argparse.Namespace) -> None:
         f"{len(summary['failed']):,} failed, {len(silent):,} pairs without a passage: see "
         f"{out / 'summary.json'}."
     )
+    if earlier := summary["from_earlier_starts"]:
+        print(
+            f"{len(earlier):,} of the texts are from earlier starts: this one wrote nothing on "
+            "their pairs, see from_earlier_starts there."
+        )
     if summary["vetted"] < summary["texts"]:
         print(
             f"For physicians: {out / review.REVIEW}; then `medvlp evidence review --corpus {out}`."

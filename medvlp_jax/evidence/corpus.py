@@ -9,12 +9,12 @@ held. Several writers may write into one folder; their texts stay apart.
 A folder holds
 
     answers-*.jsonl  one file a writer, one line an answer, appended as answers come
-    passages.jsonl   every passage a text was written from
+    passages.jsonl   every passage a text was written from, in the words it had then
     written.jsonl    every text, as written
     verdicts.jsonl   what physicians said, see `review`
     corpus.jsonl     the texts that stand: as written, approved or edited; what training reads
     review.csv       the texts without a verdict, for physicians
-    summary.json     counts, and the pairs without a text
+    summary.json     counts, the pairs without a text, and those whose text is an earlier start's
 """
 
 import collections
@@ -26,6 +26,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from medvlp_jax.config import UserError
 from medvlp_jax.data import knowledge
 from medvlp_jax.data.knowledge import ALL, Record
 from medvlp_jax.evidence import answers, retrieval, review
@@ -180,10 +181,12 @@ def run(
 
     Raises:
       UserError: where another process writes there, review.csv holds verdicts that have not been
-        read yet, also at the end, or the backend gave up; what it answered is kept.
+        read yet or an id names other words than the folder has under it, both also at the end, or
+        the backend gave up; what it answered is kept.
     """
     out = Path(out)
     review.check_nothing_unread(out)
+    _with_kept(out, passages)  # refused before anything is asked
     out.mkdir(parents=True, exist_ok=True)
     by_key = {task.request.key: task for task in tasks}
     read = lambda key, answer: {"text": _text_for(by_key[key], answer)}
@@ -209,12 +212,15 @@ def run(
         _keep(out, written, passages)
         corpus = review.apply(out)
         sources = collections.Counter(record.source for record in corpus.values())
+        unwritten = failures.keys() | {f"{pair}/{backend.name}" for pair in silent}
+        stand = {f"{r.factor}/{r.disease}/{r.source}" for r in corpus.values()}
         summary = {
             "texts": len(corpus),
             "vetted": sum(record.vetted for record in corpus.values()),
             "sources": dict(sorted(sources.items())),
             "failed": failures,
             "without_passages": sorted(silent),
+            "from_earlier_starts": sorted(unwritten & stand),
         }
         lines = [json.dumps(summary, indent=2, sort_keys=True) + "\n"]
         answers.replace(out / "summary.json", lines)
@@ -263,19 +269,40 @@ def _keep(out, written, passages) -> None:
     """Replace what was written anew in written.jsonl, and add to the passages.
 
     A pair whose new text failed keeps its old one. The order is the same whatever came first.
+    Passages stay when their texts are replaced, as verdicts on those do.
     """
     about = lambda record: (record.source, record.factor, record.disease)
     replaced = set(map(about, written))
+    texts = _with_kept(out, passages)
     old = review.read_written(out).values() if (out / review.WRITTEN).is_file() else ()
     records = [record for record in old if about(record) not in replaced] + written
     records.sort(key=about)
-    answers.replace(out / review.WRITTEN, (knowledge.line(r.id, r) for r in records))
-    needed = {name for record in records for name in record.ids}
-    titles = (" ".join(p.title.split()) for p in passages)
-    told = {p.id: p._replace(title=t)._asdict() for p, t in zip(passages, titles, strict=True)}
-    texts = _read_passages(out) | told
-    rows = (answers.dumps(texts[name]) + "\n" for name in sorted(needed & texts.keys()))
+    cited = {name for record in records for name in record.ids} | _read_passages(out).keys()
+    rows = (answers.dumps(texts[name]) + "\n" for name in sorted(cited & texts.keys()))
     answers.replace(out / KEPT_PASSAGES, rows)
+    answers.replace(out / review.WRITTEN, (knowledge.line(r.id, r) for r in records))
+
+
+def _with_kept(out: Path, passages: Sequence[retrieval.Passage]) -> dict[str, Mapping]:
+    """Return the passages by id, and those a folder keeps because texts were written from them.
+
+    Raises:
+      UserError: for an id both have with other words. A text cites ids, and has to be reviewed
+        against the words it was written from.
+    """
+    kept = _read_passages(out)
+    told = {p.id: p._replace(title=" ".join(p.title.split()))._asdict() for p in passages}
+    words = lambda p: json.dumps([p["title"].split(), p["text"].split()])
+    for name in sorted(kept.keys() & told.keys()):
+        before, now = (_key(words(passages[name]))[:8] for passages in (kept, told))
+        if before != now:
+            raise UserError(
+                f"{out / KEPT_PASSAGES} has passage '{name}' in other words (hash {before}) than "
+                f"the articles now (hash {now}), and texts were written from those: give the "
+                "article an id of its own, such as its PMID, or its id with '-corrected', so that "
+                "every text keeps its source; no answer is lost."
+            )
+    return told | kept
 
 
 def _read_passages(out: Path) -> dict[str, Mapping]:

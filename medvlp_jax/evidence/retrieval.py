@@ -43,7 +43,8 @@ def read_articles(path: str | Path) -> list[Passage]:
       path: a .jsonl file or a folder.
 
     Raises:
-      UserError: where there is nothing to read, a row lacks its id or text, or two share an id.
+      UserError: where there is nothing to read, a row lacks its id or text, or two articles
+        or passages of them share an id.
     """
     path = Path(path).expanduser()
     if path.is_dir():
@@ -56,10 +57,12 @@ def read_articles(path: str | Path) -> list[Passage]:
         )
     passages, seen = [], set()
     for article in articles:
-        if article.id in seen:
-            raise UserError(f"{path}: two articles have the id '{article.id}'; each needs its own.")
-        seen.add(article.id)
-        passages += cut(article)
+        parts = cut(article)
+        for name in dict.fromkeys([article.id, *(part.id for part in parts)]):
+            if name in seen:  # perhaps of a passage: "A#2" can be an article's own
+                raise UserError(f"{path}: two articles have the id '{name}'; each needs its own.")
+            seen.add(name)
+        passages += parts
     if not passages:
         raise UserError(f"{path} holds no article.")
     return passages

@@ -117,6 +117,15 @@ def test_articles_are_read_from_lines_and_folders_in_a_fixed_order(tmp_path):
         ('{"id": "a", "text": "x"}\n{"text": "y"}', "line 2 needs 'id' or 'pmid'"),
         ('{"id": "a"}', "line 1 needs"),
         ('{"id": "a", "text": "x"}\n{"id": "a", "text": "y"}', "two articles have the id 'a'"),
+        (
+            '{"id": "a#2", "text": "x"}\n{"id": "a", "text": "' + "y " * 300 + '"}',
+            "have the id 'a#2'",
+        ),
+        (
+            '{"id": "a", "text": "' + "y " * 300 + '"}\n{"id": "a#2", "text": "x"}',
+            "have the id 'a#2'",
+        ),
+        ('{"id": "a", "text": "' + "y " * 300 + '"}\n{"id": "a", "text": "x"}', "have the id 'a'"),
         ("", "holds no article"),
     ],
 )

@@ -232,6 +232,91 @@ def test_two_writers_stand_side_by_side(tmp_path):
     assert (out / "corpus.jsonl").read_bytes() == files["corpus.jsonl"]
 
 
+RAISES = [retrieval.Passage("1", "On flu", "Fever raises the risk of flu.")]
+LOWERS = [retrieval.Passage("1", "On flu", "Fever lowers the risk of flu.")]
+
+
+def tasks_from(tmp_path, passages, writer):
+    search = retrieval.by_words(passages)
+    return corpus.from_articles(table(tmp_path), passages, search, writer=writer)
+
+
+@pytest.mark.parametrize("writer", ["endpoint:a", "endpoint:b"])
+def test_an_id_that_comes_back_with_other_words_is_refused_before_anything_is_asked(
+    tmp_path, writer
+):
+    out = tmp_path / "out"
+    tasks, silent = tasks_from(tmp_path, RAISES, "endpoint:a")
+    corpus.run(tasks, local(good, "endpoint:a")[0], out, passages=RAISES, silent=silent)
+    before = {f.name: f.read_bytes() for f in out.iterdir()}
+    backend, asked = local(good, writer)
+    tasks, silent = tasks_from(tmp_path, LOWERS, writer)
+    with pytest.raises(
+        UserError, match=r"passages\.jsonl .* passage '1' in other words .* id of its"
+    ):
+        corpus.run(tasks, backend, out, passages=LOWERS, silent=silent)
+    assert not asked
+    assert {f.name: f.read_bytes() for f in out.iterdir()} == before
+    # An article nothing is asked about now is none to be written over either.
+    with pytest.raises(UserError, match="passage '1' in other words"):
+        corpus.run([], backend, out, passages=LOWERS)
+    # Lines and spaces are no words.
+    same = [RAISES[0]._replace(title="On  flu", text="Fever raises\nthe risk of flu.")]
+    corpus.run([], backend, out, passages=same)
+    assert (out / "passages.jsonl").read_bytes() == before["passages.jsonl"]
+
+
+def test_a_corrected_article_under_an_id_of_its_own_leaves_each_text_its_source(tmp_path):
+    out = tmp_path / "out"
+    tasks, silent = tasks_from(tmp_path, RAISES, "endpoint:a")
+    first = corpus.run(tasks, local(good, "endpoint:a")[0], out, passages=RAISES, silent=silent)
+    assert first["from_earlier_starts"] == []
+    corrected = [LOWERS[0]._replace(id="1-corrected")]
+    tasks, silent = tasks_from(tmp_path, corrected, "endpoint:a")
+    anew = lambda prompt: good(prompt) if '"ALL"' in prompt else "I would rather not."
+    backend = local(anew, "endpoint:a")[0]
+    summary = corpus.run(tasks, backend, out, passages=corrected, silent=silent)
+    lines = (out / "passages.jsonl").read_text().splitlines()
+    kept = {row["id"]: row["text"] for row in map(json.loads, lines)}
+    assert kept == {"1": RAISES[0].text, "1-corrected": LOWERS[0].text}
+    cited = {(r.factor, r.disease): r.ids for r in standing(out).values()}
+    assert cited == {("fever", "ALL"): ("1-corrected",), ("fever", "flu"): ("1",)}
+    assert summary["from_earlier_starts"] == ["fever/flu/endpoint:a"]
+    # So are texts of pairs that no passage speaks of any more.
+    off = [retrieval.Passage("2", "", "Urate and gout.")]
+    tasks, silent = tasks_from(tmp_path, off, "endpoint:a")
+    summary = corpus.run(tasks, local(good, "endpoint:a")[0], out, passages=off, silent=silent)
+    assert summary["from_earlier_starts"] == ["fever/ALL/endpoint:a", "fever/flu/endpoint:a"]
+
+
+def test_an_id_keeps_its_words_when_its_texts_are_replaced_for_verdicts_on_them_stay(tmp_path):
+    out = tmp_path / "out"
+    other = [retrieval.Passage("2", "", "Fever and flu again.")]
+    for passages in (RAISES, other):
+        tasks, _ = tasks_from(tmp_path, passages, "endpoint:a")
+        corpus.run(tasks, local(good, "endpoint:a")[0], out, passages=passages)
+    assert {record.ids for record in standing(out).values()} == {("2",)}
+    tasks, _ = tasks_from(tmp_path, LOWERS, "endpoint:a")
+    with pytest.raises(UserError, match="passage '1' in other words"):
+        corpus.run(tasks, local(good, "endpoint:a")[0], out, passages=LOWERS)
+
+
+def test_an_id_another_process_wrote_with_other_words_meanwhile_is_refused(tmp_path):
+    out = tmp_path / "out"
+    tasks, _ = tasks_from(tmp_path, LOWERS, "endpoint:b")
+    others, _ = tasks_from(tmp_path, RAISES, "endpoint:a")
+
+    def meanwhile(prompt):
+        corpus.run(others, local(good, "endpoint:a")[0], out, passages=RAISES)
+        return good(prompt)
+
+    with pytest.raises(UserError, match=r"passage '1' in other words .* no answer is lost"):
+        corpus.run(tasks, local(meanwhile, "endpoint:b")[0], out, passages=LOWERS)
+    for name in (review.WRITTEN, knowledge.FILE):
+        assert {r.source for r in knowledge.read(out / name).values()} == {"endpoint:a"}
+    assert "raises" in (out / "passages.jsonl").read_text()
+
+
 @pytest.mark.parametrize(
     ("answer", "error"),
     [
