@@ -2,9 +2,10 @@
 
 Wang et al. 2026, https://arxiv.org/abs/2602.23297, section "risk-integrated alignment"; the wording
 and the bins are our choice (docs/prima.md). The text t is a sentence an attribute, in a fixed
-order: what is missing is left out, what nobody knew is "unknown". The vector y of Eq. 6 has a block
-an attribute, of those that the text leaves out too: one place a category or bin, one for "unknown",
-all zero where the value is missing.
+order: one of which all is missing is left out, what nobody knew is "unknown", and so is a value
+that is missing beside another of its sentence. The vector y of Eq. 6 has a block an attribute, of
+those that the text leaves out too: one place a category or bin, one for "unknown", all zero where
+the value is missing. What data.table.exclude names is in neither.
 
 What gives the diagnosis away never enters either: columns the schema marks as leakage, sentences
 that name a class, columns whose values go with one class each.
@@ -22,8 +23,7 @@ import numpy as np
 from medvlp_jax.config import UserError, nearest
 from medvlp_jax.data import tabular
 
-PLACE = re.compile(r"\{(\w+)\}")
-FEWEST = 20  # rows below which a column that goes with the class may do so by chance
+PLACE = re.compile(r"\{([^{}]+)\}")  # any name: "d-dimer_val" is one
 
 
 class Metadata(NamedTuple):
@@ -89,7 +89,7 @@ class Metadata(NamedTuple):
         if math.isnan(value):
             return block
         if self.schema[column]["kind"] == "numeric":
-            place = int(np.searchsorted(self.bins[column], value, side="left"))
+            place = int(np.searchsorted(self.bins[column], np.float32(value), side="left"))
         else:
             place = int(value)  # UNKNOWN = -1 is the last
         block[place] = self.factors.get(column, 1.0)
@@ -121,16 +121,19 @@ def read(
       emphasised: columns whose block counts `emphasis`-fold before the inner product, one reading
         of the paper's "disease-related dimensions".
       emphasis: that factor.
-      exclude: columns left out where `sentences` is ().
+      exclude: columns left out of all these, and with them the sentences that tell no other.
       classes: names of the diagnoses, which no sentence may say.
 
     Raises:
       UserError: naming a column that does not exist, that gives the label away, a number without
-        bins, or a sentence that names a class.
+        bins, a sentence that names a class, no column, or an excluded one beside others; or if no
+        sentence is left.
     """
-    templates = tuple(sentences) or _plain(schema, exclude)
+    kept = tabular.columns(schema, exclude=tuple(exclude))
+    templates = _without(tuple(sentences) or _plain(schema, kept), exclude)
     factors = dict.fromkeys(emphasised, float(emphasis))
-    told = Metadata(schema, templates, dict(words), {}, factors, tuple(unsaid))
+    unsaid = tuple(name for name in unsaid if name not in exclude)
+    told = Metadata(schema, templates, dict(words), {}, factors, unsaid)
     for name in told.columns:
         setting = "data.metadata.unsaid" if name in unsaid else "data.metadata.sentences"
         if name not in schema:
@@ -142,7 +145,8 @@ def read(
                 f"{setting} has '{name}', which gives the label away: {schema[name]['leakage']}."
             )
     numbers = [name for name in schema if schema[name]["kind"] == "numeric"]
-    edges = {name: tuple(map(float, inner)) for name, inner in bins}
+    # Records hold float32: to it 0.1 is a little more than to a float, and would be above its edge.
+    edges = {name: tuple(float(np.float32(edge)) for edge in inner) for name, inner in bins}
     for setting, names, known in (
         ("bins", edges, numbers),
         ("emphasised", emphasised, told.columns),
@@ -176,32 +180,41 @@ def check_labels(told: Metadata, tables: Sequence[Mapping[str, float]], labels: 
     Raises:
       UserError: naming the column.
     """
-    known = np.flatnonzero((labels == 1).any(1))
-    truth = labels[known].argmax(1)
-    if len(known) < FEWEST or len(set(truth)) < 2:
-        return
-    for column in told.columns:
-        if told.schema[column]["kind"] == "numeric":
-            continue
-        values = np.array([tables[row][column] for row in known])
-        seen = [truth[values == value] for value in set(values[~np.isnan(values)])]
-        rows, pure = sum(map(len, seen)), all(len(set(classes)) == 1 for classes in seen)
-        if rows >= FEWEST and len(seen) > 1 and pure:
-            raise UserError(
-                f"data.metadata has '{column}', and each of its values goes with one class: the "
-                "label leaks into the metadata. Leave that column out."
-            )
+    where = "data.metadata", "metadata"
+    tabular.check_labels(told.schema, told.columns, tables, labels, where)
 
 
-def _plain(schema, exclude: Iterable[str]) -> tuple[str, ...]:
+def _plain(schema, names: Iterable[str]) -> tuple[str, ...]:
     """One sentence a column, as the schema words it."""
     templates = []
-    for name in tabular.columns(schema, exclude=tuple(exclude)):
+    for name in names:
         entry = schema[name]
         unit = f" {entry['unit']}" if "unit" in entry else ""
         plain = f"{name.replace('_', ' ').capitalize()}: {{value}}{unit}."
         templates.append(entry.get("sentence", plain).replace("{value}", f"{{{name}}}"))
     return tuple(templates)
+
+
+def _without(templates: Iterable[str], exclude: Sequence[str]) -> tuple[str, ...]:
+    """Return the sentences that tell no excluded column."""
+    kept = []
+    for template in templates:
+        names = PLACE.findall(template)
+        gone = [name for name in names if name in exclude]
+        if not names:
+            raise UserError(
+                f"data.metadata.sentences has '{template}', which tells nothing; accepted are "
+                "sentences with the {name} of a column."
+            )
+        if gone and {*names} - {*gone}:
+            raise UserError(
+                f"data.table.exclude has '{gone[0]}', and '{template}' tells another column beside "
+                f"it: give data.metadata.sentences a sentence without {{{gone[0]}}}."
+            )
+        kept += [] if gone else [template]
+    if not kept:
+        raise UserError("data.table.exclude leaves no sentence of data.metadata.sentences to tell.")
+    return tuple(kept)
 
 
 def _check_words(told: Metadata, classes: Sequence[str]) -> None:

@@ -37,6 +37,7 @@ FIELDS += ("unknown", "same", "other")
 TEXTS = ("unit", "sentence", "leakage", "other")
 LISTS = ("missing", "unknown", "categories")
 UNKNOWN = -1.0  # a category: somebody was asked, and did not know
+FEWEST = 20  # rows below which a column that goes with the class may do so by chance
 
 Schema = Mapping[str, Mapping[str, Any]]
 
@@ -174,6 +175,44 @@ def columns(schema: Schema, *, exclude: Sequence[str] = (), leakage: Sequence[st
     if not kept:
         raise UserError("No column of the table is left for the model to see.")
     return kept
+
+
+def check_labels(
+    schema: Schema,
+    names: Iterable[str],
+    tables: Sequence[Mapping[str, float]],
+    labels: np.ndarray,
+    where: tuple[str, str],
+) -> None:
+    """Refuse a column whose every value goes with one class: it is the label under another name.
+
+    Numbers are not looked at.
+
+    Args:
+      schema: of the corpus.
+      names: the columns a model sees.
+      tables: values of the training rows.
+      labels: [N, C] int8 of these rows, 1 present.
+      where: the setting and the input, for messages.
+
+    Raises:
+      UserError: naming the column.
+    """
+    known = np.flatnonzero((labels == 1).any(1))
+    truth = labels[known].argmax(1)
+    if len(known) < FEWEST or len(set(truth)) < 2:
+        return
+    for column in names:
+        if schema[column]["kind"] == "numeric":
+            continue
+        values = np.array([tables[row][column] for row in known])
+        seen = [truth[values == value] for value in set(values[~np.isnan(values)])]
+        rows, pure = sum(map(len, seen)), all(len(set(classes)) == 1 for classes in seen)
+        if rows >= FEWEST and len(seen) > 1 and pure:
+            raise UserError(
+                f"{where[0]} has '{column}', and each of its values goes with one class: the label "
+                f"leaks into the {where[1]}. Leave that column out with data.table.exclude."
+            )
 
 
 def sentences(values: Mapping[str, float], schema: Schema, names: Sequence[str]) -> list[str]:

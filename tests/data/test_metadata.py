@@ -2,13 +2,14 @@
 
 import itertools
 import math
+import pathlib
 
 import numpy as np
 import pytest
 
 from configs import _prima_corpora as corpora
 from medvlp_jax.config import UserError
-from medvlp_jax.data import metadata, tabular
+from medvlp_jax.data import datasets, metadata, tabular
 from medvlp_jax.data.datasets.cxr_phantom import patients
 from medvlp_jax.data.datasets.pad_ufes_20 import pad_ufes_20_dataset_builder as pad
 
@@ -19,6 +20,7 @@ PAD = {
     "bins": corpora.PAD_BINS,
 }
 NAN = math.nan
+DATASETS = pathlib.Path(datasets.__path__[0])
 
 
 def patient(**values):
@@ -91,6 +93,53 @@ def test_a_column_that_is_told_is_in_y_once():
     assert told.columns == plain.columns
 
 
+def test_a_column_with_another_sign_in_its_name_is_told_and_looked_at():
+    schema = {"d-dimer": {"kind": "numeric", "unit": "mg/l", "range": [0, 50]}}
+    schema |= {"ward no.": {"kind": "categorical", "categories": ["A", "B"]}}
+    told = metadata.read(schema, bins=(("d-dimer", (1, 5)),))
+    assert told.columns == ("d-dimer", "ward no.")
+    assert told.text({"d-dimer": 2.5, "ward no.": 1.0}) == "D-dimer: 2.5 mg/l. Ward no.: b."
+    assert told.vector({"d-dimer": 2.5, "ward no.": 1.0}).tolist() == [0, 1, 0, 0, 1]
+    with pytest.raises(UserError, match=r"bins has \(\) for the number 'd-dimer'"):
+        metadata.read(schema)
+    truth = np.arange(40) % 2
+    leaking = [{"d-dimer": 1.0, "ward no.": float(value)} for value in truth]
+    with pytest.raises(UserError, match=r"has 'ward no\.', and each of its values goes with one"):
+        metadata.check_labels(told, leaking, np.eye(2, dtype=np.int8)[truth])
+
+
+@pytest.mark.parametrize("name", [path.parent.name for path in DATASETS.glob("*/table.json")])
+def test_every_column_of_a_shipped_corpus_is_told_that_gives_nothing_away(name):
+    schema = tabular.read_schema(DATASETS / name / "table.json")
+    bins = [(column, (1,)) for column, entry in schema.items() if entry["kind"] == "numeric"]
+    assert metadata.read(schema, bins=bins).columns == tabular.columns(schema)
+
+
+def test_what_is_excluded_is_in_neither_text_nor_y():
+    both = ("diameter_1", "diameter_2")
+    gone = ("itch", *both, "smoke", "biopsed")
+    whole = metadata.read(pad.SCHEMA, **PAD, unsaid=corpora.PAD_UNSAID)
+    told = metadata.read(pad.SCHEMA, **PAD, unsaid=corpora.PAD_UNSAID, exclude=gone)
+    assert told.columns == tuple(name for name in whole.columns if name not in gone)
+    text = told.text(patient())
+    assert "Itching" not in text
+    assert "Diameter" not in text
+    assert "Growing: yes. Painful: no." in text
+    plain = metadata.read(
+        patients.TABLE, bins=corpora.PHANTOM_BINS, unsaid=("sex",), exclude=["sex"]
+    )
+    assert plain.columns == tuple(name for name in patients.TABLE if name != "sex")
+
+
+@pytest.mark.parametrize("edge", [0.1, 0.3, 0.7, 1.1])
+def test_a_number_on_an_edge_belongs_below_it_as_a_record_holds_it(edge):
+    schema = {"lactate": {"kind": "numeric", "range": [0, 20]}}
+    told = metadata.read(schema, bins=(("lactate", (edge,)),))
+    for value in (edge, np.float32(edge), float(np.float32(edge))):
+        assert told.vector({"lactate": value}).tolist() == [1, 0]
+    assert told.vector({"lactate": np.nextafter(np.float32(edge), 9)}).tolist() == [0, 1]
+
+
 def test_emphasised_columns_count_more_and_a_factor_enters_before_the_inner_product():
     told = metadata.read(pad.SCHEMA, **PAD, emphasised=("bleed",), emphasis=3.0)
     plain = metadata.read(pad.SCHEMA, **PAD)
@@ -128,6 +177,23 @@ def test_a_corpus_without_sentences_tells_every_column_that_gives_nothing_away()
         ({"bins": (("age", (50,)),)}, r"bins has \(\) for the number 'diameter_1'"),
         ({"bins": (*PAD["bins"], ("itch", (1,)))}, "bins: 'itch' is no number of the table"),
         ({"emphasised": ("smoke",)}, "emphasised: 'smoke' is no column of y"),
+        (
+            {"sentences": ("A lesion.",)},
+            r"sentences has 'A lesion\.', which tells nothing; accepted",
+        ),
+        ({"sentences": ("Itch: {}.",)}, "which tells nothing"),
+        ({"exclude": ("itches",)}, "The table has no column 'itches'. Did you mean itch"),
+        (
+            {"exclude": ("diameter_1",)},
+            r"exclude has 'diameter_1', and 'Diameter: .* mm\.' tells another column beside it: "
+            r"give data\.metadata\.sentences a sentence without {diameter_1}",
+        ),
+        (
+            {"sentences": ("Itch: {itch}.",), "unsaid": ("smoke",), "exclude": ("itch",)},
+            "exclude leaves no sentence of data.metadata.sentences",
+        ),
+        ({"exclude": tuple(pad.SCHEMA)}, "No column of the table is left"),
+        ({"exclude": ("bleed",), "emphasised": ("bleed",)}, "'bleed' is no column of y"),
     ],
 )
 def test_what_does_not_fit_or_leaks_is_refused_by_name(changes, message):
