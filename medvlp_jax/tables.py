@@ -52,6 +52,30 @@ def rows_of(data: Mapping[str, Any], sources: Sequence[corpora.Source]) -> Rows 
     return _rows(data, schema, (values for source in sources for values in source.tables()))
 
 
+def check_labels(data: Mapping[str, Any], sources: Sequence[corpora.Source], task: str) -> None:
+    """Refuse a table in which the label stands under another name.
+
+    A column that data.table.leakage asks for may give it away.
+
+    Args:
+      data: config.data.
+      sources: what is trained on, of one schema.
+      task: label task.
+
+    Raises:
+      UserError: naming the column, see `tabular.check_labels`.
+    """
+    schema, asked = sources[0].metadata["table"], data["table"]["leakage"]
+    if not schema:
+        return
+    names = tabular.columns(schema, exclude=data["table"]["exclude"], leakage=asked)
+    names = [name for name in names if name not in asked]
+    for source in sources:
+        if task in source.tasks:
+            where = "The table", "input"
+            tabular.check_labels(schema, names, source.tables(), source.labels(task), where)
+
+
 def empty_table(data: Mapping[str, Any]) -> np.ndarray:
     """Return rows [T, D] of missing values, as the first corpus has them.
 

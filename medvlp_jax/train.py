@@ -34,6 +34,7 @@ from medvlp_jax import (
     export,
     plan,
     protocols,
+    tables,
     unpaired,
     weights,
 )
@@ -111,6 +112,8 @@ def _prepare(config, workdir, stop) -> _Job:
         export.check(parts)
     checks.batch(config, parts)
     examples.check_view(config["data"], sources[0].images, parts.recipe.inputs)
+    if "tabular" in parts.recipe.inputs:
+        tables.check_labels(config["data"], sources, parts.recipe.task)
     pools = unpaired.pools(parts, sources)
     checks.evidence(config, parts.recipe, sources, pools)
     evaluator = validator = Evaluator(parts, config["evals"], stop)

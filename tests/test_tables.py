@@ -26,8 +26,9 @@ class Corpus:
 
     name = "made"
 
-    def __init__(self, values=VALUES, schema=SCHEMA):
+    def __init__(self, values=VALUES, schema=SCHEMA, labels=None):
         self.metadata, self.values = {"table": schema}, values
+        self.tasks, self.labels = {"label": ["no", "yes"]}, lambda task: np.eye(2)[labels]
 
     def tables(self):
         return list(self.values)
@@ -100,3 +101,23 @@ def test_bad_settings_are_one_sentence(tmp_path):
 
 def test_a_corpus_without_a_table_has_no_rows(tmp_path):
     assert tables.rows_of(settings(tmp_path), [Corpus(schema={})]) is None
+
+
+def test_the_label_under_another_name_is_no_column_of_the_table(tmp_path):
+    truth = np.arange(40) % 2
+    rows = [{"age": 50.0, "sex": float(k), "stage": float(k)} for k in truth]
+    check = lambda rows, truth, schema=SCHEMA, **table: tables.check_labels(
+        settings(tmp_path, **table), [Corpus(rows, schema, truth)], "label"
+    )
+    message = "The table has 'sex', and each of its values goes with one class: the label leaks"
+    with pytest.raises(UserError, match=message):
+        check(rows, truth)
+    rows[0] |= {"sex": 1.0}
+    check(rows, truth)  # one that does not: no copy
+    check(rows, truth, exclude=("age", "sex"), leakage=("stage",))  # asked for
+    told = {name: {"kind": entry["kind"]} for name, entry in SCHEMA.items()}
+    with pytest.raises(UserError, match="The table has 'stage'"):
+        check(rows, truth, told)
+    check(rows, truth, told, exclude=("stage",))
+    check(rows[:19], truth[:19], told)  # too few to say
+    check(rows, truth, {})

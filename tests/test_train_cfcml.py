@@ -335,6 +335,32 @@ def test_bad_input_about_ones_own_folder_is_one_sentence(
     assert not (folder / "config.json").exists()
 
 
+def test_a_copy_of_the_label_in_the_table_is_refused_before_anything_is_trained(
+    own_folder, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(ROOT)
+    copied = tmp_path / "copied"
+    shutil.copytree(own_folder, copied, ignore=shutil.ignore_patterns("prepared"))
+    schema = json.loads((copied / "table.json").read_text())
+    schema["code"] = {"kind": "categorical", "categories": ["benign", "malignant"]}
+    (copied / "table.json").write_text(json.dumps(schema))
+    with (own_folder / "table.csv").open(newline="") as file:
+        header, *rows = csv.reader(file)
+    with (copied / "table.csv").open("w", newline="") as file:
+        dx = header.index("dx")
+        again = ([f"{k}{row[0]}", *row[1:], row[dx]] for k in "ab" for row in rows)
+        csv.writer(file).writerows([[*header, "code"], *again])
+    for name in (row[0] for row in rows):
+        for k in "ab":
+            shutil.copy(copied / name, copied / f"{k}{name}")
+    where = (f"--config.data.data_dir={tmp_path / 'data'}", f"--config.data.manual_dir={copied}")
+    config, folder = train.resolve([*SMALL, *OWN, *where, f"--workdir={tmp_path / 'run'}"])
+    monkeypatch.setattr(assemble, "initial_variables", lambda parts: pytest.fail("began"))
+    with pytest.raises(UserError, match="The table has 'code', and each of its values goes with"):
+        train.run(config, folder)
+    assert not (folder / "config.json").exists()
+
+
 @pytest.mark.slow
 def test_volumes_of_three_sequences_run_to_their_end(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)

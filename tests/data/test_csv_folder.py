@@ -21,6 +21,8 @@ CORPUS = {
     "channels": 1,
 }
 TABLE = {"age": {"kind": "numeric", "range": [0, 120]}}
+DX = {"kind": "categorical", "categories": ["benign", "malignant"]}
+EDEMA = {"kind": "categorical", "categories": ["0", "1"]}
 SIDES = {"positive": ["{c}"], "negative": ["no {c}"]}
 SPEC = {"section": "findings", "multi_label": True, "template": SIDES}
 LABEL = {"section": "findings", "multi_label": False}
@@ -175,6 +177,13 @@ def prompts(task="finding", **spec):
         ("prompts.json", prompts(classes=[1]), r"has classes \[1\]"),
         ("prompts.json", prompts(classes={"edema": SIDES}), "has no prompts for effusion"),
         ("table.json", b'{"l\xe4ge": 1}', "table.json is not JSON"),
+        (
+            "table.json",
+            {**TABLE, "dx": DX},
+            "table.json: column 'dx' is a label in corpus.json, and",
+        ),
+        ("table.json", {"edema": EDEMA, **TABLE}, "column 'edema' is a label in corpus.json"),
+        ("table.json", {"dx": DX | {"leakage": "it is it"}}, "column 'dx' is a label in"),
         ("corpus.json", b'{"l\xe4ge": 1}', "corpus.json is not JSON"),
         ("corpus.json", b"[" * 5000, "corpus.json is not JSON"),
         ("prompts.json", b"[" * 5000, "prompts.json is not JSON"),

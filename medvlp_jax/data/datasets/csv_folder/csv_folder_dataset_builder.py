@@ -17,7 +17,7 @@ Source folder:
 
 * `table.csv`: one row an image or case; paths are relative to the folder. JPEG, PNG or DICOM; one
   of more than 8 bits is stretched to grey of 8.
-* `table.json`, if a model may see columns: their schema, see data/tabular.py.
+* `table.json`, if a model may see columns: their schema, see data/tabular.py; no label is one.
 * `prompts.json`, if the names of the classes are no good prompts: see evaluation/prompts.py.
 
 Columns: `image` and `group` are needed. `group` is what must not be torn apart by a split (patient,
@@ -65,6 +65,7 @@ class Builder(building.Builder):
             self.described = description.read(source)
             if (source / "table.json").is_file():
                 self.schema = tabular.read_schema(source / "table.json")
+                description.check_table(source / "table.json", self.schema, self.described)
             self.prompts = description.read_prompts(source, self.tasks())
             self.digest = self.digest_of(source)
         super().__init__(**fields)

@@ -5,7 +5,7 @@ evaluation/prompts.py, which reads it from the prepared corpus.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +79,27 @@ def read(folder: Path) -> dict[str, Any]:
                 f"{path}: image '{name}' is {column!r}; the name of a column is needed."
             )
     return found
+
+
+def check_table(path: Path, schema: Iterable[str], described: Mapping[str, Any]) -> None:
+    """Refuse a label among the columns that a model may see.
+
+    Args:
+      path: of table.json.
+      schema: its columns.
+      described: what corpus.json says, see `read`.
+
+    Raises:
+      UserError: naming the column.
+    """
+    labels = {name for names in described["labels"].values() for name in names}
+    labels.add(described["columns"].get(TASK))
+    for name in schema:
+        if name in labels:
+            raise UserError(
+                f"{path}: column '{name}' is a label in corpus.json, and a model would read the "
+                "answer; accepted are columns that are none."
+            )
 
 
 def read_prompts(folder: Path, tasks: Mapping[str, Sequence[str]]) -> dict[str, Any]:
