@@ -49,8 +49,7 @@ def told_of(
 
 def described(data: Mapping[str, Any]) -> metadata.Metadata:
     """Return the same for the first corpus as it describes itself, no record read."""
-    corpus = _builder(data)
-    return _told(data, corpus.info.metadata["table"], corpus.name, ())
+    return _told(data, schema_of(data), data["corpora"][0].partition(":")[0], ())
 
 
 def _told(data, schema, name, classes):
@@ -96,6 +95,11 @@ def tasks_of(data: Mapping[str, Any]) -> Mapping[str, Sequence[str]]:
     A folder of the user's own that is not prepared here says nothing: {}.
     """
     return _builder(data).info.metadata["tasks"]
+
+
+def schema_of(data: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
+    """Return the table's schema likewise; {} without a table."""
+    return _builder(data).info.metadata["table"]
 
 
 def pair_of(

@@ -6,9 +6,18 @@ from typing import Any
 
 import numpy as np
 
-from medvlp_jax import assemble, checks, clinical, controls, distributed, examples, ranges
+from medvlp_jax import (
+    assemble,
+    checks,
+    clinical,
+    controls,
+    distributed,
+    examples,
+    ranges,
+    tables,
+)
 from medvlp_jax.config import UserError, nearest
-from medvlp_jax.data import datasets, pipeline
+from medvlp_jax.data import datasets, pipeline, tabular
 from medvlp_jax.evaluation import flavours, probe, prompts, scoring, thresholds
 from medvlp_jax.recipes import mlm
 from medvlp_jax.recipes.base import classifies
@@ -167,6 +176,7 @@ def check(evaluator: Any) -> None:
         raise UserError(
             f"evals.views and the control regression are for classifiers; recipe {name} is none."
         )
+    _check_table(evaluator)
     _check_flavours(evaluator)
     _check_evidence(evaluator)
 
@@ -223,6 +233,27 @@ def _check_classes(evaluator: Any) -> None:
         raise UserError(
             f"evals.corpus: the classes of task '{recipe.task}' are not those that were trained "
             f"on: {differs}; accepted is a corpus with the same classes in the same order."
+        )
+
+
+def _check_table(evaluator: Any) -> None:
+    """Refuse a table that is read as other numbers than the one that was trained on."""
+    data, inputs, source = evaluator.parts.config["data"], evaluator.inputs(), evaluator.source
+    trained, tested = {}, {}
+    if "tabular" in inputs:
+        schemas = clinical.schema_of(data), source.metadata["table"]
+        trained, tested = (tables.seen(data, schema) for schema in schemas)
+    if {*clinical.KEYS} & {*inputs}:
+        told = clinical.told_of(data, [source], evaluator.parts.recipe.task, train=False)
+        if "metadata_vector" in inputs:  # texts may be other ones
+            trained, tested = clinical.described(data).seen, told.seen
+    # Without the schema that was trained on there is no model either, which is said elsewhere.
+    names = data["corpora"][0], evaluator.corpus
+    if trained and (differs := tabular.difference(trained, tested, *names)):
+        raise UserError(
+            f"evals.corpus: the table is not encoded as the one that was trained on: {differs}; "
+            "accepted is a corpus whose table has the same columns, kinds, categories, ranges and "
+            "units in the same order."
         )
 
 

@@ -52,6 +52,16 @@ def rows_of(data: Mapping[str, Any], sources: Sequence[corpora.Source]) -> Rows 
     return _rows(data, schema, (values for source in sources for values in source.tables()))
 
 
+def seen(data: Mapping[str, Any], schema: tabular.Schema) -> dict[str, Mapping[str, Any]]:
+    """Return the columns of a schema that a model sees as numbers, in order; {} as sentences."""
+    settings = data["table"]
+    if not schema or settings["encoding"] == "sentences":
+        return {}
+    kept = tabular.columns(schema, exclude=settings["exclude"], leakage=settings["leakage"])
+    # Rows of numbers show what nobody knew as missing: no column of its own.
+    return {name: {**schema[name], "unknown": False} for name in kept}
+
+
 def check_labels(data: Mapping[str, Any], sources: Sequence[corpora.Source], task: str) -> None:
     """Refuse a table in which the label stands under another name.
 

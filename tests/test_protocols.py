@@ -81,15 +81,17 @@ def test_retrieval_that_nobody_asked_for_is_left_out_with_its_control(monkeypatc
 def own(tmp_path):
     """Return a function that prepares a folder of one's own: its classes, its splits."""
 
-    def prepared(name, classes, splits=("train", "test")):
+    def prepared(name, classes, splits=("train", "test"), table=None):
         folder = tmp_path / name
         folder.mkdir()
         columns = {"image": "file", "group": "who", "label": "dx", "split": "part"}
         (folder / "corpus.json").write_text(json.dumps({"columns": columns, "classes": classes}))
-        lines = ["file,who,dx,part"]
+        if table:
+            (folder / "table.json").write_text(json.dumps(table))
+        lines = [",".join(("file,who,dx,part", *(table or ())))]
         for k, part in enumerate(splits):
             Image.fromarray(np.full((8, 8, 3), 9 * k, np.uint8)).save(folder / f"{k}.png")
-            lines.append(f"{k}.png,{k},{classes[0]},{part}")
+            lines.append(f"{k}.png,{k},{classes[0]},{part}" + "," * len(table or ()))
         (folder / "table.csv").write_text("\n".join(lines))
         where = {"data_dir": tmp_path / "data", "manual_dir": folder}
         corpora.prepare("csv_folder", builder_config=name, **where)
@@ -98,9 +100,10 @@ def own(tmp_path):
     return prepared
 
 
-def classifier(data_dir, trained, tested, **evals):
+def classifier(data_dir, trained, tested, inputs=("image",), **evals):
     """Return what is checked of an evaluator: a classifier of two classes, on another corpus."""
     data = common.data(corpora=(trained,), data_dir=str(data_dir)).to_dict()
+    data["metadata"] = {"sentences": (), "bins": (("age", (50,)),)}
     recipe = types.SimpleNamespace(spaces={}, task="label", num_classes=2)
     config = {"recipe": {"name": "cfcml"}, "data": data}
     return types.SimpleNamespace(
@@ -110,6 +113,7 @@ def classifier(data_dir, trained, tested, **evals):
         source=assemble.open_corpus(tested, data, "test"),
         prompts={"tasks": {}},
         images=lambda: ("image",),
+        inputs=lambda: inputs,
     )
 
 
@@ -126,6 +130,78 @@ def test_classes_in_another_order_are_not_scored(own, tmp_path, capsys):
     assert (
         "csv_folder:gone is not prepared here, so that only the number" in capsys.readouterr().out
     )
+
+
+AGE = {"kind": "numeric", "unit": "years", "range": [0, 120]}
+SEX = {"kind": "categorical", "categories": ["female", "male"]}
+TABLE = {"age": AGE, "sex": SEX, "code": {**SEX, "leakage": "decided later"}}
+
+
+@pytest.mark.parametrize(
+    ("name", "table", "differs"),
+    [
+        (
+            "turned",
+            {**TABLE, "sex": {**SEX, "categories": ["male", "female"]}},
+            r"column 1 is 'sex' \(categorical, \['female', 'male'\]\) in csv_folder:ours and 'sex' "
+            r"\(categorical, \['male', 'female'\]\) in csv_folder:turned; accepted",
+        ),
+        (
+            "range",
+            {**TABLE, "age": {**AGE, "range": [0, 100]}},
+            r"column 0 is 'age' \(numeric, \[0.0, 120.0\] years\) in .*\[0.0, 100.0\] years\) in",
+        ),
+        ("unit", {**TABLE, "age": {**AGE, "unit": "months"}}, r"120.0\] years\) in .* months\) in"),
+        ("kind", {**TABLE, "sex": {**SEX, "kind": "ordinal"}}, r"'sex' \(ordinal, "),
+        (
+            "order",
+            {"sex": SEX, "age": AGE, "code": TABLE["code"]},
+            r"column 0 is 'age'.* and 'sex'",
+        ),
+        (
+            "fewer",
+            {"age": AGE},
+            r"column 1 is 'sex' .* in csv_folder:ours and none in csv_folder:fe",
+        ),
+        ("more", {**TABLE, "ward": SEX}, r"column 2 is none in csv_folder:ours and 'ward'"),
+        ("none", None, r"and none in csv_folder:none"),
+    ],
+)
+def test_a_table_that_would_be_read_as_other_numbers_is_not_scored(
+    own, tmp_path, name, table, differs
+):
+    classes = ["benign", "malignant"]
+    trained, tested = own("ours", classes, table=TABLE), own(name, classes, table=table)
+    given = tmp_path / "data", trained, tested
+    found = classifier(*given, ("image", "tabular"))
+    with pytest.raises(UserError, match=f"evals.corpus: the table is not encoded as .*{differs}"):
+        protocols.check(found)
+    found.parts.config["data"]["table"]["encoding"] = "metablock"
+    with pytest.raises(UserError, match=differs):
+        protocols.check(found)
+    found.parts.config["data"]["table"]["encoding"] = "sentences"
+    protocols.check(found)
+    protocols.check(classifier(*given))  # of a recipe that reads no table
+    vector = classifier(*given, ("image", "metadata_vector"))
+    with pytest.raises(UserError, match=differs if table else "csv_folder has none"):
+        protocols.check(vector)
+    if table:
+        protocols.check(classifier(*given, ("image", "metadata")))
+
+
+def test_a_table_of_the_same_encoding_is_scored(own, tmp_path):
+    classes = ["benign", "malignant"]
+    trained = own("ours", classes, table=TABLE)
+    other = {**TABLE, "sex": {**SEX, "sentence": "A {value} patient.", "missing": ["?"]}}
+    other["code"] = {**TABLE["code"], "categories": ["1", "2", "3"]}  # left out
+    tested = own("theirs", classes, table=other)
+    for inputs in (("image", "tabular"), ("image", "metadata_vector")):
+        protocols.check(classifier(tmp_path / "data", trained, tested, inputs))
+    # UNK has a place in y, and none in rows of numbers.
+    asked = own("asked", classes, table={**TABLE, "sex": {**SEX, "unknown": ["UNK"]}})
+    protocols.check(classifier(tmp_path / "data", trained, asked, ("image", "tabular")))
+    with pytest.raises(UserError, match=r"\['female', 'male'\] or unknown\) in csv_folder:asked"):
+        protocols.check(classifier(tmp_path / "data", trained, asked, ("metadata_vector",)))
 
 
 @pytest.mark.parametrize(

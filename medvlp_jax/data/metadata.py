@@ -16,7 +16,7 @@ Axis letters: D places of the vector.
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -50,6 +50,12 @@ class Metadata(NamedTuple):
         """Every column of y in order: those that are told, then those that are not."""
         said = [c for text in self.templates for c in PLACE.findall(text)]
         return tuple(dict.fromkeys([*said, *self.unsaid]))
+
+    @property
+    def seen(self) -> dict[str, Mapping[str, Any]]:
+        """Entries of the schema that decide the places of y, in order."""
+        entries = {name: self.schema[name] for name in self.columns}
+        return {name: {**entry, "unknown": "unknown" in entry} for name, entry in entries.items()}
 
     @property
     def width(self) -> int:

@@ -20,6 +20,7 @@ unknown UNKNOWN. Rows of numbers show both as missing; PRIMA's sentences tell th
 Axis letters: T attributes, D numbers of a row.
 """
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -175,6 +176,31 @@ def columns(schema: Schema, *, exclude: Sequence[str] = (), leakage: Sequence[st
     if not kept:
         raise UserError("No column of the table is left for the model to see.")
     return kept
+
+
+def difference(first: Schema, second: Schema, here: str, there: str) -> str:
+    """Say which column is the first that two tables do not encode alike; "" where none is.
+
+    Args:
+      first: what a model sees of one table, in the order of its rows.
+      second: likewise of the other.
+      here: name of the one corpus.
+      there: name of the other.
+    """
+    for k, (a, b) in enumerate(itertools.zip_longest(first.items(), second.items())):
+        if _encoded(a) != _encoded(b):
+            return f"column {k} is {_encoded(a)} in {here} and {_encoded(b)} in {there}"
+    return ""
+
+
+def _encoded(column: tuple[str, Mapping[str, Any]] | None) -> str:
+    """Write what decides the numbers of a column; "none" where there is no such column."""
+    if column is None:
+        return "none"
+    name, entry = column
+    holds = entry.get("categories") or map(float, entry["range"])
+    unit, unknown = entry.get("unit", ""), " or unknown" * bool(entry.get("unknown"))
+    return f"'{name}' ({entry['kind']}, {[*holds]}{' ' * bool(unit)}{unit}{unknown})"
 
 
 def check_labels(
