@@ -4,7 +4,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from medvlp_jax import assemble, outside, weights
+from medvlp_jax import assemble, lineage, outside, weights
 from medvlp_jax.config import UserError
 from medvlp_jax.encoders.base import IMAGENET_MEAN, IMAGENET_STD
 from medvlp_jax.evaluation import provenance
@@ -20,7 +20,7 @@ class Backbone(NamedTuple):
       size: pixels a side it was trained on.
       mean: of pixels scaled to [0, 1].
       std: likewise.
-      corpora: that it was trained on, where that is known.
+      corpora: that it and the runs before it were trained on, where that is known.
       source: where it comes from, as the user named it.
     """
 
@@ -71,6 +71,5 @@ def of_run(folder: pathlib.Path) -> Backbone:
     own = {kind: tree["image"] for kind, tree in variables.items() if "image" in tree}
     if "params" not in own:
         raise UserError(f"{folder} keeps no parameters of an image encoder named 'image'.")
-    trained = tuple(config["data"]["corpora"])
-    size = config["data"]["crop"]
+    trained, size = lineage.corpora(config), config["data"]["crop"]
     return Backbone(module, own, size, IMAGENET_MEAN, IMAGENET_STD, trained, str(folder))

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from medvlp_jax import assemble, controls, distributed, ground, protocols
+from medvlp_jax import assemble, controls, distributed, ground, lineage, protocols
 from medvlp_jax.data import corpora, leakage
 from medvlp_jax.embedder import Embedder
 from medvlp_jax.evaluation import (
@@ -39,7 +39,8 @@ class Evaluator(Embedder):
           stop: notices signals.
 
         Raises:
-          UserError: for an unknown protocol, control, corpus, split or prompt file.
+          UserError: for an unknown protocol, control, corpus, split or prompt file, or a run to
+            start from that has seen what is tested on.
         """
         known = flavours.normalise(settings["protocols"], protocols.NAMES)
         settings = {**settings, "protocols": known}
@@ -47,9 +48,11 @@ class Evaluator(Embedder):
         super().__init__(parts, settings["batch_size"], stop)
         self.settings = settings
         self.corpus = settings["corpus"] or parts.config["data"]["corpora"][0]
-        said = leakage.warning(parts.config["data"]["corpora"], self.corpus)
-        if said:
+        lineage.check(parts.config, self.corpus, settings["split"])
+        if said := leakage.warning(lineage.corpora(parts.config), self.corpus):
             distributed.say(f"medvlp: {said}")
+        if unknown := lineage.unknown(parts.config):
+            distributed.say(f"medvlp: {unknown} is not here: what it was trained on is not known.")
         self.source = assemble.open_corpus(self.corpus, parts.config["data"], settings["split"])
         self.prompts = protocols.read_prompts(settings, self.corpus, self.source)
         self.validation = self._open_validation(protocols.prompts_needed(settings))

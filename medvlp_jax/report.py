@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from medvlp_jax import assemble, cases, cli
+from medvlp_jax import assemble, cases, cli, lineage
 from medvlp_jax.config import UserError
 from medvlp_jax.data import leakage
 from medvlp_jax.evaluation import (
@@ -108,7 +108,7 @@ def warnings(config: Mapping[str, Any], written: results.Written) -> list[str]:
     told, origin = [], written.provenance
     trained, rows = config["data"]["corpora"], origin.get("rows", {})
     tested = rows.get("corpus") or config["evals"]["corpus"] or trained[0]
-    if said := leakage.warning(trained, tested):
+    if said := leakage.warning(lineage.corpora(config), tested):
         told.append(said)
     if any(name.startswith("cxr_phantom") for name in (*trained, tested)):
         told.append("Generated data: these numbers say that the code works, nothing on patients.")

@@ -18,7 +18,7 @@ LEVELS = (
     ("training", "evaluation", "evidence"),
     ("clinical", "tables", "weights"),
     ("assemble",),
-    ("checks", "examples", "outside"),
+    ("checks", "examples", "lineage", "outside"),
     ("unpaired", "ground", "embedder", "controls", "protocols", "evaluator", "backbones"),
     (
         "adapt",

@@ -95,6 +95,11 @@ def test_each_stage_is_a_run_that_starts_from_the_one_before(resolve, capsys):
     assert f"Resuming {fused} at step 2\n" in capsys.readouterr().out
     assert metrics_of(fused) == lines
 
+    # One of another fold would be tested on what was trained on.
+    config, _ = resolve("fuse_phantom", init__params=sharpened, data__folds__index=1, **chosen)
+    with pytest.raises(UserError, match=r"by data\.folds\.index=0, and here it is tested"):
+        train.run(config, fused.with_name("other"))
+
     # A stage that skips one says what it lacks.
     config, _ = resolve("fuse_phantom", init__params=aligned, **inner)
     config["recipe"]["dim"] = 24
