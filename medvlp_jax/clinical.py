@@ -107,14 +107,16 @@ def pair_of(
     sources: Sequence[corpora.Source],
     images: Sequence[str],
     decode: Callable[[bytes], np.ndarray],
+    label: str,
 ) -> scans.Pair:
     """Return (record, rng) -> two images of a patient: modalities, siblings, or the same twice.
 
     Raises:
-      UserError: for an image the corpus does not have, or a volume.
+      UserError: for an image the corpus does not have, a volume, or siblings of two classes of the
+        task `label`.
     """
     if len(images) < 2:
-        return scans.siblings(sources, data["siblings"], decode)
+        return scans.siblings(sources, data["siblings"], decode, label)
     known = {"image": {}, **sources[0].images}
     for name in images:
         if name not in known or "slices" in known[name]:

@@ -141,7 +141,8 @@ def record_transform(
     }
     pair = None
     if train and "image_2" in inputs and "siblings" in data:
-        pair = clinical.pair_of(data, pair_from, parts.recipe.images, decode)
+        recipe = parts.recipe
+        pair = clinical.pair_of(data, pair_from, recipe.images, decode, recipe.task)
     return pipeline.record_transform(
         inputs=inputs,
         decode=decode,

@@ -18,7 +18,7 @@ from medvlp_jax import (
 )
 from medvlp_jax.config import UserError, nearest
 from medvlp_jax.data import datasets, pipeline, tabular
-from medvlp_jax.evaluation import flavours, probe, prompts, scoring, thresholds
+from medvlp_jax.evaluation import classify, flavours, probe, prompts, scoring, thresholds
 from medvlp_jax.recipes import mlm
 from medvlp_jax.recipes.base import classifies
 
@@ -201,7 +201,7 @@ def _check_train(evaluator: Any) -> None:
 
 
 def _check_classes(evaluator: Any) -> None:
-    """Refuse a corpus that has other classes than the classifier, or the same in another order."""
+    """Refuse a corpus of other classes, or in another order, or several of them in a study."""
     settings, recipe, tasks = evaluator.settings, evaluator.parts.recipe, evaluator.source.tasks
     asked = {*settings["protocols"], *settings["controls"]}
     if not {*CLASSIFY, "regression", "missing_mask"} & asked:
@@ -221,6 +221,10 @@ def _check_classes(evaluator: Any) -> None:
             f"recipe.num_classes={recipe.num_classes}, but task {recipe.task} of "
             f"{evaluator.corpus} has {len(classes)} classes."
         )
+    if "classify_studies" in settings["protocols"]:
+        rows = [(r["study_id"], r["labels"][recipe.task]) for r in evaluator.source]
+        ids, labels = zip(*rows[: settings["limit"] or None], strict=True)
+        classify.study_rows(ids, np.array(labels))
     data = evaluator.parts.config["data"]
     trained = data["corpora"][0]
     known = clinical.tasks_of(data).get(recipe.task)

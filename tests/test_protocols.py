@@ -81,7 +81,7 @@ def test_retrieval_that_nobody_asked_for_is_left_out_with_its_control(monkeypatc
 def own(tmp_path):
     """Return a function that prepares a folder of one's own: its classes, its splits."""
 
-    def prepared(name, classes, splits=("train", "test"), table=None):
+    def prepared(name, classes, splits=("train", "test"), table=None, mixed=None):
         folder = tmp_path / name
         folder.mkdir()
         columns = {"image": "file", "group": "who", "label": "dx", "split": "part"}
@@ -91,7 +91,8 @@ def own(tmp_path):
         lines = [",".join(("file,who,dx,part", *(table or ())))]
         for k, part in enumerate(splits):
             Image.fromarray(np.full((8, 8, 3), 9 * k, np.uint8)).save(folder / f"{k}.png")
-            lines.append(f"{k}.png,{k},{classes[0]},{part}" + "," * len(table or ()))
+            row = f"{k}.png,{k if mixed is None else part},{classes[k % 2 * bool(mixed)]},{part}"
+            lines.append(row + "," * len(table or ()))
         (folder / "table.csv").write_text("\n".join(lines))
         where = {"data_dir": tmp_path / "data", "manual_dir": folder}
         corpora.prepare("csv_folder", builder_config=name, **where)
@@ -130,6 +131,21 @@ def test_classes_in_another_order_are_not_scored(own, tmp_path, capsys):
     assert (
         "csv_folder:gone is not prepared here, so that only the number" in capsys.readouterr().out
     )
+
+
+def test_images_of_a_patient_are_no_study_where_they_are_of_two_classes(own, tmp_path):
+    classes, splits = ["benign", "malignant"], ("train", "test", "test")
+    both_protocols = ("classify", "classify_studies")
+    same = own("same", classes, splits, mixed=False)
+    protocols.check(classifier(tmp_path / "data", same, same, protocols=both_protocols))
+    both = own("both", classes, splits, mixed=True)
+    protocols.check(classifier(tmp_path / "data", both, both, protocols=both_protocols[:1]))
+    protocols.check(classifier(tmp_path / "data", both, both, protocols=both_protocols, limit=1))
+    message = (
+        "classify_studies: study 'test' has images of more than one class; .* without classify_"
+    )
+    with pytest.raises(UserError, match=message):
+        protocols.check(classifier(tmp_path / "data", both, both, protocols=both_protocols))
 
 
 AGE = {"kind": "numeric", "unit": "years", "range": [0, 120]}

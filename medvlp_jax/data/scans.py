@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from medvlp_jax.config import UserError, nearest
+from medvlp_jax.data import studies
 from medvlp_jax.data.corpora import Source
 
 KEYS = ("", "study_id", "patient_id")
@@ -17,17 +18,20 @@ KEYS = ("", "study_id", "patient_id")
 Pair = Callable[[Mapping[str, Any], np.random.Generator], tuple[np.ndarray, np.ndarray]]
 
 
-def siblings(sources: Sequence[Source], key: str, decode: Callable[[bytes], np.ndarray]) -> Pair:
+def siblings(
+    sources: Sequence[Source], key: str, decode: Callable[[bytes], np.ndarray], task: str = ""
+) -> Pair:
     """Return (record, rng) -> its image and another image of the same study or patient.
 
     Args:
       sources: where the others are looked for: those of the training split.
       key: "study_id" or "patient_id", what two scans share; "" takes the same image twice.
       decode: encoded bytes -> image.
+      task: whose classes two scans of a study have in common; "" does not ask.
 
     Raises:
       UserError: for another key, or one by which records of several sources are equal: "1" may be
-        another patient in each.
+        another patient in each; or for a study with images of several classes.
     """
     if key not in KEYS:
         raise UserError(f"data.siblings is '{key}'. {nearest(key, KEYS[1:])}")
@@ -38,6 +42,11 @@ def siblings(sources: Sequence[Source], key: str, decode: Callable[[bytes], np.n
                 record = source[row]
                 places.setdefault(record[key], []).append((k, row, record["image_id"]))
         _check_apart(places, sources, key)
+    if key == "study_id":
+        for source in (source for source in sources if task in source.tasks):
+            ids, labels = zip(*((r[key], r["labels"][task]) for r in source), strict=True)
+            where, remedy = f"data.siblings={key}", "data.siblings= (empty)"
+            studies.labelled_rows(ids, np.array(labels), where, remedy)
 
     def pair(record, rng):
         image = decode(record["image"])

@@ -13,6 +13,7 @@ import numpy as np
 import scipy.special
 
 from medvlp_jax.config import UserError, nearest
+from medvlp_jax.data import studies
 from medvlp_jax.evaluation import metrics, scoring, statistics
 from medvlp_jax.evaluation.features import check_finite
 from medvlp_jax.evaluation.results import Results, assemble, number
@@ -69,15 +70,26 @@ def by_study(found: Mapping[str, np.ndarray], task: str) -> dict[str, np.ndarray
 
     Args:
       found: `logits`, labels of the task, `study_id` and `patient_id`, a row an image.
-      task: whose labels; those of the first image of each study count.
+      task: whose labels; that of a study is of its first image whose class is known.
+
+    Raises:
+      UserError: for a study with images of several classes.
     """
-    _, first, study = np.unique(found["study_id"], return_index=True, return_inverse=True)
+    rows = study_rows(found["study_id"], found[f"label/{task}"])
+    study = np.unique(found["study_id"], return_inverse=True)[1]
     logits = np.asarray(found["logits"], np.float64)
-    total = np.zeros((len(first), logits.shape[1]))
+    total = np.zeros((len(rows), logits.shape[1]))
     np.add.at(total, study, scipy.special.softmax(logits, axis=1))
     mean = total / np.bincount(study)[:, None]
-    kept = {key: found[key][first] for key in (f"label/{task}", "patient_id", "study_id")}
+    kept = {key: found[key][rows] for key in (f"label/{task}", "patient_id", "study_id")}
     return kept | {"logits": np.log(np.maximum(mean, 1e-300))}
+
+
+def study_rows(study_id: Sequence[str], labels) -> np.ndarray:
+    """Return the row whose label each study has, see `studies.labelled_rows`."""
+    return studies.labelled_rows(
+        study_id, labels, "classify_studies", "evals.protocols without classify_studies"
+    )
 
 
 def _check(labels, scores, classes):

@@ -37,6 +37,23 @@ def test_the_second_view_is_another_scan_of_the_lesion_or_the_same_one(source):
     assert alone(source[1], np.random.default_rng(0)) == (1, 1)
 
 
+def test_two_views_of_a_lesion_are_of_one_diagnosis(source):
+    labels = np.eye(2, dtype=np.int8)[[0, 0, 0, 1, 1, 1, 0]]
+    labels[1] = -1  # unknown
+    rows = [
+        {**row, "labels": {"dx": label}}
+        for row, label in zip(source.serialised, labels, strict=True)
+    ]
+    told = types.MappingProxyType({"tasks": {"dx": ["no", "yes"]}, "table": {}})
+    labelled = dataclasses.replace(source, serialised=rows, metadata=told)
+    scans.siblings([labelled], "study_id", lambda encoded: encoded, "dx")
+    labels[5] = 1, 0
+    with pytest.raises(UserError, match=r"data\.siblings=study_id: study 's1' has images of more"):
+        scans.siblings([labelled], "study_id", lambda encoded: encoded, "dx")
+    for key, task in (("study_id", ""), ("study_id", "other"), ("patient_id", "dx"), ("", "dx")):
+        scans.siblings([labelled], key, lambda encoded: encoded, task)
+
+
 def test_equal_ids_of_two_corpora_pair_no_scans(source):
     """Patient "p" of one is not patient "p" of the other."""
     for key, count in (("study_id", 3), ("patient_id", 1)):

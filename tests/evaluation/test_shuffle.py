@@ -87,3 +87,20 @@ def test_a_study_is_judged_by_the_mean_probability_of_its_images():
     np.testing.assert_allclose(np.exp(rows["logits"]), [[0.4, 0.6], [0.55, 0.45]])
     assert rows["patient_id"].tolist() == ["p", "q"]
     assert rows["label/d"].tolist() == [[0, 1], [1, 0]]
+
+
+def test_a_study_has_the_class_of_its_images_or_none():
+    found = {
+        "logits": np.zeros((7, 2)),
+        "study_id": np.array(["b", "a", "b", "c", "a", "c", "d"]),
+        "patient_id": np.array(["q", "p", "q", "r", "p", "r", "s"]),
+        "label/d": np.array([[-1, -1], [0, 1], [1, 0], [-1, -1], [0, 1], [-1, -1], [0, 1]]),
+    }
+    rows = classify.by_study(found, "d")
+    assert rows["study_id"].tolist() == ["a", "b", "c", "d"]
+    assert rows["label/d"].tolist() == [[0, 1], [1, 0], [-1, -1], [0, 1]]
+    assert rows["patient_id"].tolist() == ["p", "q", "r", "s"]
+    found["label/d"][0] = 0, 1
+    message = "classify_studies: study 'b' has images of more than one class; accepted are studies"
+    with pytest.raises(UserError, match=message):
+        classify.by_study(found, "d")
