@@ -47,17 +47,17 @@ def get_config(variant: str = "") -> ConfigDict:
 
 def recipe() -> ConfigDict:
     """The run script's settings for Derm7pt; every field is explained in recipes/cfcml.py."""
+    weights = {"cross_entropy": 1.0, "sample": 0.04, "unimodal": 0.06, "crossmodal": 0.18}
     fusion = {"multi_granularity": True, "enhance": "multi_head", "num_heads": 4, "dim": 128}
     fusion |= {"image_tokens": 32, "table_tokens": 24, "hidden": (128, 16), "dropout": 0.5}
     return ConfigDict(
         {
             "name": "cfcml",
-            "task": "diagnosis",
-            "num_classes": 7,
+            **{"task": "diagnosis", "num_classes": 7},
             "image": {"name": "swin", "variant": "T", "dtype": "float32"},
             "images": ("image",),
             "table": True,
-            "weights": {"cross_entropy": 1.0, "sample": 0.04, "unimodal": 0.06, "crossmodal": 0.18},
+            "weights": common.weights(**weights),
             "share_encoder": True,
             **fusion,
             "temperature": 0.07,

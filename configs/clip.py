@@ -36,7 +36,7 @@ def recipe() -> ConfigDict:
             "name": "clip",
             "image": {"name": "resnet", "variant": "50", "dtype": "float32"},
             "text": {"name": "bert", "variant": "base", "pooling": "cls", "dtype": "float32"},
-            "weights": {"contrastive": 1.0},
+            "weights": common.weights(contrastive=1.0),
             "dim": 512,
             "loss": "info_nce",  # or "sigmoid"
             "section": "report",

@@ -1,7 +1,7 @@
 """The sections every config has, with every setting and its default; methods override by name."""
 # A new setting's default is what was done before it existed, so that older runs can be read.
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
 
 
 def data(**fields) -> ConfigDict:
@@ -27,9 +27,7 @@ def data(**fields) -> ConfigDict:
             "view": {  # probabilities, degrees; IMITATE's released code
                 "name": "imitate",
                 **{"flip_horizontal": 0.5, "flip_vertical": 0.5, "rotation": 30.0},
-                "perspective": 0.5,
-                "perspective_probability": 0.5,
-                "autocontrast": 0.5,
+                **{"perspective": 0.5, "perspective_probability": 0.5, "autocontrast": 0.5},
             },
             "balance": "",  # label task whose classes take turns in a batch; "" = as they come
             "table": {
@@ -131,15 +129,17 @@ def rest(**fields) -> dict:
         "mlm": _section(  # our choice throughout
             {
                 **{"steps": 400, "batch_size": 32},
-                "lr": 1e-3,
-                "warmup": 40,
-                "weight_decay": 0.01,
-                "rate": 0.15,
+                **{"lr": 1e-3, "warmup": 40, "weight_decay": 0.01, "rate": 0.15},
                 "seed": 0,  # its own: seeds of a study share the frozen encoder
             },
             fields.pop("mlm", {}),
         ),
     }
+
+
+def weights(**terms) -> ConfigDict:
+    """Weights of loss terms; in place of each number (step, value) knots can be set."""
+    return ConfigDict({k: FieldReference(v, field_type=object) for k, v in terms.items()})
 
 
 def _section(defaults, fields) -> ConfigDict:

@@ -45,12 +45,9 @@ def recipe() -> ConfigDict:
                 "dtype": "float32",
             },
             # beta(e) is 1 in 20 epochs; longer runs: schedules.imitate_beta for both beta terms
-            "weights": {
-                "impression": 1.0,
-                "findings": 1.0,
-                "view_diagnosis": 1.0,
-                "view_reading": 1.0,
-            },
+            "weights": common.weights(
+                impression=1.0, findings=1.0, view_diagnosis=1.0, view_reading=1.0
+            ),
             "dim": 512,
             "keep": (0.25, 0.15, 0.10, 0.10),
             "num_tokens": 512,

@@ -48,7 +48,7 @@ def recipe() -> ConfigDict:
             "name": "lgdea",
             "image": {"name": "vit", "variant": "B/16", "dtype": "float32"},
             "text": {"name": "bert", "variant": "base", "pooling": "cls", "dtype": "float32"},
-            "weights": weights,
+            "weights": common.weights(**weights),
             "dim": 256,
             "prototypes": 64,
             "lesions": 8,

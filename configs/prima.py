@@ -65,7 +65,7 @@ def recipe() -> ConfigDict:
             "image": {**image, "lora": {"rank": 32, "alpha": 64.0, **lora}},  # rank: section 2a
             # rank: section 1b; fused as in PyTorch: 1.69 M
             "text": {**text, "lora": {"rank": 8, "alpha": 16.0, **lora, "fused": True}},
-            "weights": ALIGN,
+            "weights": common.weights(**ALIGN),
             "images": ("image",),
             "views": 2,
             "dim": 768,
@@ -91,7 +91,8 @@ def inject(config):
     """Masked words of a risk corpus, stage 1b."""
     text = config.recipe.text
     config.init.update({"image": "", "llm": ""})  # no such encoders here
-    config.recipe = ConfigDict({"name": "mlm", "text": text, "weights": {"mlm": 1.0}, "rate": 0.3})
+    weights = common.weights(mlm=1.0)
+    config.recipe = ConfigDict({"name": "mlm", "text": text, "weights": weights, "rate": 0.3})
     config.data.corpora = ("knowledge",)
     config.data.knowledge = ConfigDict({"folder": "", "held_out": (), "allow_unvetted": False})
     config.data.text_length = 512
@@ -108,7 +109,7 @@ def align(config):
 def sharpen(config):
     """Labels through a linear head, stage 2b: 30 epochs, the best on an inner validation split."""
     config.recipe.stage = "sharpen"
-    config.recipe.weights = ConfigDict({"cross_entropy": 1.0})
+    config.recipe.weights = common.weights(cross_entropy=1.0)
     config.train.update({"steps": 30 * EPOCH, "evaluate_every": EPOCH, "checkpoint_every": EPOCH})
     config.train.select = "classify/diagnosis/macro_f1"
 

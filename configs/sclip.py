@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict
 
-from configs import clip, lgdea
+from configs import clip, common, lgdea
 
 VARIANTS = ("", "demo")
 
@@ -21,7 +21,7 @@ def get_config(variant: str = "") -> ConfigDict:
 
 def recipe(image: ConfigDict, text: ConfigDict, dim: int = 512) -> ConfigDict:
     """Every field is explained in recipes/sclip.py."""
-    weights = {"contrastive": 1.0, "caption": 0.5, "keyword": 0.5}
+    weights = common.weights(contrastive=1.0, caption=0.5, keyword=0.5)
     return ConfigDict(
         {
             "name": "sclip",

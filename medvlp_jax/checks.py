@@ -15,6 +15,7 @@ from medvlp_jax.config import UserError
 from medvlp_jax.data import packing, pairing, transforms
 from medvlp_jax.evaluation import results
 from medvlp_jax.evidence import phrases
+from medvlp_jax.recipes import base
 from medvlp_jax.training import optim
 
 VALIDATION = "validation"
@@ -58,6 +59,7 @@ def settings(config: Mapping) -> None:
     if data["channels"] not in (1, 3):
         raise UserError(f"data.channels must be 1 (grey) or 3, got {data['channels']}.")
     optim.check(steps=train["steps"], **config["optim"])
+    base.check_schedules(config["recipe"]["weights"])
     if config["init"]["text"] == "mlm":
         lr, rate = config["mlm"]["lr"], {key: config["mlm"][key] for key in ("steps", "warmup")}
         try:

@@ -4,6 +4,7 @@ import difflib
 import importlib
 import inspect
 import json
+import keyword
 import pkgutil
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -73,6 +74,17 @@ def check_overrides(argv: Sequence[str], config: ConfigDict, flag: str = "config
             raise UserError(f"'{key}' is a section; set one of its keys: {', '.join(inside)}.")
         if key not in known:
             raise UserError(f"No setting '{key}' in this config. {nearest(key, known)}")
+
+
+def as_key(argument: str) -> str:
+    """Write a setting whose name is a word of Python so that ml_collections can read it.
+
+    LGDEA's `--config.recipe.weights.global=0` becomes `--config.recipe.weights["global"]=0`; all
+    others are returned as they are.
+    """
+    name, given, value = argument.partition("=")
+    section, _, key = name.rpartition(".")
+    return f'{section}["{key}"]{given}{value}' if section and keyword.iskeyword(key) else argument
 
 
 def build(package: str, name: str, /, **fields: Any) -> Any:

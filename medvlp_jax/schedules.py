@@ -1,6 +1,7 @@
 """Numbers that change over training: loss weights and the learning rate."""
 
 import itertools
+import math
 from collections.abc import Sequence
 
 import jax
@@ -26,18 +27,23 @@ def check(name: str, spec: float | Knots) -> None:
     """Refuse a spec that `at` cannot read.
 
     Raises:
-      ValueError: for a spec that is neither a number nor knots with increasing steps.
+      ValueError: for a spec that is neither a finite number nor knots with increasing steps.
     """
-    if isinstance(spec, int | float):
-        return
     try:
-        steps = [step for step, _ in spec]
+        knots = [(0, spec)] if _is_number(spec) else [(step, value) for step, value in spec]
     except (TypeError, ValueError):
+        knots = []
+    steps = [step for step, _ in knots]
+    numbers = all(_is_number(x) for knot in knots for x in knot)
+    if not knots or not numbers or any(b <= a for a, b in itertools.pairwise(steps)):
         raise ValueError(
-            f"{name} must be a number or ((step, value), ...) knots, got {spec!r}"
-        ) from None
-    if not steps or any(b <= a for a, b in itertools.pairwise(steps)):
-        raise ValueError(f"the knots of {name} must have increasing steps, got {spec!r}")
+            f"{name} must be a finite number or ((step, value), ...) knots with increasing steps, "
+            f"got {spec!r}"
+        )
+
+
+def _is_number(x) -> bool:
+    return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)
 
 
 def imitate_beta(steps_per_epoch: int) -> tuple[tuple[int, float], ...]:

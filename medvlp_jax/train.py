@@ -338,7 +338,7 @@ def _parse(argv: list[str]) -> tuple[flags.FlagValues, list[str]]:
     flags.DEFINE_bool("plan", False, "print memory and FLOPs, train nothing", flag_values=values)
     flags.DEFINE_integer("devices", None, "emulated devices to plan for", flag_values=values)
     # ml_collections looks for overrides in sys.argv, whatever it is asked to parse.
-    before, sys.argv = sys.argv, ["train", *argv]
+    before, sys.argv = sys.argv, ["train", *map(configs.as_key, argv)]
     try:
         return values, values(sys.argv)[1:]
     except (flags.Error, ValueError, TypeError) as error:

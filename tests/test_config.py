@@ -9,7 +9,7 @@ import sys
 import pytest
 from ml_collections import ConfigDict
 
-from medvlp_jax import checks, train
+from medvlp_jax import checks, schedules, train
 from medvlp_jax import config as configs
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -88,6 +88,69 @@ def test_an_override_keeps_the_type_and_reaches_the_resolved_config():
 def test_a_wrong_argument_is_one_sentence(argument, message):
     with pytest.raises(configs.UserError, match=message):
         train.resolve(["--config=configs/imitate.py:demo", argument])
+
+
+KNOTS = ((0, 1.0), (51_676, 1.0), (51_677, 0.3))
+
+
+@pytest.mark.parametrize(("name", "variant"), VARIANTS)
+def test_every_loss_weight_takes_knots(name, variant):
+    config = get(name, variant)
+    for term, number in config.recipe.weights.items():
+        assert isinstance(number, float), term
+        config.recipe.weights[term] = KNOTS
+        assert config.to_dict()["recipe"]["weights"][term] == KNOTS
+    checks.settings(config.to_dict())
+
+
+@pytest.mark.parametrize(
+    ("config", "term"),
+    [
+        ("imitate", "findings"),
+        ("lgdea:demo", "global"),
+        ("prima:sharpen_pad", "cross_entropy"),
+        ("clip:demo", "contrastive"),
+        ("sclip", "caption"),
+        ("cfcml", "sample"),
+    ],
+)
+@pytest.mark.parametrize("given", [KNOTS, 0.5, 0])
+def test_a_loss_weight_is_a_number_or_knots_on_the_command_line(config, term, given):
+    file, _, variant = config.partition(":")
+    named = f"--config=configs/{file}.py" + f":{variant}" * bool(variant)
+    resolved, _ = train.resolve([named, f"--config.recipe.weights.{term}={given}"])
+    assert resolved["recipe"]["weights"][term] == given
+    checks.settings(resolved)
+
+
+def test_a_config_file_of_ones_own_sets_the_beta_schedule(tmp_path):
+    """As docs/imitate.md says: 1,667 steps of 128 are an epoch of 213,384 pairs."""
+    file = tmp_path / "longer.py"
+    file.write_text(
+        "from configs import imitate\n"
+        "from medvlp_jax.schedules import imitate_beta\n\n\n"
+        'def get_config(variant=""):\n'
+        "    config = imitate.get_config(variant)\n"
+        '    for term in ("findings", "view_reading"):\n'
+        "        config.recipe.weights[term] = imitate_beta(1667)\n"
+        "    return config\n"
+    )
+    resolved, _ = train.resolve([f"--config={file}:demo", "--config.recipe.weights.impression=0.5"])
+    weights = resolved["recipe"]["weights"]
+    assert weights["findings"] == weights["view_reading"] == schedules.imitate_beta(1667)
+    assert weights["impression"] == 0.5
+    checks.settings(resolved)
+
+
+@pytest.mark.parametrize(
+    "given", ["abc", "nan", "true", "1e999", "()", "((0,1),(0,2))", "((0,'a'),)", "((0,1,2),)"]
+)
+def test_a_loss_weight_that_is_neither_number_nor_knots_is_one_sentence(given):
+    demo = "--config=configs/imitate.py:demo"
+    resolved, _ = train.resolve([demo, f"--config.recipe.weights.findings={given}"])
+    accepted = r"^recipe\.weights\.findings must be a finite number or \(\(step, value\)"
+    with pytest.raises(configs.UserError, match=accepted):
+        checks.settings(resolved)
 
 
 def test_a_missing_config_file_names_those_there_are():

@@ -176,6 +176,15 @@ def check_weights(weights: Mapping[str, float | Knots], terms: tuple[str, ...]) 
     missing = [name for name in terms if name not in weights]
     if missing:
         raise config.UserError(f"recipe.weights lacks {', '.join(missing)}; 0 switches a term off.")
+    check_schedules(weights)
+
+
+def check_schedules(weights: Mapping[str, float | Knots]) -> None:
+    """Refuse a loss weight that is neither a number nor knots.
+
+    Raises:
+      UserError: naming the term.
+    """
     for name, spec in weights.items():
         try:
             schedules.check(f"recipe.weights.{name}", spec)
