@@ -81,8 +81,9 @@ def cached_text(parts: Parts, variables: Mapping, sources) -> dict[str, np.ndarr
     apply = parts.recipe.text.apply
     encode = jax.jit(lambda p, tokens: getattr(apply({"params": p}, tokens), wanted))
     held = jax.device_put(variables["params"]["text"])
+    blank = [""] if getattr(parts.recipe, "reads_blank", False) else []
     return text_stage.cache_features(
-        texts(sources),
+        [*texts(sources), *blank],
         lambda tokens: encode(held, tokens),
         tokenizer=parts.tokenizer,
         length=parts.config["data"]["text_length"],

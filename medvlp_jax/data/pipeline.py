@@ -179,7 +179,8 @@ def record_transform(
       view: (image, rng) -> uint8 [H, W, C]; a random view in training.
       tokenizer: for the token keys.
       lengths: T of every section that is tokenised.
-      features: feature [D] by text, for the feature keys; a missing section gets zeros.
+      features: feature [D] by text, for the feature keys; a missing section gets that of "" where
+        there is one, else zeros.
       table: values by column -> [T, D], for "tabular".
       evidence: where the phrases come from, and how many of which length.
       images: by name, (record, rng) -> view of a further image. All images of a case get the same
@@ -310,7 +311,7 @@ def _phrases(tokens: Callable, evidence: Evidence, record: Mapping) -> Example:
 
 
 def _feature(features: Mapping[str, np.ndarray], words: str) -> np.ndarray:
-    if not words:
+    if not words and "" not in features:
         return np.zeros_like(next(iter(features.values())))
     if words not in features:
         # The text itself may be a patient's: it never goes into a message.

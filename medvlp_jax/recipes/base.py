@@ -47,6 +47,8 @@ class Recipe(Protocol):
       and `beside`, batch keys that evaluation reads beside the sections;
     * `draws_by_row`, True where the draws of `encode` are of the rows and not of the batch: with
       train.chunks its parts then differ in them;
+    * `reads_blank`, True where a missing section is read as a blank text, so that the feature of
+      one has to be cached too;
     * `packs`: keys of texts it reads through `pooled_texts`, which may come packed in training;
     * `start`, `no_relations`, `check_sizes` and `refresh`, with `described`, `told` and `told_by`:
       what it learns of the whole corpus between steps, see unpaired.py and recipes/lgdea.py;

@@ -93,6 +93,11 @@ class Imitate(nn.Module):
         return () if self.train_text else ("^text/",)
 
     @property
+    def reads_blank(self) -> bool:
+        """A missing section is the blank text it is in the release's table, which BERT encodes."""
+        return self.legacy_mean_over_batch
+
+    @property
     def spaces(self) -> dict[str, tuple[str, str]]:
         """Impression meets the diagnosis branch, Findings the reading branch."""
         seen = BRANCHES[self.findings_meet]
@@ -158,7 +163,8 @@ class Imitate(nn.Module):
                 # both would fit neither in evaluation.
                 kind = {"source": "" if self.legacy_shared_statistics else section}
                 # Nor must it depend on what stands where a section is missing.
-                kind["valid"] = batch.get(f"{section}_valid")
+                if not self.reads_blank:
+                    kind["valid"] = batch.get(f"{section}_valid")
                 features[name] = base.unit(self.text_head(report, train=train, **kind))
         return features
 
@@ -328,7 +334,8 @@ def make(
       loss_tile: side of the tiles the losses are computed in; 0 keeps the whole logits of a group.
       train_text: train the text encoder instead of freezing it as the paper does.
       cached_text: read frozen text features from the batch instead of encoding tokens.
-      legacy_mean_over_batch: divide by the batch size and keep missing sections as negatives.
+      legacy_mean_over_batch: divide by the batch size, keep missing sections as negatives, and read
+        them as blank texts that count in the text head's BatchNorm.
       legacy_four_passes: four backbone passes as released, same losses, BatchNorm averages differ.
       legacy_shared_statistics: one running average of the text head for both sections, as released;
         training is the same, evaluation is not.

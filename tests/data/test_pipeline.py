@@ -246,6 +246,10 @@ def test_cached_features_take_the_place_of_tokens(radiology_source):
     np.testing.assert_array_equal(example["impression_feature"], features[record["impression"]])
     np.testing.assert_array_equal(example["findings_feature"], np.zeros(5))
     assert not example["findings_valid"]
+    features[""] = np.full(5, -1, np.float32)  # where a recipe reads missing sections as blanks
+    example = transform({**record, "findings": ""}, None)
+    np.testing.assert_array_equal(example["findings_feature"], features[""])
+    assert not example["findings_valid"]
     with pytest.raises(UserError, match=r"A text of 5 characters .* has no cached feature"):
         transform({**record, "findings": "other"}, None)
 

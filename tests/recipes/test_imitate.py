@@ -1,11 +1,14 @@
 """IMITATE: shapes, windows, counts and equalities of the specification, section 1.11.2."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from medvlp_jax import config
+from medvlp_jax import config, examples
+from medvlp_jax.data import pipeline, text
 from medvlp_jax.encoders.base import Tokens
 from medvlp_jax.layers import reading
 from medvlp_jax.recipes import imitate
@@ -239,14 +242,69 @@ def test_cached_text_features_equal_computing_them(small):
     batch = batch_of(8)
     cached = {k: v for k, v in batch.items() if k not in ("findings", "impression")}
     for section in ("findings", "impression"):
-        text = {"params": variables["params"]["text"]}
-        feature = recipe.text.apply(text, batch[section]).pooled
+        encoder = {"params": variables["params"]["text"]}
+        feature = recipe.text.apply(encoder, batch[section]).pooled
         # A section that is missing has no text to embed.
         cached[f"{section}_feature"] = jnp.where(batch[f"{section}_valid"][:, None], feature, 0)
     terms, _ = losses(recipe, variables, batch)
     from_cache, _ = losses(recipe.clone(cached_text=True), variables, cached)
     for name in terms:
         np.testing.assert_allclose(terms[name], from_cache[name], rtol=1e-6)
+
+
+def test_with_the_mean_over_the_batch_missing_sections_are_blanks_cached_or_computed(
+    small, tmp_path
+):
+    """As in the release, whose table has a blank there, which BERT encodes and BatchNorm sees."""
+    recipe, variables = small
+    legacy = recipe.clone(legacy_mean_over_batch=True)
+    said = ["no edema", "", "heart normal", "small effusion", "", "edema", "normal", "effusion"]
+    records = [
+        {"text_id": str(row), "findings": said[row], "impression": said[row - 1]}
+        for row in range(len(said))
+    ]
+    tokenizer = text.train_wordpiece(said, vocab_size=50, out_dir=tmp_path / "vocabulary")
+
+    def batch(recipe, features=None):
+        transform = pipeline.record_transform(
+            inputs=[key for key in recipe.inputs if not key.startswith("image")],
+            decode=None,
+            view=None,
+            tokenizer=tokenizer,
+            lengths=dict.fromkeys(imitate.SECTIONS, 12),
+            features=features,
+        )
+        rows = [transform(record, None) for record in records]
+        images = {key: value for key, value in batch_of(8).items() if key.startswith("image")}
+        return {**images, **jax.tree.map(lambda *leaves: np.stack(leaves), *rows)}
+
+    looked_up = legacy.clone(cached_text=True)
+    sections = [(record["findings"], record["impression"]) for record in records]
+    parts = SimpleNamespace(
+        recipe=looked_up, tokenizer=tokenizer, config={"data": {"text_length": 12}}
+    )
+    source = SimpleNamespace(texts=lambda: sections)
+    features = examples.cached_text(parts, variables, [source])
+    computed, cached = batch(legacy), batch(looked_up, features)
+    for section in imitate.SECTIONS:
+        encoder = {"params": variables["params"]["text"]}
+        feature = recipe.text.apply(encoder, computed[section]).pooled
+        np.testing.assert_allclose(cached[f"{section}_feature"], feature, rtol=1e-5, atol=1e-6)
+        # BatchNorm divides the rounding of another batch size by how little features differ here.
+        cached[f"{section}_feature"] = feature
+    terms, state = losses(legacy, variables, computed)
+    from_cache, moved = losses(looked_up, variables, cached)
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6)
+    jax.tree.map(close, (terms, state), (from_cache, moved))
+
+    def normalised(recipe, **changed):
+        how = {"train": True, "rngs": {"draws": jax.random.key(0)}, "mutable": ["batch_stats"]}
+        encoded, _ = recipe.apply(variables, {**computed, **changed}, method="encode", **how)
+        return encoded["text"]
+
+    everything = {"impression_valid": np.ones(8, bool)}
+    np.testing.assert_array_equal(normalised(legacy), normalised(legacy, **everything))
+    assert not np.allclose(normalised(recipe), normalised(recipe, **everything))
 
 
 @pytest.mark.parametrize(("normalise", "meet"), [(False, "reading"), (True, "diagnosis")])
