@@ -140,6 +140,17 @@ class ClinicalPrior(NamedTuple):
 Prior = ClinicalPrior | RowSoftmax | SameId
 
 
+def prior_mass(prior: ClinicalPrior) -> Float[Array, ""]:
+    """Return temperature * mean_i sum_j S_ij: what a target's row holds besides its own pair's 1.
+
+    Of the rows that have a report, and before they are normalised. It grows with the batch: S_ij is
+    small, but where reports are alike so are all of them (IMITATE spec 1.2.3).
+    """
+    mass = prior.temperature * prior.similarity().sum(axis=1)  # 0 without a report
+    count = len(mass) if prior.has_report is None else jnp.maximum(prior.has_report.sum(), 1)
+    return mass.sum() / count
+
+
 def info_nce(
     image: Float[Array, "B E"],
     text: Float[Array, "B E"],

@@ -9,6 +9,7 @@ Axis letters: B batch, t a tile.
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -140,14 +141,21 @@ def _same_mass(constants, rows, columns, pairs):
     return _equal(rows.known["ids"], columns.known["ids"]) & pairs.valid
 
 
-def _clinical_mass(kernel, constants, rows, columns, pairs):
-    """ClinicalPrior.targets before the normalisation."""
+def _similarity(kernel, constants, rows, columns, pairs):
+    """ClinicalPrior.similarity of the pairs that are valid."""
     rho = matmul(rows.known["features"], columns.known["features"].T)
     rho = jnp.where(pairs.own, 0.0, jnp.maximum(rho, 0.0))
     similarity = kernel._replace(strength=constants["strength"]).smooth(rho)
+    valid = pairs.valid
     if "has_report" in rows.known:
         both = rows.known["has_report"][:, None] & columns.known["has_report"][None, :]
-        similarity = jnp.where(both, similarity, 0.0)
+        valid = valid & both
+    return jnp.where(valid, similarity, 0.0)
+
+
+def _clinical_mass(kernel, constants, rows, columns, pairs):
+    """ClinicalPrior.targets before the normalisation."""
+    similarity = _similarity(kernel, constants, rows, columns, pairs)
     positives = pairs.own
     if "ids" in rows.known:
         same = _same_mass(constants, rows, columns, pairs)
@@ -190,6 +198,20 @@ def masses_of(rule: Rule, examples: Examples, constants, tile: int) -> Softmax:
 
     empty = empty_softmax(len(examples.valid), rule.dtype)
     return sweep(visit, examples, examples, empty, (), constants, tile=tile)[0]
+
+
+def prior_mass(prior: ClinicalPrior, *, tile: int) -> Float[Array, ""]:
+    """contrastive.prior_mass in tiles: one sweep over the targets, without logits and gradient."""
+    dtype = at_least_float32(prior.features).dtype
+    _, known, constants = rule_of(prior._replace(ids=None), dtype)
+    valid = known.get("has_report", jnp.ones(len(prior.features), bool))
+    examples = describe(valid, valid, None, known)
+    examples, constants = jax.lax.stop_gradient((examples, constants))
+    kernel = ClinicalPrior(None, kernel=prior.kernel)
+    # Without the own pair's 1, beside which a small S would lose digits.
+    rule = Rule(lambda *tile: _similarity(kernel, *tile), "", None, dtype)
+    total = masses_of(rule, examples, constants, tile).total.sum()
+    return constants["temperature"] * total / jnp.maximum(valid.sum(), 1)
 
 
 def totals_of(rule: Rule, examples: Examples, tile: int) -> tuple[Array, Array, Array]:

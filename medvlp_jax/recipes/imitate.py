@@ -25,13 +25,14 @@ from flax import linen as nn
 from medvlp_jax.config import UserError
 from medvlp_jax.encoders.base import encode_pixels
 from medvlp_jax.layers.reading import Head, ReadingHead
-from medvlp_jax.losses import contrastive, tiled
+from medvlp_jax.losses import contrastive, targets, tiled
 from medvlp_jax.losses.contrastive import ClinicalPrior
 from medvlp_jax.recipes import base
 from medvlp_jax.schedules import Knots
 
 TERMS = ("impression", "findings", "view_diagnosis", "view_reading")
 SECTIONS = ("findings", "impression")
+MASSES = tuple(f"mass_{section}" for section in SECTIONS)  # logged, no gradient, weight 0
 KERNELS = ("none", *contrastive.KERNELS)
 BRANCHES = {"reading": "image_findings", "diagnosis": "image"}  # the feature Findings meet
 
@@ -223,7 +224,10 @@ class Imitate(nn.Module):
         return features
 
     def objective(self, features, batch, *, train=False):
-        """Return the four terms of 1.2.4, unweighted; each is a sum of two C(...)."""
+        """Return the four terms of 1.2.4, unweighted; each is a sum of two C(...).
+
+        And the mass of the prior of each section, which is no loss.
+        """
         f = features
         findings, impression = batch["findings_valid"], batch["impression_valid"]
         everything = jnp.ones_like(impression)
@@ -236,12 +240,45 @@ class Imitate(nn.Module):
         back = views("image_2", "image") if self.normalise_target else view_diagnosis
         view_reading = c(f["reading"], f["reading_2"], batch, f, None, findings, views=True)
         seen = BRANCHES[self.findings_meet]
+        masses = {}
+        if self.kernel != "none":
+            found = (self._mass(f[f"{s}_report"], batch[f"{s}_valid"]) for s in SECTIONS)
+            masses = dict(zip(MASSES, found, strict=True))
         return {
             "impression": report("image") + report("image_2"),
             "findings": reading(seen) + reading(f"{seen}_2"),
             "view_diagnosis": view_diagnosis + back,
             "view_reading": 2 * view_reading,
+            **masses,
         }
+
+    @property
+    def _tile(self) -> int:
+        """Side of the tiles of a loss group; 0 is dense."""
+        # Groups that fit a tile need no tiles: all of them are one batched matrix product.
+        return 0 if 0 < self.contrast_group <= self.loss_tile else self.loss_tile
+
+    def _prior(self, report, has_report, *, temperature, ids=None):
+        """Return S of a group of reports, for targets of logits of this temperature."""
+        return ClinicalPrior(
+            report,
+            strength=self.strength,
+            kernel=self.kernel,
+            temperature=temperature,
+            ids=ids,
+            has_report=has_report,
+            centre=self.centre_prior,
+            normalise=self.normalise_target,
+        )
+
+    def _mass(self, report, has_report):
+        """Mean over contrast groups of what the prior adds to the 1 of a row; image-text's tau."""
+        tile = self._tile
+        of_prior = partial(targets.prior_mass, tile=tile) if tile else contrastive.prior_mass
+        mass = lambda *group: of_prior(self._prior(*group, temperature=self.temperature))
+        return contrastive.grouped(mass, self.contrast_group, one_by_one=tile > 0)(
+            report, has_report
+        )
 
     def _contrast(self, x, y, batch, features, section, valid, *, views=False):
         """C(x, y; tau, S) of 1.2.3 inside contrast groups; S from `section`, or none."""
@@ -249,30 +286,18 @@ class Imitate(nn.Module):
         use_prior = section is not None and self.kernel != "none"
         use_ids = self.same_text and section is not None and not views
         invalid = "keep" if self.legacy_mean_over_batch else "drop"
-        # Groups that fit a tile need no tiles: all of them are one batched matrix product.
-        small = 0 < self.contrast_group <= self.loss_tile
-        info_nce = base.contrastive_loss("info_nce", 0 if small else self.loss_tile)
+        info_nce = base.contrastive_loss("info_nce", self._tile)
 
         def loss(x, y, valid, report, has_report, ids):
             prior = None
             if use_prior:
-                prior = ClinicalPrior(
-                    report,
-                    strength=self.strength,
-                    kernel=self.kernel,
-                    temperature=temperature,
-                    ids=ids,
-                    has_report=has_report,
-                    centre=self.centre_prior,
-                    normalise=self.normalise_target,
-                )
+                prior = self._prior(report, has_report, temperature=temperature, ids=ids)
             elif ids is not None:
                 prior = contrastive.SameId(ids)
             loss = info_nce(x, y, 1 / temperature, prior=prior, valid=valid, invalid=invalid)
             return 2 * loss
 
-        one_by_one = self.loss_tile > 0 and not small
-        return contrastive.grouped(loss, self.contrast_group, one_by_one=one_by_one)(
+        return contrastive.grouped(loss, self.contrast_group, one_by_one=self._tile > 0)(
             x,
             y,
             valid,
@@ -345,6 +370,7 @@ def make(
     """
     settings = {k: v for k, v in locals().items() if k not in ("image", "text")}
     base.check_weights(weights, TERMS)
+    settings["weights"] = {**weights, **dict.fromkeys(MASSES, 0.0)}
     base.check_tile(loss_tile)
     base.check_positive(temperature=temperature, view_temperature=view_temperature)
     if eval_draws < 1:

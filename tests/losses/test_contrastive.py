@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from medvlp_jax.losses import contrastive
+from medvlp_jax.losses import contrastive, targets
 from medvlp_jax.losses.contrastive import ClinicalPrior, SameId
 
 
@@ -40,6 +40,42 @@ def loop_soft_cross_entropy(logits, target, valid):
             target[i, j] * (logits[i, j] - log_total) for j in range(len(logits)) if valid[j]
         )
     return total
+
+
+def alike(batch, rho, width=160):
+    """Report features of which each two have the correlation rho."""
+    rng = np.random.default_rng(0)
+    centred = rng.normal(size=(batch + 1, width))
+    centred -= centred.mean(axis=1, keepdims=True)
+    basis = np.linalg.qr(centred.T)[0].T  # orthonormal, each of mean 0
+    return np.sqrt(rho) * basis[:1] + np.sqrt(1 - rho) * basis[1:]
+
+
+@pytest.mark.parametrize(("temperature", "expected"), [(0.07, 1.31), (0.2, 3.76)])
+def test_the_mass_of_the_prior_is_that_of_the_specification_dense_and_in_tiles(
+    float64, temperature, expected
+):
+    """1.2.3: 128 reports that correlate at 0.8; those that are missing count nowhere."""
+    prior = ClinicalPrior(jnp.asarray(alike(128, 0.8)), temperature=temperature)
+    mass = contrastive.prior_mass(prior)
+    np.testing.assert_allclose(mass, temperature * 127 * (1 - np.exp(-0.2 * 0.8)), rtol=1e-6)
+    assert round(float(mass), 2) == expected
+    features = np.concatenate([alike(128, 0.8), np.ones((5, 160))])
+    prior = ClinicalPrior(
+        jnp.asarray(features),
+        temperature=temperature,
+        has_report=jnp.arange(133) < 128,
+        ids=jnp.arange(133) // 2,
+        normalise=True,
+    )
+    np.testing.assert_allclose(contrastive.prior_mass(prior), mass, rtol=1e-6)
+    np.testing.assert_allclose(targets.prior_mass(prior, tile=50), mass, rtol=1e-6)
+    # Filled tails of tiles count nowhere either, with a kernel that is not 0 at 0.
+    other = ClinicalPrior(jnp.asarray(features), kernel="gaussian")
+    found = targets.prior_mass(other, tile=50)
+    np.testing.assert_allclose(found, contrastive.prior_mass(other), rtol=1e-6)
+    nobody = prior._replace(has_report=jnp.zeros(133, bool))
+    assert contrastive.prior_mass(nobody) == targets.prior_mass(nobody, tile=50) == 0
 
 
 def random_pair(seed=0, batch=12, width=5):

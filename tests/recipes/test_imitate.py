@@ -355,10 +355,39 @@ def test_objective_equals_the_sum_of_eight_contrastive_losses(small, normalise, 
         + c(f["image_2"], f["image"], 0.2, s_i, everyone),
         "view_reading": c(f["reading"], f["reading_2"], 0.2, zero, v_f)
         + c(f["reading_2"], f["reading"], 0.2, zero, v_f),
+        "mass_impression": 0.07 * s_i.sum() / v_i.sum(),
+        "mass_findings": 0.07 * s_f.sum() / v_f.sum(),
     }
     terms = recipe.apply(variables, features, batch, train=True, method="objective")
+    assert set(terms) == set(expected)
     for name, value in expected.items():
         np.testing.assert_allclose(terms[name], value, rtol=1e-5)
+
+
+@pytest.mark.parametrize("group", [0, 4])
+def test_the_mass_of_the_prior_is_logged_at_weight_0_dense_and_in_tiles(small, group):
+    recipe, variables = small
+    weights = imitate.make(image=RESNET, text=BERT, weights=WEIGHTS, num_tokens=32).weights
+    assert dict(weights) == {**WEIGHTS, "mass_impression": 0.0, "mass_findings": 0.0}
+    rng = np.random.default_rng(0)
+    random = lambda width: jnp.float32(rng.normal(size=(8, width)))
+    unit = lambda x: x / jnp.linalg.norm(x, axis=1, keepdims=True)
+    names = ("image", "image_2", "image_findings", "image_findings_2", "reading", "reading_2")
+    features = {name: unit(random(16)) for name in (*names, "text", "text_findings")}
+    features |= {f"{section}_report": random(6) for section in imitate.SECTIONS}
+    terms = {
+        tile: recipe.clone(loss_tile=tile, contrast_group=group).apply(
+            variables, features, batch_of(8), train=True, method="objective"
+        )
+        for tile in (0, 3)
+    }
+    for name, value in terms[0].items():
+        np.testing.assert_allclose(terms[3][name], value, rtol=1e-5)
+    assert terms[0]["mass_impression"] > 0
+    without = recipe.clone(kernel="none").apply(
+        variables, features, batch_of(8), train=True, method="objective"
+    )
+    assert set(without) == set(WEIGHTS)
 
 
 def test_encoding_in_evaluation_is_independent_per_row_and_repeatable(small):
