@@ -11,6 +11,7 @@ from configs import common
 from medvlp_jax import assemble, evaluate, protocols
 from medvlp_jax.config import UserError
 from medvlp_jax.data import corpora
+from medvlp_jax.evaluation import flavours, tasks
 
 
 class Records(list):
@@ -25,6 +26,18 @@ class Records(list):
 
 def record(findings="", impression=""):
     return {"findings": findings, "impression": impression}
+
+
+@pytest.mark.parametrize(
+    ("name", "task"),
+    [("finetune", "finetune"), ("segmentation", "segment"), ("detection", "detect")],
+)
+def test_a_protocol_that_trains_on_the_targets_names_the_command_that_has_it(name, task):
+    assert task in tasks.TASKS
+    message = rf"^Protocol '{name}' .* `medvlp adapt --task {task}` .* accepted .* zero_shot, .*\.$"
+    for asked in (name, task):
+        with pytest.raises(UserError, match=message.replace(f"'{name}'", f"'{asked}'")):
+            flavours.normalise(("probe", asked), protocols.NAMES)
 
 
 def test_a_text_is_looked_for_until_the_first_and_not_in_all_of_many_records():

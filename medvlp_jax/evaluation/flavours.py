@@ -6,6 +6,9 @@ from medvlp_jax.config import UserError, nearest
 from medvlp_jax.evaluation import retrieval_legacy, scoring
 
 CLEAN = "clean"
+# What trains on the targets has a command of its own, by these names of its tasks.
+ADAPTED = {"finetune": "finetune", "segmentation": "segment", "detection": "detect"}
+ADAPTED |= {task: task for task in ADAPTED.values()}
 FLAVOURS = {"zero_shot": tuple(scoring.FLAVOURS), "retrieval": (CLEAN, *retrieval_legacy.FLAVOURS)}
 
 
@@ -23,11 +26,16 @@ def normalise(given: Sequence[str], protocols: Sequence[str]) -> tuple[str, ...]
       protocols: those there are.
 
     Raises:
-      UserError: for an unknown one, naming the nearest.
+      UserError: for an unknown one, naming the nearest, or the command that has it.
     """
     known = names(protocols)
     plain = dict.fromkeys(name.removesuffix(f"@{CLEAN}") for name in given)
     for name in plain:
+        if name in ADAPTED:
+            raise UserError(
+                f"Protocol '{name}' trains on the targets: `medvlp adapt --task {ADAPTED[name]}` "
+                f"does; accepted here are {', '.join(known)}."
+            )
         if name not in known:
             raise UserError(f"No protocol '{name}'. {nearest(name, known)}")
     return tuple(plain)
