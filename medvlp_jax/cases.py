@@ -11,7 +11,7 @@ no other: it encodes what has boxes, not the split. Both tables read back as the
 were scored, which rounding could make equal.
 """
 
-import csv
+import contextlib
 import pathlib
 from collections.abc import Mapping
 
@@ -20,28 +20,53 @@ import scipy.special
 
 from medvlp_jax import assemble, distributed, examples, ground, tables
 from medvlp_jax.config import UserError
-from medvlp_jax.evaluation import attention, classify, flavours, paired, plots, results, retrieval
-from medvlp_jax.evaluation.zero_shot import PromptScores
+from medvlp_jax.evaluation import (
+    attention,
+    case_tables,
+    classify,
+    flavours,
+    paired,
+    plots,
+    results,
+    retrieval,
+    tasks,
+)
 from medvlp_jax.evaluator import Evaluator
 from medvlp_jax.recipes.base import classifies
 from medvlp_jax.training.step import make_embed
-from medvlp_jax.writing import replaced
 
 EXAMPLES, ATTENDED = 8, 4
-SCORES, TRUTH = "zero_shot.csv", " (truth)"
+SCORES = "zero_shot.csv"
 FILES = (SCORES, "zero_shot.png", "examples.png", ground.PICTURE)
 FILES += (paired.FILE, "classifier.png", "attention.png")
+ADAPTED = tuple(f"{task}.png" for task in tasks.TASKS)  # of `medvlp adapt`
+
+
+def say_replaced(out: pathlib.Path) -> None:
+    """Say what an evaluation of before holds, while it can still be kept."""
+    if distributed.is_writer() and (out / results.FILE).is_file():
+        with contextlib.suppress(UserError):  # one that cannot be read is no loss
+            held = dict.fromkeys(key.split("/")[0] for key in results.read(out).numbers)
+            print(
+                f"medvlp: this replaces {out / results.FILE}, which holds {', '.join(held)}; "
+                "another --out keeps it.",
+                flush=True,
+            )
 
 
 def clear(folder: pathlib.Path) -> None:
     """Remove the files above of an earlier evaluation, so that a folder holds one alone.
 
+    Of `medvlp adapt` the predictions of its seeds, too.
+
     Args:
       folder: where results.json goes; without one it is somebody else's, and left as it is.
     """
     if (folder / results.FILE).is_file():
-        for name in FILES:
+        for name in (*FILES, *ADAPTED):
             (folder / name).unlink(missing_ok=True)
+        for seed in paired.seeds(folder):
+            (seed / paired.FILE).unlink(missing_ok=True)
 
 
 def show(evaluator: Evaluator, variables: Mapping, folder: pathlib.Path) -> None:
@@ -68,7 +93,7 @@ def show(evaluator: Evaluator, variables: Mapping, folder: pathlib.Path) -> None
     if not distributed.is_writer():
         return
     if prompted:
-        write_scores(prompted, found, folder / SCORES)
+        case_tables.write_scores(prompted, found, folder / SCORES)
         plots.roc(prompted, folder / "zero_shot.png")
     drawn, caption = (_classified, plots.CLASSIFIED) if labelled else (_retrieved, plots.RETRIEVED)
     picked, texts, scores, truth = drawn(evaluator, found, np.random.default_rng(0))
@@ -114,64 +139,9 @@ def _classified(evaluator, found, rng):
 def write_predictions(evaluator: Evaluator, found: Mapping, out: pathlib.Path) -> None:
     """Write predictions.csv, whole or not at all."""
     task = evaluator.parts.recipe.task
-    names, labels = evaluator.source.tasks[task], found[f"label/{task}"]
     chances = scipy.special.softmax(found["logits"].astype(np.float64), axis=1)
-    with replaced(out) as scratch, scratch.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(("image_id", "patient_id", "truth", *names))
-        for image, patient, label, chance in zip(
-            found["image_id"], found["patient_id"], labels, chances, strict=True
-        ):
-            truth = names[label.argmax()] if (label == 1).any() else ""
-            writer.writerow((image, patient, truth, *chance.tolist()))
-
-
-def write_scores(tasks: Mapping[str, PromptScores], found: Mapping, out: pathlib.Path) -> None:
-    """Write zero_shot.csv, whole or not at all."""
-    header, columns = ["image_id", "patient_id"], [found["image_id"], found["patient_id"]]
-    for task, (labels, scores, classes) in tasks.items():
-        for c, name in enumerate(classes):
-            header += [f"{task}/{name}", f"{task}/{name}{TRUTH}"]
-            columns += [
-                scores[:, c].tolist(),
-                ["" if label < 0 else label for label in labels[:, c]],
-            ]
-    with replaced(out) as scratch, scratch.open("w", newline="") as file:
-        csv.writer(file).writerows([header, *zip(*columns, strict=True)])
-
-
-def read_scores(file: pathlib.Path) -> dict[str, PromptScores]:
-    """Read zero_shot.csv.
-
-    Raises:
-      UserError: for a file that is none.
-    """
-    header, *rows = paired.lines_of(file) or [[]]
-    if header[:2] != paired.IDS[:2] or len(header) == 2:
-        raise UserError(
-            f"{file} is no table of scores: it has the columns {header[:3]} ...; "
-            f"{paired.IDS[:2]} and, for each class, TASK/CLASS and TASK/CLASS{TRUTH} are needed."
-        )
-    tasks: dict[str, list] = {}
-    for c in range(2, len(header), 2):
-        task, _, name = header[c].partition("/")
-        try:
-            scores = [float(row[c]) for row in rows]
-            labels = [int(row[c + 1] or -1) for row in rows]
-            is_whole = header[c + 1] == f"{header[c]}{TRUTH}"
-        except (ValueError, IndexError):
-            is_whole = False
-        if not (is_whole and np.isfinite(scores).all() and {*labels} <= {-1, 0, 1}):
-            raise UserError(
-                f"{file} is no table of scores: its column {header[c]!r} fails, which needs finite "
-                f"numbers and behind it {header[c] + TRUTH!r} of 1, 0 and empty cells."
-            )
-        tasks.setdefault(task, []).append((name, scores, labels))
-    found = {}
-    for task, columns in tasks.items():
-        names, scores, labels = zip(*columns, strict=True)
-        found[task] = PromptScores(np.array(labels).T, np.array(scores).T, names)
-    return found
+    classes = evaluator.source.tasks[task]
+    case_tables.write_chances(found, found[f"label/{task}"], chances, classes, out)
 
 
 def _draw_classifier(evaluator, found, out_png) -> None:

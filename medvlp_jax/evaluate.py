@@ -12,7 +12,6 @@ keeps.
 """
 
 import argparse
-import contextlib
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -23,7 +22,7 @@ from medvlp_jax import assemble, cases, cli, controls, distributed, outside, pro
 from medvlp_jax import config as configs
 from medvlp_jax.config import UserError, nearest
 from medvlp_jax.evaluation import flavours, prompts
-from medvlp_jax.evaluation.results import FILE, read, results_table, write_results
+from medvlp_jax.evaluation.results import results_table, write_results
 from medvlp_jax.evaluator import Evaluator
 
 GIVEN = ("corpus", "split", "prompts", "limit", "views")
@@ -82,7 +81,7 @@ def main(argv: list[str] | None = None) -> None:
     distributed.initialize()
     evaluator, variables, untrained = (_of_run if arguments.run else _of_encoder)(arguments)
     out = arguments.out or arguments.run
-    _say_replaced(out)
+    cases.say_replaced(out)
     results = controls.full(evaluator, variables, untrained)
     if distributed.is_writer():
         out.mkdir(parents=True, exist_ok=True)
@@ -91,18 +90,6 @@ def main(argv: list[str] | None = None) -> None:
         write_results(results, out, evaluator.provenance(variables, config))
         print(results_table(results))
     cases.show(evaluator, variables, out)
-
-
-def _say_replaced(out: pathlib.Path) -> None:
-    """Say what an evaluation of before holds, while it can still be kept."""
-    if distributed.is_writer() and (out / FILE).is_file():
-        with contextlib.suppress(UserError):  # one that cannot be read is no loss
-            held = dict.fromkeys(key.split("/")[0] for key in read(out).numbers)
-            print(
-                f"medvlp: this replaces {out / FILE}, which holds {', '.join(held)}; another --out "
-                "keeps it.",
-                flush=True,
-            )
 
 
 def _of_run(arguments):

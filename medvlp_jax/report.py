@@ -16,6 +16,7 @@ from medvlp_jax import assemble, cases, cli, lineage
 from medvlp_jax.config import UserError
 from medvlp_jax.data import leakage
 from medvlp_jax.evaluation import (
+    case_tables,
     comparison,
     page,
     paired,
@@ -196,7 +197,7 @@ def _figures(run: pathlib.Path, *, with_texts: bool) -> list[str]:
             )
             found += [page.text("Classifier", "h2"), page.picture(drawn, caption)]
     if (scores := run / cases.SCORES).is_file():
-        drawn = _drawn(lambda out: plots.roc(cases.read_scores(scores), out))
+        drawn = _drawn(lambda out: plots.roc(case_tables.read_scores(scores), out))
         found += [
             page.text("Zero-shot", "h2"),
             page.picture(drawn, "ROC of each class, by prompts"),

@@ -10,7 +10,7 @@ from tiny_config import get_config
 
 from medvlp_jax import assemble, cases, controls, examples, ground
 from medvlp_jax.config import UserError
-from medvlp_jax.evaluation import grounding, metrics, scoring, zero_shot
+from medvlp_jax.evaluation import case_tables, grounding, metrics, scoring, zero_shot
 from medvlp_jax.evaluator import Evaluator
 
 
@@ -251,7 +251,7 @@ def test_a_published_flavour_is_named_in_the_table_of_scores(evaluator, tmp_path
     here = Evaluator(one.parts, {**settings, "limit": 16, "resamples": 0})
     results = here.run(variables, keep=True)
     cases.show(here, variables, tmp_path)
-    (task,) = cases.read_scores(tmp_path / cases.SCORES)
+    (task,) = case_tables.read_scores(tmp_path / cases.SCORES)
     assert f"zero_shot/{task}/protocol" in results
     assert task == "finding (cxrclip)"
 

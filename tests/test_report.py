@@ -15,7 +15,16 @@ import scipy.special
 
 from medvlp_jax import cases, cli, report, writing
 from medvlp_jax.config import UserError
-from medvlp_jax.evaluation import page, paired, plots, provenance, results, retrieval, zero_shot
+from medvlp_jax.evaluation import (
+    case_tables,
+    page,
+    paired,
+    plots,
+    provenance,
+    results,
+    retrieval,
+    zero_shot,
+)
 
 CONFIG = {
     "recipe": {"name": "clip<script>"},
@@ -202,9 +211,9 @@ def test_scores_of_prompts_are_written_read_and_drawn(run):
     scores = np.array([[0.5, -0.25], [0.125, 0.75], [0.1, 1 - 2**-53]])  # %.6g makes the last 1
     tasks = {"finding": zero_shot.PromptScores(labels, scores, ("edema", "mass/nodule"))}
     found = {"image_id": ["i1", "i2", "i3"], "patient_id": ["anna", "bert", "bert"]}
-    cases.write_scores(tasks, found, run / "zero_shot.csv")
+    case_tables.write_scores(tasks, found, run / "zero_shot.csv")
     assert (run / "zero_shot.csv").read_text().splitlines()[2] == "i2,bert,0.125,0,0.75,"
-    (read,) = cases.read_scores(run / "zero_shot.csv").values()
+    (read,) = case_tables.read_scores(run / "zero_shot.csv").values()
     np.testing.assert_array_equal(read.labels, labels)
     np.testing.assert_array_equal(read.scores, scores)
     assert read.classes == ("edema", "mass/nodule")

@@ -2,14 +2,14 @@
 
   medvlp compare --ours RUN RUN ... --theirs RUN RUN ... [--metric macro_f1]
 
-The n-th run of each side has scored the same cases: one run each, or one a seed or fold. The number
-is the mean over the runs of ours minus theirs; patients are drawn with all their rows in all runs,
-the same for both sides; the interval of a difference is the percentile one. What folds say among
-themselves is `over_folds`.
+The n-th run of each side has scored the same cases: one run each, or one a seed or fold. The OUT of
+`medvlp adapt --task finetune` stands for its seeds. The number is the mean over the runs of ours
+minus theirs; patients are drawn with all their rows in all runs, the same for both sides; the
+interval of a difference is the percentile one. What folds say among themselves is `over_folds`.
+Several findings a case are compared by macro AUROC alone.
 """
 
 import argparse
-import csv
 import functools
 import sys
 from collections.abc import Sequence
@@ -21,9 +21,11 @@ import scipy.stats
 
 from medvlp_jax.config import UserError
 from medvlp_jax.evaluation import classify, metrics, statistics
+from medvlp_jax.evaluation.case_tables import IDS, lines_of, read_scores
 
-FILE, IDS = "predictions.csv", ["image_id", "patient_id", "truth"]
+FILE = "predictions.csv"
 METRICS = ("macro_auroc", "macro_f1", "balanced_accuracy", "accuracy")
+RANKED = METRICS[:1]  # what there is of several findings a case
 
 
 class Predictions(NamedTuple):
@@ -32,7 +34,7 @@ class Predictions(NamedTuple):
     Attributes:
       images: [N], ids.
       patients: [N].
-      truth: [N] as an index.
+      truth: [N] as an index; of several findings a case [N, C], 1 present, 0 absent, -1 unknown.
       chances: probabilities [N, C].
       classes: C names.
     """
@@ -43,18 +45,24 @@ class Predictions(NamedTuple):
     chances: np.ndarray
     classes: list[str]
 
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """What can be said of them."""
+        return RANKED if self.truth.ndim == 2 else METRICS
 
-def lines_of(file: Path) -> list[list[str]]:
-    """Read the cells of a CSV file, with or without a byte order mark.
 
-    Raises:
-      UserError: if it is no CSV file in UTF-8.
-    """
-    try:
-        with file.open(newline="", encoding="utf-8-sig") as stream:
-            return [*csv.reader(stream)]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{file} cannot be read ({error}); a UTF-8 CSV file is needed.") from None
+def seeds(folder: Path) -> list[Path]:
+    """Return the folders of the seeds of `medvlp adapt`, in order; a run by such a name is none."""
+    found = [path for path in folder.glob("seed_*") if path.name.removeprefix("seed_").isdecimal()]
+    found.sort(key=lambda path: int(path.name.removeprefix("seed_")))
+    return [path for path in found if path.is_dir() and not (path / "config.json").exists()]
+
+
+def files(run: Path) -> list[Path]:
+    """Return the predictions of a run, or those of the seeds of `medvlp adapt`; [] for none."""
+    own = run / FILE if run.is_dir() else run
+    found = [own, *(seed / FILE for seed in seeds(run))] if run.is_dir() else [own]
+    return found[:1] if own.is_file() else [file for file in found if file.is_file()]
 
 
 def read(file: Path) -> Predictions:
@@ -69,8 +77,13 @@ def read(file: Path) -> Predictions:
     """
     file = file / FILE if file.is_dir() else file
     if not file.is_file():
-        raise UserError(f"No {file}: only runs of a classifier that were evaluated have one.")
+        raise UserError(
+            f"No {file}: only runs of a classifier that were evaluated, and what `medvlp adapt "
+            "--task finetune` writes, have one."
+        )
     header, *lines = lines_of(file) or [[]]
+    if header[:2] == IDS[:2] and "/" in "".join(header[2:3]):
+        return _of_questions(file, lines)
     if header[:3] != IDS or len(header) == 3 or any(len(line) != len(header) for line in lines):
         raise UserError(f"{file} has the columns {header[:3]} ...; {IDS} and classes are needed.")
     classes, known = header[3:], [line for line in lines if line[2]]
@@ -87,6 +100,23 @@ def read(file: Path) -> Predictions:
     return Predictions(images, patients, truth, chances, classes)
 
 
+def _of_questions(file: Path, lines: Sequence[Sequence[str]]) -> Predictions:
+    """Return predictions of several findings a case.
+
+    Raises:
+      UserError: for a file that is none, or has several tasks.
+    """
+    tasks = read_scores(file)
+    if len(tasks) > 1:
+        raise UserError(
+            f"{file} holds the tasks {', '.join(tasks)}; predictions of one are needed."
+        )
+    (scored,) = tasks.values()
+    known = (scored.labels >= 0).any(1)
+    images, patients = (np.array([line[i] for line in lines])[known] for i in (0, 1))
+    return Predictions(images, patients, scored.labels[known], scored.scores[known], [*scored[2]])
+
+
 def _is_probability(cell: str) -> bool:
     try:
         return 0 <= float(cell) <= 1  # NaN is not
@@ -99,6 +129,12 @@ def value(metric: str, case: Predictions, weights: np.ndarray) -> np.ndarray:
 
     NaN in a draw that has lost a class; so is the macro AUROC of a single class, always.
     """
+    if case.truth.ndim == 2:
+        both = (case.truth == 1).any(0) & (case.truth == 0).any(0)
+        if not both.any():
+            return np.full(len(weights), np.nan)
+        labels, chances = case.truth[:, both], case.chances[:, both]
+        return classify.ranking(labels, chances, weights)[:, 0].mean(-1)
     classes = case.chances.shape[1]
     present = np.bincount(case.truth, minlength=classes) > 0
     if metric == "macro_auroc":
@@ -137,8 +173,11 @@ def compare(
       resamples: of patients.
 
     Raises:
-      UserError: for unequal numbers of runs, predictions of other cases, or too few of them.
+      UserError: for unequal numbers of runs, predictions of other cases, too few of them, or a
+        metric that they do not have.
     """
+    each = lambda runs: [file for run in runs for file in files(run) or [run]]
+    ours, theirs = each(ours), each(theirs)
     if len(ours) != len(theirs):
         raise UserError(f"{len(ours)} runs against {len(theirs)}: they are compared one by one.")
     if metric not in METRICS:
@@ -149,6 +188,11 @@ def compare(
         same = all(np.array_equal(getattr(a, name), getattr(b, name)) for name in ids)
         if not same or a.classes != b.classes:
             raise UserError(f"{one} and {other} are predictions of other cases.")
+        if metric not in a.metrics:
+            raise UserError(
+                f"{one} has several findings a case, of which there is no {metric}; accepted is "
+                f"{', '.join(a.metrics)}."
+            )
     patients = np.concatenate([case.patients for case in runs[0]])
     if len({*patients}) < 2 or resamples < 1:
         raise UserError(
@@ -203,8 +247,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--metric", choices=METRICS, help="default: all")
     parser.add_argument("--resamples", type=int, default=2000)
     options = parser.parse_args(argv)
-    chosen = [options.metric] if options.metric else METRICS
     sides = options.ours, options.theirs
+    first = next(iter(files(options.ours[0])), options.ours[0])
+    chosen = [options.metric] if options.metric else read(first).metrics
     found = {metric: compare(*sides, metric, resamples=options.resamples) for metric in chosen}
     adjusted = statistics.holm([entry["p"] for entry in found.values()])
     for (metric, entry), p in zip(found.items(), adjusted, strict=True):

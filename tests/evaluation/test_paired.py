@@ -8,7 +8,7 @@ import scipy.stats
 from sklearn import metrics as reference
 
 from medvlp_jax.config import UserError
-from medvlp_jax.evaluation import paired
+from medvlp_jax.evaluation import case_tables, paired, zero_shot
 
 
 def write(file, seed, signal, patients=60):
@@ -156,3 +156,60 @@ def test_the_command_prints_every_metric(tmp_path, capsys):
     paired.main(["--ours", str(a), "--theirs", str(b), "--resamples", "50"])
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == list(paired.METRICS)
+
+
+def write_findings(file, seed, signal, patients=40):
+    """Cases of two rows a patient with two of three findings, some of them unknown."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(-1, 2, (2 * patients, 3)).astype(np.int8)
+    labels[:, 2] = 0  # nobody has it: it cannot be ranked
+    labels[3] = -1
+    chances = 1 / (1 + np.exp(-np.random.default_rng(seed).normal(size=labels.shape)))
+    chances = (chances + signal * (labels == 1)) / (1 + signal)
+    found = {"image_id": [f"i{i}" for i in range(len(labels))]}
+    found |= {"patient_id": [f"p{i // 2}" for i in range(len(labels))]}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    scored = {"finding": zero_shot.PromptScores(labels, chances, ("edema", "mass/nodule", "none"))}
+    case_tables.write_scores(scored, found, file)
+    return labels, chances
+
+
+def test_several_findings_a_case_are_compared_by_the_auroc_alone(tmp_path, capsys):
+    files = [tmp_path / f"{name}/predictions.csv" for name in "ab"]
+    values = []
+    for seed, file in enumerate(files):
+        labels, chances = write_findings(file, seed, 1.0 - seed)
+        known = [labels[:, c] >= 0 for c in (0, 1)]
+        each = [
+            reference.roc_auc_score(labels[k, c] == 1, chances[k, c]) for c, k in enumerate(known)
+        ]
+        values.append(np.mean(each))
+    case = paired.read(files[0])
+    assert case.classes == ["edema", "mass/nodule", "none"]
+    assert "i3" not in case.images
+    found = paired.value("macro_auroc", case, np.ones((1, len(case.truth))))
+    assert found == pytest.approx(values[0], abs=1e-12)
+    paired.main(["--ours", str(files[0]), "--theirs", str(files[1]), "--resamples", "50"])
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"macro_auroc       {values[0] - values[1]:+.3f}")
+    with pytest.raises(UserError, match="of which there is no macro_f1; accepted is macro_auroc"):
+        paired.compare(*([file] for file in files), "macro_f1")
+    one_class = write(tmp_path / "c/predictions.csv", 0, 1.0)
+    with pytest.raises(UserError, match="predictions of other cases"):
+        paired.compare([files[0]], [one_class], "macro_auroc")
+
+
+def test_a_folder_of_seeds_stands_for_each_of_them_in_order(tmp_path):
+    for name, signal in (("ours", 2.0), ("theirs", 0.5)):
+        for seed in (10, 2):
+            write(tmp_path / name / f"seed_{seed}/predictions.csv", seed, signal)
+        run = write(tmp_path / name / "seed_3/predictions.csv", 3, signal).parent
+        (run / "config.json").write_text("{}")  # a run by such a name
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    assert [file.parent.name for file in paired.files(ours)] == ["seed_2", "seed_10"]
+    each = [[side / f"seed_{seed}" for seed in (2, 10)] for side in (ours, theirs)]
+    expected = paired.compare(*each, "macro_f1", resamples=50)
+    assert paired.compare([ours], [theirs], "macro_f1", resamples=50) == expected
+    write(ours / "predictions.csv", 0, 1.0)  # its own come first
+    assert paired.files(ours) == [ours / "predictions.csv"]
+    assert paired.files(tmp_path) == []
