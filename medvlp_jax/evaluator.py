@@ -54,6 +54,10 @@ class Evaluator(Embedder):
         if unknown := lineage.unknown(parts.config):
             distributed.say(f"medvlp: {unknown} is not here: what it was trained on is not known.")
         self.source = assemble.open_corpus(self.corpus, parts.config["data"], settings["split"])
+        dealt = assemble.fold_of(self.corpus, parts.config["data"])
+        self.torn = leakage.torn_patients(self.source, dealt=dealt)
+        if said := leakage.torn(self.corpus, self.torn):
+            distributed.say(f"medvlp: {said}")
         self.prompts = protocols.read_prompts(settings, self.corpus, self.source)
         self.validation = self._open_validation(protocols.prompts_needed(settings))
         self._code, self._seen = provenance.code(), {}
@@ -133,6 +137,7 @@ class Evaluator(Embedder):
                 *([r[key] for r in records] for key in ("image_id", "patient_id"))
             )
         where = {"corpus": self.corpus, "split": self.settings["split"], **seen}
+        where |= {"torn_patients": self.torn} if self.torn else {}
         if "grounding" in self.settings["protocols"]:
             where["boxes"] = provenance.boxes(self.source[row] for row in self.grounder.rows)
         return provenance.of(

@@ -2,8 +2,10 @@
 
   medvlp report RUN [--out FILE.html] [--with-texts]
 
-The page holds everything in itself and needs neither network nor script. Texts of patients are in
-it only with --with-texts: the pictures of retrieved reports and of grounded phrases show them.
+RUN is a run folder, or the OUT of `medvlp evaluate` or `medvlp adapt`: of such a folder, which has
+no config.json, the page holds the results and what they say of themselves. The page holds
+everything in itself and needs neither network nor script. Texts of patients are in it only with
+--with-texts: the pictures of retrieved reports and of grounded phrases show them.
 """
 
 import argparse
@@ -47,7 +49,9 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         "medvlp report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    top.add_argument("run", type=pathlib.Path, metavar="RUN", help="run folder")
+    top.add_argument(
+        "run", type=pathlib.Path, metavar="RUN", help="run folder, or one with results"
+    )
     top.add_argument("--out", type=pathlib.Path, help=f"default: RUN/{NAME}")
     top.add_argument(
         "--with-texts", action="store_true", help="also pictures that show patients' texts"
@@ -59,22 +63,27 @@ def build(run: pathlib.Path, *, with_texts: bool = False) -> str:
     """Return the page of a run folder.
 
     Args:
-      run: with config.json and results.json; pictures, metrics.jsonl and predictions.csv are shown
-        where they are.
+      run: with results.json and, of a run, config.json; pictures, metrics.jsonl and
+        predictions.csv are shown where they are.
       with_texts: show pictures that hold patients' texts.
 
     Raises:
-      UserError: for a folder that is no run, or has no results.
+      UserError: for a folder that has no results, or a config that is none of a run.
     """
-    config, written = assemble.read_config(run), results.read(run)
+    is_run = (run / assemble.CONFIG).is_file()
+    if not is_run and not (run / results.FILE).is_file():
+        raise UserError(
+            f"{run} is not a run folder, nor the OUT of `medvlp evaluate` or `medvlp adapt`: there "
+            f"is neither {assemble.CONFIG} nor {results.FILE} in it."
+        )
+    config = assemble.read_config(run) if is_run else {}
+    told, written = assemble.written_config(run) if is_run else {}, results.read(run)
     tasks = page.tasks(written.numbers)
-    recipe = config["recipe"]["name"]
-    rows = comparison.rows_of(run.name, written)
-    corpora = ", ".join(config["data"]["corpora"])
+    title = f"{run.name}: {_model(config)}" if is_run else run.name
     body = [
         page.text(run.name, "h1"),
-        page.text(_subtitle(recipe, corpora, config, rows), "p", "muted"),
-        page.listed(warnings(assemble.written_config(run), written), "warnings"),
+        page.text(_subtitle(config, comparison.rows_of(run.name, written)), "p", "muted"),
+        page.listed(warnings(told, written), "warnings"),
         page.text("Results", "h2"),
         page.text(
             "Values with 95 % intervals over patients, controls beside them. In the strip, from 0 "
@@ -86,43 +95,61 @@ def build(run: pathlib.Path, *, with_texts: bool = False) -> str:
         *_figures(run, with_texts=with_texts),
         page.text("What was run", "h2"),
         page.facts(_facts(config, written.provenance)),
-        page.folded("Config", page.code(config)),
+        *([page.folded("Config", page.code(config))] if is_run else []),
         page.folded("Protocols: settings, skipped classes, counts", page.code(_protocols(written))),
     ]
-    return page.page(f"{run.name}: {recipe} on {corpora}", body)
+    return page.page(title, body)
 
 
-def _subtitle(recipe, corpora, config, rows) -> str:
-    trained = f"{recipe}, trained on {corpora}, {config['train']['steps']} steps, seed "
-    tested = f"; tested on {rows['rows']} rows of {rows['patients']} patients, " if rows else ""
-    where = f"{rows['corpus']} {rows['split']}" if rows else ""
-    return f"{trained}{config['seed']}{tested}{where}."
+def _model(config, join: str = " on ") -> str:
+    return f"{config['recipe']['name']}{join}{', '.join(config['data']['corpora'])}"
+
+
+def _subtitle(config, rows) -> str:
+    trained = "Results without the config of a run"
+    if config:
+        trained = _model(config, ", trained on ")
+        trained += f", {config['train']['steps']} steps, seed {config['seed']}"
+    if not rows:
+        return f"{trained}."
+    where = f"{rows['corpus']} {rows['split']}"
+    return f"{trained}; tested on {rows['rows']} rows of {rows['patients']} patients, {where}."
 
 
 def warnings(config: Mapping[str, Any], written: results.Written) -> list[str]:
     """Return what a reader of the numbers must know, one sentence each.
 
     Args:
-      config: as the run folder has it.
-      written: its results.
+      config: as the run folder has it; {} where there is none.
+      written: the results.
     """
     told, origin = [], written.provenance
-    trained, rows = config["data"]["corpora"], origin.get("rows", {})
-    tested = rows.get("corpus") or config["evals"]["corpus"] or trained[0]
-    if said := leakage.warning(lineage.corpora(config), tested):
+    rows, data, evals = origin.get("rows", {}), config.get("data", {}), config.get("evals", {})
+    trained = data["corpora"] if config else _trained(written)
+    tested = rows.get("corpus") or evals.get("corpus") or (trained[0] if config else "")
+    if said := leakage.warning(lineage.corpora(config) if config else trained or (), tested):
         told.append(said)
-    if any(name.startswith("cxr_phantom") for name in (*trained, tested)):
+    if trained is None:
+        told.append(
+            "What the encoder was trained on is not recorded here, nor whether it has seen these "
+            "images."
+        )
+    if said := leakage.torn(tested, rows.get("torn_patients", 0)):
+        told.append(said)
+    if any(name.startswith("cxr_phantom") for name in (*(trained or ()), tested)):
         told.append("Generated data: these numbers say that the code works, nothing on patients.")
-    split = rows.get("split") or config["evals"]["split"]
-    if split == config["data"].get("split", "train") and leakage.unsized(tested) in map(
-        leakage.unsized, trained
+    split = rows.get("split") or evals.get("split", "test")
+    if (
+        config
+        and split == data.get("split", "train")
+        and leakage.unsized(tested) in map(leakage.unsized, trained)
     ):
         told.append(f"Measured on the {split} split, whose rows the run was trained on.")
     elif split != "test":
         told.append(f"Measured on the {split} split, on which settings may have been chosen.")
     if not origin:
         told.append("results.json has no provenance: code, rows and weights are not recorded.")
-    elif origin["config"] not in _hashes(config):
+    elif config and origin["config"] not in _hashes(config):
         told.append("config.json is not the one these numbers were measured with.")
     if origin and origin["code"]["dirty"]:
         told.append("The code had changes that were not committed.")
@@ -133,6 +160,15 @@ def warnings(config: Mapping[str, Any], written: results.Written) -> list[str]:
         for sentence in _about_rows(entry):
             alike.setdefault(sentence, []).append(key.removesuffix("/protocol"))
     return told + [f"{', '.join(tasks)}: {sentence}" for sentence, tasks in alike.items()]
+
+
+def _trained(written: results.Written) -> list[str] | None:
+    """Return what `medvlp adapt` says its encoder was trained on; None where that is not known."""
+    encoders = [entry["encoder"] for entry in written.numbers.values() if "encoder" in entry]
+    if encoders and all(encoder.get("untrained") for encoder in encoders):
+        return []
+    known = [encoder["corpora"] for encoder in encoders if "corpora" in encoder]
+    return known[0] if known else None
 
 
 def _hashes(config: Mapping) -> set[str]:
@@ -178,7 +214,7 @@ def _controls(tasks: Sequence[page.Task]) -> str:
 
 def _figures(run: pathlib.Path, *, with_texts: bool) -> list[str]:
     """Return the sections of pictures there are."""
-    predictions = run / paired.FILE
+    predictions = next(filter(pathlib.Path.is_file, paired.files(run)), None)
     found = []
     log = run / "metrics.jsonl"
     if log.is_file() and log.stat().st_size:
@@ -188,14 +224,9 @@ def _figures(run: pathlib.Path, *, with_texts: bool) -> list[str]:
             found.append(page.picture(drawn, "Loss terms, rates, speed"))
         except UserError as error:  # a run that ended before its first number
             found.append(page.text(error))
-    if predictions.is_file():
-        scored = paired.read(predictions)
-        caption = "Confusion matrix, ROC of each class against the rest, calibration"
-        if len(scored.truth):
-            drawn = _drawn(
-                lambda out: plots.classifier(scored.truth, scored.chances, scored.classes, out)
-            )
-            found += [page.text("Classifier", "h2"), page.picture(drawn, caption)]
+    if predictions and len(paired.read(predictions).truth):
+        seed = "" if predictions.parent == run else f", of {predictions.parent.name}"
+        found += [page.text("Classifier", "h2"), _classifier(predictions, seed)]
     if (scores := run / cases.SCORES).is_file():
         drawn = _drawn(lambda out: plots.roc(case_tables.read_scores(scores), out))
         found += [
@@ -205,7 +236,9 @@ def _figures(run: pathlib.Path, *, with_texts: bool) -> list[str]:
     # Those of a classifier name classes, those of retrieval show reports.
     texts = {"grounding.png": "Grounded phrases with the maps found for them"}
     plain = {"attention.png": "Where in the image the attention of the table goes"}
-    (plain if predictions.is_file() else texts)["examples.png"] = "Examples, best answers first"
+    plain |= dict.fromkeys(cases.ADAPTED, "Test images with what was found in them")
+    is_classifier = (run / paired.FILE).is_file()
+    (plain if is_classifier else texts)["examples.png"] = "Examples, best answers first"
     shown = {name: said for name, said in plain.items() if (run / name).is_file()}
     held = {name: said for name, said in texts.items() if (run / name).is_file()}
     if with_texts:
@@ -223,6 +256,17 @@ def _figures(run: pathlib.Path, *, with_texts: bool) -> list[str]:
     return found
 
 
+def _classifier(predictions: pathlib.Path, seed: str) -> str:
+    """Return what is drawn of a classifier's predictions."""
+    scored = paired.read(predictions)
+    if scored.truth.ndim == 2:
+        drawn = _drawn(lambda out: plots.roc(case_tables.read_scores(predictions), out))
+        return page.picture(drawn, f"ROC of each finding{seed}")
+    drawn = _drawn(lambda out: plots.classifier(scored.truth, scored.chances, scored.classes, out))
+    caption = "Confusion matrix, ROC of each class against the rest, calibration"
+    return page.picture(drawn, f"{caption}{seed}")
+
+
 def _drawn(draw) -> bytes:
     """Return the PNG that a function of plots.py writes."""
     with tempfile.TemporaryDirectory() as folder:
@@ -232,14 +276,16 @@ def _drawn(draw) -> bytes:
 
 
 def _facts(config, origin) -> dict[str, str]:
-    """Return config and provenance in short."""
-    found = {"recipe": config["recipe"]["name"], "corpora": ", ".join(config["data"]["corpora"])}
-    if stage := config["recipe"].get("stage"):
-        found["stage"] = stage
-    found |= {
-        "steps": f"{config['train']['steps']} of {config['train']['batch_size']} rows",
-        "starts from": ", ".join(f"{k}: {v}" for k, v in config["init"].items() if v) or "nothing",
-    }
+    """Return config, where there is one, and provenance in short."""
+    found = {}
+    if config:
+        found["recipe"] = config["recipe"]["name"]
+        found["corpora"] = ", ".join(config["data"]["corpora"])
+        if stage := config["recipe"].get("stage"):
+            found["stage"] = stage
+        begun = ", ".join(f"{k}: {v}" for k, v in config["init"].items() if v) or "nothing"
+        found["steps"] = f"{config['train']['steps']} of {config['train']['batch_size']} rows"
+        found["starts from"] = begun
     if not origin:
         return found | {"provenance": "none recorded"}
     where, commit = origin["rows"], origin["code"]["commit"] or "no checkout"

@@ -1,6 +1,7 @@
 """Grounding of a run: maps are what the recipe says, boxes lie where they belong."""
 
 import argparse
+import dataclasses
 import io
 
 import numpy as np
@@ -60,6 +61,25 @@ def test_the_boxes_are_in_the_provenance_and_labels_where_they_are_read(evaluato
     rows = other.provenance(variables)["rows"]
     assert rows["labels"].keys() == {"finding"}
     assert "boxes" not in rows
+
+
+def test_patients_in_two_splits_are_warned_of_and_recorded(evaluator, monkeypatch, capsys):
+    one, variables = evaluator
+    settings = {**one.settings, "protocols": ("grounding",), "controls": ()}
+    assert "torn_patients" not in one.provenance(variables)["rows"]
+    # Folds deal them anew, and are asked for here: no patient of theirs is in two.
+    torn = {**one.source.metadata, "torn_patients": 3}
+    opened = dataclasses.replace(one.source, metadata=torn)
+    monkeypatch.setattr(assemble, "open_corpus", lambda *_: opened)
+    for count, warned in ((0, True), (3, False)):
+        data = {**one.parts.config["data"]}
+        data["folds"] = {**data["folds"], "count": count}
+        parts = one.parts._replace(config={**one.parts.config, "data": data})
+        capsys.readouterr()
+        found = Evaluator(parts, settings).provenance(variables)["rows"]
+        said = capsys.readouterr().out
+        assert ("3 patients of cxr_phantom:tiny are in more than one" in said) == warned
+        assert found.get("torn_patients") == (3 if warned else None)
 
 
 def test_a_map_is_the_cosine_of_patches_and_phrase(evaluator):

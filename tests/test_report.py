@@ -316,6 +316,50 @@ def test_a_folder_without_results_is_refused_and_nothing_is_written(run, tmp_pat
         report.main([str(run)])
 
 
+def test_results_without_a_run_have_a_page_that_says_what_is_not_known(run):
+    told = " ".join(report.warnings({}, results.read(run)))
+    assert "What the encoder was trained on is not recorded here" in told
+    assert "config.json" not in told
+    (run / "config.json").unlink()
+    found = Reader(report.build(run))
+    assert "Results without the config of a run; tested on 2 rows of 2 patients" in found.text
+    assert "fewer than 30 patients" in found.text
+    assert "0.810" in found.text
+
+
+def test_what_adapt_says_of_its_encoder_and_of_torn_patients_is_read(run):
+    written = results.read(run)
+    written.provenance["rows"]["torn_patients"] = 7
+    entry = written.numbers["zero_shot/finding/protocol"]
+    for encoder, leaks in (
+        ({"untrained": False, "corpora": ["siim_acr"]}, True),
+        ({"untrained": True}, False),
+    ):
+        entry["encoder"] = encoder
+        told = " ".join(report.warnings({}, written))
+        assert ("NIH ChestX-ray14" in told) == leaks
+        assert "is not recorded" not in told
+        assert "7 patients of rsna_pneumonia are in more than one of its splits" in told
+
+
+def test_the_seeds_of_adapt_are_drawn_by_the_first(run):
+    (run / "config.json").unlink()
+    (run / "seed_4").mkdir()
+    predictions(run / "seed_4", ["i1,anna,normal,0.9,0.1", "i2,bert,edema,0.4,0.6"])
+    (run / "segment.png").write_bytes((run / "examples.png").read_bytes())
+    found = Reader(report.build(run))
+    assert "calibration, of seed_4" in found.text
+    assert "Test images with what was found in them" in found.text
+    assert "examples.png may show patients' texts" in found.text  # no classifier's: not its own
+    labels = np.array([[1, 0], [0, 1]], np.int8)
+    scored = {"finding": zero_shot.PromptScores(labels, labels / 2 + 0.1, ("edema", "mass"))}
+    ids = {"image_id": ["i1", "i2"], "patient_id": ["anna", "bert"]}
+    case_tables.write_scores(scored, ids, run / "seed_4/predictions.csv")
+    assert "ROC of each finding, of seed_4" in Reader(report.build(run)).text
+    cases.clear(run)
+    assert not [*run.glob("*.png"), *run.glob("seed_4/*")]
+
+
 def test_a_folder_where_a_file_belongs_is_one_sentence(run, tmp_path, capsys):
     assert cli.run(report.main, [str(run), f"--out={tmp_path}"]) == 2
     assert f"{tmp_path} is a folder; name a file, such as" in capsys.readouterr().err

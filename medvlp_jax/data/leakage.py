@@ -83,6 +83,31 @@ def warning(trained: Iterable[str], tested: str) -> str:
     )
 
 
+def torn_patients(source: Source, *, dealt: Mapping) -> int:
+    """Return how many patients are in more than one split of a corpus.
+
+    Args:
+      source: one of its splits.
+      dealt: arguments of `folds.open_fold`; what is dealt anew has other splits than the corpus.
+    """
+    return 0 if dealt else int(source.metadata.get("torn_patients", 0))
+
+
+def torn(name: str, count: int) -> str:
+    """Return a sentence where patients of a corpus are in more than one of its splits; else "".
+
+    Args:
+      name: of the corpus.
+      count: of these patients.
+    """
+    if not count:
+        return ""
+    return (
+        f"leakage: {count:,} patients of {name} are in more than one of its splits: what learns "
+        "from one of them, such as a probe, has no held-out number on another."
+    )
+
+
 def unsized(name: str) -> str:
     """Return corpus and variant, without the size of the images, which moves nothing."""
     corpus, _, variant = name.partition(":")

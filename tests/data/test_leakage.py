@@ -1,6 +1,7 @@
 """What two corpora share: by origin, by id and by picture."""
 
 import json
+import types
 
 import layout_writers as layouts
 import numpy as np
@@ -39,6 +40,15 @@ def test_unrelated_corpora_and_the_own_splits_are_no_leak():
     assert leakage.warning(["padchest"], "padchest:frontal") == ""  # the variant of the bare name
     assert leakage.warning(["padchest:frontal-512"], "padchest") == ""
     assert leakage.warning(["cxr_phantom"], "cxr_phantom:tiny") != ""
+
+
+def test_patients_in_two_splits_are_said_unless_the_splits_were_dealt_anew():
+    source = types.SimpleNamespace(metadata={"torn_patients": 1234})
+    assert leakage.torn_patients(source, dealt={}) == 1234
+    assert leakage.torn_patients(source, dealt={"count": 5}) == 0
+    assert leakage.torn_patients(types.SimpleNamespace(metadata={}), dealt={}) == 0
+    assert leakage.torn("siim_acr", 0) == ""
+    assert "1,234 patients of siim_acr are in more than one" in leakage.torn("siim_acr", 1234)
 
 
 @pytest.fixture
