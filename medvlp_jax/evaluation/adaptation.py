@@ -129,6 +129,10 @@ class Settings(NamedTuple):
             raise UserError(f"warmup={self.warmup}; accepted is a share of the steps in [0, 1).")
 
 
+# Notes that each training has its own of.
+OF_SEED = ("train_rows", "validation_rows", "best_step", "steps", "validation", "not_fitted")
+
+
 class Fitted(NamedTuple):
     """What did best on the held-out patients.
 
@@ -150,7 +154,8 @@ def over_seeds(results: Sequence[Results]) -> Results:
 
     The bounds are the means of the trainings' own: how much one training's number depends on the
     patients. How much it depends on the seed is `sd` beside the settings, over `per_seed`. Chance
-    is a mean, too: it depends on the training patients that a seed draws.
+    is a mean, too: it depends on the training patients that a seed draws. Notes of OF_SEED become
+    lists in the order of `of_seeds`.
 
     Args:
       results: of each seed, with the same keys.
@@ -174,6 +179,11 @@ def over_seeds(results: Sequence[Results]) -> Results:
             entry["per_seed"] = each
             entry["sd"] = {k: statistics.stdev(v) for k, v in each.items() if len(v) > 1}
             entry["of_seeds"] = [found[key].get("seed") for found in results]
+            entry |= {k: [found[key].get(k) for found in results] for k in OF_SEED if k in entry}
+            entry.pop("seed", None)
+            starts = [found[key].get("encoder", {}).get("weights") for found in results]
+            if len({*starts}) > 1:  # random ones
+                entry["encoder"] = entry["encoder"] | {"weights": starts}
     return merged
 
 

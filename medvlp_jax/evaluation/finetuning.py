@@ -72,15 +72,20 @@ def single_label_loss(logits, labels):
     return (loss * known).sum() / jnp.maximum(known.sum(), 1)
 
 
-def is_multi_label(labels: np.ndarray) -> bool:
-    """Say whether labels [N, C] are yes/no questions: a row has several, or surely none.
+def is_multi_label(labels: np.ndarray, scored: np.ndarray | None = None) -> bool:
+    """Say whether labels are yes/no questions: a row has several, or surely none.
+
+    Args:
+      labels: [N, C] of the training split.
+      scored: [n, C] of the split to score, whose rows may be others; None looks at training alone.
 
     Raises:
-      UserError: where nothing is known of any row.
+      UserError: where nothing is known of any training row.
     """
     if not (labels >= 0).any():
         raise UserError("No training row has a known label of this task; another task is needed.")
-    return labels.shape[1] == 1 or probe.is_multi_label(labels)
+    rows = labels if scored is None else np.concatenate([labels, scored])
+    return labels.shape[1] == 1 or probe.is_multi_label(rows)
 
 
 def value(found: Mapping, *, task: str, multi_label: bool) -> float:

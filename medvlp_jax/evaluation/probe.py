@@ -178,10 +178,10 @@ def fit(
     scores, converged = next(path)
     fitted = {"strength": strength, "strength_chosen": chosen is not None}
     fitted |= {"train_rows": len(rows), "converged": converged}
-    return scores, fitted | {"not_fitted": _not_fitted(y, multi_label)}
+    return scores, fitted | {"not_fitted": not_fitted(y, multi_label)}
 
 
-def _not_fitted(labels, multi_label: bool) -> list[int]:
+def not_fitted(labels, multi_label: bool) -> list[int]:
     """Return the columns of labels [N, C] that no regression answers."""
     models = _models(labels, multi_label)
     found = {int(k) for c, _, y in models for k in ([c] if multi_label else np.unique(y))}

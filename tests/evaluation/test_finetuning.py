@@ -43,6 +43,14 @@ def test_questions_are_told_from_classes_by_the_labels():
         finetuning.is_multi_label(np.array([[-1, -1]]))
 
 
+def test_a_row_to_score_with_two_classes_makes_questions_of_them():
+    single, double = np.array([[1, 0], [0, 1]]), np.array([[1, 1], [-1, -1]])
+    assert finetuning.is_multi_label(single, double)
+    assert not finetuning.is_multi_label(single, single)
+    with pytest.raises(UserError, match="No training row has a known label"):
+        finetuning.is_multi_label(double[1:], double)
+
+
 def test_the_validation_score_is_the_auroc_and_the_loss_between_equals():
     labels = np.array([[1], [0], [1], [0]], np.int8)
     of = lambda logits: finetuning.value(
@@ -62,7 +70,8 @@ def test_numbers_of_several_seeds_are_their_mean_and_say_their_spread():
         entry = number(value, value - 0.1, value + 0.1, n=9, chance=value / 2)
         entry |= {"protocol": "p@v1", "hash": "0"}
         undefined = {**entry, "low": None, "chance": None}
-        rest = {"protocol": "p@v1", "hash": "0", "seed": seed}
+        rest = {"protocol": "p@v1", "hash": "0", "seed": seed, "best_step": 10 * seed}
+        rest |= {"not_fitted": ["hernia"] * (seed == 3), "encoder": {"weights": f"w{seed}"}}
         return {"p/t/auroc": entry, "p/t/x/a": undefined, "p/t/protocol": rest}
 
     merged = adaptation.over_seeds([results(0.6, 3), results(0.8, 5)])
@@ -75,6 +84,10 @@ def test_numbers_of_several_seeds_are_their_mean_and_say_their_spread():
     assert notes["per_seed"] == {"auroc": [0.6, 0.8]}
     assert notes["sd"]["auroc"] == pytest.approx(np.std([0.6, 0.8], ddof=1))
     assert notes["of_seeds"] == [3, 5]
+    assert "seed" not in notes  # it would be the first one's alone
+    assert notes["best_step"] == [30, 50]
+    assert notes["not_fitted"] == [["hernia"], []]
+    assert notes["encoder"] == {"weights": ["w3", "w5"]}
     single = results(0.6, 3)
     assert adaptation.over_seeds([single]) is single
 
