@@ -45,6 +45,7 @@ ADAPTED = {
 }
 LENGTHS = {"finetune": 300, "segment": 200, "detect": 500}  # steps
 SMALL = ("--size=64", "--width=32", "--evaluate-every=100")
+PREPARED = "--stretch"  # as all images were when the table was measured
 
 
 def pretrain(name: str, arguments: argparse.Namespace, overrides: list[str]) -> dict:
@@ -74,6 +75,7 @@ def adapted(row: str, column: str, arguments: argparse.Namespace, data: Mapping)
             [
                 *(f"--task={task}", f"--encoder={encoder}", f"--corpus={data['corpora'][0]}"),
                 *(f"--out={out}", f"--data-dir={data['data_dir']}", f"--steps={LENGTHS[task]}"),
+                PREPARED,
                 *(own if task == "finetune" else (*own, *SMALL)),
                 *(["--untrained"] if untrained else []),
                 *(["--train-encoder"] if trains else []),

@@ -12,25 +12,25 @@ segment and detect keep the encoder as it is unless --train-encoder is given, wh
 protocol. A fifth of the chosen training patients is held out for early stopping; the test split is
 looked at once. --untrained repeats all of it with random weights: the control a pretraining has to
 beat. The encoder is one of this project's exports, any folder or hub id that medvlp convert reads,
-or a run.
+or a run. Of a run, or an export in its folder, splits are those of the fold that it was trained on.
 
-Writes OUT/results.json, OUT/TASK.png and OUT/seed_N/metrics.jsonl, and prints a table.
+Writes OUT/results.json after every seed, of the seeds so far, OUT/TASK.png and
+OUT/seed_N/metrics.jsonl; finetune also OUT/seed_N/predictions.csv, which medvlp compare reads, and
+--save the weights. Prints a table. OUT is of one command: numbers of another in it are replaced,
+which is said; a run folder and saved weights are refused.
 """
 
 import argparse
+import itertools
 import pathlib
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-import jax
-import numpy as np
-
-from medvlp_jax import backbones, cli, distributed, ground, sharding
-from medvlp_jax.config import UserError, nearest
-from medvlp_jax.data import corpora, leakage, pipeline, regions
-from medvlp_jax.evaluation import adaptation, features, probe, provenance, tasks
-from medvlp_jax.evaluation.results import Results, renamed, results_table, write_results
-from medvlp_jax.training.step import make_embed
+from medvlp_jax import assemble, backbones, cases, cli, distributed, ground, origins, tuned
+from medvlp_jax.config import UserError
+from medvlp_jax.data import regions
+from medvlp_jax.evaluation import adaptation, paired, provenance, tasks
+from medvlp_jax.evaluation.results import results_table
+from medvlp_jax.heads import Job
 
 DEFAULTS = adaptation.Settings()
 
@@ -53,6 +53,12 @@ def parser() -> argparse.ArgumentParser:
     data.add_argument("--seeds", default="0", help="comma-separated; report three or more")
     data.add_argument("--size", type=int, default=0, help="pixels a side; default the encoder's")
     data.add_argument("--fit", default="squash", choices=("squash", "pad"), help="into the square")
+    data.add_argument(
+        "--stretch",
+        action=argparse.BooleanOptionalAction,
+        help="darkest pixel to 0, brightest to 255; default as in the run that the encoder is of, "
+        "of others no",
+    )
     target = top.add_argument_group("what to find")
     target.add_argument("--labels", default="", help="finetune: label task; default the first")
     target.add_argument("--regions", default="", help="segment: a,b or the union a+b; default all")
@@ -77,6 +83,11 @@ def parser() -> argparse.ArgumentParser:
     how.add_argument("--evaluate-every", type=int, default=DEFAULTS.evaluate_every)
     how.add_argument("--patience", type=int, default=DEFAULTS.patience, help="looks without gain")
     how.add_argument("--resamples", type=int, default=2000, help="of the bootstrap over patients")
+    how.add_argument(
+        "--save",
+        action="store_true",
+        help="keep OUT/seed_N/head.safetensors, and OUT/seed_N/encoder if that is trained",
+    )
     for action in (a for a in how._actions if not a.help):
         action.help = "default %(default)s"
     return top
@@ -95,28 +106,49 @@ def main(argv: Sequence[str] | None = None) -> None:
     backbone = (
         backbones.of_run(options.run) if options.run else backbones.of_folder(options.encoder)
     )
-    _warn(backbone, options.corpus)
-    train, test = _open(options)
-    size = options.size or backbone.size
-    channels = regions.channels_of(train[0])
+    origin = origins.find(options.run, options.encoder)
+    for sentence in origins.said(
+        origin, options.corpus, "" if options.untrained else backbone.source
+    ):
+        distributed.say(f"medvlp: {sentence}")
+    where = {"data_dir": options.data_dir, "manual_dir": options.manual_dir}
+    train, test = origins.open_splits(options.corpus, options.split, origin, **where)
+    channels = regions.channels_of(itertools.chain(train, test))
     task = tasks.TASKS[options.task](
         train,
-        regions.Frame(size, channels, fit=options.fit),
+        frame_of(options, backbone.size, channels, origin),
         labels=options.labels,
+        scored=test,
         names=_listed(options.regions if options.task == "segment" else options.classes),
         width=options.width,
         category=lambda phrase: ground.category_of(phrase, train.tasks),
         annotated_only=options.annotated_only,
     )
     settings = settings_of(options, task)
-    job = Job(backbone, task, train, test, settings, options)
+    job = Job(backbone, task, train, test, settings, options, origin, code)
+    cases.say_replaced(options.out)
     options.out.mkdir(parents=True, exist_ok=True)
-    results = adaptation.over_seeds([job.run(seed) for seed in seeds])
-    if options.untrained:
-        results = renamed(results, "untrained")
-    if distributed.is_writer():
-        write_results(results, options.out, job.provenance(code, seeds))
-        print(results_table(results))
+    for seed in seeds:
+        job.run(seed)
+    distributed.say(results_table(job.results()))
+
+
+def frame_of(
+    options: argparse.Namespace, size: int, channels: int, origin: origins.Origin
+) -> regions.Frame:
+    """Return how images become squares.
+
+    Contrast is stretched where the run of the encoder did so. Of another encoder that is not known:
+    it is left as it is, as `medvlp evaluate --encoder` does.
+
+    Args:
+      options: of the command line.
+      size: pixels a side that the encoder was trained on.
+      channels: of the corpus.
+      origin: of the encoder.
+    """
+    stretch = origin.data.get("stretch", False) if options.stretch is None else options.stretch
+    return regions.Frame(options.size or size, channels, fit=options.fit, stretch=stretch)
 
 
 def settings_of(options: argparse.Namespace, task: tasks.Task) -> adaptation.Settings:
@@ -150,144 +182,6 @@ def settings_of(options: argparse.Namespace, task: tasks.Task) -> adaptation.Set
     return settings
 
 
-class Job:
-    """One encoder, one task, one corpus; several seeds."""
-
-    def __init__(
-        self,
-        backbone: backbones.Backbone,
-        task: tasks.Task,
-        train: corpora.Source,
-        test: corpora.Source,
-        settings: adaptation.Settings,
-        options: argparse.Namespace,
-    ):
-        """Find the rows with a target; compile nothing.
-
-        Raises:
-          UserError: where a split has none.
-        """
-        self.backbone, self.task, self.source = backbone, task, train
-        self.settings, self.options = settings, options
-        self.train_encoder = task.train_encoder or options.train_encoder
-        self.recipe = adaptation.Adapted(
-            backbone.module, task.head, self.train_encoder, backbone.mean, backbone.std
-        )
-        self.mesh = sharding.make_mesh()
-        self.part = sharding.part_of(self.mesh)
-        self.rows, self.patients = tasks.scan(task, train)
-        rows, _ = tasks.scan(task, test)
-        for split, found in ((train.split, self.rows), (test.split, rows)):
-            if not len(found):
-                raise UserError(
-                    f"{train.name} has nothing to {task.name} in {split}; another corpus, region "
-                    "or label task is needed."
-                )
-        self.test, self.test_split = regions.Prepared(test, rows, task.prepare), test.split
-        names = ("image_id", "patient_id", "labels", "boxes")  # without images, which are large
-        records = [{k: r[k] for k in names if k in r} for r in map(test.__getitem__, rows)]
-        self.seen = task.seen(records)
-        self.predict = make_embed(self.recipe, self.mesh, "predict")
-        self.encode = make_embed(self.recipe, self.mesh)
-        self.is_drawn = False
-
-    def run(self, seed: int) -> Results:
-        """Train with a seed and score the test split."""
-        rows = probe.take_patients(self.patients, self.options.fraction, seed=seed)
-        split = probe.validation_split(self.patients[rows], seed=seed)
-        fitting, held = (
-            regions.Prepared(self.source, self.rows[rows[part]], self.task.prepare)
-            for part in split
-        )
-        if not len(fitting):
-            raise UserError(f"{self.source.name} has too few patients to hold some of them out.")
-        given = None if self.options.untrained else self.backbone.variables
-        variables = adaptation.initial(self.recipe, given, fitting[0], seed)
-        fitted = adaptation.fit(
-            self.recipe,
-            variables,
-            iter(self._batches(fitting, seed)),
-            validate=lambda variables: self.task.value(self._look(variables, held)),
-            settings=self.settings,
-            seed=seed,
-            mesh=self.mesh,
-            folder=self.options.out / f"seed_{seed}",
-        )
-        best = sharding.place(fitted.variables, sharding.shardings(fitted.variables, self.mesh))
-        found = self._look(best, self.test, progress="test")
-        if not self.is_drawn:
-            self._draw(best, found)
-        return self.task.results(found, fitting, self.test, **self._options(fitted, split, seed))
-
-    def provenance(self, code: Mapping, seeds: Sequence[int]) -> dict[str, Any]:
-        """Return where the results come from; the weights are those the training began with."""
-        asked = {key: str(value) for key, value in vars(self.options).items()}
-        return provenance.of(
-            asked | {"seed": list(seeds)},
-            code=code,
-            evals=self.settings._asdict(),
-            rows={"corpus": self.options.corpus, "split": self.test_split, **self.seen},
-            variables=self.backbone.variables,
-        )
-
-    def _options(self, fitted, split, seed) -> dict[str, Any]:
-        # None is the default, of random weights another than of others: one hash for both.
-        how = self.settings._asdict() | {"encoder_lr": self.options.encoder_lr}
-        where = {"corpus": self.options.corpus, "split": self.test_split}
-        seen = {"size": self.task.frame.size, "fit": self.task.frame.fit}
-        seen |= {"annotated_only": True} if self.options.annotated_only else {}
-        notes = {
-            "encoder": self.backbone.description() | {"untrained": self.options.untrained},
-            "encoder_lr": self.settings.encoder_lr,
-            "seed": seed,
-            "train_rows": len(split.fit),
-            "validation_rows": len(split.validation),
-            "best_step": fitted.step,
-            "steps": fitted.steps,
-            "validation": fitted.value,
-        }
-        return {
-            "fraction": self.options.fraction,
-            "train_encoder": self.train_encoder,
-            "settings": where | seen | {"width": self.options.width} | how,
-            "notes": notes,
-            "resamples": self.options.resamples,
-        }
-
-    def _batches(self, examples, seed):
-        return pipeline.train_dataset(
-            [examples],
-            transform=self.task.move,
-            batch_size=self.settings.batch_size,
-            seed=seed,
-            process_index=self.part.index,
-            process_count=self.part.count,
-        )
-
-    def _look(self, variables: Mapping, examples, progress: str = "") -> features.Features:
-        batches = pipeline.eval_batches(
-            examples,
-            transform=lambda example, _: example,
-            batch_size=_multiple(self.settings.batch_size, self.mesh),
-            process_index=self.part.index,
-            process_count=self.part.count,
-        )
-        embed = lambda batch: self.predict(variables, batch)
-        return features.extract(embed, batches, progress=progress, part=self.part)
-
-    def _draw(self, variables: Mapping, found: Mapping) -> None:
-        rows = tasks.shown(self.test, self.task)
-        examples = [self.test[row] for row in rows]
-        outputs: dict[str, Any] = {"found": {k: v[rows] for k, v in found.items()}}
-        if self.task.name == "segment" and self.part.count == 1:
-            padded = [*examples, *[examples[0]] * (_multiple(len(rows), self.mesh) - len(rows))]
-            batch = {"image": np.stack([example["image"] for example in padded])}
-            outputs |= self.encode(variables, batch)
-        if distributed.is_writer() and self.part.count == 1:
-            self.task.draw(examples, outputs, self.options.out / f"{self.task.name}.png")
-        self.is_drawn = True
-
-
 def _check(options) -> list[int]:
     """Return the seeds; refuse what needs no data to be seen as wrong."""
     if (options.encoder is None) == (options.run is None):
@@ -308,37 +202,28 @@ def _check(options) -> list[int]:
             raise UserError(f"--{flag} goes with --task {task}, not with {options.task}.")
     if options.train_encoder and options.task == "finetune":
         raise UserError("--task finetune trains the encoder anyway; leave --train-encoder out.")
+    _check_out(options.out)
     return [*dict.fromkeys(map(int, seeds))]
 
 
-def _open(options) -> tuple[corpora.Source, corpora.Source]:
-    name, _, variant = options.corpus.partition(":")
-    where = {"data_dir": options.data_dir, "manual_dir": options.manual_dir}
-    with distributed.writer_first(f"corpus {name}"):
-        sources = corpora.open_all(name, builder_config=variant, **where)
-    by_split = {source.split: source for source in sources if len(source)}
-    split = options.split or ("test" if "test" in by_split else "validation")
-    for wanted in ("train", split):
-        if wanted not in by_split:
-            raise UserError(f"{name} has no split '{wanted}'. {nearest(wanted, [*by_split])}")
-    if split == "train":
-        raise UserError("--split train is what is learnt from; accepted are the other splits.")
-    return by_split["train"], by_split[split]
+def _check_out(out: pathlib.Path) -> None:
+    """Refuse a folder whose results are not this command's to replace.
 
-
-def _warn(backbone, corpus: str) -> None:
-    if said := leakage.warning(backbone.corpora, corpus):
-        distributed.say(f"medvlp: {said}")
+    Raises:
+      UserError: for a file, a run folder, and weights that an earlier command saved.
+    """
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out={out} is a file; accepted is a folder, or a new name.")
+    if (out / assemble.CONFIG).exists():
+        raise UserError(f"{out} is a run folder; name another for --out.")
+    if kept := [seed for seed in paired.seeds(out) if (seed / tuned.HEAD).exists()]:
+        raise UserError(
+            f"{kept[0]} holds weights that were saved; name another --out, or delete that folder."
+        )
 
 
 def _listed(names: str) -> list[str]:
     return [name.strip() for name in names.split(",") if name.strip()]
-
-
-def _multiple(count: int, mesh: jax.sharding.Mesh) -> int:
-    """Return the smallest number from `count` on that the devices divide."""
-    pieces = sharding.batch_devices(mesh)
-    return -(-count // pieces) * pieces
 
 
 if __name__ == "__main__":

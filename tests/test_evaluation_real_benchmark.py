@@ -53,6 +53,7 @@ def test_runs_are_those_of_the_configs_on_the_sources(asked, tmp_path):
 def test_each_head_has_its_untrained_twin(asked, tmp_path):
     lines, _, _ = asked
     assert len(lines) == 2 * len(real.ADAPTED)
+    assert all("--stretch" in line for line in lines)  # as the table in docs was measured
     for with_weights, without in zip(lines[::2], lines[1::2], strict=True):
         assert {*without} - {*with_weights} >= {"--untrained"}
         assert "--seeds=0,1" in with_weights

@@ -7,7 +7,7 @@ Axis letters: S side of the square, C channels, K regions, n boxes.
 """
 
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -63,10 +63,17 @@ def has_mask(record: Mapping[str, Any]) -> bool:
         return opened.size != (1, 1)
 
 
-def channels_of(record: Mapping[str, Any]) -> int:
-    """Return 1 for a record with a grey image, else 3."""
-    with Image.open(io.BytesIO(record["image"])) as opened:
-        return 1 if opened.mode == "L" else 3
+def channels_of(records: Iterable[Mapping[str, Any]]) -> int:
+    """Return 1 where all images are grey, else 3: one with colours among grey ones keeps them.
+
+    Only the heads of the images are read, up to the first with colours.
+    """
+    return 3 if any(_mode(record["image"]) != "L" for record in records) else 1
+
+
+def _mode(encoded: bytes) -> str:
+    with Image.open(io.BytesIO(encoded)) as opened:
+        return opened.mode
 
 
 def bits_of(names: Sequence[str], mask_bits: Mapping[str, int], corpus: str) -> list[int]:

@@ -18,7 +18,17 @@ import scipy.special
 from medvlp_jax.config import UserError, nearest
 from medvlp_jax.data import regions, transforms
 from medvlp_jax.data.corpora import Source
-from medvlp_jax.evaluation import detection, finetuning, overlays, provenance, segmentation, yolo
+from medvlp_jax.evaluation import (
+    case_tables,
+    detection,
+    finetuning,
+    overlays,
+    probe,
+    provenance,
+    segmentation,
+    yolo,
+    zero_shot,
+)
 from medvlp_jax.evaluation.results import Results
 
 MOST_BOXES = 64  # of an image; more are no radiograph's
@@ -29,6 +39,7 @@ class Task:
 
     Attributes:
       name: as the user types it.
+      names: of the classes or regions that the head tells apart.
       frame: how images become squares.
       head: the module to train.
       train_encoder: whether the encoder is trained unless the user says otherwise.
@@ -37,6 +48,7 @@ class Task:
     """
 
     name: str
+    names: Sequence[str]
     frame: regions.Frame
     head: nn.Module
     train_encoder = False
@@ -56,8 +68,8 @@ class Task:
 
     def prepare(self, record: Mapping) -> regions.Example:
         """Return the example of a record: what stays the same each time it is seen."""
-        image, patient = self.frame.image(record), np.array(record["patient_id"])
-        return {"image": image, "patient_id": patient, **self.target(record)}
+        ids = {name: np.array(record[name]) for name in ("image_id", "patient_id")}
+        return {"image": self.frame.image(record), **ids, **self.target(record)}
 
     def target(self, record: Mapping) -> regions.Example:
         """Return what is to be found in a record."""
@@ -91,6 +103,13 @@ class Task:
         """
         raise NotImplementedError
 
+    def describe(self) -> dict[str, Any]:
+        """Return what the numbers that the head gives are of."""
+        return {"classes": list(self.names)}
+
+    def write(self, found: Mapping, out: Path) -> None:
+        """Write what was predicted of each case, where a table can hold it."""
+
     def draw(self, examples: Sequence, outputs: Mapping, out_png: Path) -> None:
         """Draw a few test images with what was found in them.
 
@@ -107,16 +126,34 @@ class Finetune(Task):
 
     name, train_encoder = "finetune", True
 
-    def __init__(self, source: Source, frame: regions.Frame, *, labels: str = "", **others: Any):
-        """Choose a label task of the training split; "" takes its first."""
+    def __init__(
+        self,
+        source: Source,
+        frame: regions.Frame,
+        *,
+        labels: str = "",
+        scored: Source | None = None,
+        **others: Any,
+    ):
+        """Choose a label task.
+
+        Args:
+          source: training split.
+          frame: how images become squares.
+          labels: task; "" takes the first.
+          scored: the split to score, whose rows may have several classes where those of training
+            have one; None looks at training alone.
+          **others: not read.
+        """
         del others
         if not source.tasks:
             raise UserError(f"{source.name} has no labels; fine-tuning needs a corpus with some.")
         self.task = labels or next(iter(source.tasks))
-        vectors = source.labels(self.task)  # refuses an unknown one
-        self.classes, self.frame = source.tasks[self.task], frame
-        self.multi_label = finetuning.is_multi_label(vectors)
-        self.head = finetuning.Classifier(self.task, len(self.classes), self.multi_label)
+        self.labels = source.labels(self.task)  # refuses an unknown one
+        self.names, self.frame = source.tasks[self.task], frame
+        tested = None if scored is None else scored.labels(self.task)
+        self.multi_label = finetuning.is_multi_label(self.labels, tested)
+        self.head = finetuning.Classifier(self.task, len(self.names), self.multi_label)
 
     def has_target(self, record):
         """Any class is known."""
@@ -135,19 +172,39 @@ class Finetune(Task):
         """Macro AUROC."""
         return finetuning.value(found, task=self.task, multi_label=self.multi_label)
 
-    def results(self, found, train, test, *, train_encoder, **options):
+    def results(self, found, train, test, *, train_encoder, notes, **options):
         """See `finetuning`; a frozen encoder is refused before."""
-        del train, test, train_encoder
-        kind = {"task": self.task, "classes": self.classes, "multi_label": self.multi_label}
-        return finetuning.run(found, **kind, **options)
+        del test, train_encoder
+        kind = {"task": self.task, "classes": self.names, "multi_label": self.multi_label}
+        missing = probe.not_fitted(self.labels[train.rows], self.multi_label)
+        notes = {**notes, "not_fitted": [self.names[c] for c in missing]}
+        return finetuning.run(found, notes=notes, **kind, **options)
+
+    def describe(self):
+        """With what the user calls them, and whether an image has several."""
+        return super().describe() | {"labels": self.task, "multi_label": self.multi_label}
+
+    def write(self, found, out):
+        """Probabilities, which `medvlp compare` reads."""
+        labels, chances = found[f"label/{self.task}"], self._chances(found)
+        if self.multi_label:
+            scored = {self.task: zero_shot.PromptScores(labels, chances, self.names)}
+            return case_tables.write_scores(scored, found, out)
+        return case_tables.write_chances(found, labels, chances, self.names, out)
 
     def draw(self, examples, outputs, out_png):
         """Likely classes under each image."""
-        of = scipy.special.expit if self.multi_label else scipy.special.softmax
-        options = {} if self.multi_label else {"axis": -1}
-        chances = of(np.asarray(outputs["found"]["logits"], np.float64), **options)
         labels = [example[f"label/{self.task}"] for example in examples]
-        overlays.classes(examples, chances, labels, self.classes, out_png)
+        overlays.classes(examples, self._chances(outputs["found"]), labels, self.names, out_png)
+
+    def _chances(self, found) -> np.ndarray:
+        """Return probabilities [N, C], of rows or of cells."""
+        logits = np.asarray(found["logits"], np.float64)
+        return (
+            scipy.special.expit(logits)
+            if self.multi_label
+            else scipy.special.softmax(logits, axis=-1)
+        )
 
 
 class Segment(Task):

@@ -92,3 +92,14 @@ def test_prepared_rows_are_decoded_once_within_the_budget():
     for _ in range(2):
         assert [int(example["image"][0]) for example in rows] == [13, 10, 11]
     assert seen == [13, 10, 11, 11]
+
+
+def test_one_image_with_colours_among_grey_ones_keeps_them():
+    def record(mode):
+        buffer = io.BytesIO()
+        Image.new(mode, (4, 4)).save(buffer, "PNG")
+        return {"image": buffer.getvalue()}
+
+    assert regions.channels_of([record("L"), record("L")]) == 1
+    assert regions.channels_of(map(record, ("L", "L", "RGB"))) == 3
+    assert regions.channels_of(map(record, ("RGB", "L"))) == 3
