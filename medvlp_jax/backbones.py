@@ -4,7 +4,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from medvlp_jax import assemble, lineage, outside, weights
+from medvlp_jax import assemble, outside, weights
 from medvlp_jax.config import UserError
 from medvlp_jax.encoders.base import IMAGENET_MEAN, IMAGENET_STD
 from medvlp_jax.evaluation import provenance
@@ -20,7 +20,6 @@ class Backbone(NamedTuple):
       size: pixels a side it was trained on.
       mean: of pixels scaled to [0, 1].
       std: likewise.
-      corpora: that it and the runs before it were trained on, where that is known.
       source: where it comes from, as the user named it.
     """
 
@@ -29,7 +28,6 @@ class Backbone(NamedTuple):
     size: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    corpora: tuple[str, ...]
     source: str
 
     def description(self) -> dict[str, Any]:
@@ -50,7 +48,7 @@ def of_folder(source: str) -> Backbone:
     """
     folder, module, variables = outside.image_encoder(source)
     seen = outside.preparation(folder, module)
-    return Backbone(module, variables, seen.size, seen.mean, seen.std, (), source)
+    return Backbone(module, variables, seen.size, seen.mean, seen.std, source)
 
 
 def of_run(folder: pathlib.Path) -> Backbone:
@@ -71,5 +69,5 @@ def of_run(folder: pathlib.Path) -> Backbone:
     own = {kind: tree["image"] for kind, tree in variables.items() if "image" in tree}
     if "params" not in own:
         raise UserError(f"{folder} keeps no parameters of an image encoder named 'image'.")
-    trained, size = lineage.corpora(config), config["data"]["crop"]
-    return Backbone(module, own, size, IMAGENET_MEAN, IMAGENET_STD, trained, str(folder))
+    size = config["data"]["crop"]
+    return Backbone(module, own, size, IMAGENET_MEAN, IMAGENET_STD, str(folder))

@@ -9,7 +9,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from medvlp_jax import assemble, distributed
+from medvlp_jax import assemble, distributed, lineage
 from medvlp_jax.config import UserError, nearest
 from medvlp_jax.data import corpora, folds, leakage
 
@@ -22,15 +22,12 @@ class Origin(NamedTuple):
     Attributes:
       run: its folder; None where it is not known.
       data: the section of its config; {} where it is not known.
+      corpora: that it and the runs before it were trained on; () where that is not known.
     """
 
     run: pathlib.Path | None = None
     data: Mapping[str, Any] = {}
-
-    @property
-    def corpora(self) -> tuple[str, ...]:
-        """What it was trained on; () where it is not known."""
-        return tuple(self.data.get("corpora", ()))
+    corpora: tuple[str, ...] = ()
 
     def fold_of(self, corpus: str) -> dict[str, Any]:
         """Return the arguments of `folds.open_fold` for a corpus; {} for its own splits."""
@@ -45,7 +42,10 @@ def find(run: pathlib.Path | None, encoder: str | None) -> Origin:
     """
     if run is None:
         run = _around(encoder or "")
-    return Origin(run, assemble.read_config(run)["data"]) if run else Origin()
+    if not run:
+        return Origin()
+    config = assemble.read_config(run)
+    return Origin(run, config["data"], lineage.corpora(config))
 
 
 def _around(encoder: str) -> pathlib.Path | None:

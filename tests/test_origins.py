@@ -86,7 +86,7 @@ def test_what_is_known_and_what_is_not_is_said(run):
     assert f"{run} was trained on fold 1 of 4 of made:small" in line
     assert origins.said(origin, "made:small", "") == [line]
     assert origins.said(origin, "another", "RUN") == []
-    trained = origin._replace(data={**origin.data, "corpora": ("rsna_pneumonia",)})
+    trained = origin._replace(corpora=("rsna_pneumonia",))
     (line,) = origins.said(trained, "siim_acr", "RUN")
     assert "leakage: siim_acr shares images or patients" in line
     assert not origins.said(trained, "siim_acr", "")
