@@ -36,7 +36,7 @@ def data(**fields) -> ConfigDict:
                 **{"encoding": "vectors", "scale": 1.0},  # others: tables.py; what is multiplied
                 "text": "",  # of "sentences", folder or hub id: openai/clip-vit-base-patch32
                 "tower": "",  # "text" where that holds an image encoder too
-                "pooling": "",  # "projection" for CLIP; "" = the architecture's default
+                "pooling": "",  # "projection" for CLIP; "" = the folder's, or the architecture's
             },
             "folds": {"count": 0, "index": 0, "task": "", "seed": 0}  # data/folds.py; count 0 = the
             | {"group": "patient_id", "inner": 0},  # corpus' own splits

@@ -6,7 +6,8 @@ What can be read is what `convert.load` reads.
 
 Images are squashed to the encoder's square, where transformers cuts the middle out of one that is
 not square. Mean, deviation and size are those of preprocessor_config.json, or of
-processor_config.json.
+processor_config.json. Features are pooled as `convert.save` wrote down, an export of a run as in
+the run; of other folders as the architecture does by default.
 
 Axis letters: B batch, D width, E joint width.
 """
@@ -57,7 +58,8 @@ class Encoders(nn.Module):
       text: encoder whose pooled features are [B, E]; None for an image encoder alone.
       mean: per channel, of pixels scaled to [0, 1].
       std: per channel, same scale.
-      projected: whether the image encoder has a projection.
+      projected: whether what the image encoder pools is still to be projected, by its own
+        projection.
     """
 
     image: nn.Module
@@ -75,7 +77,7 @@ class Encoders(nn.Module):
 
     @nn.compact
     def encode(self, batch, *, train=False):
-        """Return `image`, `text` [B, E] unit norm and `image_pooled` [B, D] unprojected."""
+        """Return `image`, `text` [B, E] unit norm; `image_pooled` [B, D] as the encoder pools."""
         features = {}
         if "image" in batch:
             pooled = self.image(normalise(batch["image"], mean=self.mean, std=self.std)).pooled
@@ -122,7 +124,7 @@ def parts(
                 f"its text encoder {second.vocab_size}."
             )
     seen = preparation(folder, module)
-    projected = "projection" in variables["params"]
+    projected = "projection" in variables["params"] and module.pooling != "projection"
     recipe = Encoders(module, second, seen.mean, seen.std, projected)
     data = {**data, "size": seen.size, "crop": seen.size, "crop_black_border": False}
     data |= {"stretch": False, "fit": "squash", "channels": len(seen.mean)}

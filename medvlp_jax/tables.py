@@ -21,6 +21,8 @@ import numpy as np
 from medvlp_jax import config as configs
 from medvlp_jax import convert, distributed
 from medvlp_jax.config import UserError
+from medvlp_jax.convert.architectures import POOLING
+from medvlp_jax.convert.checkpoint import read_config
 from medvlp_jax.data import corpora, tabular
 from medvlp_jax.data import text as tokenisation
 from medvlp_jax.training import text as text_stage
@@ -161,7 +163,9 @@ def sentence_features(data: Mapping[str, Any], sentences: Iterable[str]) -> dict
     source = convert.fetch(settings["text"])
     tokenizer = tokenisation.load_tokenizer(source)
     ordered = sorted(sentences)
-    how = [settings["tower"], settings["pooling"], LENGTH]
+    # The weights alone do not tell how a folder pools.
+    pooling = settings["pooling"] or read_config(source).get(POOLING, "")
+    how = [settings["tower"], pooling, LENGTH]
     name = text_stage.fingerprint(_digest(source), tokenizer.to_str(), how, ordered)
     file = corpora.derived_dir(data["data_dir"]) / "table_features" / f"{name}.npy"
     if distributed.writer_decides(file.is_file()):

@@ -78,10 +78,17 @@ def _listed(numbers):
 
 
 def heads_of(folder: pathlib.Path, spec: Mapping[str, Any]) -> dict[str, bool]:
-    """Return the fields that switch the heads of what a folder describes off, unless asked for."""
-    module = architectures.table_of_config(read_config(folder), folder).module
-    known = {field.name for field in dataclasses.fields(module)}
-    return {name: bool(spec.get(name)) for name in known & {"mlm_head", "pooler"}}
+    """Return the fields that switch the heads of what a folder describes off, unless asked for.
+
+    A folder asks for the pooler where it says that its features went through it and the spec leaves
+    the pooling to the folder.
+    """
+    config = read_config(folder)
+    table = architectures.table_of_config(config, folder)
+    known = {field.name for field in dataclasses.fields(table.module)}
+    own = {} if "pooling" in spec else architectures.pooling_of(table, config, folder)
+    asked = {"pooler": own.get("pooling") == "pooler", **spec}
+    return {name: bool(asked.get(name)) for name in known & {"mlm_head", "pooler"}}
 
 
 def read_variables(folder: pathlib.Path, template: Mapping) -> dict:

@@ -4,17 +4,22 @@ import json
 import shutil
 import types
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 from tiny_config import BLOCK
 
-from medvlp_jax import evaluate, outside
+from configs import common
+from medvlp_jax import backbones, convert, evaluate, outside, weights
 from medvlp_jax.config import UserError
 from medvlp_jax.convert import beside
 from medvlp_jax.data import text as tokenisation
 from medvlp_jax.data.datasets.nih_cxr14 import nih_cxr14_dataset_builder as nih_cxr14
+from medvlp_jax.encoders import clip_vision, vit
+from medvlp_jax.encoders.base import normalise
 from medvlp_jax.evaluation import results
+from medvlp_jax.recipes import base
 
 SMALL = {
     "hidden_size": 16,
@@ -87,8 +92,6 @@ def test_features_are_those_of_transformers(clip):
     import torch
     import transformers
 
-    from configs import common
-
     data = common.data(corpora=("cxr_phantom:tiny",)).to_dict()
     parts, variables = outside.parts(clip, "", data, with_text=True)
     assert (parts.config["data"]["crop"], parts.config["data"]["text_length"]) == (32, 24)
@@ -120,6 +123,42 @@ def test_an_image_encoder_alone_is_probed_and_no_more(command, tmp_path, capsys)
     assert "no preprocessor_config.json" in capsys.readouterr().out
     with pytest.raises(UserError, match="holds one encoder: name the one for texts with --text"):
         command("--encoder", tmp_path)
+
+
+PATCHES = {"width": 16, "depth": 1, "num_heads": 2, "mlp_dim": 32, "image_size": 32}
+PATCHES |= {"patch_size": 8}
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        vit.make("tiny", **PATCHES, pooling="mean"),
+        vit.make("tiny", **PATCHES, pooling="cls"),
+        vit.make("tiny", **PATCHES, pooling="pooler", pooler=True),
+        clip_vision.make("tiny", **PATCHES, pooling="projection", projection=True),
+        clip_vision.make("tiny", **PATCHES, pooling="mean"),
+    ],
+    ids=lambda module: f"{type(module).__name__}-{module.pooling}",
+)
+def test_features_of_an_export_are_pooled_as_in_its_run(module, tmp_path):
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(module.init, jax.random.key(0), np.zeros((1, 32, 32, 3)))
+    variables = jax.tree.map(lambda s: rng.normal(size=s.shape).astype(np.float32) / 4, shapes)
+    convert.save(module, variables, tmp_path)
+    images = rng.integers(0, 256, (2, 32, 32, 3), np.uint8)
+    expected = module.apply(variables, normalise(images)).pooled
+    data = common.data(corpora=("cxr_phantom:tiny",)).to_dict()
+    parts, read = outside.parts(str(tmp_path), "", data, with_text=False)
+    found = parts.recipe.apply(read, {"image": images}, method="encode")
+    np.testing.assert_allclose(found["image_pooled"], expected, rtol=1e-6)
+    np.testing.assert_allclose(found["image"], base.unit(expected), rtol=1e-6)
+    backbone = backbones.of_folder(str(tmp_path))
+    ours = backbone.module.apply(backbone.variables, normalise(images)).pooled
+    np.testing.assert_allclose(ours, expected, rtol=1e-6)
+    # A run that begins with it pools as its config says, and as it where the config says nothing.
+    assert weights.load_encoder(tmp_path, {"name": "vit"}, 0)[0].pooling == module.pooling
+    spec = {"name": "vit", "pooling": "cls"}
+    assert weights.load_encoder(tmp_path, spec, 0)[0].pooling == "cls"
 
 
 @pytest.fixture

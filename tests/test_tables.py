@@ -87,6 +87,15 @@ def test_other_sentences_are_other_features(tmp_path, encoder):
     np.testing.assert_allclose(one[1], other[1], rtol=1e-5, atol=1e-6)
 
 
+def test_equal_weights_that_pool_otherwise_are_other_features(tmp_path, encoder):
+    folder, module, variables = encoder
+    one = tables.rows_of(settings(tmp_path, encoding="sentences", text=str(folder)), [Corpus()])
+    convert.save(module.clone(pooling="mean"), variables, tmp_path / "mean", tokenizer=folder)
+    data = settings(tmp_path, encoding="sentences", text=str(tmp_path / "mean"))
+    other = tables.rows_of(data, [Corpus()])
+    assert np.abs(one(VALUES[0]) - other(VALUES[0])).max() > 1e-3
+
+
 def test_bad_settings_are_one_sentence(tmp_path):
     with pytest.raises(UserError, match=r"data.table.encoding is 'sentence'. Did you mean sent"):
         tables.rows_of(settings(tmp_path, encoding="sentence"), [Corpus()])

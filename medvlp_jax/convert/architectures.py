@@ -71,6 +71,43 @@ def table_of_module(module: Any) -> Table:
     raise UserError(f"No Hugging Face form of {type(module).__name__}; there is one of {known}.")
 
 
+# What config.json says of ours beside what `transformers` knows; it keeps the key and ignores it.
+POOLING = "medvlp_pooling"
+
+
+def pooling_of(table: Table, config: Mapping[str, Any], folder: Path) -> dict[str, str]:
+    """Return the field that says how features are pooled; {} where a folder does not tell.
+
+    `transformers` returns all tokens, and tensors are the same however they are pooled: of a folder
+    that `save` wrote only this tells what was trained.
+
+    Args:
+      table: of the architecture.
+      config: what config.json says.
+      folder: where it lies, for errors.
+
+    Raises:
+      UserError: for what is no name.
+    """
+    if POOLING not in config or not _pools(table):
+        return {}
+    if not isinstance(config[POOLING], str):
+        raise UserError(
+            f"{folder}/config.json has {POOLING} {config[POOLING]!r}; a name is needed, such as "
+            f"{table.module.pooling!r}."
+        )
+    return {"pooling": config[POOLING]}
+
+
+def written_pooling(module: Any) -> dict[str, str]:
+    """Return what config.json says of how an encoder pools; {} where there is but one way."""
+    return {POOLING: module.pooling} if hasattr(module, "pooling") else {}
+
+
+def _pools(table: Table) -> bool:
+    return hasattr(table.module, "pooling")
+
+
 def fields_of(
     table: Table, config: Mapping[str, Any], folder: Path, ignore: Iterable[str] = ()
 ) -> dict[str, Any]:
@@ -98,6 +135,7 @@ def fields_of(
     if wrong:
         raise UserError(f"{folder}/config.json asks for what is not here: {', '.join(wrong)}.")
     ignore, known = [*ignore], {*table.fields, *fixed, *NEUTRAL}
+    known |= {POOLING} if _pools(table) else set()
     unknown = {key: value for key, value in config.items() if key not in known}
     if absent := [key for key in ignore if key not in config and key not in written]:
         raise UserError(

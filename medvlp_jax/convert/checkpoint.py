@@ -14,8 +14,10 @@ from medvlp_jax.config import UserError
 from medvlp_jax.convert.architectures import (
     fields_of,
     model_types,
+    pooling_of,
     table_of_config,
     table_of_module,
+    written_pooling,
 )
 from medvlp_jax.convert.beside import PREPROCESSOR, save_tokenizer
 from medvlp_jax.convert.files import (
@@ -68,6 +70,8 @@ def load(
 
     Optional parameters (pooler, masked-language-model head) exist where the file has them, unless
     overridden. Tensors of heads this project does not have are left out by name, and logged.
+    Features are pooled as they were when `save` wrote the folder; of other folders, as the
+    architecture does by default.
 
     Args:
       path: a folder with config.json and safetensors, or the id of a model on the hub.
@@ -91,6 +95,7 @@ def load(
     table = table_of_config(config, folder)
     tensors = base_names(table, tensors_of_tower(read_folder(folder), tower))
     said = {**fields_of(table, config, folder, ignore), **table.beside(folder)}
+    said |= pooling_of(table, config, folder)
     fields = {**said, **table.detect(tensors), **overrides}
     if dtype is not None:
         fields["dtype"] = dtype
@@ -185,6 +190,8 @@ def save(
 ) -> None:
     """Write a folder that `transformers.AutoModel.from_pretrained` loads.
 
+    How the module pools stands in config.json, for `load`; `transformers` passes over it.
+
     A module without a pooler is written without one. `transformers` then makes a random pooler,
     unless told not to: `AutoModel.from_pretrained(out_dir, add_pooling_layer=False)`.
 
@@ -207,7 +214,7 @@ def save(
     tensors = tensors_of(module, variables)
     write(
         Path(out_dir),
-        {**config_of(module), "dtype": dtype_of(tensors)},
+        {**config_of(module), **written_pooling(module), "dtype": dtype_of(tensors)},
         tensors,
         tokenizer=tokenizer,
         preprocessor=preprocessor,

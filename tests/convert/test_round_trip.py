@@ -1,5 +1,6 @@
 """Weights go out to transformers and come back the same, bit for bit."""
 
+import json
 import shlex
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from medvlp_jax import convert
 from medvlp_jax.config import UserError
-from medvlp_jax.encoders import bert, resnet, vit
+from medvlp_jax.encoders import bert, clip_vision, resnet, vit
 from medvlp_jax.encoders.base import IMAGENET_MEAN, IMAGENET_STD, Tokens, normalise
 
 RNG = np.random.default_rng(0)
@@ -364,3 +365,71 @@ def test_the_image_processor_does_what_normalise_does(tmp_path):
     processor = transformers.AutoImageProcessor.from_pretrained(tmp_path)
     theirs = processor(images=[pixels], return_tensors="np")["pixel_values"][0]
     assert_close(normalise(pixels), theirs.transpose(1, 2, 0))
+
+
+PATCHES = {"image_size": 32, "patch_size": 8, "depth": 1, "width": 32, "num_heads": 2}
+PATCHES |= {"mlp_dim": 48}
+
+
+@pytest.mark.parametrize(
+    ("module", "example"),
+    [
+        (vit.make("tiny", **PATCHES, pooling="mean"), IMAGES),
+        (vit.make("tiny", **PATCHES, pooling="pooler", pooler=True), IMAGES),
+        (clip_vision.make("tiny", **PATCHES, pooling="projection", projection=True), IMAGES),
+        (bert.make("tiny", vocab_size=50, depth=1, pooling="mean"), TOKENS),
+        (bert.make("tiny", vocab_size=50, depth=1, pooling="cls"), TOKENS),
+    ],
+    ids=lambda x: f"{type(x).__name__}-{x.pooling}" if hasattr(x, "pooling") else "",
+)
+def test_a_folder_says_how_features_were_pooled(module, example, tmp_path):
+    variables = random_variables(module, example)
+    convert.save(module, variables, tmp_path)
+    again, read = convert.load(tmp_path)
+    assert again.pooling == module.pooling
+    pooled = [m.apply(v, example).pooled for m, v in ((module, variables), (again, read))]
+    np.testing.assert_array_equal(*pooled)
+    # A module that is already built runs as it was built; so does what is asked for by name.
+    default = type(module).pooling
+    other = module.clone(pooling=default)
+    jax.tree.map(np.testing.assert_array_equal, convert.load_into(other, tmp_path), read)
+    assert convert.load(tmp_path, pooling=default)[0].pooling == default
+    file = tmp_path / "config.json"
+    said = json.loads(file.read_text())
+    file.write_text(json.dumps({k: v for k, v in said.items() if not k.startswith("medvlp")}))
+    assert convert.load(tmp_path)[0].pooling == default  # a folder from before
+
+
+@pytest.mark.parametrize(
+    ("pooling", "message"),
+    [
+        ("max", r"No pooling 'max' in this ViT, only cls, mean"),
+        (["mean"], r"config\.json has medvlp_pooling \['mean'\]; a name is needed"),
+        (None, r"config\.json has medvlp_pooling None; a name is needed"),
+    ],
+)
+def test_a_pooling_that_is_none_is_one_sentence(pooling, message, tmp_path):
+    module = vit.make("tiny", **PATCHES)
+    convert.save(module, random_variables(module, IMAGES), tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"medvlp_pooling": pooling}))
+    with pytest.raises(UserError, match=message):
+        convert.load(tmp_path)
+
+
+@pytest.mark.hf
+def test_transformers_passes_over_how_features_were_pooled(tmp_path):
+    import torch
+    import transformers
+
+    module = vit.make("tiny", **PATCHES, pooling="mean")
+    variables = random_variables(module, IMAGES)
+    convert.save(module, variables, tmp_path / "ours")
+    theirs, report = transformers.AutoModel.from_pretrained(
+        tmp_path / "ours", add_pooling_layer=False, output_loading_info=True
+    )
+    assert not any(report.values()), report
+    tokens = theirs.eval()(torch.tensor(IMAGES).permute(0, 3, 1, 2)).last_hidden_state.detach()
+    assert_close(module.apply(variables, IMAGES).pooled, tokens[:, 1:].mean(1))
+    theirs.save_pretrained(tmp_path / "theirs")
+    assert convert.load(tmp_path / "theirs")[0].pooling == "mean"
