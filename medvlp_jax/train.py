@@ -42,7 +42,7 @@ from medvlp_jax import config as configs
 from medvlp_jax.config import UserError
 from medvlp_jax.data import corpora, pairing
 from medvlp_jax.evaluation import plots
-from medvlp_jax.evaluation.results import results_table, scalars, write_results
+from medvlp_jax.evaluation.results import Written, results_table, scalars, write_results
 from medvlp_jax.evaluator import Evaluator
 from medvlp_jax.recipes import base
 from medvlp_jax.training import lock, loop, optim, starts
@@ -235,22 +235,24 @@ def _fit(job, workdir, stop):
 
 def _finish(job, state, workdir, began) -> dict:
     """Evaluate in full and export; all processes compute, process 0 writes."""
-    variables = state.evaluated
+    trained = weights.Trained(state.evaluated, int(state.step))
     if job.selection:
-        variables = assemble.place(weights.read_variables(workdir, job.untrained), job.parts)
+        trained = weights.read(workdir, job.untrained)
+        trained = trained._replace(variables=assemble.place(trained.variables, job.parts))
     # What a method knows of its training corpus is not the model's, and nothing to be published.
-    variables = {kind: variables[kind] for kind in job.untrained}
-    trained = distributed.fetch(variables)
+    variables = {kind: trained.variables[kind] for kind in job.untrained}
+    trained = trained._replace(variables=distributed.fetch(variables))
     results = controls.full(job.evaluator, variables, job.untrained)
     if distributed.is_writer():
         # before the pictures, should one fail
-        write_results(results, workdir, job.evaluator.provenance(trained))
+        measured = Written(results, job.evaluator.provenance(trained.variables))
+        write_results(results, workdir, measured.provenance)
     cases.show(job.evaluator, variables, workdir)
     if distributed.is_writer():
         plots.curves(workdir / "metrics.jsonl", workdir / "curves.png")
         settings = job.parts.config["train"]
         if settings["export"]:
-            export.export(job.parts, trained, workdir / "export", job.sources, results)
+            export.export(job.parts, trained, workdir / "export", job.sources, measured)
         _print_summary(results, job.parts, workdir, settings, time.time() - began)
     distributed.barrier("finished")
     return results

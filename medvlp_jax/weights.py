@@ -7,7 +7,7 @@ what only one has must be named by the recipe (`fresh`, `left`), else all of it 
 import dataclasses
 import pathlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -91,7 +91,21 @@ def heads_of(folder: pathlib.Path, spec: Mapping[str, Any]) -> dict[str, bool]:
     return {name: bool(asked.get(name)) for name in known & {"mlm_head", "pooler"}}
 
 
-def read_variables(folder: pathlib.Path, template: Mapping) -> dict:
+class Trained(NamedTuple):
+    """What training came to.
+
+    Attributes:
+      variables: {"params": ..., maybe "batch_stats": ...}, averaged if the run averages.
+      step: after which they are so.
+      is_selected: whether the run selected this step, of all it evaluated.
+    """
+
+    variables: dict[str, Any]
+    step: int
+    is_selected: bool = False
+
+
+def read(folder: pathlib.Path, template: Mapping) -> Trained:
     """Read parameters (averaged, if the run averages) and collections of a run.
 
     Those of its newest checkpoint, or of the step it selected.
@@ -103,10 +117,17 @@ def read_variables(folder: pathlib.Path, template: Mapping) -> dict:
     Raises:
       UserError: if there is no checkpoint, or it does not fit.
     """
-    variables = _read(folder)
-    return {
-        kind: _replace(tree, variables.get(kind, {}), folder) for kind, tree in template.items()
+    found = _read(folder)
+    variables = {
+        kind: _replace(tree, found.variables.get(kind, {}), folder)
+        for kind, tree in template.items()
     }
+    return found._replace(variables=variables)
+
+
+def read_variables(folder: pathlib.Path, template: Mapping) -> dict:
+    """Return the variables that `read` reads."""
+    return read(folder, template).variables
 
 
 def begin_from(folder: pathlib.Path, template: Mapping, recipe) -> dict:
@@ -120,7 +141,7 @@ def begin_from(folder: pathlib.Path, template: Mapping, recipe) -> dict:
     Raises:
       UserError: if there is no checkpoint, or listing what does not fit.
     """
-    found, params = _read(folder), template["params"]
+    found, params = _read(folder).variables, template["params"]
     left = getattr(recipe, "left", ())
     kept = {p: v for p, v in paths.flatten(found["params"]).items() if not paths.matches(p, left)}
     kept = paths.unflatten(kept)
@@ -140,8 +161,8 @@ def _replace(tree, values, folder):
     return paths.replace({"all": tree}, "all", values, str(folder))["all"]
 
 
-def _read(folder) -> dict[str, Any]:
-    """Return all variables of a run."""
+def _read(folder) -> Trained:
+    """Return all variables of a run, and of which step they are."""
     folder = pathlib.Path(folder)
     for place in (folder / selection.FOLDER, folder):
         # A selection without a step is of a run that stopped before its first evaluation.
@@ -158,4 +179,5 @@ def _read(folder) -> dict[str, Any]:
     average = optim.find_average(restored["optimizer"])
     params = restored["params"] if average is None else average
     variables = {"params": paths.merge(params, restored["frozen"] or {})}
-    return variables | (restored["collections"] or {})
+    variables |= restored["collections"] or {}
+    return Trained(variables, step, is_selected=place != folder)

@@ -1,15 +1,18 @@
 """An export computes in PyTorch what the recipe computes here."""
 
+import io
 import types
 
 import jax
 import numpy as np
+import PIL.ExifTags
 import PIL.Image
 import pytest
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
-from medvlp_jax import export
+from medvlp_jax import card, export, weights
+from medvlp_jax.data import transforms
 from medvlp_jax.data.text import load_tokenizer, tokenize
 from medvlp_jax.encoders import (
     bert,
@@ -21,6 +24,7 @@ from medvlp_jax.encoders import (
     siglip_text,
     vit,
 )
+from medvlp_jax.evaluation import provenance, results
 from medvlp_jax.layers import Lora
 from medvlp_jax.recipes import clip, imitate
 
@@ -81,12 +85,21 @@ def similarities(recipe, variables, tokenizer, images=IMAGES):
     return np.asarray(features["image"] @ features["text"].T)
 
 
-def run_example(recipe, folder, monkeypatch, images=IMAGES):
+def settings(crop=CROP, **changed):
+    """Return how a config prepares images; of those of its size, as they are."""
+    plain = {"channels": 3, "crop_black_border": False, "stretch": False, "fit": "squash"}
+    plain |= {"legacy_wrap": False, "mask_lower_edge": 0.0, "size": crop, "crop": crop}
+    return plain | {"text_length": LENGTH} | changed
+
+
+def run_example(recipe, folder, monkeypatch, images=IMAGES, **changed):
     """Return the similarities that the code of the model card computes in a folder."""
     monkeypatch.chdir(folder)
-    names = {}
-    exec(export.example(recipe, LENGTH, images.shape[1]), names)
-    return names["similarity"](list(map(PIL.Image.fromarray, images)), REPORTS).numpy()
+    if isinstance(images, np.ndarray):
+        changed["crop"], images = images.shape[1], [*map(PIL.Image.fromarray, images)]
+    data, names = settings(**changed), {}
+    exec(f"{card.preparation(data)}\n{card.example(recipe, data)}", names)
+    return names["similarity"](images, REPORTS).numpy()
 
 
 def assert_close(ours, reference):
@@ -123,6 +136,101 @@ def test_the_example_of_the_model_card_gives_the_same_similarities(exported, mon
     recipe, variables, tokenizer, folder = exported
     theirs = run_example(recipe, folder, monkeypatch)
     assert_close(similarities(recipe, variables, tokenizer), theirs)
+
+
+def encoded(kind, channels):
+    """Return a file: a picture with black borders and little contrast, wider than high."""
+    pixels = np.zeros((90, 130, 3), np.uint8)
+    slope = np.linspace(40, 150, 100)[:, None] + RNG.normal(0, 9, (70, 100, 3)).cumsum(0) / 9
+    pixels[8:78, 20:120] = slope.clip(20, 200)
+    image = PIL.Image.fromarray(pixels).convert("L" if channels == 1 else "RGB")
+    file, exif = io.BytesIO(), PIL.Image.Exif()
+    exif[PIL.ExifTags.Base.Orientation] = 6
+    turned = {"exif": exif} if kind == "turned JPEG" else {}
+    image.save(file, kind.split()[-1], **turned)
+    return file.getvalue()
+
+
+PREPARATIONS = {
+    "IMITATE": {"crop_black_border": True, "stretch": True, "size": 48},
+    "border alone": {"crop_black_border": True, "size": 36},
+    "padded": {"fit": "pad", "stretch": True, "size": 41},
+    "masked": {"mask_lower_edge": 0.12, "stretch": True, "size": 48},
+    "wrapped": {"legacy_wrap": True, "crop_black_border": True, "stretch": True, "size": 48},
+    "plain": {"size": 32},
+}
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("name", PREPARATIONS)
+def test_the_code_of_the_card_prepares_images_as_the_run_did(name, channels):
+    data, names = settings(channels=channels, **PREPARATIONS[name]), {}
+    exec(card.preparation(data), names)
+    keys = ("size", "channels", "crop_black_border", "stretch", "legacy_wrap", "fit")
+    for kind in ("PNG", "JPEG", "turned JPEG"):
+        file = encoded(kind, 4 - channels)  # of grey a colour image, and the other way round
+        whole = transforms.decode(file, **{key: data[key] for key in keys})
+        whole = transforms.mask_lower_edge(whole, data["mask_lower_edge"])
+        expected = transforms.center_view(whole, size=data["crop"])
+        found = names["prepared"](PIL.Image.open(io.BytesIO(file)))
+        np.testing.assert_array_equal(np.asarray(found).reshape(expected.shape), expected)
+        flat = PIL.Image.new("RGB", (50, 40))  # black all over
+        assert names["prepared"](flat).size == (CROP, CROP)
+
+
+@pytest.mark.hf
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_example_gives_the_similarities_of_the_run_for_files(channels, exported, monkeypatch):
+    recipe, variables, tokenizer, folder = exported
+    how = {"channels": channels, **PREPARATIONS["IMITATE"]}
+    files = [encoded(kind, 3) for kind in ("PNG", "JPEG")]
+    decoded = [transforms.decode(file, size=48, channels=channels) for file in files]
+    images = np.stack([transforms.center_view(one, size=CROP) for one in decoded])
+    opened = [PIL.Image.open(io.BytesIO(file)) for file in files]
+    theirs = run_example(recipe, folder, monkeypatch, opened, **how)
+    assert_close(similarities(recipe, variables, tokenizer, images), theirs)
+
+
+def test_the_card_says_how_images_are_prepared():
+    recipe = clip_recipe(image_encoder("cls"), text_encoder()[0])
+    said = lambda **how: " ".join(made_card(recipe, data=settings(**how)).split())
+    plain = said()
+    assert "Images: in colour, squashed to 32 x 32 pixels, ImageNet mean" in plain
+    assert "grey" not in plain
+    found = said(channels=1, fit="pad", mask_lower_edge=0.1, **PREPARATIONS["IMITATE"])
+    start = "Images: grey, replicated to three channels, black borders cut off, contrast stretched "
+    start += "to 0..255, padded to 48 x 48 pixels, the lowest 10% black, of that the central 32 x "
+    assert f"{start}32, ImageNet" in found
+    assert "def prepared(image)" in found
+    assert "processors beside the weights only squash an image to 32 x 32" in found
+
+
+def test_the_card_has_results_of_the_exported_weights_alone():
+    recipe = clip_recipe(image_encoder("cls"), text_encoder()[0])
+    params = {"params": {"image": {"kernel": np.ones(3)}, "text": {}}}
+    trained = weights.Trained(params, step=4, is_selected=True)
+    number = results.number(0.7, 0.6, 0.8, n=11, chance=0.5)
+    numbers = {"zero_shot/finding/auroc": {**number, "protocol": "zero_shot", "hash": "1"}}
+    rows = {"corpus": "other", "split": "validation", "rows": 11, "patients": 7}
+    own = {"weights": provenance.weights_hash(params), "rows": rows}
+
+    def said(**origin):
+        measured = results.Written(numbers, own | origin)
+        made = made_card(recipe, trained=trained, measured=measured, select="a/b/c")
+        return " ".join(made.split())
+
+    found = said()
+    assert (
+        "recipe `clip`, 4 of 9 steps of 1 pairs; of all evaluated steps the best by `a/b/c`."
+        in (found)
+    )
+    assert "These weights, of step 4, on `other`, split validation: 11 rows of 7 patients." in found
+    assert "| zero_shot/finding/auroc |" in found
+    for origin in ({"weights": "0" * 16}, {"weights": None}):
+        found = said(**origin)
+        assert "Not evaluated. The results.json of the run is of other weights" in found
+        assert "zero_shot/finding/auroc" not in found
+    assert "## Results Not evaluated. ##" in " ".join(made_card(recipe).split())
 
 
 @pytest.mark.hf
@@ -199,15 +307,21 @@ def test_tokenizers_that_are_not_berts_name_their_special_tokens(kind, tmp_path,
         assert_close(ours, run_example(recipe, tmp_path, monkeypatch))
 
 
+def made_card(recipe, *, data=None, trained=None, measured=None, **train):
+    """Return the card of a run of nothing."""
+    train = {"steps": 9, "batch_size": 1, "select": ""} | train
+    data = {"corpora": []} | (settings() if data is None else data)
+    config = {"recipe": {"name": "clip"}, "data": data, "train": train}
+    parts = types.SimpleNamespace(recipe=recipe, config=config)
+    trained = trained or weights.Trained({"params": {"image": {}, "text": {}}}, step=9)
+    return card.card(parts, trained, [], measured)
+
+
 @pytest.mark.parametrize("kind", ["bert", "clip"])
 def test_the_card_names_the_pooler_only_of_encoders_that_have_one(kind):
     text = text_encoder()[0] if kind == "bert" else clip_text.make("tiny")
-    data = {"corpora": [], "fit": "squash", "size": CROP, "crop": CROP, "text_length": LENGTH}
-    config = {"recipe": {"name": "clip"}, "data": data, "train": {"steps": 1, "batch_size": 1}}
-    recipe = clip_recipe(image_encoder("cls"), text)
-    parts = types.SimpleNamespace(recipe=recipe, config=config)
-    card = export._card(parts, {"params": {"image": {}, "text": {}}}, [], {})
-    row = next(line for line in card.splitlines() if line.startswith("| `text/`"))
+    said = made_card(clip_recipe(image_encoder("cls"), text))
+    row = next(line for line in said.splitlines() if line.startswith("| `text/`"))
     assert ("add_pooling_layer=False" in row) == (kind == "bert")
 
 
@@ -233,7 +347,7 @@ def test_the_example_takes_images_of_another_size_than_the_position_table(
     ours = similarities(recipe, variables, tokenizer, LARGER)
     assert_close(ours, run_example(recipe, tmp_path, monkeypatch, LARGER))
     assert not (tmp_path / "dual").exists()  # that model cannot be told
-    assert "interpolate" not in export.example(recipe, LENGTH, CROP)
+    assert "interpolate" not in card.example(recipe, settings())
 
 
 @pytest.mark.hf
@@ -277,14 +391,14 @@ def test_a_dual_encoder_is_written_where_the_heads_allow(exported):
 
 def test_a_full_disk_leaves_the_card_of_an_earlier_export(tmp_path, monkeypatch, full_disk):
     monkeypatch.setattr(export, "write_weights", lambda *_, **__: None)
-    monkeypatch.setattr(export, "_card", lambda *_: "A new card, longer than before.")
+    monkeypatch.setattr(export, "card", lambda *_: "A new card, longer than before.")
     (tmp_path / "README.md").write_text("A card.")
     recipe = types.SimpleNamespace(image="an encoder")
     data = {"crop": 32, "text_length": 16}
     parts = types.SimpleNamespace(recipe=recipe, tokenizer="one", config={"data": data})
     full_disk("README.md")
     with pytest.raises(OSError, match="No space left"):
-        export.export(parts, {}, tmp_path, [])
+        export.export(parts, weights.Trained({}, step=1), tmp_path, [])
     assert (tmp_path / "README.md").read_bytes() == b"A card."
     assert len([*tmp_path.iterdir()]) == 1
 

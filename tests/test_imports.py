@@ -32,6 +32,7 @@ LEVELS = (
     (
         "adapt",
         "bench",
+        "card",
         "cli",
         "cases",
         "export",

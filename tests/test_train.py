@@ -135,6 +135,39 @@ def test_exporting_the_run_again_writes_the_same_weights(finished, tmp_path):
         assert (tmp_path / "out" / name).read_bytes() == (folder / "export" / name).read_bytes()
 
 
+def test_the_card_of_an_export_tells_the_step_the_corpus_and_the_split(finished, tmp_path, capsys):
+    folder, _ = finished
+    convert_cli.main(["export", str(folder), str(tmp_path / "out")])
+    assert f"Imitate of step 6 in {tmp_path / 'out'}" in capsys.readouterr().out
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert card == (folder / "export" / "README.md").read_text()
+    assert " 6 steps of 16 pairs." in " ".join(card.split())
+    rows = written.read(folder).provenance["rows"]
+    said = f"These weights, of step 6, on `cxr_phantom:tiny`, split test: {rows['rows']} rows of "
+    assert f"{said}{rows['patients']} patients." in card
+
+
+def test_the_card_of_another_checkpoint_has_no_results(finished, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(finished[0], copy)
+    shutil.rmtree(copy / "checkpoints" / "6")
+    convert_cli.main(["export", str(copy), str(tmp_path / "out")])
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert " 3 of 6 steps of 16 pairs." in " ".join(card.split())
+    assert "Not evaluated. The results.json of the run is of other weights" in card
+    assert "zero_shot/finding/macro_auroc" not in card
+
+
+def test_the_card_names_the_split_that_was_evaluated_last(finished, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(finished[0], copy)
+    limits = ("--limit=24", "--set=resamples=5", "--controls=none", "--protocol=retrieval")
+    evaluate.main([f"--run={copy}", "--split=train", *limits])
+    convert_cli.main(["export", str(copy), str(tmp_path / "out")])
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "These weights, of step 6, on `cxr_phantom:tiny`, split train: 24 rows of" in card
+
+
 def test_a_run_is_not_called_shorter_than_it_was(finished):
     folder, _ = finished
     before = (folder / "config.json").read_bytes()

@@ -123,8 +123,9 @@ def test_the_vocabulary_of_another_encoder_is_refused(home, ran):
 def test_the_exported_encoder_guesses_as_the_trained_one_with_its_factors(home, ran):
     config, folder, _ = ran
     parts = assemble.parts(config)
-    params = weights.read_variables(folder, assemble.initial_variables(parts))["params"]
-    export.export(parts, {"params": jax.device_get(params)}, home / "export", ())
+    trained = weights.read(folder, assemble.initial_variables(parts))
+    params = trained.variables["params"]
+    export.export(parts, trained, home / "export", ())
     module, variables = convert.load(home / "export" / "text")
     assert module.lora is None
     tokens = text.tokenize(text.load_tokenizer(home / "export" / "text"), ["fever and cough"], 48)

@@ -36,21 +36,39 @@ def before(monkeypatch):
         "image": {"kernel": np.ones((2, 3)), "bias": np.ones(3)},
         "text": {"kernel": np.ones((4, 4)), "mlm_dense": {"kernel": np.ones((4, 4))}},
     }
-    monkeypatch.setattr(weights, "_read", lambda folder: {"params": held})
+    trained = weights.Trained({"params": held}, step=1)
+    monkeypatch.setattr(weights, "_read", lambda folder: trained)
     return held
 
 
 def test_a_selection_without_a_step_does_not_hide_the_checkpoints(tmp_path):
     params = {"head": {"kernel": jnp.ones(3)}}
-    state = TrainState(jnp.int32(1), params, {}, {}, optax.sgd(0.1).init(params))
     (tmp_path / "selected" / "checkpoints").mkdir(parents=True)
     with pytest.raises(UserError, match="has no checkpoint"):
-        weights._read(tmp_path)
-    checkpointer = Checkpointer(tmp_path / "checkpoints")
-    checkpointer.save(1, state, {}, {})
+        weights.read(tmp_path, {"params": params})
+    save(tmp_path, 1, params)
+    found = weights.read(tmp_path, {"params": params})
+    np.testing.assert_array_equal(found.variables["params"]["head"]["kernel"], np.ones(3))
+    assert found[1:] == (1, False)
+
+
+def save(folder, step, params):
+    state = TrainState(jnp.int32(step), params, {}, {}, optax.sgd(0.1).init(params))
+    checkpointer = Checkpointer(folder / "checkpoints")
+    checkpointer.save(step, state, {}, {})
     checkpointer.close()
-    found = weights._read(tmp_path)["params"]
-    np.testing.assert_array_equal(found["head"]["kernel"], np.ones(3))
+
+
+def test_the_step_that_is_read_is_told(tmp_path):
+    """Of the newest checkpoint, and of the one that was selected."""
+    params = {"head": {"kernel": jnp.ones(3)}}
+    save(tmp_path, 2, params)
+    save(tmp_path, 5, params)
+    assert weights.read(tmp_path, {"params": params})[1:] == (5, False)
+    save(tmp_path / "selected", 3, {"head": {"kernel": jnp.zeros(3)}})
+    found = weights.read(tmp_path, {"params": params})
+    assert found[1:] == (3, True)
+    np.testing.assert_array_equal(found.variables["params"]["head"]["kernel"], np.zeros(3))
 
 
 def test_a_folder_says_what_an_encoder_is_and_the_config_how_it_is_run(tmp_path):

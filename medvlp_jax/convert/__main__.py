@@ -34,9 +34,11 @@ never read.
 
 
 EXPORT = """\
-Write the newest checkpoint of a run: OUT/image and OUT/text for transformers,
+Write the newest checkpoint of a run, or, where train.select selected a step, the state of that step
+(`medvlp evaluate --run` reads the same): OUT/image and OUT/text for transformers,
 OUT/projections.safetensors with everything else, OUT/dual with all of it where the heads allow, and
-a model card with PyTorch code, data, config and results.
+a model card with PyTorch code, data, config and, if RUN/results.json is of these very weights, the
+results.
 
   medvlp convert export runs/imitate-demo-20260101-120000 weights/demo
 """
@@ -121,13 +123,13 @@ def export_(arguments: argparse.Namespace) -> None:
 
     _refuse_full(arguments.out)
     parts = assemble.parts(assemble.read_config(arguments.run_folder), pretrained=False)
-    variables = weights.read_variables(arguments.run_folder, assemble.initial_variables(parts))
+    trained = weights.read(arguments.run_folder, assemble.initial_variables(parts))
     evaluated = (arguments.run_folder / results.FILE).is_file()
-    measured = results.read(arguments.run_folder).numbers if evaluated else {}
+    measured = results.read(arguments.run_folder) if evaluated else None
     data = parts.config["data"]
     sources = assemble.open_corpora(data, data["split"])
-    export.export(parts, variables, arguments.out, sources, measured)
-    print(f"{type(parts.recipe).__name__} in {arguments.out}")
+    export.export(parts, trained, arguments.out, sources, measured)
+    print(f"{type(parts.recipe).__name__} of step {trained.step} in {arguments.out}")
 
 
 def _refuse_full(folder: Path) -> None:

@@ -79,7 +79,11 @@ def test_only_this_package_says_what_it_does(source, tmp_path, monkeypatch):
 
 
 def test_help_teaches(capsys):
-    for arguments, words in [(["--help"], "import"), (["import", "--help"], "Bio_ClinicalBERT")]:
+    for arguments, words in [
+        (["--help"], "import"),
+        (["import", "--help"], "Bio_ClinicalBERT"),
+        (["export", "--help"], "newest checkpoint of a run, or, where train.select selected a st"),
+    ]:
         with pytest.raises(SystemExit, match="0"):
             main(arguments)
         assert words in capsys.readouterr().out
