@@ -1,6 +1,5 @@
 """Pictures of what a head finds: outlines, boxes or classes over test images."""
 
-import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from matplotlib.patches import Rectangle
 from medvlp_jax.data import masks
 from medvlp_jax.evaluation import plots
 from medvlp_jax.evaluation.average_precision import Boxes
+from medvlp_jax.evaluation.labels import ELLIPSIS
 
 COLUMNS = 4
 TRUE, SAID = (1, (3, 2)), "solid"  # dashes on top of lines: both stay visible where they agree
@@ -66,10 +66,11 @@ def boxes(
                     # With its name: more classes than colours that an eye tells apart.
                     side = "bottom" if top > 0.06 * ax.get_ylim()[0] else "top"  # else cut off
                     tag = {"fontsize": 5, "color": "black", "va": side, "clip_on": True}
+                    tag |= {"parse_math": False}
                     box = {"facecolor": colour, "edgecolor": "none", "pad": 0.8}
                     ax.text(left, top, f"{names[int(kind)]} {score:.2f}", bbox=box, **tag)
         said = ", ".join(dict.fromkeys(names[k] for k in theirs.kinds)) or "nothing"
-        ax.set_title(textwrap.shorten(said, 40), fontsize=7, loc="left")
+        ax.set_title(_ended(said, 40), fontsize=7, loc="left", parse_math=False)
     _legend(figure, names)
     plots.save(figure, out_png)
 
@@ -98,9 +99,7 @@ def classes(
         missed = [names[k] for k in np.flatnonzero(label == 1) if k not in best]
         lines += [f"also: {', '.join(missed)}"] if missed else []
         ax.set_title(
-            "\n".join(
-                textwrap.shorten(line, 36) if line.startswith("also") else line for line in lines
-            ),
+            "\n".join(_ended(line, 36) if line.startswith("also") else line for line in lines),
             fontsize=7,
             loc="left",
             parse_math=False,
@@ -133,7 +132,10 @@ def _colour(kind):
 def _legend(figure, names):
     handles = [Line2D([], [], color=_colour(k), label=name) for k, name in enumerate(names)]
     handles.append(Line2D([], [], color=plots.MUTED, ls=TRUE, label="true (white)"))
-    figure.legend(
-        handles=handles, loc="outside lower center", ncols=min(len(handles), 6), fontsize=7,
-        frameon=False,
-    )  # fmt: skip
+    how = {"loc": "outside lower center", "fontsize": 7, "frameon": False}
+    plots.as_written(figure.legend(handles=handles, ncols=min(len(handles), 6), **how))
+
+
+def _ended(line, width):
+    """Cut a line that is too long at a character, not at a word, which may be all there is."""
+    return line if len(line) <= width else line[: width - 1] + ELLIPSIS

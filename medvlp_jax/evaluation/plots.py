@@ -1,4 +1,4 @@
-"""The two pictures of a run: curves.png (its numbers) and examples.png (what retrieval finds).
+"""Pictures of a run: its numbers over steps, what retrieval finds, how classes are told apart.
 
 Figures are built without pyplot, so importing this changes no backend and leaks no figure.
 """
@@ -13,10 +13,13 @@ import sklearn.metrics
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.legend import Legend
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from medvlp_jax.config import UserError
+from medvlp_jax.evaluation import calibration
+from medvlp_jax.evaluation.labels import shortened
 from medvlp_jax.evaluation.zero_shot import PromptScores
 from medvlp_jax.reading import parse_json
 from medvlp_jax.writing import replaced
@@ -113,8 +116,15 @@ def smooth(values: np.ndarray) -> np.ndarray:
     return np.convolve(values, kernel, "same") / mass
 
 
+def as_written(legend: Legend) -> None:
+    """Show names as they are: dollar signs in them are no formula."""
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+
+
 def _style(ax: Axes, title: str) -> None:
-    ax.set_title(title, fontsize=9, color=INK, loc="left", pad=6, fontweight="bold")
+    how = {"loc": "left", "pad": 6, "fontweight": "bold", "parse_math": False}
+    ax.set_title(title, fontsize=9, color=INK, **how)
     for side in ("top", "right"):
         ax.spines[side].set_visible(False)
     for side in ("left", "bottom"):
@@ -150,7 +160,8 @@ def _draw_panel(ax: Axes, title: str, names: Sequence[str], series: Series) -> N
     _scale(ax, np.concatenate([series[name][1] for name in names]))
     ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     if len(names) > 1:
-        ax.legend(fontsize=7, frameon=False, labelcolor=INK, loc="best", ncols=1 + len(names) // 4)
+        how = {"fontsize": 7, "frameon": False, "labelcolor": INK, "loc": "best"}
+        as_written(ax.legend(**how, ncols=1 + len(names) // 4))
 
 
 def curves(metrics_jsonl: str | Path, out_png: str | Path) -> None:
@@ -300,9 +311,9 @@ def _draw_confusion(ax: Axes, truth, predicted, classes) -> None:
     for (row, column), count in np.ndenumerate(table):
         colour = "white" if share[row, column] > 0.5 else INK
         ax.text(column, row, str(count), ha="center", va="center", fontsize=8, color=colour)
-    names = [textwrap.shorten(name, 22, placeholder="…") for name in classes]
-    ax.set_xticks(range(len(classes)), names, rotation=40, ha="right", fontsize=8)
-    ax.set_yticks(range(len(classes)), names, fontsize=8)
+    names, plain = shortened(classes, 22), {"fontsize": 8, "parse_math": False}
+    ax.set_xticks(range(len(classes)), names, rotation=40, ha="right", **plain)
+    ax.set_yticks(range(len(classes)), names, **plain)
     _style(ax, "confusion: true class (row), answer (column)")
     ax.grid(False)
 
@@ -325,14 +336,14 @@ def roc(tasks: Mapping[str, PromptScores], out_png: str | Path) -> None:
 
 def _draw_roc(ax: Axes, labels, scores, classes, title: str) -> None:
     """One curve a class, with its area."""
-    for c, name in enumerate(classes):
+    for c, name in enumerate(shortened(classes, 26)):
         known = labels[:, c] >= 0
         positive = labels[known, c] == 1
         if not positive.any() or positive.all():
             continue
         false, true, _ = sklearn.metrics.roc_curve(positive, scores[known, c])
         style = "-" if c < len(COLOURS) else "--"
-        label = f"{textwrap.shorten(name, 26, placeholder='…')}  {np.trapezoid(true, false):.2f}"
+        label = f"{name}  {np.trapezoid(true, false):.2f}"
         ax.plot(false, true, style, color=COLOURS[c % len(COLOURS)], lw=1.5, label=label)
     ax.plot([0, 1], [0, 1], color=RULE, lw=1, zorder=0)
     _style(ax, title)
@@ -340,36 +351,12 @@ def _draw_roc(ax: Axes, labels, scores, classes, title: str) -> None:
     ax.set_xlabel("1 - specificity", fontsize=8, color=MUTED)
     ax.set_ylabel("sensitivity", fontsize=8, color=MUTED)
     if ax.get_legend_handles_labels()[0]:
-        ax.legend(fontsize=7, frameon=False, labelcolor=INK, loc="lower right")
-
-
-def calibration_bins(right, confidence, count: int = 8) -> np.ndarray:
-    """Return (mean confidence, share right, rows) of bins of like size, [bins, 3]."""
-    order = np.argsort(confidence, kind="stable")
-    parts = [part for part in np.array_split(order, count) if len(part)]
-    return np.array([(confidence[p].mean(), right[p].mean(), len(p)) for p in parts])
-
-
-def calibration_error(right, confidence) -> float:
-    """Return the mean over rows of |confidence - share right| of the bin: the expected error."""
-    bins = calibration_bins(right, confidence)
-    return float(np.average(np.abs(bins[:, 0] - bins[:, 1]), weights=bins[:, 2]))
-
-
-def calibrated_error(confidence, *, draws: int = 200, seed: int = 0) -> np.ndarray:
-    """Return the errors [draws] of a model that is right as often as it says, as drawn by lot.
-
-    They are above 0, the more the fewer rows a bin has: bins compare a share with its expectation.
-    """
-    rng = np.random.default_rng(seed)
-    confidence = np.asarray(confidence, np.float64)
-    lots = (rng.random(len(confidence)) < confidence for _ in range(draws))
-    return np.array([calibration_error(right, confidence) for right in lots])
+        as_written(ax.legend(fontsize=7, frameon=False, labelcolor=INK, loc="lower right"))
 
 
 def _draw_calibration(ax: Axes, right, confidence) -> None:
-    bins = calibration_bins(right, confidence)
-    error, by_lot = calibration_error(right, confidence), calibrated_error(confidence)
+    bins = calibration.bins(right, confidence)
+    error, by_lot = calibration.error(right, confidence), calibration.chance_errors(confidence)
     ax.plot([0, 1], [0, 1], color=RULE, lw=1, zorder=0)
     ax.plot(bins[:, 0], bins[:, 1], "o-", color=COLOURS[0], lw=1.5, ms=4)
     _style(ax, f"calibration; expected error {error:.3f}")
@@ -401,7 +388,7 @@ def attention(images, maps: Sequence[Sequence], titles: Sequence[str], out_png: 
         grey = np.asarray(image, float).mean(-1)
         extent = (0, grey.shape[1], grey.shape[0], 0)
         row[0].imshow(image if image.shape[-1] == 3 else grey, cmap="gray")
-        row[0].set_title(title, fontsize=7, color=INK, loc="left")
+        row[0].set_title(title, fontsize=7, color=INK, loc="left", parse_math=False)
         for s, (ax, found) in enumerate(zip(row[1:], stages, strict=True)):
             ax.imshow(grey, cmap="gray", extent=extent)
             over = {"cmap": "inferno", "alpha": 0.55, "interpolation": "bilinear"}

@@ -10,7 +10,8 @@ import scipy.stats
 from PIL import Image
 
 from medvlp_jax.config import UserError
-from medvlp_jax.evaluation import plots, zero_shot
+from medvlp_jax.evaluation import calibration, labels, overlays, plots, zero_shot
+from medvlp_jax.evaluation.average_precision import Boxes
 
 
 def write(path, lines):
@@ -97,7 +98,7 @@ def test_pyplot_is_never_imported():
 def test_calibration_bins_hold_all_rows_and_their_means():
     confidence = np.linspace(0.2, 1, 21)
     right = np.arange(21) % 2 == 0
-    bins = plots.calibration_bins(right, confidence, count=4)
+    bins = calibration.bins(right, confidence, count=4)
     assert bins[:, 2].sum() == 21
     np.testing.assert_allclose(bins[0], [confidence[:6].mean(), 0.5, 6])
 
@@ -105,15 +106,15 @@ def test_calibration_bins_hold_all_rows_and_their_means():
 def test_a_calibrated_model_has_the_error_that_chance_gives_it():
     # One bin a row: a row that is right with probability p is off by 1 - p, else by p.
     confidence = np.array([0.5, 0.6, 0.8])
-    found = plots.calibrated_error(confidence, draws=4000)
+    found = calibration.chance_errors(confidence, draws=4000)
     expected = np.mean(2 * confidence * (1 - confidence))
     assert found.mean() == pytest.approx(expected, abs=4 * found.std() / 4000**0.5)
     # Bins of n rows of one p: the mean of |k / n - p| over the binomial distribution of k.
     k, n, p = np.arange(6), 5, 0.7
     chance = scipy.stats.binom.pmf(k, n, p) @ np.abs(k / n - p)
-    found = plots.calibrated_error(np.full(8 * n, p), draws=1000)
+    found = calibration.chance_errors(np.full(8 * n, p), draws=1000)
     assert found.mean() == pytest.approx(chance, abs=4 * found.std() / 1000**0.5)
-    np.testing.assert_array_equal(found, plots.calibrated_error(np.full(8 * n, p), draws=1000))
+    np.testing.assert_array_equal(found, calibration.chance_errors(np.full(8 * n, p), draws=1000))
 
 
 def test_calibration_says_of_how_many_cases_it_is_and_what_chance_gives(tmp_path, monkeypatch):
@@ -123,7 +124,7 @@ def test_calibration_says_of_how_many_cases_it_is_and_what_chance_gives(tmp_path
     chances = rng.dirichlet(np.ones(2), 30)
     plots.classifier(rng.integers(0, 2, 30), chances, ["a", "b"], tmp_path / "c.png")
     panel = drawn[0].axes[2]
-    by_lot = plots.calibrated_error(chances.max(1)).mean()
+    by_lot = calibration.chance_errors(chances.max(1)).mean()
     (said,) = [text.get_text() for text in panel.texts]
     assert said.startswith(f"30 cases in 8 bins\na calibrated model has {by_lot:.3f} by chance")
     assert by_lot > 0.1
@@ -157,13 +158,92 @@ def test_roc_curves_leave_out_classes_that_are_all_or_nothing(tmp_path, monkeypa
     monkeypatch.setattr(
         plots, "save", lambda figure, out: (drawn.append(figure), kept(figure, out))
     )
-    labels = np.array([[1, 1, -1, 0], [0, 1, 0, 0], [1, 1, 1, -1], [0, 1, 0, 0]])
+    known = np.array([[1, 1, -1, 0], [0, 1, 0, 0], [1, 1, 1, -1], [0, 1, 0, 0]])
     scores = np.array([[0.9, 1, 9, 0], [0.1, 1, 0.3, 0], [0.2, 1, 0.2, 0], [0.3, 1, 0.4, 0]])
-    tasks = {"finding": zero_shot.PromptScores(labels, scores, ("a", "all", "some", "none"))}
-    other = zero_shot.PromptScores(labels[:, :1], scores[:, :1], ("a",))
+    tasks = {"finding": zero_shot.PromptScores(known, scores, ("a", "all", "some", "none"))}
+    other = zero_shot.PromptScores(known[:, :1], scores[:, :1], ("a",))
     plots.roc(tasks | {"other": other}, tmp_path / "r.png")
     assert (tmp_path / "r.png").stat().st_size > 5000
     first, second = drawn[0].axes
     # a: 0.9 and 0.2 against 0.1 and 0.3: three of four pairs; some: 0.2 is below both others.
     assert [t.get_text() for t in first.get_legend().get_texts()] == ["a  0.75", "some  0.00"]
     assert "other: ROC; area" in [second.get_title(loc=side) for side in ("left", "center")]
+
+
+ALIKE = (
+    "ventriculomegaly_of_the_left_side_mild",
+    "ventriculomegaly_of_the_left_side_marked",
+    "ventriculomegaly_of_the_right_side_mild",
+    "effusion",
+)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ALIKE,
+        [f"a rather long name of the class {c}" for c in range(12)],
+        [f"{c} is the first word of a rather long name" for c in range(12)],
+        ["x" * 25 + "a" + "y" * 25, "x" * 25 + "b" + "y" * 25, "z"],  # differ in the middle alone
+        ["one  two", "three\nfour"],
+    ],
+)
+def test_names_that_are_cut_stay_different(names):
+    short = labels.shortened(names, 22)
+    assert len({*short}) == len(names)
+    assert all(0 < len(name) <= 22 for name in short)
+    for before, name in zip(names, short, strict=True):
+        if len(before) <= 22:
+            assert name == " ".join(before.split())
+        else:
+            assert set(name) & set(before), name
+
+
+def test_a_cut_name_keeps_its_head_and_its_tail():
+    assert labels.shortened(ALIKE[2:], 22) == ["ventriculo…t_side_mild", "effusion"]
+
+
+def test_class_names_stand_in_figures_as_they_are_written(tmp_path, monkeypatch):
+    drawn = []
+    kept = plots.save
+    monkeypatch.setattr(
+        plots, "save", lambda figure, out: (drawn.append(figure), kept(figure, out))
+    )
+    names = [*ALIKE, r"stage $\frac$ and $x$"]
+    rng = np.random.default_rng(0)
+    truth, chances = np.arange(40) % len(names), rng.dirichlet(np.ones(len(names)), 40)
+    plots.classifier(truth, chances, names, tmp_path / "c.png")
+    known = (truth[:, None] == np.arange(len(names))).astype(int)
+    scored = {r"task $\frac$": zero_shot.PromptScores(known, chances, tuple(names))}
+    plots.roc(scored, tmp_path / "r.png")
+    images = [np.zeros((8, 8, 1), np.uint8)]
+    plots.attention(images, [[np.ones((2, 2))]], [r"$\frac$"], tmp_path / "a.png")
+    confusion = drawn[0].axes[0]
+    ticks = [text.get_text() for text in confusion.get_xticklabels()]
+    assert len({*ticks}) == len(names)
+    assert r"stage $\frac$ and $x$" in ticks
+    for figure, axes in ((drawn[0], 1), (drawn[1], 0)):
+        legend = figure.axes[axes].get_legend()
+        found = [text.get_text().rsplit("  ", 1)[0] for text in legend.get_texts()]
+        assert len({*found}) == len(names)
+
+
+def test_names_over_test_images_are_as_they_are_written(tmp_path, monkeypatch):
+    drawn = []
+    kept = plots.save
+    monkeypatch.setattr(
+        plots, "save", lambda figure, out: (drawn.append(figure), kept(figure, out))
+    )
+    names = [r"a $\frac$", "ventriculomegaly" * 4]
+    image, mask = np.zeros((16, 16, 1), np.uint8), np.zeros((16, 16, 2), bool)
+    mask[4:9, 4:9] = True
+    examples = [{"image": image, "mask": mask}]
+    overlays.outlines(examples, mask[None], names, tmp_path / "o.png")
+    corners = np.array([[2.0, 2, 9, 9], [4, 4, 12, 12]])
+    found = [Boxes(corners, np.array([0, 1]), np.array([0.9, 0.8]))]
+    for truth in (found, [Boxes(*(field[1:] for field in found[0]))]):
+        overlays.boxes(examples, found, truth, names, tmp_path / "b.png")
+    overlays.classes(examples, np.ones((1, 2)), [np.array([1, 0])], names, tmp_path / "c.png")
+    title = drawn[2].axes[0].get_title(loc="left")
+    assert title.startswith("ventriculomegalyventri")
+    assert len(title) == 40
