@@ -6,9 +6,10 @@
 
 Trains the rows one after another (about 12 minutes each on two CPU cores with the default config)
 and scores logistic regressions on the raw input. A finished row is kept, an interrupted one goes on
-from its checkpoint: run the same command again. Writes every number to --out and a Markdown table
-beside it: means over seeds and folds, their spread, and differences to CFCML that are paired over
-resamples of patients (lesions). With --folds each row is trained once a fold and scored on it.
+from its checkpoint: run the same command again. Runs lie in --folder, those of other settings in a
+folder of their own there. Writes every number to --out and a Markdown table beside it: means over
+seeds and folds, their spread, and differences to CFCML that are paired over resamples of patients
+(lesions). With --folds each row is trained once a fold and scored on it.
 """
 
 import argparse
@@ -186,7 +187,12 @@ def main(argv: list[str] | None = None) -> None:
     config = row_config("full", arguments, overrides, 0)
     settings = {"config": arguments.config, "steps": config["train"]["steps"]}
     settings |= {"overrides": studies.deciding(overrides), "folds": arguments.folds}
-    finished = studies.finished(arguments.out, settings)
+    # The config may have changed since, under the same name.
+    settings["recipe"] = studies.recipe_of(config)
+    finished = studies.finished(arguments.out, settings, since=("recipe",))
+    # A run of other settings would be gone on with, and its weights taken for these.
+    folder = arguments.folder / studies.fingerprint(settings)
+    settings = finished.get("settings", settings)
     rows, compared = (finished.get(part, {}) for part in ("rows", "differences"))
     # Rows innermost: an interrupted study is still a paired one.
     runs = itertools.product(range(arguments.seeds), range(arguments.folds or 1), arguments.rows)
@@ -195,9 +201,9 @@ def main(argv: list[str] | None = None) -> None:
         done = any(key in found for name, found in rows.items() if name.startswith(row))
         if not done and not (row == REGRESSION and seed):
             own = row_config(row, arguments, overrides, seed, fold)
-            for name, entry in run_row(own, row, arguments.folder / f"{row}-{key}").items():
+            for name, entry in run_row(own, row, folder / f"{row}-{key}").items():
                 rows.setdefault(name, {})[key] = entry
-        compared |= differences(rows, arguments.folder, config["evals"]["resamples"] or 2000)
+        compared |= differences(rows, folder, config["evals"]["resamples"] or 2000)
         laid_out = table(rows, compared, config["recipe"]["task"])
         content = {"settings": settings, "differences": compared, "rows": rows}
         studies.keep(arguments.out, content, laid_out)

@@ -7,7 +7,8 @@
 A cell is one row on one fold: every stage it has, trained one after another, and its test scores.
 --rows all adds the nine rows of Table 3 (spec A.7), of which the last is "prima". A finished cell
 is written to --out at once and never run again; an interrupted one goes on from its checkpoint: run
-the same command again. Beside the numbers comes a Markdown table: means over folds, and PRIMA minus
+the same command again. Runs and the risk corpus lie in --folder, those of other settings in a
+folder of their own there. Beside the numbers comes a Markdown table: means over folds, and PRIMA minus
 each row in macro F1, over resamples of patients and, as papers do, over folds (corrected t test).
 """
 
@@ -113,6 +114,15 @@ def stage_config(
     if stage != "align" and not protocols:  # sharpen chooses its step by its own validation
         resolved["evals"]["protocols"] = ("classify",)
     return resolved
+
+
+def recipe_of(config: str) -> str:
+    """Return the fingerprint of what may change in any stage under the same name.
+
+    Without overrides: not every stage has every setting, and they are compared by themselves.
+    """
+    every = [(row, stage) for row in STUDY for stage in stages(row)]
+    return studies.recipe_of(*(stage_config(*each, 0, "", "", config, []) for each in every))
 
 
 def run_cell(row: str, fold: int, folder: pathlib.Path, config: str, overrides: list[str]) -> dict:
@@ -250,8 +260,12 @@ def main(argv: list[str] | None = None) -> None:
     baseline = stage_config("image", "image", 0, "", "", options.config, overrides)
     settings = {"config": options.config, "steps": baseline["train"]["steps"]}
     settings["overrides"] = studies.deciding(overrides)
-    rows = studies.finished(out, settings).get("rows", {})
-    home = options.folder.absolute()
+    # The config may have changed since, under the same name.
+    settings["recipe"] = recipe_of(options.config)
+    finished = studies.finished(out, settings, since=("recipe",))
+    # A run of other settings would be gone on with, and its weights taken for these.
+    home = options.folder.absolute() / studies.fingerprint(settings)
+    rows, settings = finished.get("rows", {}), finished.get("settings", settings)
     wanted = list(ROWS) if "all" in options.rows else options.rows
     # Folds outermost: an interrupted study is still a paired one.
     for fold, row in itertools.product(range(options.folds), wanted):

@@ -1,10 +1,12 @@
-"""What the studies of many trainings share: what is done is kept, and never mixed with others.
+"""What measurements of many parts share: what is done is kept, and never mixed with others.
 
-A study (methods_cfcml.py, methods_lgdea.py, methods_prima.py, evaluation.py) writes {"settings":
-..., and what it has measured} to --out after each training, with a Markdown table beside it, and
-goes on from there when the same command is started again.
+A study (methods*.py, evaluation*.py) writes {"settings": ..., and what it has measured} to --out
+after each training, most of them with a Markdown table beside it, and goes on from there when the
+same command is started again. Of other settings a file is refused, of the same it is added to: so a
+part that is measured alone (--only, --cases, --models) leaves the others where they are.
 """
 
+import hashlib
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -21,8 +23,60 @@ def deciding(overrides: Sequence[str]) -> list[str]:
     return [given for given in overrides if not given.startswith(PLACES)]
 
 
+def fingerprint(settings: Any) -> str:
+    """Return a short name of settings, so that nothing of others goes on in their place."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def recipe_of(*configs: Mapping) -> str:
+    """Return the fingerprint of what may change in resolved configs under the same name."""
+    return fingerprint([[config["recipe"], config["optim"]] for config in configs])
+
+
+def read(out: pathlib.Path) -> dict[str, Any]:
+    """Return what a file of a measurement holds; {} where it begins.
+
+    Raises:
+      UserError: where it is no such file.
+    """
+    if not out.is_file():
+        return {}
+    try:
+        saved = json.loads(out.read_text())
+    except ValueError:
+        saved = None
+    if not isinstance(saved, dict):
+        raise UserError(f"{out} is no file of a study: name another --out.")
+    return saved
+
+
+def same(
+    out: pathlib.Path, theirs: Mapping[str, Any], ours: Mapping[str, Any], flag: str = "--out"
+) -> None:
+    """Let pass what may be added to a file.
+
+    Args:
+      out: the file.
+      theirs: settings it was made with.
+      ours: those of now.
+      flag: that names the file.
+
+    Raises:
+      UserError: where they differ.
+    """
+    if theirs != ours:
+        raise UserError(
+            f"{out} holds numbers of settings {dict(theirs)}, not {dict(ours)}: name another "
+            f"{flag}, or move it away."
+        )
+
+
 def finished(
-    out: pathlib.Path, settings: Mapping[str, Any], later: Sequence[str] = ()
+    out: pathlib.Path,
+    settings: Mapping[str, Any],
+    later: Sequence[str] = (),
+    since: Sequence[str] = (),
+    flag: str = "--out",
 ) -> dict[str, Any]:
     """Return what a study has written so far; {} where it begins.
 
@@ -30,29 +84,34 @@ def finished(
       out: its file.
       settings: that decide its numbers, `overrides` among them.
       later: names of settings that are not known yet, and are compared later.
+      since: names of settings that older files do not have, and that are compared where they do.
+      flag: that names the file.
 
     Raises:
       UserError: if it was made with other settings, or is no file of a study.
     """
-    if not out.is_file():
+    saved = read(out)
+    if not saved:
         return {}
     try:
-        saved = json.loads(out.read_text())
         theirs = dict(saved["settings"])
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{out} is no file of a study: choose another place.") from None
-    theirs["overrides"] = deciding(theirs.get("overrides", ()))  # older files name places
-    theirs = {name: value for name, value in theirs.items() if name not in later}
-    if theirs != settings:
-        raise UserError(
-            f"{out} holds numbers of settings {theirs}, not {settings}: choose another place, or "
-            "move it away."
-        )
-    return saved
+    except (KeyError, ValueError, TypeError):
+        raise UserError(f"{out} is no file of a study: name another --out.") from None
+    if "overrides" in theirs:
+        theirs["overrides"] = deciding(theirs["overrides"])  # older files name places
+    ours = {name: value for name, value in settings.items() if name in theirs or name not in since}
+    same(out, {name: value for name, value in theirs.items() if name not in later}, ours, flag)
+    # What an older file does not say of its numbers nobody knows now: its settings stay.
+    if unknown := [name for name in since if name not in theirs]:
+        print(f"{out} does not say its {', '.join(unknown)}; what is added is of today's.")
+    return {**saved, "settings": theirs}
 
 
-def keep(out: pathlib.Path, content: Mapping[str, Any], table: str) -> None:
-    """Write numbers, and the table beside them, each whole or not at all."""
-    for file, text in ((out, json.dumps(content, indent=1)), (out.with_suffix(".md"), table)):
+def keep(out: pathlib.Path, content: Mapping[str, Any], table: str = "") -> None:
+    """Write numbers, and the table beside them if there is one, each whole or not at all."""
+    files = {out: json.dumps(content, indent=1)} | (
+        {out.with_suffix(".md"): table} if table else {}
+    )
+    for file, text in files.items():
         with replaced(file) as scratch:
             scratch.write_text(text + "\n")

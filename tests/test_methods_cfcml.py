@@ -2,12 +2,15 @@
 
 import argparse
 import csv
+import json
 import pathlib
 
 import numpy as np
+import pytest
 
 from benchmarks import methods_cfcml as bench
 from medvlp_jax import checks
+from medvlp_jax.config import UserError
 from medvlp_jax.config import flatten as leaves
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -79,3 +82,65 @@ def test_the_table_has_a_line_a_row_and_the_difference():
     entry |= {"low": None, "high": None}  # the same in all resamples
     lines = bench.table(rows, compared, "d").splitlines()
     assert lines[2].startswith("| late concatenation | 0.500 | 0.500 |")
+
+
+@pytest.fixture
+def study(monkeypatch, tmp_path):
+    """Return a way to begin a study in one folder, and the folders in which it trains."""
+    monkeypatch.chdir(ROOT)
+    entry = {
+        f"classify/diagnosis/{m}": {"value": 0.5, "low": 0.4, "high": 0.6} for m in bench.METRICS
+    }
+    trained = []
+
+    def run(config, folder):
+        trained.append(folder)
+        write_predictions(folder / "predictions.csv", len(trained), 1.0)
+        return entry
+
+    monkeypatch.setattr(bench.train, "run", run)
+    monkeypatch.setattr(
+        bench.paired, "compare", lambda *_, **__: dict.fromkeys(("difference", "low", "high"), 0.0)
+    )
+
+    def begin(out, *more):
+        rows = ("--rows", "late", "full", f"--folder={tmp_path / 'runs'}")
+        bench.main(["--steps=40", *rows, f"--out={tmp_path / out}", *more])
+        return json.loads((tmp_path / out).read_text())
+
+    return begin, trained
+
+
+def test_a_study_of_other_settings_trains_in_a_folder_of_its_own(study):
+    begin, trained = study
+    for out, more in (("a.json", ()), ("b.json", ("--config.optim.lr=0.05",))):
+        begin(out, *more)
+    assert len({*trained}) == 4  # else the second study would go on with the first one's runs
+    begin("a.json", "--seeds=2")
+    first, later = trained[:2], trained[4:]
+    assert [folder.parent for folder in later] == [folder.parent for folder in first]
+
+
+def test_rows_say_of_which_recipe_they_are_and_older_ones_are_added_to(
+    study, monkeypatch, tmp_path
+):
+    begin, trained = study
+    found = begin("a.json")
+    assert found["settings"]["recipe"]
+    older = {**found, "settings": {k: v for k, v in found["settings"].items() if k != "recipe"}}
+    (tmp_path / "b.json").write_text(json.dumps(older))
+    added = begin("b.json", "--seeds=2")
+    assert added["settings"] == older["settings"]  # what those rows were is not known
+    assert set(added["rows"]["full"]) == {"0.0", "1.0"}
+    assert added["differences"]["late"]
+    resolve = bench.train.resolve
+
+    def changed(arguments):
+        config, workdir = resolve(arguments)
+        config["recipe"]["dropout"] = 0.123
+        return config, workdir
+
+    monkeypatch.setattr(bench.train, "resolve", changed)
+    with pytest.raises(UserError, match="holds numbers of settings"):
+        begin("a.json", "--seeds=2")
+    assert len(trained) == 4

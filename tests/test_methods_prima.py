@@ -1,6 +1,7 @@
 """The benchmark of PRIMA: rows differ in what the paper's table says, finished cells are kept."""
 
 import csv
+import json
 import pathlib
 
 import numpy as np
@@ -119,3 +120,49 @@ def test_the_table_has_a_line_a_row_and_the_controls():
 def test_a_corpus_without_a_risk_table_is_refused(tmp_path):
     with pytest.raises(UserError, match="No risk table for"):
         bench.write_corpus(tmp_path, "configs/prima.py:men")
+
+
+def test_a_study_of_other_settings_shares_no_run_and_no_corpus(monkeypatch, tmp_path):
+    trained, corpora = [], []
+
+    def run(config, folder):
+        trained.append(folder)
+        write_predictions(folder, 0, 1.0)
+        (folder / "results.json").write_text("{}")
+        return cell(0.5)["results"]
+
+    monkeypatch.setattr(bench.train, "run", run)
+    monkeypatch.setattr(bench, "write_corpus", lambda out, config: corpora.append(out))
+
+    def begin(out, *more):
+        own = ("--rows=prima", f"--folder={tmp_path / 'runs'}", f"--out={tmp_path / out}")
+        bench.main([*own, *more])
+        return json.loads((tmp_path / out).read_text())
+
+    found = begin("a.json", "--folds=2")
+    assert [folder.name for folder in trained].count("inject") == 1  # for all folds
+    begin("b.json", "--folds=1", "--config.optim.lr=0.05")
+    begin("c.json", "--folds=1", "--config=configs/prima.py:derm")
+    assert len({*trained}) == len(trained) == 7 + 4 + 4
+    assert len({*corpora}) == 3
+    # A file from before the recipe was written down is read, and goes on without.
+    assert found["settings"].pop("recipe")
+    (tmp_path / "a.json").write_text(json.dumps(found))
+    assert begin("a.json", "--folds=3")["settings"] == found["settings"]
+    assert [folder.parts[-2:] for folder in trained[15:]] == [
+        ("prima-2", stage) for stage in bench.stages("prima")[1:]
+    ]
+
+
+def test_the_recipe_is_that_of_every_stage_and_takes_settings_of_one(monkeypatch):
+    first = bench.recipe_of(CONFIG)
+    resolve = bench.train.resolve
+
+    def changed(arguments):
+        config, workdir = resolve(arguments)
+        if any(":align_" in word for word in arguments):
+            config["recipe"]["weights"] = {**config["recipe"]["weights"], "soft": 0.123}
+        return config, workdir
+
+    monkeypatch.setattr(bench.train, "resolve", changed)
+    assert bench.recipe_of(CONFIG) != first
