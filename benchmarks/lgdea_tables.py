@@ -47,7 +47,7 @@ def gap_closed(cells: Mapping, ratio: float, metric: str) -> float:
     """
     ends = [values_of(cells, "pairs", share, metric) for share in (ratio, 1.0)]
     control, full = map(_mean, ends)
-    spread = sum(values.std(ddof=1) for values in ends if len(values) > 1)
+    spread = sum(map(_spread, ends))
     if not full - control > spread:
         return math.nan
     return (_mean(values_of(cells, "lgdea", ratio, metric)) - control) / (full - control)
@@ -123,21 +123,28 @@ def _cell(values: np.ndarray, sign: str = "") -> str:
     values = values[np.isfinite(values)]
     if not len(values):
         return "-"
-    spread = f" ± {values.std(ddof=1):.3f}" if len(values) > 1 else ""
+    spread = f" ± {_spread(values):.3f}" if len(values) > 1 else ""
     return f"{values.mean():{sign}.3f}{spread}"
+
+
+def _spread(values: np.ndarray) -> float:
+    """Return the standard deviation over seeds, 0 of a single one."""
+    return float(values.std(ddof=1)) if len(values) > 1 else 0.0
 
 
 def draw(cells: Mapping, out_png: pathlib.Path) -> None:
     """Draw every metric over the share of pairs, one line an arm of the study, spread as bars."""
+    measured = {name for cell in cells.values() for name in cell["results"]}
+    metrics = {name: title for name, title in METRICS.items() if name in measured}
     columns = 3
-    rows = math.ceil((len(METRICS) + 1) / columns)  # the last one has the legend
+    rows = math.ceil((len(metrics) + 1) / columns)  # the last one has the legend
     figure = Figure(figsize=(3.3 * columns, 2.8 * rows), layout="constrained", facecolor="white")
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
-    for ax, (metric, title) in zip(axes, METRICS.items(), strict=False):
+    for ax, (metric, title) in zip(axes, metrics.items(), strict=False):
         for colour, arm in zip(plots.COLOURS, STUDY, strict=False):
             points = [(r, values_of(cells, arm, r, metric)) for r in ratios_of(cells)]
             points = [(r, v[np.isfinite(v)]) for r, v in points]
-            points = [(100 * r, v.mean(), v.std()) for r, v in points if v.size]
+            points = [(100 * r, v.mean(), _spread(v)) for r, v in points if v.size]
             if points:
                 x, y, spread = np.array(points).T
                 style = {"color": colour, "marker": "o", "ms": 3.5, "lw": 1.5, "capsize": 2}
@@ -149,7 +156,7 @@ def draw(cells: Mapping, out_png: pathlib.Path) -> None:
         ax.set_xlabel("studies that are pairs, %", fontsize=8, color=plots.MUTED)
         ax.tick_params(labelsize=8, colors=plots.MUTED)
         ax.grid(True, color=plots.RULE, linewidth=0.6)
-    for ax in axes[len(METRICS) :]:
+    for ax in axes[len(metrics) :]:
         ax.set_axis_off()
     handles, labels = axes[0].get_legend_handles_labels()
     axes[-1].legend(handles, labels, loc="center", frameon=False, fontsize=9)

@@ -260,6 +260,18 @@ def test_a_way_shorter_than_the_spread_has_no_share():
     assert lgdea_tables.gap_closed(cells, 0.05, metric) == pytest.approx(0.25)
 
 
+def test_bars_are_as_long_as_the_spread_of_the_table(monkeypatch, tmp_path):
+    metric, values, figures = next(iter(bench.METRICS)), (0.5, 0.6, 0.8), []
+    cells = {
+        f"lgdea/0.05/{seed}": {"results": {metric: {"value": value}}}
+        for seed, value in enumerate(values)
+    }
+    monkeypatch.setattr(lgdea_tables.plots, "save", lambda figure, out_png: figures.append(figure))
+    DRAW(cells, tmp_path / "curve.png")
+    (bar,) = figures[0].axes[0].containers[0].lines[2][0].get_segments()
+    assert np.ptp(bar[:, 1]) / 2 == pytest.approx(np.std(values, ddof=1))
+
+
 def test_a_collapse_is_said(study, monkeypatch, capsys):
     begin, _, _ = study
     monkeypatch.setattr(bench, "usage_entropy", lambda file: 0.3)
