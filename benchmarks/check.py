@@ -7,8 +7,10 @@ wherever it stands in them. Its noise is what repeating the same measurement mov
 relative: half the distance of the quartiles over the median, at least FLOOR. A ratio has fallen
 where it is lower than the kept one by more than the noise of both together. Ratios that only the
 new file has are no fault, those that only the kept file has are named. Times are never compared:
-they belong to one machine. Files of different devices or sizes are not compared, and a measurement
-noisier than CEILING has to be taken again: it would let anything pass.
+they belong to one machine. Files that differ in one of FACTS (device, threads, recipe, batch,
+input, settings, a test's sizes) are not compared, and a measurement noisier than CEILING has to be
+taken again, the kept one too: it would let anything pass. What a file does not say of these, and
+another processor, is a warning.
 
 Ends with 1 where a ratio has fallen, with 2 where files cannot be compared.
 """
@@ -27,7 +29,10 @@ from medvlp_jax.writing import replaced
 
 FLOOR = 0.05  # of the noise: medians of few turns agree by chance, too
 CEILING = 0.25
-SAME = ("device", "threads", "cores", "tiny")  # facts of a file that have to be those of the other
+# Facts of a file that have to be those of the other; the first ones every file is to say.
+ALWAYS = ("device", "threads")
+FACTS = (*ALWAYS, "recipe", "batch_size", "input", "settings", "tiny")
+UNKNOWN = "unknown"
 FIELDS = {"median", "quartiles", "noise"}
 
 
@@ -54,6 +59,21 @@ def text(ratio: Mapping[str, Any]) -> str:
     return f"{ratio['median']:.2f} ({low:.2f}-{high:.2f})"
 
 
+def read(file: pathlib.Path) -> dict[str, Any]:
+    """Return what a measurement's file holds.
+
+    Raises:
+      CheckError: where it is no such file.
+    """
+    try:
+        found = json.loads(file.read_text())
+    except ValueError as error:
+        raise CheckError(f"{file} is no JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise CheckError(f"{file} holds a {type(found).__name__} and no measurement.")
+    return found
+
+
 def entries(found: Any, path: str = "") -> Iterator[tuple[str, Mapping]]:
     """Yield (path, ratio) of every ratio in a file."""
     if isinstance(found, Mapping):
@@ -64,18 +84,46 @@ def entries(found: Any, path: str = "") -> Iterator[tuple[str, Mapping]]:
             yield from entries(value, f"{path}/{key}".lstrip("/"))
 
 
+def unlike(new: Mapping, kept: Mapping) -> list[str]:
+    """Return a line for each fact that one file does not say, and for another processor.
+
+    Raises:
+      CheckError: where a fact that both say differs.
+    """
+    lines = []
+    for fact in FACTS:
+        missing = False if fact == "tiny" else UNKNOWN
+        now, then = new.get(fact, missing), kept.get(fact, missing)
+        if UNKNOWN not in (now, then) and now != then:
+            raise CheckError(f"{fact} is {now} now and {then} in the kept file.")
+        if now != then or (now == UNKNOWN and fact in ALWAYS):
+            lines.append(f"{fact} is {now} now and {then} in the kept file.")
+    shared = dict(entries(new)).keys() & dict(entries(kept)).keys()
+    then = dict(_processors(kept))
+    for path, now in _processors(new):
+        is_shared = any(ratio.startswith(path) for ratio in shared)
+        if is_shared and now != (before := then.get(path, UNKNOWN)):
+            where = f" of {path}" if path else ""
+            lines.append(f"the processor{where} is {now} now and {before} in the kept file.")
+    return lines
+
+
+def _processors(found: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """Yield (path, model of the processor) of every part of a file that says it."""
+    if isinstance(found, Mapping):
+        if "cpu" in (measured := found.get("measured") or {}):
+            yield path, measured["cpu"]
+        for key, value in found.items():
+            yield from _processors(value, f"{path}/{key}".lstrip("/"))
+
+
 def fallen(new: Mapping, kept: Mapping) -> list[str]:
     """Return a line for every kept ratio that has fallen or is gone.
 
     Raises:
-      CheckError: where there is nothing to compare, the facts in SAME differ, the new measurement
-        is too noisy, or a ratio is no number above 0.
+      CheckError: where there is nothing to compare, a measurement is too noisy, or a ratio is no
+        number above 0.
     """
-    for fact in SAME:
-        if new.get(fact) != kept.get(fact):
-            raise CheckError(
-                f"{fact} is {new.get(fact)} now and {kept.get(fact)} in the kept file."
-            )
     news, olds = dict(entries(new)), dict(entries(kept))
     if not olds.keys() & news.keys():
         raise CheckError("The two files have no ratio in common.")
@@ -88,11 +136,12 @@ def fallen(new: Mapping, kept: Mapping) -> list[str]:
         for ratio in (now, old):
             if not (math.isfinite(ratio["median"]) and ratio["median"] > 0):
                 raise CheckError(f"{path} is {ratio['median']}, and no ratio.")
-        if now["noise"] > CEILING:
-            raise CheckError(
-                f"{path} has a noise of {now['noise']:.0%}, more than {CEILING:.0%}: measure "
-                "again, with more turns or on an idle machine."
-            )
+        for ratio, which in ((now, ""), (old, " in the kept file")):
+            if not ratio["noise"] <= CEILING:
+                raise CheckError(
+                    f"{path} has a noise of {ratio['noise']:.0%}{which}, more than {CEILING:.0%}: "
+                    "measure again, with more turns or on an idle machine."
+                )
         noise = math.hypot(old["noise"], now["noise"])
         if now["median"] < old["median"] * (1 - noise):
             lines.append(f"{path}: {text(now)}, kept {text(old)}, noise {noise:.0%}")
@@ -108,11 +157,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("kept", type=pathlib.Path)
     options = parser.parse_args(argv)
     try:
-        files = [json.loads(file.read_text()) for file in (options.new, options.kept)]
-        lines = fallen(*files)
-    except (OSError, json.JSONDecodeError, CheckError) as error:
+        files = [read(file) for file in (options.new, options.kept)]
+        warnings, lines = unlike(*files), fallen(*files)
+    except (OSError, CheckError) as error:
         print(f"check: {error}", file=sys.stderr)
         return 2
+    for warning in warnings:
+        print(f"check: WARNING, they may not be comparable: {warning}", file=sys.stderr)
     print("\n".join(lines) or "No ratio has fallen.")
     return 1 if lines else 0
 

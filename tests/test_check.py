@@ -11,8 +11,11 @@ def ratio(median, noise=0.1):
     return {"median": median, "quartiles": [median, median], "noise": noise}
 
 
+FACTS = {"device": "cpu", "threads": 2}
+
+
 def file_of(**ratios):
-    return {"cases": {name: {"ratios": {"eager": entry}} for name, entry in ratios.items()}}
+    return {"cases": {name: {"ratios": {"eager": entry}} for name, entry in ratios.items()}} | FACTS
 
 
 def test_an_entry_is_median_quartiles_and_noise_of_the_ratios():
@@ -60,6 +63,7 @@ def test_the_command_ends_with_a_code_for_each_outcome(tmp_path, capsys):
         "broken": file_of(a=ratio(float("nan"))),
         "noisy": file_of(a=ratio(1.0, 0.6)),
         "tiny": file_of(a=ratio(1.0)) | {"tiny": True},
+        "listed": [file_of(a=ratio(1.0))],
     }
     for name, found in files.items():
         (tmp_path / name).write_text(json.dumps(found))
@@ -68,7 +72,42 @@ def test_the_command_ends_with_a_code_for_each_outcome(tmp_path, capsys):
     assert main("fallen") == 1
     assert "0.50" in capsys.readouterr().out
     unlike = (("other", "no ratio in common"), ("broken", "nan"), ("absent", "absent"))
-    unlike += (("noisy", "noise of 60%"), ("tiny", "tiny is True now and None"))
+    unlike += (("noisy", "noise of 60%"), ("tiny", "tiny is True now and False"))
+    unlike += (("listed", "listed holds a list and no measurement"),)
     for name, said in unlike:
         assert main(name) == 2
-        assert said in capsys.readouterr().err
+        error = capsys.readouterr().err
+        assert said in error
+        assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("fact", check.FACTS)
+def test_files_that_differ_in_a_fact_are_not_compared(fact):
+    kept = file_of(a=ratio(1.0)) | {fact: "one"}
+    with pytest.raises(check.CheckError, match=f"{fact} is other now and one in the kept file"):
+        check.unlike(kept | {fact: "other"}, kept)
+
+
+def test_what_a_file_does_not_say_and_another_processor_is_a_warning(tmp_path, capsys):
+    new = file_of(a=ratio(1.0), b=ratio(1.0)) | {"recipe": "clip", "threads": 2}
+    kept = file_of(a=ratio(1.0))
+    for case in new["cases"].values():
+        case["measured"] = {"cpu": "this"}
+    kept["cases"]["a"]["measured"] = {"cpu": "that"}
+    del kept["threads"]
+    for name, found in (("new", new), ("kept", kept)):
+        (tmp_path / name).write_text(json.dumps(found))
+    assert check.main([str(tmp_path / "new"), str(tmp_path / "kept")]) == 0
+    said = [line.split(": ", 2)[2] for line in capsys.readouterr().err.splitlines()]
+    assert said == [
+        "threads is 2 now and unknown in the kept file.",
+        "recipe is clip now and unknown in the kept file.",
+        "the processor of cases/a is this now and that in the kept file.",
+    ]
+    neither = {name: value for name, value in kept.items() if name != "device"}
+    assert "device is unknown now and unknown" in check.unlike(neither, neither)[0]
+
+
+def test_a_kept_measurement_that_would_let_anything_pass_is_refused():
+    with pytest.raises(check.CheckError, match="noise of 60% in the kept file, more than 25%"):
+        check.fallen(file_of(a=ratio(0.1)), file_of(a=ratio(1.0, 0.6)))
