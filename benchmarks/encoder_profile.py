@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from medvlp_jax import cli
 from medvlp_jax.encoders import modernbert, vit
 from medvlp_jax.encoders.base import Tokens
 from medvlp_jax.writing import replaced
@@ -133,4 +134,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    cli.leave(cli.run(main))

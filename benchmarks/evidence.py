@@ -19,12 +19,15 @@ import time
 
 import numpy as np
 
+from medvlp_jax import cli
+from medvlp_jax.config import UserError
 from medvlp_jax.data import reports
 from medvlp_jax.data.datasets.cxr_phantom import generate, patients
 from medvlp_jax.evidence import agreement, extract, rules, schema
 from medvlp_jax.writing import replaced
 
 SPLITS = ("train", "val")
+INDEX, REPORTS = "index.csv", "ecgen-radiology.tgz"  # of Open-i
 
 
 def findings(items, text, certainty):
@@ -35,10 +38,10 @@ def findings(items, text, certainty):
 
 def mesh_agreement(folder):
     """Return {split: {finding: counts}} with and without findings in doubt."""
-    with (folder / "index.csv").open() as file:
+    with (folder / INDEX).open() as file:
         split = {row["uid"]: row["split"] for row in csv.DictReader(file)}
     found = {}
-    read = list(reports.read_reports(folder / "ecgen-radiology.tgz"))
+    read = list(reports.read_reports(folder / REPORTS))
     read = [r for r in read if r.text and not set(r.headings) & set(agreement.UNINDEXED)]
     for name, certainty in (("all", ("present", "uncertain")), ("present", ("present",))):
         for part in SPLITS:
@@ -70,7 +73,7 @@ def phantom_agreement(count=2000, seed=900):
 
 def speed(folder):
     """Return reports a second of process time: sentences new, and met before."""
-    texts = [r.text for r in reports.read_reports(folder / "ecgen-radiology.tgz") if r.text]
+    texts = [r.text for r in reports.read_reports(folder / REPORTS) if r.text]
     rates = {}
     for name in ("new", "met before"):
         if name == "new":
@@ -154,17 +157,22 @@ def relation_cost(count, prototypes=64, seeds=200, hops=5):
     }
 
 
-def main():
+def main(argv: list[str] | None = None) -> None:
     """Measure what is asked for, print it, and add it to the file."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--openi", type=pathlib.Path, help="folder of ecgen-radiology.tgz")
     parser.add_argument("--relations", type=int, default=0, help="images, and reports")
     parser.add_argument("--out", type=pathlib.Path)
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     results = {}
     if options.out and options.out.exists():
         results = json.loads(options.out.read_text())
     if options.openi:
+        if missing := [name for name in (INDEX, REPORTS) if not (options.openi / name).is_file()]:
+            raise UserError(
+                f"--openi={options.openi} has no {' and no '.join(missing)}: name the folder of "
+                f"Open-i's reports that holds {INDEX} and {REPORTS}."
+            )
         found = mesh_agreement(options.openi)
         sections, exact = phantom_agreement()
         print(table(found))
@@ -188,4 +196,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    cli.leave(cli.run(main))

@@ -26,6 +26,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from benchmarks import check
+from medvlp_jax import cli
 
 ROOT = pathlib.Path(__file__).parents[1]
 MINUTES = 8
@@ -140,4 +141,4 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    cli.leave(cli.run(main))

@@ -26,7 +26,7 @@ from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from jax.experimental import topologies
 
 from benchmarks import check, encoder_profile, step_profile
-from medvlp_jax import plan, train
+from medvlp_jax import cli, plan, train
 
 # What XLA wants to know, by NVIDIA's data sheets of H100 and H200.
 CHIP = """
@@ -193,4 +193,4 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    cli.leave(cli.run(main))

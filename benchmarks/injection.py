@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from medvlp_jax import convert, sharding
+from medvlp_jax import cli, convert, sharding
 from medvlp_jax.convert import lora
 from medvlp_jax.data import knowledge, pipeline
 from medvlp_jax.data import text as tokenisation
@@ -252,13 +252,13 @@ def summary(found: dict) -> str:
     return "\n".join(lines)
 
 
-def main():
+def main(argv: list[str] | None = None) -> None:
     """Measure, print a table, and write every number."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=STEPS, help="of injection")
     parser.add_argument("--out", type=pathlib.Path)
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as scratch:
         found = study(options.seeds, options.steps, pathlib.Path(scratch))
     print(summary(found))
@@ -269,4 +269,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    cli.leave(cli.run(main))

@@ -29,6 +29,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import numpy as np
 
+from medvlp_jax import cli
 from medvlp_jax.training.checkpoint import Checkpointer
 from medvlp_jax.writing import replaced
 
@@ -259,7 +260,7 @@ def table(studies: list[dict]) -> str:
     return "\n".join(rows)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Run the studies."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -269,7 +270,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--home", type=pathlib.Path, help="where runs go; default: a temporary one")
     parser.add_argument("--out", type=pathlib.Path)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     home = arguments.home or pathlib.Path(tempfile.mkdtemp(prefix="kills-"))
     home.mkdir(parents=True, exist_ok=True)
     studies = [
@@ -285,4 +286,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.leave(cli.run(main))

@@ -32,7 +32,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from medvlp_jax import assemble, examples, sharding, train
+from medvlp_jax import assemble, cli, examples, sharding, train
 from medvlp_jax.training import optim
 from medvlp_jax.training import params as paths
 from medvlp_jax.training import step as training
@@ -102,7 +102,7 @@ def table(steps: int, names: list[str], apart: dict) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Run all and print the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -112,7 +112,7 @@ def main() -> None:
     parser.add_argument("--devices", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--float64", action="store_true", help="compute in double precision")
     parser.add_argument("--out", type=pathlib.Path)
-    arguments, overrides = parser.parse_known_args()
+    arguments, overrides = parser.parse_known_args(argv)
     flags.FLAGS.mark_as_parsed()
     config, _ = train.resolve([f"--config={arguments.config}", *overrides])
     study = Study(in_double(config) if DOUBLE else config)
@@ -131,4 +131,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.leave(cli.run(main))

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from medvlp_jax import cli
 from medvlp_jax.encoders.mamba3d import convolve, convolve_by_slices, selective_scan
 from medvlp_jax.writing import replaced
 
@@ -98,7 +99,7 @@ def compared(times: dict) -> dict:
     return times
 
 
-def main():
+def main(argv: list[str] | None = None) -> None:
     """Print tables and keep them."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -107,7 +108,7 @@ def main():
     parser.add_argument("--length", type=int, default=6144)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=pathlib.Path)
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     found = {
         "device": f"{jax.devices()[0].device_kind}, {platform.machine()}",
         f"scan, batch {options.batch}, {options.length} tokens": scans(
@@ -130,4 +131,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    cli.leave(cli.run(main))

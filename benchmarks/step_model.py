@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from absl import flags
 
-from medvlp_jax import plan, train
+from medvlp_jax import cli, plan, train
 from medvlp_jax.writing import replaced
 
 
@@ -191,4 +191,4 @@ def main(argv: list[str] | None = None) -> list[dict]:
 
 
 if __name__ == "__main__":
-    main()
+    cli.leave(cli.run(main))

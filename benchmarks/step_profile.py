@@ -24,7 +24,7 @@ import jax
 from absl import flags
 
 from benchmarks import encoder_profile, train_step
-from medvlp_jax import plan, train
+from medvlp_jax import cli, plan, train
 from medvlp_jax.training import flops
 from medvlp_jax.writing import replaced
 
@@ -142,4 +142,4 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    cli.leave(cli.run(main))

@@ -31,7 +31,8 @@ import numpy as np
 from absl import flags
 from jax.experimental.compilation_cache import compilation_cache
 
-from medvlp_jax import assemble, examples, plan, sharding, train
+from medvlp_jax import assemble, cli, examples, plan, sharding, train
+from medvlp_jax.config import UserError
 from medvlp_jax.data import packing
 from medvlp_jax.encoders.base import Packed, Tokens
 from medvlp_jax.training import flops
@@ -340,7 +341,10 @@ def weak_scaling(arguments, settings: list[str], batch_size: int) -> list[dict]:
         command = [sys.executable, __file__, *settings, f"--devices={count}"]
         command += [f"--config.train.batch_size={count * batch_size}"]
         command += [f"--rounds={arguments.rounds}", f"--steps={arguments.steps}", "--json"]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        command += ["--data"] * arguments.data + ["--quick"] * arguments.quick
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+        if done.returncode:  # it has said why
+            raise UserError(f"--weak: {count} devices could not be measured, see above.")
         rows.append(json.loads(done.stdout.splitlines()[-1]))
     alone = rows[0]["step_seconds"] / rows[0]["devices"]
     for row in rows:
@@ -396,6 +400,8 @@ def main(argv: list[str] | None = None) -> list[dict]:
     arguments, settings = parser.parse_known_args(argv)
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # Grain reads absl's own flags
+    if arguments.weak and arguments.devices:
+        parser.error("--weak emulates devices by itself: leave --devices out.")
     config, _ = train.resolve(settings)
     how = {"data": arguments.data, "rounds": arguments.rounds, "steps": arguments.steps}
     how |= {"quick": arguments.quick}
@@ -416,4 +422,4 @@ def main(argv: list[str] | None = None) -> list[dict]:
 
 
 if __name__ == "__main__":
-    main()
+    cli.leave(cli.run(main))
