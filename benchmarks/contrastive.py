@@ -1,13 +1,15 @@
 """Contrastive losses: memory against the batch size, and what tiling costs in time.
 
-  python benchmarks/contrastive.py [--parts memory time large] [--repeats 9] [--out FILE.json]
+  python -m benchmarks.contrastive [--parts memory time large] [--repeats 9] [--out FILE.json]
 
 memory  compiled temporary memory of value and gradient on one of 8 emulated devices, D = 512
 time    wall time of value and gradient on this machine, all variants by turns, medians of pairs
 large   exact softmax at B = 65,536 in a process of its own: seconds and peak resident memory
 
-Prints markdown tables and writes every number. "ring" is the loop over neighbours that other code
-differentiates directly (clip-jax, open_clip): its backward pass keeps the logits of every hop.
+Prints markdown tables and writes every number; parts that were measured before stay in the file,
+and "measured" says of each which code, processor and versions it is of. "ring" is the loop over
+neighbours that other code differentiates directly (clip-jax, open_clip): its backward pass keeps
+the logits of every hop.
 """
 
 import argparse
@@ -15,7 +17,6 @@ import functools
 import json
 import os
 import pathlib
-import platform
 import resource
 import subprocess
 import sys
@@ -29,11 +30,12 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from medvlp_jax import sharding
+from benchmarks import check, studies
+from medvlp_jax import cli, sharding
 from medvlp_jax.losses import contrastive, tiled
 from medvlp_jax.losses.contrastive import ClinicalPrior, RowSoftmax, SameId
-from medvlp_jax.writing import replaced
 
+ROOT = pathlib.Path(__file__).parents[1]
 WIDTH = 512
 DEVICES = 8
 MEMORY_BATCHES = (4_096, 16_384, 32_768, 65_536, 131_072, 262_144)
@@ -186,8 +188,17 @@ def in_a_process(part: str, repeats: int) -> dict:
     if part == "memory":
         flag = f"--xla_force_host_platform_device_count={DEVICES}"
         environment["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} {flag}"
-    command = [sys.executable, __file__, "--measure", part, "--repeats", str(repeats)]
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.contrastive",
+        "--measure",
+        part,
+        "--repeats",
+        str(repeats),
+    ]
+    how = {"cwd": ROOT, "env": environment, "stdout": subprocess.PIPE, "text": True}
+    done = subprocess.run(command, check=True, **how)
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -221,7 +232,18 @@ def tables(results: dict) -> str:
     return "\n\n".join(parts)
 
 
-def main() -> None:
+def before(out: pathlib.Path) -> dict:
+    """Return what a file holds, with what each of its parts was measured with.
+
+    Until November 2026 one word on the machine stood for all parts.
+    """
+    results = studies.read(out)
+    machine = results.pop("machine", None)
+    parts = dict.fromkeys(results.keys() - {"measured"}, machine) if machine else {}
+    return {**results, "measured": parts | results.get("measured", {})}
+
+
+def main(argv: list[str] | None = None) -> None:
     """Run the parts asked for; parts measured before stay in the file."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -233,20 +255,20 @@ def main() -> None:
     parser.add_argument(
         "--out", type=pathlib.Path, default=pathlib.Path("benchmarks/results/contrastive.json")
     )
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     if arguments.measure:
         measure = measures[arguments.measure]
         print(json.dumps(measure(arguments.repeats) if measure is timings else measure()))
         return
-    results = json.loads(arguments.out.read_text()) if arguments.out.is_file() else {}
-    machine = {"jax": jax.__version__, "cores": os.cpu_count(), "machine": platform.machine()}
+    from benchmarks import origin  # here, since what it imports would count as memory in `large`
+
+    results = before(arguments.out)
     for part in arguments.parts:
         results[part] = in_a_process(part, arguments.repeats)
-        results["machine"] = machine
-        with replaced(arguments.out) as scratch:
-            scratch.write_text(json.dumps(results, indent=1) + "\n")
+        results["measured"][part] = {"threads": len(os.sched_getaffinity(0)), **origin.measured()}
+        check.keep(arguments.out, results)
     print(tables(results))
 
 
 if __name__ == "__main__":
-    main()
+    cli.leave(cli.run(main))

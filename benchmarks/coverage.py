@@ -1,11 +1,11 @@
 """How often do 95 % intervals hold the truth, and how often does a test err? Simulated patients.
 
-  python benchmarks/coverage.py [--replications 1000] [--out benchmarks/results/coverage.json]
+  python benchmarks/coverage.py [--replications 1000] [--out FILE.json]
 
 Scores are normal, s = sqrt(1/2) (b + e) with b of the patient and e of the image where a patient
 has several, and positives are shifted by delta: the true AUROC is Phi(delta / sqrt(2)) (binormal).
 An image is right where s < Phi^-1(p): the true accuracy is p. Prints the tables of
-docs/evaluation.md and writes every number.
+docs/evaluation.md; --out gets every number.
 
 Axis letters: N rows, M replications.
 """
@@ -19,6 +19,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 from scipy import stats
 
+from medvlp_jax import cli
+from medvlp_jax.config import UserError
 from medvlp_jax.evaluation import metrics, statistics
 from medvlp_jax.writing import replaced
 
@@ -199,21 +201,23 @@ def _line(row: dict) -> str:
     return f"| {' | '.join(map(str, [*setting, row['method'], *rates]))} | {row['width']:.3f} |"
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--replications", type=int, default=1000)
-    default = pathlib.Path(__file__).parent / "results/coverage.json"
-    parser.add_argument("--out", type=pathlib.Path, default=default)
-    options = parser.parse_args()
+    parser.add_argument("--out", type=pathlib.Path, help="file that gets every number as JSON")
+    options = parser.parse_args(argv)
+    if options.replications < 1:
+        raise UserError(f"--replications={options.replications} must be above 0.")
     began = time.process_time()
     found = study(options.replications)
     found["cpu_seconds"] = round(time.process_time() - began)
-    with replaced(options.out) as scratch:
-        scratch.write_text(json.dumps(found, indent=1) + "\n")
+    if options.out:
+        with replaced(options.out) as scratch:
+            scratch.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    cli.leave(cli.run(main))

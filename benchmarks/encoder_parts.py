@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from medvlp_jax import cli
 from medvlp_jax.encoders import resnet
 from medvlp_jax.layers import Attention, BatchNorm, LayerNorm, Linear, PatchEmbedding, gelu
 from medvlp_jax.writing import replaced
@@ -181,15 +182,15 @@ def main(argv=None):
     )
     parser.add_argument("--parts", nargs="+", choices=tuple(PARTS), default=tuple(PARTS))
     parser.add_argument("--rounds", type=int, default=7)
-    default = pathlib.Path(__file__).parent / "results/encoder_parts.json"
-    parser.add_argument("--out", type=pathlib.Path, default=default)
+    parser.add_argument("--out", type=pathlib.Path, help="file that gets every number as JSON")
     options = parser.parse_args(argv)
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # before XLA makes its threads
     results = {name: compare(PARTS[name], options.rounds) for name in options.parts}
-    with replaced(options.out) as scratch:
-        scratch.write_text(json.dumps(results, indent=1) + "\n")
+    if options.out:
+        with replaced(options.out) as scratch:
+            scratch.write_text(json.dumps(results, indent=1) + "\n")
     print(table(results))
 
 
 if __name__ == "__main__":
-    main()
+    cli.leave(cli.run(main))

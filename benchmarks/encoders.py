@@ -1,42 +1,48 @@
 """Encoders: speed beside PyTorch on a CPU, images a second and MFU on a GPU.
 
-  python benchmarks/encoders.py [--models vit ...] [--pairs 9] [--tiny] [--out FILE.json]
+  python -m benchmarks.encoders [--models vit ...] [--pairs 9] [--tiny] [--out FILE.json]
 
 cpu  The same float32 weights in `transformers` (eager) and here, both with the same number of
      threads, run by turns: forward, and forward with backward. A ratio is PyTorch's time over ours,
      of two runs that followed one another; printed are the median and the quartiles, above 1 we are
-     faster.
+     faster. A convolutional model runs there with its channels first and last by turns, and the
+     faster layout is the one that counts.
 gpu  bfloat16 forward and backward here alone: examples a second; MFU counts three times the forward
      pass's operations, over the chip's published peak and over a matrix product of this very run.
 
-Prints markdown tables and writes every number; models measured before, under the same versions
-and threads, stay in the file. Weights and inputs are random. --tiny only shows that it all runs.
+Prints markdown tables and writes every number; models measured before, on this device with as many
+threads, stay in the file, and each says under "measured" which code, processor and versions it is
+of. Weights and inputs are random. --tiny only shows that it all runs.
 """
 
 import argparse
+import copy
 import functools
 import gc
-import json
 import os
 import pathlib
-import platform
 import statistics
+import sys
 import tempfile
 import time
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from tqdm import tqdm
 
-from medvlp_jax import convert
+from benchmarks import check, origin, studies
+from medvlp_jax import cli, convert
 from medvlp_jax.convert.architectures import table_of_module
 from medvlp_jax.encoders import modernbert, qwen3, resnet, vit
 from medvlp_jax.encoders.base import Tokens
-from medvlp_jax.writing import replaced
 
 PEAK = 989e12  # dense bfloat16 of an H100 or H200, NVIDIA's data sheet
 MATMUL = 8192  # side of the matrix product
+LAYOUTS = ("channels first", "channels last")  # of images in PyTorch
+WARM = 3  # turns by which the faster of them is found
 REST = 0.1  # seconds before each turn: the threads of the other one spin for a while when idle
 
 
@@ -105,15 +111,24 @@ def functions_of_ours(module, variables, inputs):
     return lambda: forward(params), lambda: backward(params)
 
 
-def functions_of_theirs(model, inputs):
-    """Return forward and forward with backward of a PyTorch model."""
+def functions_of_theirs(model, inputs, layout=LAYOUTS[0]):
+    """Return forward and forward with backward of a PyTorch model.
+
+    Args:
+      model: of `transformers`; is brought into the layout.
+      inputs: images or texts.
+      layout: of images and kernels in memory, of LAYOUTS.
+    """
     import torch
 
     if isinstance(inputs, Tokens):
         ids, mask = (torch.tensor(np.asarray(leaf)).long() for leaf in inputs)
         given = {"input_ids": ids, "attention_mask": mask}
     else:
-        given = {"pixel_values": torch.tensor(np.asarray(inputs)).permute(0, 3, 1, 2).contiguous()}
+        kinds = dict(zip(LAYOUTS, (torch.contiguous_format, torch.channels_last), strict=True))
+        model.to(memory_format=kinds[layout])
+        pixels = torch.tensor(np.asarray(inputs)).permute(0, 3, 1, 2)
+        given = {"pixel_values": pixels.contiguous(memory_format=kinds[layout])}
 
     def forward():
         model.eval()
@@ -135,10 +150,25 @@ def seconds(work):
     return time.perf_counter() - start
 
 
-def by_turns(ours, theirs, pairs):
+def is_convolutional(model) -> bool:
+    """Say whether a PyTorch model has more convolutions than the one that cuts patches."""
+    import torch
+
+    return sum(isinstance(part, torch.nn.Conv2d) for part in model.modules()) > 1
+
+
+def fastest(works: Mapping[str, Callable], turns: int = WARM) -> str:
+    """Return which of them takes the least time, the first run of each left out."""
+    if len(works) == 1:
+        return next(iter(works))
+    taken = [[seconds(work) for work in works.values()] for _ in range(turns + 1)]
+    return list(works)[np.argmin(np.median(taken[1:], 0))]
+
+
+def by_turns(ours, theirs, pairs, said=None):
     """Return the times of both, [pairs] each; who goes first changes from pair to pair."""
     times = ([], [])
-    for i in range(pairs):
+    for i in tqdm(range(pairs), desc=said, unit="pair", disable=said is None):
         for which in (0, 1) if i % 2 else (1, 0):
             time.sleep(REST)
             times[which].append(seconds((ours, theirs)[which]))
@@ -173,8 +203,13 @@ def compare(model, pairs, *, threads):
         module, variables = convert.load(folder)
     inputs = draw_input(model.cpu, model.module)
     functions = functions_of_ours(module, jax.device_put(variables), inputs)
-    others = functions_of_theirs(theirs, inputs)
-    ours, reference = np.asarray(functions[0]()), others[0]()
+    layouts = LAYOUTS if is_convolutional(theirs) else LAYOUTS[:1]
+    copies = [theirs, *(copy.deepcopy(theirs) for _ in layouts[1:])]
+    others = {
+        layout: functions_of_theirs(each, inputs, layout)
+        for layout, each in zip(layouts, copies, strict=True)
+    }
+    ours, reference = np.asarray(functions[0]()), others[LAYOUTS[0]][0]()
     if reference.ndim == 4:
         reference = reference.flatten(2).transpose(1, 2)
     reference = reference[:, reference.shape[1] - ours.shape[1] :].numpy()
@@ -183,9 +218,13 @@ def compare(model, pairs, *, threads):
         "input": model.cpu,
         "error": float(np.abs(ours - reference).max() / np.abs(reference).max()),
     }
-    for name, mine, other in zip(("forward", "backward"), functions, others, strict=True):
+    for i, name in enumerate(("forward", "backward")):
+        works = {layout: each[i] for layout, each in others.items()}
+        layout = fastest(works)
+        mine, other = functions[i], works[layout]
         seconds(mine), seconds(other)  # compiled, and buffers allocated
-        found[name] = summary(*by_turns(mine, other, pairs))
+        found[name] = summary(*by_turns(mine, other, pairs, f"{model.title}, {name}"))
+        found[name] |= {} if isinstance(inputs, Tokens) else {"torch_layout": layout}
     return found
 
 
@@ -258,17 +297,6 @@ def table_gpu(models):
     return "\n".join(lines)
 
 
-def versions(backend):
-    """Return what the numbers depend on besides the machine."""
-    found = {"python": platform.python_version(), "jax": jax.__version__}
-    if backend == "cpu":
-        import torch
-        import transformers
-
-        found |= {"torch": torch.__version__, "transformers": transformers.__version__}
-    return found
-
-
 def main(argv=None):
     """Measure, print, write."""
     parser = argparse.ArgumentParser(
@@ -289,21 +317,20 @@ def main(argv=None):
         if backend == "cpu"
         else (throughput, table_gpu)
     )
-    results = {"device": jax.devices()[0].device_kind, "threads": threads}
-    results |= {"versions": versions(backend)}
-    stored = json.loads(options.out.read_text()) if options.out.is_file() else {}
-    before = dict(stored.get(backend, {}))
-    models = before.pop("models", {})
-    models = models if before == results else {}
+    facts = {"device": jax.devices()[0].device_kind, "threads": threads}
+    facts |= {"tiny": True} if options.tiny else {}
+    stored = studies.read(options.out)
+    models = studies.parts(options.out, stored.get(backend, {}), "models", facts)
+    libraries = ("torch", "transformers") if backend == "cpu" else ()
     for name in options.models:
         model = tiny(name, MODELS[name]) if options.tiny else MODELS[name]
-        models[name] = measure(model, options.pairs)
-        stored[backend] = {**results, "models": models}
-        with replaced(options.out) as scratch:
-            scratch.write_text(json.dumps(stored, indent=1) + "\n")
+        print(model.title, file=sys.stderr, flush=True)
+        models[name] = measure(model, options.pairs) | {"measured": origin.measured(*libraries)}
+        stored[backend] = {**facts, "models": models}
+        check.keep(options.out, stored)
         gc.collect()
     print(table(models))
 
 
 if __name__ == "__main__":
-    main()
+    cli.leave(cli.run(main))

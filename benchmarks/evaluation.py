@@ -8,6 +8,7 @@ trained on the labels, masks or boxes themselves. The first two are pretrained h
 steps; zero-shot, retrieval, grounding and probes with 1, 10 and 100 % of the training patients come
 from that run, the random row from its control; fine-tuning, masks and boxes from `medvlp adapt`.
 Masks are of lungs and hearts, boxes of findings. What is done is kept: run the same command again.
+Rows that --only leaves out stay in --out as they are there.
 """
 
 import argparse
@@ -145,9 +146,11 @@ def main(argv: list[str] | None = None) -> None:
     arguments.folder = arguments.folder.absolute()
     settings = {"pretraining_steps": arguments.steps, "adapting_steps": LENGTHS}
     settings["overrides"] = studies.deciding(overrides)
+    kept = studies.finished(arguments.out, settings).get("rows", {})
     begin(arguments.folder, settings)
     began = time.time()
-    rows = measure(arguments, overrides)
+    rows = kept | measure(arguments, overrides)
+    rows = {name: rows[name] for name in TITLES if name in rows}
     minutes = (time.time() - began) / 60
     content = {"settings": settings, "minutes_of_the_last_start": minutes, "rows": rows}
     studies.keep(arguments.out, content, table(rows))
@@ -160,7 +163,7 @@ def begin(folder: pathlib.Path, settings: Mapping) -> None:
     Raises:
       UserError: if it holds runs of others, whose numbers would be taken for these.
     """
-    studies.finished(folder / "study.json", settings)
+    studies.finished(folder / "study.json", settings, flag="--folder")
     with replaced(folder / "study.json") as scratch:
         scratch.write_text(json.dumps({"settings": settings}, indent=1) + "\n")
 

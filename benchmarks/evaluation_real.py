@@ -7,7 +7,8 @@ DIR holds radiology_qa, cxr_pairs, cxr_tabular, brain_mr_tabular and derm_tabula
 of its corpus describes it. IMITATE is trained on radiology_qa and on cxr_pairs, CFCML on
 cxr_tabular; the image encoder of the first then gets heads for lungs, tumours and skin lesions,
 once a seed, beside the same encoder with random weights. Skin lesions by themselves are
-methods_cfcml.py's. What is done is kept: run the same command again.
+methods_cfcml.py's. What is done is kept: run the same command again. Lines of what --only leaves
+out stay in --out as they are there.
 """
 
 import argparse
@@ -178,6 +179,16 @@ def measure(arguments: argparse.Namespace) -> list[dict]:
     return lines
 
 
+def merged(kept: list[dict], lines: list[dict]) -> list[dict]:
+    """Return the lines of a file with those measured now in the place of older ones."""
+    own = lambda line: (line["of"], line["title"])
+    found = {own(line): line for line in (*kept, *lines)}
+    rows = [row for name in (*RUNS, *ADAPTED) for row in ROWS if row.of == name]  # as measured
+    order = [(SAID[row.of], row.title) for row in rows]
+    place = {title: i for i, title in enumerate(order)}  # a title that is no more comes last
+    return sorted(found.values(), key=lambda line: place.get(own(line), len(place)))
+
+
 def table(lines: list[dict]) -> str:
     """Lay it out in Markdown."""
     text = ["| | | trained | untrained | another control | guessing |", "|---|---|---|---|---|---|"]
@@ -206,8 +217,9 @@ def main(argv: list[str] | None = None) -> None:
     flags.FLAGS.mark_as_parsed()
     arguments.folder = arguments.folder.absolute()
     settings = {"seeds": arguments.seeds, "overrides": []}
+    kept = studies.finished(arguments.out, settings).get("lines", [])
     begin(arguments.folder, settings)
-    lines = measure(arguments)
+    lines = merged(kept, measure(arguments))
     studies.keep(arguments.out, {"settings": settings, "lines": lines}, table(lines))
 
 

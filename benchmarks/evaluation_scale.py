@@ -1,7 +1,7 @@
 """Where time and memory go when 25,596 radiographs are evaluated with 14 findings.
 
   python -m benchmarks.evaluation_scale [--images 25596] [--folder runs/evaluation_scale]
-      [--out benchmarks/results/evaluation-scale.json]
+      [--out FILE.json]
 
 A folder in the layout of NIH ChestX-ray14 with the official number of test images, 200 generated
 radiographs under many names, is prepared, and a CLIP with random weights (ViT-Ti/32, 224 pixels)
@@ -139,10 +139,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    out = "benchmarks/results/evaluation-scale.json"
     parser.add_argument("--images", type=int, default=25_596)
     parser.add_argument("--folder", type=pathlib.Path, default="runs/evaluation_scale")
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path(out))
+    parser.add_argument("--out", type=pathlib.Path, help="file that gets every number as JSON")
     arguments = parser.parse_args(argv)
     source = make_corpus(arguments.folder / f"source-{arguments.images}", arguments.images)
     data = arguments.folder / f"data-{arguments.images}"
@@ -162,7 +161,8 @@ def main(argv: list[str] | None = None) -> None:
     watch.join()
     found = {"seconds": round(time.perf_counter() - began)} | profile(watch.looks)
     settings = {"images": arguments.images, "findings": len(cxr_labels.NIH)}
-    studies.keep(arguments.out, {"settings": settings, **found}, table(found))
+    if arguments.out:
+        studies.keep(arguments.out, {"settings": settings, **found}, table(found))
     print(f"\n{table(found)}")
 
 

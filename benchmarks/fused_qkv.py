@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from medvlp_jax import cli
 from medvlp_jax.writing import replaced
 
 # Rows of the batch times tokens, and the width.
@@ -25,7 +26,7 @@ SHAPES = {
     "ViT-B/16, 16 images": (16 * 197, 768),
     "ViT-S/16, 32 images": (32 * 197, 384),
     "BERT-base, 16 texts of 128": (16 * 128, 768),
-    "the demo's text encoder, 64 texts of 48": (64 * 48, 96),
+    "the text encoder of LGDEA's demo, 64 texts of 48": (64 * 48, 96),
 }
 NAMES = ("query", "key", "value")
 
@@ -87,21 +88,22 @@ def main(argv=None):
     )
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    default = pathlib.Path(__file__).parent / "results/fused_qkv.json"
-    parser.add_argument("--out", type=pathlib.Path, default=default)
+    parser.add_argument("--out", type=pathlib.Path, help="file that gets every number as JSON")
     options = parser.parse_args(argv)
     # One core on a CPU, before XLA makes its threads: their waiting would count.
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    results = {"device": jax.devices()[0].device_kind, "dtype": options.dtype, "shapes": {}}
+    results = {"device": jax.devices()[0].device_kind, "dtype": options.dtype}
+    results |= {"rounds": options.rounds, "shapes": {}}
     print("| | three products | three over one |\n|---|---:|---:|")
     for name, (rows, width) in SHAPES.items():
         found = compare(inputs(rows, width, options.dtype), options.rounds)
         results["shapes"][name] = found
         spread = f"{found['ratio']:.2f} ({found['low']:.2f}-{found['high']:.2f})"
         print(f"| {name} | {found['three_seconds'] * 1e3:.0f} ms | {spread} |", flush=True)
-    with replaced(options.out) as temporary:
-        temporary.write_text(json.dumps(results, indent=1) + "\n")
+    if options.out:
+        with replaced(options.out) as temporary:
+            temporary.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    cli.leave(cli.run(main))

@@ -26,8 +26,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from PIL import Image
 
-from benchmarks import check
-from medvlp_jax import bench
+from benchmarks import check, origin
+from medvlp_jax import bench, cli
 from medvlp_jax.data import pipeline, text, transforms
 from medvlp_jax.data.datasets.cxr_phantom import generate
 
@@ -199,6 +199,11 @@ def main(argv=None) -> dict:
     options = parser.parse_args(argv)
     records = radiographs(options.images)
     found = {
+        "device": "cpu",
+        "threads": len(os.sched_getaffinity(0)),
+        "batch_size": BATCH,
+        "images": options.images,
+        "measured": origin.measured("numpy", "pillow", "grain"),
         "bytes": {key: int(np.mean([len(r[key]) for r in records])) for key in ("large", "image")},
         "parts": parts(records, options.rounds),
         "pipeline": whole(records, seconds=options.seconds, rounds=options.rounds),
@@ -211,4 +216,4 @@ def main(argv=None) -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    cli.leave(cli.run(main))

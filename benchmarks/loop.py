@@ -14,6 +14,7 @@ that lie ready on the host instead, so that the loop alone is measured.
 import argparse
 import itertools
 import json
+import os
 import pathlib
 import statistics
 import tempfile
@@ -22,8 +23,8 @@ import time
 import jax
 from absl import flags
 
-from benchmarks import check
-from medvlp_jax import assemble, examples, sharding, train
+from benchmarks import check, origin, studies
+from medvlp_jax import assemble, cli, examples, sharding, train
 from medvlp_jax.training import loop, optim
 from medvlp_jax.training import params as paths
 from medvlp_jax.training import step as training
@@ -136,6 +137,7 @@ def measure(config: dict, *, blocks: int, held: bool, block: int = BLOCK) -> dic
     return {
         "recipe": config["recipe"]["name"],
         "device": jax.devices()[0].device_kind,
+        "threads": len(os.sched_getaffinity(0)),
         "batch_size": config["train"]["batch_size"],
         "input": "held" if held else "corpora",
         "loop_step_seconds": statistics.median(ours) / block,
@@ -159,6 +161,8 @@ def main(argv: list[str] | None = None) -> dict:
         flags.FLAGS.mark_as_parsed()
     config, _ = train.resolve(settings)
     found = measure(config, blocks=options.blocks, held=options.held, block=options.block)
+    found |= {"settings": studies.deciding(settings), "block": options.block}
+    found["measured"] = origin.measured()
     print(
         f"{found['recipe']}, {found['batch_size']} pairs on {found['device']}, "
         f"input {found['input']}: {1e3 * found['loop_step_seconds']:,.1f} ms a step in the loop, "
@@ -171,4 +175,4 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    cli.leave(cli.run(main))

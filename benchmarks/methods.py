@@ -1,24 +1,25 @@
 """Ablations with seeds: the same budget, one setting changed, retrieval with intervals.
 
-  python benchmarks/methods.py [--steps 200] [--seeds 3] [--out benchmarks/results/cicl.json]
+  python -m benchmarks.methods [--steps 200] [--seeds 3] [--arms InfoNCE ...]
+      [--out benchmarks/results/cicl.json] [--config.KEY=VALUE ...]
 
 Compares IMITATE's clinical-informed loss with plain InfoNCE (recipe.kernel=none) on the generated
 radiographs, whose reports repeat and nearly repeat. Same-class retrieval is image to text P@K: the
 share of the first K reports whose set of findings is that of the image. Prints a markdown table
-and writes every number.
+and writes every number; a training that is done stays in the file and is not run again.
 """
 
 import argparse
-import json
 import pathlib
 import tempfile
 
 import numpy as np
 from absl import flags
 
+from benchmarks import studies
 from medvlp_jax import cli, train
-from medvlp_jax.writing import replaced
 
+CONFIG = "configs/imitate.py:demo"
 ARMS = {
     "InfoNCE": {"kernel": "none"},
     "CICL, as released": {"kernel": "exp", "centre_prior": False},
@@ -35,7 +36,7 @@ METRICS = {
 
 def run_arm(fields: dict, seed: int, steps: int, overrides: list[str]) -> dict:
     """Train once and return the results."""
-    config, _ = train.resolve(["--config=configs/imitate.py:demo", *overrides])
+    config, _ = train.resolve([f"--config={CONFIG}", *overrides])
     config["seed"] = seed
     config["recipe"] |= fields
     config["train"] |= {"steps": steps, "evaluate_every": 0, "export": False}
@@ -77,16 +78,21 @@ def main(argv: list[str] | None = None) -> None:
     )
     arguments, overrides = parser.parse_known_args(argv)
     flags.FLAGS.mark_as_parsed()
-    results = {arm: [] for arm in arguments.arms}
+    settings = {"config": CONFIG, "steps": arguments.steps}
+    settings["overrides"] = studies.deciding(overrides)
+    results = {arm: [] for arm in ARMS}
+    results |= studies.finished(arguments.out, settings).get("results", {})
+    shown = lambda: table({arm: runs for arm, runs in results.items() if runs})
     # Seeds outermost: an interrupted study is still a paired one.
     for seed in range(arguments.seeds):
         for arm in arguments.arms:
+            if len(results[arm]) > seed:
+                continue
             found = run_arm(ARMS[arm], seed, arguments.steps, overrides)
             results[arm].append({k: v for k, v in found.items() if k in METRICS})
-            whole = json.dumps({"steps": arguments.steps, "results": results}, indent=1)
-            with replaced(arguments.out) as scratch:
-                scratch.write_text(whole)
-            print(f"\nseed {seed}, {arm} done\n{table({k: v for k, v in results.items() if v})}")
+            studies.keep(arguments.out, {"settings": settings, "results": results})
+            print(f"\nseed {seed}, {arm} done\n{shown()}", flush=True)
+    print(shown())
 
 
 if __name__ == "__main__":

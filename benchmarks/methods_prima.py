@@ -8,8 +8,9 @@ A cell is one row on one fold: every stage it has, trained one after another, an
 --rows all adds the nine rows of Table 3 (spec A.7), of which the last is "prima". A finished cell
 is written to --out at once and never run again; an interrupted one goes on from its checkpoint: run
 the same command again. Runs and the risk corpus lie in --folder, those of other settings in a
-folder of their own there. Beside the numbers comes a Markdown table: means over folds, and PRIMA minus
-each row in macro F1, over resamples of patients and, as papers do, over folds (corrected t test).
+folder of their own there. Beside the numbers comes a Markdown table: means over folds, and PRIMA
+minus each row in macro F1, over resamples of patients and, as papers do, over folds (corrected t
+test).
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """How right are LGDEA's relations? What related reports say of unpaired images, beside the truth.
 
-  python benchmarks/relations.py RUN [RUN ...] [--out benchmarks/results/lgdea-relations.json]
+  python benchmarks/relations.py RUN [RUN ...] [--out FILE.json]
 
 RUN is a run of LGDEA that has its checkpoint. Its corpus knows the findings of every image and of
 every report, which training never sees. An image without a pair is given the findings of the
@@ -128,18 +128,18 @@ def table(runs: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure every run, print the table and keep the numbers."""
+    """Measure every run, print the table, and keep the numbers where --out says."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", nargs="+", type=pathlib.Path, help="run folders")
-    out = pathlib.Path("benchmarks/results/lgdea-relations.json")
-    parser.add_argument("--out", type=pathlib.Path, default=out)
+    parser.add_argument("--out", type=pathlib.Path, help="file that gets every number as JSON")
     arguments = parser.parse_args(argv)
     flags.FLAGS.mark_as_parsed()
     runs = {run.name: measure(run.absolute()) for run in arguments.runs}
-    with replaced(arguments.out) as temporary:
-        temporary.write_text(json.dumps(runs, indent=1) + "\n")
+    if arguments.out:
+        with replaced(arguments.out) as temporary:
+            temporary.write_text(json.dumps(runs, indent=1) + "\n")
     print(table(runs))
 
 

@@ -14,6 +14,7 @@ the arm is faster. An arm that cannot be compiled is named, with its reason, and
 
 import argparse
 import json
+import os
 import pathlib
 import time
 from collections.abc import Sequence
@@ -21,8 +22,8 @@ from collections.abc import Sequence
 import jax
 from absl import flags
 
-from benchmarks import check, train_step
-from medvlp_jax import plan, train
+from benchmarks import check, studies, train_step
+from medvlp_jax import cli, plan, train
 
 AS_IS = "as configured"
 FLAGS = {
@@ -98,7 +99,8 @@ def measure(settings: list[str], tried: Sequence[str], rounds: int, steps: int) 
     pairs = {name: zip(taken[AS_IS], taken[name], strict=True) for name in names[1:]}
     return {
         "device": jax.devices()[0].device_kind,
-        "settings": settings,
+        "threads": len(os.sched_getaffinity(0)),
+        "settings": studies.deciding(settings),
         "jax": jax.__version__,
         "milliseconds": 1e3 * sorted(taken[AS_IS])[rounds // 2],
         "compile_seconds": {name: arm.compile_seconds for name, arm in arms.items()},
@@ -141,4 +143,4 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    cli.leave(cli.run(main))

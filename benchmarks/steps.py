@@ -13,11 +13,14 @@ ours beside each of the others.
 A ratio is the time over ours of two steps of one turn, median and quartiles over the turns: above 1
 we are faster. Of the two kinds of PyTorch the faster counts. Losses have to agree to 1e-4 in the
 first two steps, which an update lies between; else nothing is written of that case. Ratios are
-stored, not times. --tiny only shows that it all runs.
+stored, not times. Cases that were measured before, on this device with as many threads, stay in the
+file; each says under "measured" which code, processor and versions it is of. --tiny only shows that
+it all runs.
 
-A fourth process multiplies two large matrices in PyTorch in its turns. "of_a_product" is the pace
-of an arm, in the FLOPs counted in our step, over that product's; one over PyTorch's share is what a
-step all of which ran at the product's pace would be ahead by, the most that can be had.
+A fourth process multiplies large matrices in PyTorch in its turns, several one behind the other.
+"of_a_product" is the pace of an arm, in the FLOPs counted in our step, over that of those products;
+one over PyTorch's share is what a step all of which ran at the products' pace would be ahead by,
+the most that can be had.
 
 On a GPU the case is "vit": bfloat16 (losses to 5e-2), cuDNN's attention here, torch's own there.
 """
@@ -36,8 +39,9 @@ import time
 
 import jax
 
-from benchmarks import check, encoders
+from benchmarks import check, origin, studies
 from benchmarks.step_arms import CASES, prepare
+from medvlp_jax import cli
 
 ROOT = pathlib.Path(__file__).parents[1]
 ON_GPU = "vit"
@@ -240,11 +244,8 @@ def main(argv=None):
     options.out = options.out or results / ("steps.json" if is_cpu else "steps-gpu.json")
     here = tuple(name for name in CASES if (name == ON_GPU) != is_cpu)
     facts = {"device": jax.devices()[0].device_kind, "threads": len(os.sched_getaffinity(0))}
-    facts["versions"] = encoders.versions("cpu")
     facts |= {"tiny": True} if options.tiny else {}
-    stored = json.loads(options.out.read_text()) if options.out.is_file() else {}
-    cases = stored.pop("cases", {})
-    cases = cases if stored == facts else {}
+    cases = studies.parts(options.out, studies.read(options.out), "cases", facts)
     how = {"tiny": options.tiny, "malloc": options.malloc, "apart": options.apart}
     refused = []
     for name in options.cases or here:
@@ -255,7 +256,11 @@ def main(argv=None):
             continue
         if not is_cpu and "compiled" in found["failed"]:  # the weaker PyTorch would count
             refused.append(f"{name}: torch.compile: {found['failed']['compiled']}")
-        cases[name] = found
+        cases[name] = {
+            **found,
+            "turns": options.pairs,
+            "measured": origin.measured("torch", "transformers"),
+        }
         check.keep(options.out, {**facts, "cases": cases})
         print(table({name: found}), flush=True)
     if refused:
@@ -264,4 +269,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    cli.leave(cli.run(main))

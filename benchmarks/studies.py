@@ -15,6 +15,7 @@ from typing import Any
 from medvlp_jax.config import UserError
 from medvlp_jax.writing import replaced
 
+FACTS = ("device", "threads", "tiny")  # of a file of timings, what its parts share
 PLACES = ("--config.data.data_dir", "--config.data.manual_dir")
 
 
@@ -105,6 +106,27 @@ def finished(
     if unknown := [name for name in since if name not in theirs]:
         print(f"{out} does not say its {', '.join(unknown)}; what is added is of today's.")
     return {**saved, "settings": theirs}
+
+
+def parts(
+    out: pathlib.Path, stored: Mapping[str, Any], kind: str, facts: Mapping[str, Any]
+) -> dict[str, dict]:
+    """Return what a file of timings holds by case or model, each with what it was measured with.
+
+    Args:
+      out: the file.
+      stored: what it holds.
+      kind: the key its parts lie under.
+      facts: device, number of threads and, of a test's sizes, "tiny".
+
+    Raises:
+      UserError: where the parts are of other ones.
+    """
+    if stored:
+        same(out, {name: stored[name] for name in FACTS if name in stored}, facts)
+    # Until November 2026 one word on the versions stood for all parts, and none on the rest.
+    older = {"measured": {"versions": stored["versions"]}} if "versions" in stored else {}
+    return {name: {**older, **found} for name, found in stored.get(kind, {}).items()}
 
 
 def keep(out: pathlib.Path, content: Mapping[str, Any], table: str = "") -> None:

@@ -1,5 +1,6 @@
 """The benchmarks run where there is no accelerator, and count what the programs really do."""
 
+import argparse
 import itertools
 import json
 import math
@@ -11,8 +12,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import encoder_profile, step_model, step_profile, step_settings, train_step
-from medvlp_jax import sharding
+from benchmarks import (
+    contrastive,
+    coverage,
+    encoder_profile,
+    evidence,
+    methods,
+    origin,
+    step_model,
+    step_profile,
+    step_settings,
+    train_step,
+)
+from medvlp_jax import cli, sharding
+from medvlp_jax.config import UserError
 from medvlp_jax.losses import tiled
 from medvlp_jax.training import flops
 
@@ -146,6 +159,123 @@ def test_an_instruction_that_runs_others_is_not_counted_beside_them():
     parts = step_profile.parts_of(program)
     assert not set(loops) & set(parts)
     assert parts
+
+
+def test_more_and_more_devices_are_measured_as_one_would_be(monkeypatch, tmp_path):
+    commands = []
+    row = {"step_seconds": 1.0, "devices": 1}
+
+    def run(command, **_):
+        commands.append(command)
+        return argparse.Namespace(returncode=0, stdout=f"words\n{json.dumps(row)}\n")
+
+    monkeypatch.setattr(train_step.subprocess, "run", run)
+    monkeypatch.setattr(train_step, "table", lambda rows: "")
+    train_step.main([*SMALL, "--weak", "1", "2", "--data", "--quick"])
+    assert [word for word in commands[1] if word.startswith("--devices")] == ["--devices=2"]
+    for command in commands:
+        assert {"--data", "--quick"} <= {*command}
+    train_step.main([*SMALL, "--weak", "1"])
+    assert not {"--data", "--quick"} & {*commands[-1]}
+    monkeypatch.setattr(
+        train_step.subprocess, "run", lambda *_, **__: argparse.Namespace(returncode=2)
+    )
+    with pytest.raises(UserError, match="1 devices could not be measured, see above"):
+        train_step.main([*SMALL, "--weak", "1"])
+    with pytest.raises(SystemExit):
+        train_step.main([*SMALL, "--weak", "1", "--devices=2"])
+
+
+def test_where_a_number_comes_from_names_the_processor_and_never_the_machine(monkeypatch, tmp_path):
+    monkeypatch.setattr(origin, "INFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(origin.platform, "processor", lambda: "")
+    monkeypatch.setattr(origin.platform, "node", lambda: pytest.fail("the machine's name"))
+    assert origin.cpu() == "unknown"
+    (tmp_path / "cpuinfo").write_text("processor : 0\nmodel name\t: A Processor 7\nflags : x\n")
+    found = origin.measured("numpy")
+    assert found["cpu"] == "A Processor 7"
+    assert found["versions"].keys() == {"python", "jax", "numpy"}
+    assert found["code"].keys() == {"version", "commit", "dirty"}
+
+
+def test_a_part_that_is_measured_again_does_not_relabel_the_others(monkeypatch, tmp_path):
+    old, out = {"jax": "0.1", "cores": 64}, tmp_path / "contrastive.json"
+    out.write_text(json.dumps({"memory": [], "large": {"batch": 1}, "machine": old}))
+    monkeypatch.setattr(contrastive, "in_a_process", lambda part, repeats: {"batch": 2})
+    contrastive.main(["--parts", "large", f"--out={out}"])
+    found = json.loads(out.read_text())
+    assert (found["memory"], found["large"]) == ([], {"batch": 2})
+    assert found["measured"]["memory"] == old
+    assert found["measured"]["large"].keys() == {"threads", "code", "cpu", "versions"}
+    assert "machine" not in found
+    contrastive.main(["--parts", "large", f"--out={out}"])
+    assert json.loads(out.read_text())["measured"]["memory"] == old
+
+
+def test_a_training_that_is_done_is_kept_and_other_settings_are_refused(monkeypatch, tmp_path):
+    asked, entry = [], {"value": 0.5, "low": 0.4, "high": 0.6, "chance": 0.1}
+
+    def run_arm(fields, seed, steps, overrides):
+        asked.append((fields["kernel"], seed))
+        return dict.fromkeys(methods.METRICS, entry)
+
+    monkeypatch.setattr(methods, "run_arm", run_arm)
+    out = tmp_path / "cicl.json"
+    kept = json.loads((ROOT / "benchmarks/results/cicl.json").read_text())
+    out.write_text(json.dumps(kept))
+    again = ["--steps=120", "--config.mlm.steps=400", f"--out={out}"]
+    methods.main([*again, "--seeds=1", "--arms", "InfoNCE"])
+    assert json.loads(out.read_text()) == kept  # nine trainings, none of which is run again
+    assert not asked
+    methods.main([*again, "--seeds=4", "--arms", "InfoNCE"])
+    found = json.loads(out.read_text())
+    assert asked == [("none", 3)]
+    assert {arm: len(runs) for arm, runs in found["results"].items()} == dict(
+        zip(methods.ARMS, (4, 3, 3), strict=True)
+    )
+    assert found["settings"]["overrides"] == ["--config.mlm.steps=400"]
+    for other in (["--steps=120"], ["--steps=7", "--config.mlm.steps=400"]):
+        with pytest.raises(UserError, match=r"holds numbers of settings .*: name another --out"):
+            methods.main([*other, f"--out={out}"])
+
+
+@pytest.mark.parametrize(
+    ("main", "arguments", "said"),
+    [
+        (coverage.main, ["--replications=0"], "--replications=0 must be above 0."),
+        (evidence.main, ["--openi=/nope"], "--openi=/nope has no index.csv and no ecgen-radiology"),
+        (train_step.main, ["--config=configs/nope.py"], "configs/nope.py"),
+        (step_profile.main, ["--config=configs/clip.py:demo", "--config.nope=1"], "nope"),
+    ],
+)
+def test_bad_input_is_one_sentence(main, arguments, said, capsys):
+    assert cli.run(main, arguments) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+
+
+OWN_WAY = ("check.py", "step_arms.py")  # with codes of its own, and read by steps.py
+
+
+@pytest.mark.parametrize("file", (ROOT / "benchmarks").glob("*.py"), ids=lambda file: file.name)
+def test_every_command_ends_as_those_of_medvlp_do(file):
+    if "__main__" in (text := file.read_text()) and file.name not in OWN_WAY:
+        assert text.endswith("\n    cli.leave(cli.run(main))\n")
+        assert re.search(r"^def main\(argv", text, re.MULTILINE)
+
+
+ADDED_TO = ("methods", "evaluation", "steps.py", "encoders.py", "contrastive.py")  # to what is kept
+
+
+@pytest.mark.parametrize("file", (ROOT / "benchmarks").glob("*.py"), ids=lambda file: file.name)
+def test_what_is_written_as_a_whole_has_no_place_by_default(file):
+    """A quick look with fewer rounds would take the place of the kept result."""
+    text = file.read_text()
+    if not file.name.startswith(ADDED_TO) or file.name == "evaluation_scale.py":
+        assert not re.search(r'"--out",[^)]*default', text)
+    elif "--out" in text:
+        assert "studies." in text
 
 
 @pytest.mark.parametrize("file", (ROOT / "benchmarks").glob("*.py"), ids=lambda file: file.name)

@@ -1,6 +1,9 @@
 """The comparison with PyTorch runs, and its ratios say what they claim; times are not tested."""
 
+import argparse
 import json
+import os
+import pathlib
 
 import flax.linen as nn
 import jax
@@ -9,7 +12,9 @@ import numpy as np
 import pytest
 
 from benchmarks import encoder_parts, encoder_profile, encoders, fused_qkv
+from medvlp_jax.config import UserError
 
+ROOT = pathlib.Path(__file__).parents[1]
 pytestmark = pytest.mark.hf
 
 
@@ -39,8 +44,11 @@ def test_every_case_runs_small_and_computes_what_torch_computes(tmp_path, capsys
     main("modernbert", "qwen3")  # joins what is there
     found = json.loads(out.read_text())["cpu"]
     assert list(found["models"]) == list(encoders.MODELS)
-    assert found["versions"].keys() == {"python", "jax", "torch", "transformers"}
-    for model in found["models"].values():
+    assert found["tiny"]
+    for name, model in found["models"].items():
+        versions = model["measured"]["versions"]
+        assert versions.keys() == {"python", "jax", "torch", "transformers"}
+        assert ("torch_layout" in model["forward"]) == (name in ("vit", "resnet"))
         assert model["error"] < 1e-5
         for part in ("forward", "backward"):
             assert len(model[part]["ratios"]) == 2
@@ -49,8 +57,58 @@ def test_every_case_runs_small_and_computes_what_torch_computes(tmp_path, capsys
     assert [line.count("|") for line in table] == [7] * 6
     assert table[-1].startswith("| Qwen3-0.6B, tiny | 2 x 9 |")
     out.write_text(json.dumps({"cpu": {**found, "threads": 0}}))
-    main("resnet")  # with other threads the models before do not belong beside it
-    assert list(json.loads(out.read_text())["cpu"]["models"]) == ["resnet"]
+    with pytest.raises(UserError, match=r"holds numbers of settings .*: name another --out"):
+        main("resnet")  # with other threads the models before do not belong beside it
+    assert list(json.loads(out.read_text())["cpu"]["models"]) == list(encoders.MODELS)
+
+
+def test_a_model_that_is_measured_alone_leaves_the_others(monkeypatch, tmp_path, capsys):
+    half = {"ours_seconds": 1.0, "quartiles": [1.0, 1.0, 1.0]}
+    made = {"title": "t", "input": [8, 224], "forward": half, "backward": half}
+    monkeypatch.setattr(encoders, "compare", lambda *_, **__: dict(made))
+    out = tmp_path / "encoders.json"
+    kept = json.loads((ROOT / "benchmarks/results/encoders.json").read_text())
+    kept["cpu"]["threads"] = len(os.sched_getaffinity(0))
+    out.write_text(json.dumps(kept))
+    encoders.main(["--models", "resnet", "--out", str(out)])
+    found = json.loads(out.read_text())["cpu"]["models"]
+    assert set(found) == set(encoders.MODELS)
+    assert found["vit"]["forward"] == kept["cpu"]["models"]["vit"]["forward"]
+    assert found["vit"]["measured"]["versions"]
+    assert found["resnet"]["measured"]["cpu"]
+    assert "ResNet-50" in capsys.readouterr().err  # minutes long: it says where it is
+
+
+def test_the_faster_layout_of_images_is_the_one_that_counts(monkeypatch):
+    took = {"first": iter((9.0, 3.0, 3.0, 3.0)), "last": iter((1.0, 5.0, 2.0, 2.0))}
+    monkeypatch.setattr(encoders, "seconds", lambda work: next(took[work]))
+    assert encoders.fastest({"channels first": "first", "channels last": "last"}) == "channels last"
+    assert encoders.fastest({"channels first": "first"}) == "channels first"  # without a run
+
+
+def test_both_layouts_of_a_convolutional_model_are_the_same_network():
+    import torch
+
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Conv2d(4, 5, 3)).eval()
+    seen = []
+
+    class Wrapped(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = model
+
+        def forward(self, pixel_values):
+            seen.append(pixel_values.is_contiguous(memory_format=torch.channels_last))
+            return argparse.Namespace(last_hidden_state=self.inner(pixel_values))
+
+    assert encoders.is_convolutional(model)
+    assert not encoders.is_convolutional(torch.nn.Conv2d(3, 4, 3))  # cuts patches
+    images = jnp.asarray(np.random.default_rng(0).normal(size=(2, 8, 8, 3)), jnp.float32)
+    first, last = (
+        encoders.functions_of_theirs(Wrapped(), images, layout)[0]() for layout in encoders.LAYOUTS
+    )
+    assert seen == [False, True]
+    np.testing.assert_allclose(first, last, rtol=1e-5, atol=1e-5)
 
 
 def test_a_tiny_run_does_not_replace_the_results(capsys):

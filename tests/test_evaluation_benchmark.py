@@ -1,6 +1,7 @@
 """The table of every protocol: what is run for which cell, and how it is laid out."""
 
 import argparse
+import json
 import pathlib
 
 import pytest
@@ -76,9 +77,34 @@ def test_a_trained_encoder_is_looked_for_under_its_own_protocol(asked):
     assert rows["supervised"]["fine-tuned 100 %"]["key"].startswith(kind(finetuning.PROTOCOL))
 
 
+def test_a_row_that_is_measured_alone_leaves_the_others(monkeypatch, tmp_path):
+    entry = {"value": 0.5, "low": 0.4, "high": 0.6, "chance": 0.1}
+    monkeypatch.setattr(
+        bench, "measure", lambda asked, _: {row: {"Dice": entry} for row in asked.only}
+    )
+    out, begin = tmp_path / "all.json", [f"--folder={tmp_path / 'runs'}"]
+    bench.main([*begin, f"--out={out}"])
+    entry = {**entry, "value": 0.7}
+    bench.main([*begin, f"--out={out}", "--only", "clip"])
+    rows = json.loads(out.read_text())["rows"]
+    assert {row: cells["Dice"]["value"] for row, cells in rows.items()} == {
+        "imitate": 0.5,
+        "clip": 0.7,
+        "random": 0.5,
+        "supervised": 0.5,
+    }
+    assert list(rows) == list(bench.TITLES)
+    asked = [f"--folder={tmp_path / 'others'}", f"--out={out}", "--steps=7"]
+    with pytest.raises(UserError, match=r"holds numbers of settings .*: name another --out"):
+        bench.main(asked)
+    assert not (tmp_path / "others").exists()
+
+
 def test_runs_of_other_settings_are_not_taken_for_these(tmp_path):
     settings = {"pretraining_steps": 7, "adapting_steps": bench.LENGTHS, "overrides": []}
     for _ in range(2):
         bench.begin(tmp_path / "runs", settings)
-    with pytest.raises(UserError, match=r"study.json holds numbers of settings"):
+    with pytest.raises(
+        UserError, match=r"study.json holds numbers of settings .*: name another --folder"
+    ):
         bench.begin(tmp_path / "runs", settings | {"pretraining_steps": 8})

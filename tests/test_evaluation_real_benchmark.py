@@ -1,6 +1,7 @@
 """The table of real images and the profile of a large evaluation: nothing is trained here."""
 
 import argparse
+import json
 import pathlib
 import threading
 import time
@@ -9,6 +10,7 @@ import pytest
 
 from benchmarks import evaluation_real as real
 from benchmarks import evaluation_scale as scale
+from medvlp_jax.config import UserError
 from medvlp_jax.data import corpora
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -76,6 +78,21 @@ def test_a_control_stands_in_the_line_of_its_number(asked):
     text = real.table(lines).splitlines()
     assert len(text) == 2 + len(lines)
     assert all(line.count("|") == 7 for line in text)
+
+
+def test_lines_that_are_measured_alone_leave_the_others(asked, monkeypatch, tmp_path):
+    _, _, lines = asked
+    out, kept = tmp_path / "real.json", [line for line in lines if line["title"] != "tumour, FROC"]
+    settings = {"seeds": "0,1", "overrides": []}
+    out.write_text(json.dumps({"settings": settings, "lines": kept}))
+    again = ["--sources=all", f"--folder={tmp_path / 'runs'}", f"--out={out}", "--only"]
+    real.main([*again, "lungs", "boxes", "--seeds=0,1"])
+    found = json.loads(out.read_text())["lines"]
+    assert [(line["of"], line["title"]) for line in found] == [
+        (line["of"], line["title"]) for line in lines
+    ]
+    with pytest.raises(UserError, match=r"holds numbers of settings .*: name another --out"):
+        real.main([*again, "lungs", "--seeds=0,1,2"])
 
 
 def test_a_profile_counts_where_the_watched_thread_is():

@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 
-from benchmarks import input_pipeline, loop
+from benchmarks import check, input_pipeline, loop
 from medvlp_jax import bench, cli
 from medvlp_jax.data import transforms
 from medvlp_jax.encoders.base import Tokens
@@ -119,6 +119,20 @@ def test_the_loop_and_its_bare_step_take_turns(tmp_path):
         found["bare_step_seconds"] / found["loop_step_seconds"]
     )
     assert found["waits_for_data_seconds"] >= 0
+    # What the gate compares, and what the numbers belong to.
+    assert {*check.FACTS} - {*found} == {"tiny"}
+    assert found["settings"] == settings
+    assert found["measured"]["cpu"]
+
+
+def test_the_input_says_what_the_gate_compares(monkeypatch, tmp_path):
+    monkeypatch.setattr(input_pipeline, "radiographs", lambda count: [{"large": b"", "image": b""}])
+    for part in ("parts", "whole", "position"):
+        monkeypatch.setattr(input_pipeline, part, lambda *_, **__: {"ratios": {}})
+    monkeypatch.setattr(input_pipeline, "table", lambda found: "")
+    found = input_pipeline.main([f"--out={tmp_path / 'input.json'}"])
+    assert {*check.ALWAYS, "batch_size"} <= {*found}
+    assert found["measured"]["versions"]["pillow"]
 
 
 def test_held_batches_come_again_and_know_their_step():

@@ -1,11 +1,13 @@
 """PyTorch's training steps compute what ours do, and their ratios say what they claim."""
 
 import json
+import os
 
 import numpy as np
 import pytest
 
-from benchmarks import step_arms, steps
+from benchmarks import gpu_program, step_arms, steps
+from medvlp_jax.config import UserError
 
 pytestmark = pytest.mark.hf
 
@@ -74,8 +76,32 @@ def test_a_product_is_of_the_type_of_the_images(monkeypatch, tmp_path):
         config = {"recipe": {"image": {"dtype": kind}}}
         (tmp_path / "config.json").write_text(json.dumps(config))
         take = step_arms.product(tmp_path)
-        assert take.flops == flops
+        assert take.flops == step_arms.QUEUED * flops
         assert np.isfinite(take())
+
+
+def test_several_products_are_queued_before_one_is_read(monkeypatch, tmp_path):
+    import torch
+
+    monkeypatch.setattr(step_arms, "SIDES", {"float32": 8})
+    (tmp_path / "config.json").write_text('{"recipe": {"image": {"dtype": "float32"}}}')
+    take, made, multiply = step_arms.product(tmp_path), [], torch.mm
+    monkeypatch.setattr(torch, "mm", lambda *a, **how: made.append(1) or multiply(*a, **how))
+    take()
+    # One alone would be timed with its start and its reading: a pace no step could be held to.
+    assert len(made) == step_arms.QUEUED > 1
+
+
+def test_tokens_that_are_filled_up_for_cudnn_are_no_work_of_the_step(tmp_path):
+    config = step_arms.prepare("vit", tmp_path, tiny=True)
+    counted = []
+    for attention in ("xla", "cudnn"):
+        for side in ("image", "text"):
+            config["recipe"][side] |= {"attention": attention, "dtype": "bfloat16"}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        with gpu_program.pretended():
+            counted.append(step_arms.ours(tmp_path).flops)
+    assert counted[0] == counted[1] > 0
 
 
 def test_two_at_a_time_each_is_compared_with_ours_of_its_own_turns(monkeypatch):
@@ -163,6 +189,30 @@ def test_a_refused_case_leaves_the_others(monkeypatch, tmp_path):
     with pytest.raises(SystemExit, match=r"Not measured: clip, step 0.* imitate: ours ended with"):
         steps.main(["--cases", "clip", "imitate", "cfcml", "--out", str(out)])
     assert list(json.loads(out.read_text())["cases"]) == ["cfcml"]
+
+
+def test_a_case_that_is_measured_alone_leaves_the_others_and_says_what_with(monkeypatch, tmp_path):
+    paces = dict.fromkeys(("ours", "eager"), 0.5)
+    made = {"title": "t", "ratios": {}, "failed": {}, "faster": "eager", "of_a_product": paces}
+    monkeypatch.setattr(steps, "compare", lambda *_, **__: dict(made))
+    out = tmp_path / "steps.json"
+    kept = json.loads((steps.ROOT / "benchmarks/results/steps.json").read_text())
+    kept["threads"] = len(os.sched_getaffinity(0))
+    older = kept.pop("versions", None) or {"jax": "0.1"}
+    out.write_text(json.dumps({**kept, "versions": older}))
+    steps.main(["--cases", "clip", "--pairs", "3", "--out", str(out)])
+    found = json.loads(out.read_text())
+    assert set(found["cases"]) == set(kept["cases"])
+    assert found["cases"]["cfcml"]["measured"] == {"versions": older}  # and no more is known of it
+    assert found["cases"]["clip"]["turns"] == 3
+    measured = found["cases"]["clip"]["measured"]
+    assert measured["versions"].keys() == {"python", "jax", "torch", "transformers"}
+    assert measured["cpu"]
+    assert measured["code"].keys() == {"version", "commit", "dirty"}
+    assert "versions" not in found
+    out.write_text(json.dumps({**found, "threads": 0}))
+    with pytest.raises(UserError, match=r"holds numbers of settings .*: name another --out"):
+        steps.main(["--cases", "clip", "--out", str(out)])
 
 
 @pytest.mark.slow

@@ -44,7 +44,7 @@ def test_a_setting_that_older_files_do_not_have_is_compared_where_they_do(tmp_pa
     assert find(now)["settings"] == SETTINGS
     assert "does not say its recipe" in capsys.readouterr().out
     studies.keep(out, {"settings": SETTINGS | {"recipe": "then"}, "rows": {}})
-    with pytest.raises(UserError, match="holds numbers of settings.*name another --out"):
+    with pytest.raises(UserError, match=r"holds numbers of settings.*name another --out"):
         find(now)
     with pytest.raises(UserError, match="holds numbers of settings"):
         studies.finished(out, SETTINGS)
