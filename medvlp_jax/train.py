@@ -54,6 +54,8 @@ from medvlp_jax.training.selection import Selection
 from medvlp_jax.training.stopping import Signals, Stopped
 from medvlp_jax.writing import replaced
 
+GENERATED = ("cxr_phantom", "men_phantom")  # corpora that are drawn
+
 
 class _Job(NamedTuple):
     """A run that has passed every check, at its newest checkpoint or at its start."""
@@ -157,9 +159,10 @@ def _prepare(config, workdir, stop) -> _Job:
     _write_config(config, workdir)
     starts.record(workdir, int(state.step))
     pairs = sum(map(len, sources)) if pools is None else len(pools.pairs)
+    told = ", ".join(map(_named, config["data"]["corpora"]))
     distributed.say(
         f"{config['recipe']['name']}: {paths.count(trainable) / 1e6:.2f} M trainable and "
-        f"{paths.count(fixed) / 1e6:.2f} M fixed parameters, {pairs} pairs, "
+        f"{paths.count(fixed) / 1e6:.2f} M fixed parameters, {pairs} pairs of {told}, "
         f"{settings['steps']} steps of {settings['batch_size']} on {len(jax.devices())} devices "
         f"of {jax.process_count()} processes"
     )
@@ -281,9 +284,14 @@ def _write_config(config, workdir):
             scratch.write_text(configs.to_json(config))
 
 
+def _named(corpus: str) -> str:
+    """Name a corpus; a config's own is drawn, and whoever forgot to set another must see it."""
+    return f"{corpus} (generated)" if corpus.startswith(GENERATED) else corpus
+
+
 def _print_summary(results, parts, workdir, settings, seconds):
     print(f"\n{results_table(results, per_class=False)}\n")
-    generated = [c for c in parts.config["data"]["corpora"] if c.startswith("cxr_phantom")]
+    generated = [c for c in parts.config["data"]["corpora"] if c.startswith(GENERATED)]
     if generated:
         print(
             f"{', '.join(generated)} is generated data: these numbers say nothing about patients."

@@ -203,7 +203,10 @@ def test_resuming_in_other_batches_goes_on_at_the_same_record(finished, tmp_path
     job = train._prepare(*resolve(*other, workdir=tmp_path / "copy"), Signals())
     assert int(job.state.step) == 6
     assert job.batches.get_state() == {"next_index": 3}
-    assert f"the data go on after {6 * size} records" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"the data go on after {6 * size} records" in said
+    # Whoever forgot to name a corpus sees at once that images are drawn.
+    assert " pairs of cxr_phantom:tiny (generated), 9 steps" in said
 
 
 def test_resuming_with_another_architecture_is_refused_and_nothing_is_written_over(finished):

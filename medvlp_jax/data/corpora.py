@@ -364,7 +364,9 @@ def source_folder(corpus, manual_dir: str | Path, *, writes: bool = True) -> Pat
     name = corpus.name
     folder = Path(manual_dir).expanduser() if manual_dir else default_manual_dir(name)
     if folder is None:
-        command = f"medvlp data prepare {name} --manual-dir DIR --data-dir {corpus.data_dir_root}"
+        config = corpus.builder_config
+        wanted = f"{name}:{config.name}" if config else name
+        command = f"medvlp data prepare {wanted} --manual-dir DIR --data-dir {corpus.data_dir_root}"
         needs = f"{name} needs --manual-dir DIR,"
         if writes:
             needs = f"{name} is not prepared in {corpus.data_dir}; run `{command}`"

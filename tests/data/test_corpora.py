@@ -68,6 +68,9 @@ def test_an_unprepared_corpus_names_the_command(tmp_path):
         match=f"medvlp data prepare radiology_qa --manual-dir DIR --data-dir {tmp_path}`",
     ):
         corpora.open_source("radiology_qa", "train", data_dir=tmp_path)
+    # The variant that was asked for, not the first.
+    with pytest.raises(UserError, match="run `medvlp data prepare mimic_cxr:pairs --manual-dir"):
+        corpora.open_source("mimic_cxr", "train", data_dir=tmp_path, builder_config="pairs")
 
 
 def test_a_prepared_corpus_needs_no_source_folder(radiology_source, tmp_path):
