@@ -5,7 +5,7 @@ import types
 import pytest
 
 from configs import prima
-from medvlp_jax import assemble, backbones, config, evaluator, lineage, report
+from medvlp_jax import assemble, config, evaluator, lineage, origins, report
 from medvlp_jax.config import UserError
 from medvlp_jax.data import leakage
 from medvlp_jax.evaluation import results
@@ -139,12 +139,7 @@ def test_an_evaluation_is_told_of_the_runs_before(ran, monkeypatch, capsys):
         evaluator.Evaluator(parts, resolved["evals"])
 
 
-def test_a_backbone_has_seen_what_the_runs_before_it_had(ran, monkeypatch):
+def test_an_encoder_has_seen_what_the_runs_before_its_own_had(ran):
     first, _ = ran("align_phantom", corpora=("nih_cxr14",))
     second, _ = ran("sharpen_phantom", first, corpora=("padchest",))
-    parts = types.SimpleNamespace(recipe=types.SimpleNamespace(image=lambda: None))
-    monkeypatch.setattr(assemble, "parts", lambda *_, **__: parts)
-    monkeypatch.setattr(assemble, "initial_variables", lambda _: {})
-    found = {"params": {"image": {}}}
-    monkeypatch.setattr(backbones.weights, "read_variables", lambda *_: found)
-    assert backbones.of_run(second).corpora == ("padchest", "nih_cxr14")
+    assert origins.find(second, None).corpora == ("padchest", "nih_cxr14")

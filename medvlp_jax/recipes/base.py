@@ -53,6 +53,7 @@ class Recipe(Protocol):
     * `start`, `no_relations`, `check_sizes` and `refresh`, with `described`, `told` and `told_by`:
       what it learns of the whole corpus between steps, see unpaired.py and recipes/lgdea.py;
       `relates` says True;
+    * `watched`, names of terms of `objective` that are no loss: logged, without a weight;
     * `alarms`, {term: (most, sentence)}: what is said once when a term rises above `most`, though
       its weight may be 0;
     * localise(batch), with patch tokens: for "image" {map: [B, N, F]}, one vector a patch, for

@@ -32,7 +32,7 @@ from medvlp_jax.schedules import Knots
 
 TERMS = ("impression", "findings", "view_diagnosis", "view_reading")
 SECTIONS = ("findings", "impression")
-MASSES = tuple(f"mass_{section}" for section in SECTIONS)  # logged, no gradient, weight 0
+MASSES = tuple(f"mass_{section}" for section in SECTIONS)  # logged beside the losses
 KERNELS = ("none", *contrastive.KERNELS)
 BRANCHES = {"reading": "image_findings", "diagnosis": "image"}  # the feature Findings meet
 
@@ -92,6 +92,11 @@ class Imitate(nn.Module):
     def frozen(self) -> tuple[str, ...]:
         """Parameter patterns that are never trained."""
         return () if self.train_text else ("^text/",)
+
+    @property
+    def watched(self) -> tuple[str, ...]:
+        """Terms that are logged and no loss."""
+        return MASSES
 
     @property
     def reads_blank(self) -> bool:
@@ -370,7 +375,6 @@ def make(
     """
     settings = {k: v for k, v in locals().items() if k not in ("image", "text")}
     base.check_weights(weights, TERMS)
-    settings["weights"] = {**weights, **dict.fromkeys(MASSES, 0.0)}
     base.check_tile(loss_tile)
     base.check_positive(temperature=temperature, view_temperature=view_temperature)
     if eval_draws < 1:

@@ -190,8 +190,9 @@ def objective(recipe, variables: Mapping, features: Mapping, batch: Mapping, rng
         mutable=DenyList("params"),
         method="objective",
     )
-    weights = {k: schedules.at(recipe.weights[k], step) for k in terms}
-    return sum(weights[k] * terms[k] for k in terms), (terms, weights, collections)
+    losses = [k for k in terms if k not in getattr(recipe, "watched", ())]
+    weights = {k: schedules.at(recipe.weights[k], step) for k in losses}
+    return sum(weights[k] * terms[k] for k in losses), (terms, weights, collections)
 
 
 def encode_in_chunks(

@@ -128,6 +128,9 @@ def test_loss_is_the_weighted_sum_of_its_terms_and_weights_follow_their_knots():
         assert metrics["weight/findings"] == weight
         total = sum(metrics[f"loss/{k}"] * metrics[f"weight/{k}"] for k in WEIGHTS)
         np.testing.assert_allclose(metrics["loss"], total, rtol=1e-6)
+        # What is watched is logged and has no weight.
+        assert metrics["loss/mass_findings"] > 0
+        assert "weight/mass_findings" not in metrics
 
 
 def test_a_step_on_eight_devices_equals_the_step_on_one():
